@@ -1,0 +1,1 @@
+"""Batched image operations with parameters per image, and the policy tables."""

@@ -1,0 +1,116 @@
+"""Ways of learning together: the method registry and the contract between a method and the trainer."""
+
+from abc import abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from model.splitnet import SplitNet
+from utils.registry import Registry
+
+
+class Targets(NamedTuple):
+    """What a batch should be classified as. Without mixup `labels_other_B is labels_B` and `lam` is 1.
+
+    labels_B, labels_other_B: int64 [B]; lam: float32 scalar tensor, the weight of `labels_B`.
+    """
+
+    labels_B: Tensor
+    labels_other_B: Tensor
+    lam: Tensor
+
+
+class Progress(NamedTuple):
+    """Where training stands when a step is made; all counted from 0.
+
+    epoch: current epoch. step: optimiser-independent count of batches since the start of training.
+    batch: batch within the epoch. steps_per_epoch, epochs: totals. learning_rate: of this step.
+    indices_B: int64 [B] positions of the images in the training set (for memory banks).
+    """
+
+    epoch: int
+    step: int
+    batch: int
+    steps_per_epoch: int
+    epochs: int
+    learning_rate: float
+    indices_B: Tensor
+
+
+class StepOutput(NamedTuple):
+    """What a method's forward returns.
+
+    loss: scalar to minimise, a mean over the batch, not yet divided by --iters_to_accumulate.
+    metrics: detached scalar tensors by name; the names become TensorBoard tags.
+    logits_SBK: detached logits of the S networks, for the training accuracy and for naming a network gone non-finite.
+    """
+
+    loss: Tensor
+    metrics: dict[str, Tensor]
+    logits_SBK: Tensor
+
+
+@dataclass(frozen=True, kw_only=True)
+class NoOptions:
+    """For a method without flags of its own."""
+
+
+class Method(nn.Module):
+    """One way of learning together: the networks, the training-only parts beside them, and the loss.
+
+    A method is wrapped by DDP as a whole, so every trainable part is a submodule. `state_dict()` minus the entries
+    of `network` is what a checkpoint keeps under `method`.
+
+    Class attributes:
+        Options: frozen dataclass of the method's own flags.
+        shared_view: True if all networks must see one and the same view.
+        reduces_own_gradients: True if the method averages gradients over processes itself (no DDP wrapper).
+        networks_from_list: True if `--arch a,b` (full networks, S = length of the list) makes sense.
+    """
+
+    Options: ClassVar[type] = NoOptions
+    shared_view: ClassVar[bool] = False
+    reduces_own_gradients: ClassVar[bool] = False
+    networks_from_list: ClassVar[bool] = True
+
+    def __init__(self, network: SplitNet, options: Any) -> None:
+        super().__init__()
+        self.network = network
+        self.options = options
+
+    @classmethod
+    def recipe(cls, dataset_recipe: str, epochs: int | None) -> Mapping[str, Any]:
+        """The method's own published defaults by flag name, put before the data set's recipe. None by default."""
+        return {}
+
+    @abstractmethod
+    def forward(self, views_SBCHW: Tensor, targets: Targets, progress: Progress) -> StepOutput:
+        """Views [V, B, C, H, W] (V = S, or 1 where all networks share one view) -> loss and metrics."""
+
+    def before_step(self, views_SBCHW: Tensor, targets: Targets, progress: Progress) -> None:
+        """Called before the forward pass of a step, for what is learnt outside the main optimiser."""
+
+    def after_step(self, views_SBCHW: Tensor, targets: Targets, output: StepOutput, progress: Progress) -> None:
+        """Called after the main optimiser's step."""
+
+    def trained_parameters(self) -> list[tuple[str, nn.Parameter]]:
+        """(name, parameter) pairs for the main optimiser; everything trainable by default."""
+        return [(name, p) for name, p in self.named_parameters() if p.requires_grad]
+
+    def training_state(self) -> dict[str, Any]:
+        """Training-only state for the checkpoint: tensors and plain values. Default: all but the networks' tensors."""
+        return {k: v for k, v in self.state_dict().items() if not k.startswith("network.")}
+
+    def load_training_state(self, state: Mapping[str, Any]) -> None:
+        """Inverse of `training_state`."""
+        tensors = {k: v for k, v in state.items() if isinstance(v, torch.Tensor)}
+        missing = self.load_state_dict(tensors, strict=False).missing_keys
+        lost = [k for k in missing if not k.startswith("network.")]
+        if lost:
+            raise KeyError(f"method state lacks {', '.join(lost)}")
+
+
+methods: Registry[type[Method]] = Registry("method", "--method", "method")

@@ -1,0 +1,110 @@
+"""Backbone registry and the one function that builds a (divided) network from its name."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+from torch import nn
+
+from utils.errors import UserError
+from utils.registry import Registry
+
+SMALL = "small"  # CIFAR-shaped: 3x3 stem, three stages, 32x32-like images
+LARGE = "large"  # ImageNet-shaped: stride-2 stem, four stages, 224-like images
+
+
+@dataclass(frozen=True, kw_only=True)
+class BackboneRequest:
+    """Everything that decides the structure of one of the S networks.
+
+    Attributes:
+        arch: registered name.
+        split_factor: S; the network built is ONE of the S small ones (S = 1: undivided).
+        num_classes: K.
+        shape: SMALL or LARGE, see `image_shape`.
+        dataset: name of the data set; a few published dropout rates depend on it.
+        crop_size: side of the square input in pixels.
+        options: values of the family's own flags (its registered `Options`), by field name.
+    """
+
+    arch: str
+    split_factor: int = 1
+    num_classes: int = 10
+    shape: str = SMALL
+    dataset: str = "cifar10"
+    crop_size: int = 32
+    options: Mapping[str, Any] = field(default_factory=dict)
+
+
+class BackboneBuilder(Protocol):
+    """What a family file registers for each of its names."""
+
+    def __call__(self, request: BackboneRequest) -> nn.Module:
+        """Build one network; the module maps [B, 3, H, W] to logits [B, K]."""
+        ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class Backbone:
+    """One registry entry.
+
+    Attributes:
+        build: makes one network from a request that `check_request` has accepted.
+        family: name of the family ("resnet"), equal to its file's name.
+        split_factors: shape -> the legal S in ascending order; an open rule ("any S up to 64") lists them all.
+            A shape that is not a key cannot be built.
+        options: dataclass of the family's own flags (fields made by utils.options.option), or None.
+        crop_size: the architecture's own input size on imagenet, None where the data set decides.
+    """
+
+    build: BackboneBuilder
+    family: str
+    split_factors: Mapping[str, tuple[int, ...]]
+    options: type | None = None
+    crop_size: int | None = None
+
+
+backbones: Registry[Backbone] = Registry("backbone", "--arch", "model.backbone")
+
+SMALL_IMAGE_DATASETS = ("digits", "cifar10", "cifar100", "svhn")
+
+
+def image_shape(dataset: str, crop_size: int) -> str:
+    """SMALL or LARGE: which form of a network a data set takes; open data sets go by their size (64 px is small)."""
+    if dataset in SMALL_IMAGE_DATASETS:
+        return SMALL
+    if dataset == "imagenet":
+        return LARGE
+    return SMALL if crop_size <= 64 else LARGE
+
+
+def check_request(request: BackboneRequest) -> Backbone:
+    """The registry entry of a request.
+
+    Raises:
+        UserError: unknown arch, a shape the family does not have, or an S that its division rule does not allow.
+    """
+    entry = backbones.get(request.arch)
+    if request.shape not in entry.split_factors:
+        others = " or ".join(entry.split_factors)
+        raise UserError(
+            f"--arch {request.arch} exists for {others} images only, and --dataset {request.dataset} "
+            f"(--crop_size {request.crop_size}) has {request.shape} ones. Pick another --arch or data set."
+        )
+    legal = entry.split_factors[request.shape]
+    if request.split_factor not in legal:
+        shown = ", ".join(map(str, legal)) if len(legal) <= 20 else f"{legal[0]} to {legal[-1]}"
+        raise UserError(
+            f"--split_factor {request.split_factor} is not possible for --arch {request.arch} "
+            f"({request.shape} images): use {shown}."
+        )
+    return entry
+
+
+def build_network(request: BackboneRequest) -> nn.Module:
+    """One of the S networks of a division: [B, 3, H, W] -> logits [B, K].
+
+    Raises:
+        UserError: as `check_request`.
+    """
+    return check_request(request).build(request)

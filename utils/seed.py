@@ -1,0 +1,73 @@
+"""The one random seed, and numbers that are pure functions of it.
+
+Nothing random in a run depends on how many workers or processes it has, or on where it was interrupted:
+every draw is a function of (seed, what it is for, epoch, position in the epoch's global order, view).
+"""
+
+import secrets
+
+import numpy as np
+import torch
+
+# What a stream of draws is for. The numbers are part of the results: never renumber.
+STREAM_ORDER = 1  # the epoch's order of images
+STREAM_VIEW = 2  # augmentation parameters
+STREAM_MIXUP = 3  # mixup's lambda and permutation
+STREAM_STEP = 4  # random layers (dropout, shake, drop) of one training step
+STREAM_INIT = 5  # initial weights
+STREAM_SPLIT = 6  # --val_fraction
+STREAM_SAMPLER = 7  # class-balanced and other special samplers
+STREAM_METHOD = 8  # whatever a method draws for itself
+
+_GOLDEN = 0x9E3779B97F4A7C15
+_MASK = 0xFFFFFFFFFFFFFFFF
+
+
+def draw_seed() -> int:
+    """A fresh seed from the operating system, 0 <= seed < 2^31."""
+    return secrets.randbelow(2**31)
+
+
+def _mix(z: np.ndarray) -> np.ndarray:
+    """SplitMix64's finaliser, elementwise on uint64."""
+    z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return z ^ (z >> np.uint64(31))
+
+
+def fold_in(*parts: int) -> int:
+    """One 63-bit key out of several integers; changing any part gives an unrelated key."""
+    key = np.zeros(1, dtype=np.uint64)
+    for part in parts:
+        key = _mix(
+            (key ^ _mix(np.array([int(part) & _MASK], dtype=np.uint64) + np.uint64(_GOLDEN))) + np.uint64(_GOLDEN)
+        )
+    return int(key[0] >> np.uint64(1))
+
+
+def counter_uniform(key: int, positions_B: np.ndarray, views_S: np.ndarray, num_slots: int) -> np.ndarray:
+    """Independent uniform numbers addressed by (key, position, view, slot): float64 [S, B, num_slots] in [0, 1).
+
+    Args:
+        key: from `fold_in`.
+        positions_B: int64 [B], positions in the epoch's global order.
+        views_S: int64 [S], numbers of the views.
+        num_slots: how many numbers each (view, position) needs.
+    """
+    positions = np.asarray(positions_B, dtype=np.int64).astype(np.uint64)[None, :, None]
+    views = np.asarray(views_S, dtype=np.int64).astype(np.uint64)[:, None, None]
+    slots = np.arange(1, num_slots + 1, dtype=np.uint64)[None, None, :]
+    stream = _mix(np.uint64(key) + positions * np.uint64(_GOLDEN))
+    stream = _mix(stream ^ ((views + np.uint64(1)) * np.uint64(0xD1342543DE82EF95)))
+    bits = _mix(stream + slots * np.uint64(_GOLDEN))
+    return (bits >> np.uint64(11)).astype(np.float64) * 2.0**-53
+
+
+def numpy_generator(*parts: int) -> np.random.Generator:
+    """A NumPy generator (Philox) of its own for the given parts, e.g. (seed, STREAM_ORDER, epoch)."""
+    return np.random.Generator(np.random.Philox(key=fold_in(*parts)))
+
+
+def torch_generator(*parts: int, device: torch.device | str = "cpu") -> torch.Generator:
+    """A torch generator of its own for the given parts."""
+    return torch.Generator(device=device).manual_seed(fold_in(*parts))

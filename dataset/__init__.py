@@ -33,7 +33,7 @@ class DataSource:
 
     Attributes:
         name: the value of --dataset.
-        recipe: which row of the published recipes and augmentations it takes: digits, cifar10, cifar100, svhn, imagenet.
+        recipe: row of the published recipes and augmentations: digits, cifar10, cifar100, svhn, imagenet.
         classes: K class names, in the order of the targets.
         mean, std: per channel, on the scale [0, 1].
         crop_size: side of the training input in pixels where --crop_size is not given.

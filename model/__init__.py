@@ -1,13 +1,16 @@
 """Backbone registry and the one function that builds a (divided) network from its name."""
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
+import torch
 from torch import nn
 
+from model.splitnet import SplitNet
 from utils.errors import UserError
 from utils.registry import Registry
+from utils.seed import STREAM_INIT, fold_in
 
 SMALL = "small"  # CIFAR-shaped: 3x3 stem, three stages, 32x32-like images
 LARGE = "large"  # ImageNet-shaped: stride-2 stem, four stages, 224-like images
@@ -108,3 +111,43 @@ def build_network(request: BackboneRequest) -> nn.Module:
         UserError: as `check_request`.
     """
     return check_request(request).build(request)
+
+
+def build_splitnet(
+    request: BackboneRequest,
+    *,
+    seed: int,
+    identical_init: bool = False,
+    train_separately: bool = False,
+    archs: Sequence[str] | None = None,
+) -> SplitNet:
+    """The S networks of a division, or several full networks, on the CPU; initial weights depend on `seed` only.
+
+    The global random state is left as it was.
+
+    Args:
+        request: structure of the networks.
+        seed: network i is initialised from (seed, i).
+        identical_init: initialise every network as network 0.
+        train_separately: only one network, with the structure of one of S.
+        archs: names of full (S = 1) networks for mutual learning, in place of `request.arch` and its S.
+
+    Raises:
+        UserError: as `check_request`, or an option that cannot go with `archs`.
+    """
+    if archs is not None:
+        if train_separately:
+            raise UserError("--is_train_sep needs one divided network: give --arch one name, with a --split_factor.")
+        if identical_init and len(set(archs)) > 1:
+            raise UserError(f"--is_identical_init needs equal networks, not --arch {','.join(archs)}: give one name.")
+        requests = [replace(request, arch=arch, split_factor=1) for arch in archs]
+    else:
+        check_request(request)
+        requests = [request] * (1 if train_separately else request.split_factor)
+    networks = []
+    for i, one in enumerate(requests):
+        # manual_seed of the CPU's generator alone: torch.manual_seed would also reseed every GPU
+        with torch.random.fork_rng(devices=[]):
+            torch.default_generator.manual_seed(fold_in(seed, STREAM_INIT, 0 if identical_init else i))
+            networks.append(build_network(one))
+    return SplitNet(networks)

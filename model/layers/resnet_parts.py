@@ -4,7 +4,7 @@ Structure: Zhao et al., arXiv:2011.14660, section 3.2 (deep stem and pooled shor
 """
 
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from torch import Tensor, nn
 
@@ -53,6 +53,58 @@ def projection_shortcut(in_channels: int, out_channels: int, stride: int) -> nn.
         return nn.Sequential(conv, bn)
     pool = nn.AvgPool2d(stride, stride, ceil_mode=True, count_include_pad=False)
     return nn.Sequential(pool, conv, bn)
+
+
+class BasicBlock(nn.Module):
+    """conv3x3 (stride) -> BN -> ReLU -> conv3x3 -> BN, plus shortcut, ReLU."""
+
+    def __init__(self, in_channels: int, out_channels: int, stride: int = 1) -> None:
+        super().__init__()
+        self.conv1, self.bn1 = conv_bn(in_channels, out_channels, 3, stride)
+        self.conv2, self.bn2 = conv_bn(out_channels, out_channels, 3)
+        self.relu = nn.ReLU(inplace=True)
+        self.downsample = projection_shortcut(in_channels, out_channels, stride)
+
+    @property
+    def last_bn(self) -> nn.BatchNorm2d:
+        """The batch norm at the end of the residual branch."""
+        return self.bn2
+
+    def forward(self, features_BCHW: Tensor) -> Tensor:
+        branch = self.relu(self.bn1(self.conv1(features_BCHW)))
+        branch = self.bn2(self.conv2(branch))
+        return self.relu(branch + self.downsample(features_BCHW))
+
+
+class Bottleneck(nn.Module):
+    """conv1x1 -> BN -> ReLU -> conv3x3 (stride, groups) -> BN -> ReLU -> conv1x1 -> BN, plus shortcut, ReLU."""
+
+    def __init__(self, in_channels: int, width: int, out_channels: int, stride: int = 1, groups: int = 1) -> None:
+        super().__init__()
+        self.conv1, self.bn1 = conv_bn(in_channels, width, 1)
+        self.conv2, self.bn2 = conv_bn(width, width, 3, stride, groups)
+        self.conv3, self.bn3 = conv_bn(width, out_channels, 1)
+        self.relu = nn.ReLU(inplace=True)
+        self.downsample = projection_shortcut(in_channels, out_channels, stride)
+
+    @property
+    def last_bn(self) -> nn.BatchNorm2d:
+        """The batch norm at the end of the residual branch."""
+        return self.bn3
+
+    def forward(self, features_BCHW: Tensor) -> Tensor:
+        branch = self.relu(self.bn1(self.conv1(features_BCHW)))
+        branch = self.relu(self.bn2(self.conv2(branch)))
+        branch = self.bn3(self.conv3(branch))
+        return self.relu(branch + self.downsample(features_BCHW))
+
+
+def make_stage(
+    make_block: Callable[..., nn.Module], in_channels: int, out_channels: int, depth: int, stride: int
+) -> nn.Sequential:
+    """`depth` blocks, each `make_block(in_channels, stride=...)`; only the first has a stride and new channels."""
+    head = make_block(in_channels, stride=stride)
+    return nn.Sequential(head, *(make_block(out_channels, stride=1) for _ in range(depth - 1)))
 
 
 class ResNetSkeleton(StagedBackbone):

@@ -1,0 +1,64 @@
+"""Parameters and multiply-adds (MACs) of a module. The papers' tables call MACs "FLOPs"."""
+
+import copy
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+from torch.utils.flop_counter import FlopCounterMode
+
+
+def count_params(module: nn.Module) -> int:
+    """Number of parameters, also of those that the forward pass never uses."""
+    return sum(parameter.numel() for parameter in module.parameters())
+
+
+def count_macs(module: nn.Module, input_shape: Sequence[int]) -> int:
+    """Multiply-adds of convolutions and matrix products in evaluation mode: no biases, no batch norm, no pooling.
+
+    Nothing is computed: the forward pass runs on tensors without storage. The module is left as it was.
+
+    Args:
+        module: takes one tensor; a SplitNet counts through all S networks.
+        input_shape: [C, H, W] of one image.
+    """
+    shapes = {name: tensor.to("meta") for name, tensor in _tensors(module)}
+    counter = FlopCounterMode(display=False)
+    with _evaluating(module), torch.no_grad(), counter:
+        functional_call(module, shapes, torch.empty(1, *input_shape, device="meta"))
+    return counter.get_total_flops() // 2
+
+
+def thop_macs(module: nn.Module, input_shape: Sequence[int]) -> int | None:
+    """What the package thop counts for one image [C, H, W], None where it is not installed.
+
+    It counts batch norm and pooling too, and so reads a few percent more than `count_macs`. It runs on a copy,
+    because it leaves attributes on the modules.
+    """
+    try:
+        from thop import profile
+    except ImportError:
+        return None
+    twin = copy.deepcopy(module).eval()
+    image = next(twin.parameters()).new_zeros(1, *input_shape)
+    macs, _ = profile(twin, inputs=(image,), verbose=False)
+    return int(macs)
+
+
+def _tensors(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    yield from module.named_parameters()
+    yield from module.named_buffers()
+
+
+@contextmanager
+def _evaluating(module: nn.Module) -> Iterator[None]:
+    """Evaluation mode for the time of a block; afterwards each submodule is in the mode it was in."""
+    modes = {part: part.training for part in module.modules()}
+    module.eval()
+    try:
+        yield
+    finally:
+        for part, training in modes.items():
+            part.training = training

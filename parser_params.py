@@ -1,0 +1,647 @@
+"""The configuration: one frozen dataclass whose fields are the command-line flags and the keys of a YAML file.
+
+`python parser_params.py --help` prints every flag; `--method NAME --help` adds those of a method. A value comes from, in
+this order: an override `KEY VALUE` at the end of the line, a flag, `--config FILE.yaml`, the published recipe of the
+data set, backbone and method, the default written here. Where each value came from is kept in `Config.origins`.
+"""
+
+import argparse
+import dataclasses
+import sys
+import types
+import typing
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, ClassVar, NoReturn
+
+import yaml
+
+from dataset import sources
+from method import methods
+from model import backbones
+from utils.errors import UserError
+from utils.optim import OPTIMIZERS
+from utils.options import option
+from utils.recipe import recipe_defaults
+from utils.registry import nearest_name
+from utils.schedule import MODES
+
+RECIPE = "set by the recipe"
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunOptions:
+    """Run and files"""
+
+    data: str = option("./data_dir", "folder of the data set", metavar="DIR")
+    model_dir: str = option("./model_dir", "run directory: checkpoints, logs, pictures", metavar="DIR")
+    resume: str | None = option(
+        None, "continue from this checkpoint; 'auto': from the newest in --model_dir", metavar="PATH|auto"
+    )
+    evaluate: bool = option(False, "evaluate --resume and stop, as eval.py does")
+    pretrained: str | None = option(
+        None,
+        "weights to start from; a head of another size is made anew. Bare: the library's weights of a torchvision or "
+        "timm architecture",
+        metavar="PATH",
+    )
+    pretrained_dir: str | None = option(None, "published name of --pretrained PATH", metavar="PATH")
+    seed: int | None = option(None, "seed of everything random", default_text="drawn, printed and recorded")
+    deterministic: bool = option(False, "ask torch for deterministic kernels (slower)")
+    print_freq: int = option(20, "interval between progress lines", unit="steps")
+    max_ckpt_nums: int = option(5, "how many of the newest checkpoints are kept")
+    save_steps: int = option(0, "also save a checkpoint every so many steps; 0: only after epochs", unit="steps")
+    is_summary: bool = option(False, "print parameters and MACs of the networks and stop; needs no data")
+    on_save_error: str = option(
+        "warn", "a checkpoint that cannot be written: warn and go on, or stop", choices=("warn", "stop")
+    )
+    on_nonfinite: str = option(
+        "stop", "a non-finite loss or gradient: stop, or skip the step and count", choices=("stop", "skip")
+    )
+    nonfinite_limit: int = option(100, "how many steps 'skip' may skip before the run stops", unit="steps")
+    proc_name: str = option("splitnet", "process title (where setproctitle is installed)")
+    config: str | None = option(None, "YAML file of flag names and values", metavar="FILE")
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataOptions:
+    """Data and augmentation"""
+
+    dataset: str = option("cifar10", "data set", choices=None)
+    num_classes: int | None = option(None, "number of classes", default_text="known by the data set")
+    workers: int = option(8, "decoding processes per training process; 0 decodes in the process itself")
+    batch_size: int = option(128, "images per node over all its processes, per step before accumulation", unit="images")
+    eval_batch_size: int = option(100, "images per process in evaluation", unit="images")
+    crop_size: int = option(32, "side of the network's input", unit="pixels", default_text=RECIPE)
+    padding: int = option(4, "zero padding before the random crop of small images", unit="pixels")
+    is_cutout: bool = option(True, "random erasing (under the published name)")
+    erase_p: float = option(0.5, "probability of random erasing")
+    is_autoaugment: bool = option(False, "the data set's AutoAugment policy", default_text=RECIPE)
+    randaa: str | None = option(None, "RandAugment instead, as 'rand-m9-mstd0.5'", metavar="STRING")
+    is_mixup: bool = option(True, "mixup")
+    mix_alpha: float = option(0.2, "mixup draws its weight from Beta(alpha, alpha)")
+    is_label_smoothing: bool = option(False, "label smoothing of 0.1", default_text=RECIPE)
+    is_diff_data_train: bool = option(True, "every network sees its own view; 0: all see the same one (ablation)")
+    val_fraction: float = option(0.0, "class-balanced part of the training set held out to choose the best epoch")
+    on_bad_image: str = option("fail", "what to do with an image that cannot be read", choices=("fail", "skip"))
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelOptions:
+    """Networks"""
+
+    arch: str = option("resnet50", "backbone; a comma list of full networks where the method takes several")
+    method: str = option("co_training", "how the networks learn together")
+    split_factor: int = option(1, "S: into how many small networks the backbone is divided")
+    norm_mode: str = option("batch", "normalisation", choices=("batch",))
+    is_syncbn: bool = option(False, "synchronise batch normalisation across processes")
+    output_stride: int = option(8, "2 selects the CIFAR strides 1, 1, 2 in the resnet family")
+    is_identical_init: bool = option(False, "start all networks from the weights of the first (ablation)")
+    is_train_sep: bool = option(False, "train one of the S small networks alone (ablation)")
+    gn_num_groups: int = option(8, "unused in the published code; accepted")
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimizerOptions:
+    """Optimiser and schedule"""
+
+    epochs: int = option(300, "training length", unit="epochs", default_text=RECIPE)
+    start_epoch: int | None = option(
+        None, "first epoch, overriding the checkpoint's", default_text="0, or the checkpoint's"
+    )
+    max_steps: int | None = option(None, "stop after so many steps in all", unit="steps", default_text="none")
+    eval_per_epoch: int = option(1, "evaluate every so many epochs", unit="epochs")
+    iters_to_accumulate: int = option(1, "steps per update of the weights", unit="steps")
+    optimizer: str = option("SGD", "optimiser", choices=OPTIMIZERS, default_text=RECIPE)
+    lr: float = option(0.1, "learning rate", aliases=("learning_rate",), default_text=RECIPE)
+    lr_mode: str = option("cos", "shape of the schedule", choices=MODES, default_text=RECIPE)
+    slow_start_lr: float = option(5e-3, "learning rate at which the warm-up starts")
+    slow_start_epochs: int = option(0, "length of the warm-up; -1: none", unit="epochs", default_text=RECIPE)
+    end_lr: float = option(1e-4, "floor of the learning rate", default_text=RECIPE)
+    lr_milestones: tuple[int, ...] = option((), "epochs at which 'step' multiplies", unit="epochs", default_text=RECIPE)
+    lr_step_multiplier: float = option(0.1, "factor at each milestone")
+    lr_multiplier: float = option(1.0, "factor for the learning rate of new heads when fine-tuning")
+    decay_factor: float = option(0.97, "factor of 'exponential'")
+    decay_epochs: float = option(0.8, "interval of 'exponential'", unit="epochs")
+    is_linear_lr: bool = option(False, "scale learning rate and momentum with the batch size")
+    momentum: float = option(0.9, "momentum of SGD and RMSprop")
+    is_nesterov: bool = option(True, "Nesterov momentum in SGD")
+    weight_decay: float = option(1e-4, "weight decay; an explicit value is taken as given", default_text=RECIPE)
+    is_wd_test: bool = option(False, "published: take --weight_decay as given; always so here, accepted")
+    is_div_wd: bool = option(True, "multiply the recipe's weight decay by exp(1/S - 1) when S > 1")
+    div_wd_den: float = option(20.0, "unused in the published code; accepted")
+    is_wd_all: bool = option(False, "decay every parameter")
+    no_decay: str = option("bias", "what is not decayed", choices=("bias", "norm_bias"))
+    clip_grad: float | None = option(None, "largest global norm of the gradient", default_text="none")
+    ema_decay: float = option(0.0, "decay of the moving average of the weights that is evaluated too; 0: off")
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluationOptions:
+    """Ensemble and evaluation"""
+
+    is_ensembled_after_softmax: bool = option(False, "average probabilities instead of logits")
+    is_max_ensemble: bool = option(False, "take the maximum over the networks instead of the mean")
+    is_test_on_multigpus: bool = option(False, "eval.py: one network per GPU")
+    is_test_with_multistreams: bool = option(False, "eval.py: one CUDA stream per network")
+
+
+@dataclass(frozen=True, kw_only=True)
+class DeviceOptions:
+    """Device, precision and processes"""
+
+    is_amp: bool = option(True, "automatic mixed precision")
+    amp_dtype: str = option(
+        "auto",
+        "precision: auto is bf16 where the hardware has it, fp16 with a scaler on older GPUs, else fp32",
+        choices=("auto", "bf16", "fp16", "fp32", "fp64"),
+    )
+    is_apex_amp: bool = option(False, "refused: apex is gone, use --is_amp")
+    amp_opt_level: str = option("O1", "apex's level; accepted")
+    gpu: int | None = option(None, "the one GPU to use")
+    gpu_ids: str | None = option(None, "GPUs to use, as '0,1'", default_text="all visible")
+    no_cuda: bool = option(False, "run on the CPU")
+    multiprocessing_distributed: bool = option(False, "start one process per GPU (or --nproc_per_node on a CPU)")
+    nproc_per_node: int | None = option(None, "processes per node of that launcher", default_text="one per GPU")
+    world_size: int = option(1, "number of nodes (torchrun's environment wins)")
+    rank: int = option(0, "number of this node")
+    dist_url: str = option("env://", "where the processes meet, as tcp://HOST:PORT")
+    dist_backend: str = option("auto", "auto is nccl on GPUs and gloo on CPUs", choices=("auto", "nccl", "gloo"))
+
+
+SECTIONS: tuple[type, ...] = (
+    RunOptions,
+    DataOptions,
+    ModelOptions,
+    OptimizerOptions,
+    EvaluationOptions,
+    DeviceOptions,
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config(RunOptions, DataOptions, ModelOptions, OptimizerOptions, EvaluationOptions, DeviceOptions):
+    """Everything that decides a run.
+
+    Attributes:
+        method_options: instance of the method's own `Options`.
+        extra_options: instance of the options that one entry point adds (eval.py's), or None.
+        backbone_options: flags that belong to single families of backbones, by name.
+        given: what the user set, by flag name; nothing else may be replaced by a recipe.
+        origins: flag name -> flag, override, yaml, recipe or default.
+    """
+
+    method_options: Any = None
+    extra_options: Any = None
+    backbone_options: Mapping[str, Any] = field(default_factory=dict)
+    given: Mapping[str, Any] = field(default_factory=dict)
+    origins: Mapping[str, str] = field(default_factory=dict)
+
+    PRIVATE: ClassVar[frozenset[str]] = frozenset(
+        {"method_options", "extra_options", "backbone_options", "given", "origins"}
+    )
+
+    def values(self) -> dict[str, Any]:
+        """Every flag's value by name, as plain data (tuples become lists)."""
+        own = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name not in self.PRIVATE}
+        own.update(self.backbone_options)
+        for options in (self.method_options, self.extra_options):
+            if options is not None:
+                own.update(dataclasses.asdict(options))
+        return {name: list(value) if isinstance(value, tuple) else value for name, value in own.items()}
+
+    def described(self) -> dict[str, dict[str, Any]]:
+        """Value and origin of every flag, for hparams_train.json."""
+        return {
+            name: {"value": value, "origin": self.origins.get(name, "default")} for name, value in self.values().items()
+        }
+
+    def archs(self) -> list[str]:
+        """The backbones named by --arch, one entry unless it is a comma list."""
+        return [name.strip() for name in self.arch.split(",") if name.strip()]
+
+
+# ---- values from text ------------------------------------------------------------------------------------------------
+
+
+def _to_bool(text: str) -> bool:
+    lowered = text.strip().lower()
+    if lowered in ("1", "true", "yes", "on"):
+        return True
+    if lowered in ("0", "false", "no", "off"):
+        return False
+    raise ValueError("expected 0 or 1")
+
+
+def _value_type(annotation: Any) -> tuple[type, bool, bool]:
+    """(element type, may be None, is a tuple) of a field's annotation."""
+    if typing.get_origin(annotation) in (typing.Union, types.UnionType):
+        (inner,) = (a for a in typing.get_args(annotation) if a is not type(None))
+        element, _, several = _value_type(inner)
+        return element, True, several
+    if typing.get_origin(annotation) is tuple:
+        return typing.get_args(annotation)[0], False, True
+    return annotation, False, False
+
+
+def _convert_one(element: type, text: str) -> Any:
+    if element is bool:
+        return _to_bool(text)
+    if element is int:
+        try:
+            return int(text)
+        except ValueError:
+            raise ValueError("expected a whole number") from None
+    if element is float:
+        try:
+            return float(text)
+        except ValueError:
+            raise ValueError("expected a number") from None
+    return text
+
+
+@dataclass(frozen=True)
+class Flag:
+    """One field seen as a flag: how to read its value from text or from YAML."""
+
+    name: str
+    element: type
+    optional: bool
+    several: bool
+    default: Any
+    help: str
+    unit: str
+    choices: tuple[Any, ...] | None
+    aliases: tuple[str, ...]
+    default_text: str
+    metavar: str | None
+
+    def parse(self, value: Any, where: str) -> Any:
+        """Typed value of what a command line or a YAML file gave.
+
+        Raises:
+            UserError: wrong type or not one of the choices; `where` names the flag or the file and key.
+        """
+        if value is None or (self.optional and isinstance(value, str) and value.lower() in ("none", "null")):
+            if self.optional:
+                return None
+            raise UserError(f"{where}: a value is missing; expected {self.expected()}.")
+        try:
+            if self.several:
+                parts = value if isinstance(value, list | tuple) else [value]
+                texts = [t for part in parts for t in str(part).replace(",", " ").split()]
+                return tuple(_convert_one(self.element, text) for text in texts)
+            if isinstance(value, list | tuple | dict):
+                raise ValueError(f"expected {self.expected()}")
+            converted = _convert_one(self.element, str(value))
+        except ValueError as error:
+            raise UserError(f"{where}: {value!r} is not usable: {error}.") from None
+        if self.choices is not None and converted not in self.choices:
+            near = nearest_name(str(converted), map(str, self.choices))
+            raise UserError(f"{where}: {converted!r} is not one of {', '.join(map(str, self.choices))}.{near}")
+        return converted
+
+    def expected(self) -> str:
+        """What kind of value the flag takes, in words."""
+        words = {bool: "0 or 1", int: "a whole number", float: "a number", str: "a text"}
+        return words.get(self.element, "a value") + (" or several" if self.several else "")
+
+
+def flags_of(options: type) -> list[Flag]:
+    """The flags that the fields of an options dataclass stand for (inherited fields left out for sections)."""
+    hints = typing.get_type_hints(options)
+    flags = []
+    for item in dataclasses.fields(options):
+        if "help" not in item.metadata:
+            continue
+        element, optional, several = _value_type(hints[item.name])
+        flags.append(
+            Flag(
+                name=item.name,
+                element=element,
+                optional=optional,
+                several=several,
+                default=item.default,
+                **{k: item.metadata[k] for k in ("help", "unit", "choices", "aliases", "default_text", "metavar")},
+            )
+        )
+    return flags
+
+
+def backbone_option_types() -> list[type]:
+    """The distinct option dataclasses of all registered backbone families."""
+    return list(dict.fromkeys(entry.options for _, entry in backbones.items() if entry.options is not None))
+
+
+# ---- the parser ------------------------------------------------------------------------------------------------------
+
+
+class _Parser(argparse.ArgumentParser):
+    """Argument parser whose errors are UserErrors instead of exits."""
+
+    def error(self, message: str) -> NoReturn:
+        raise UserError(message.replace("argument ", "", 1) + f". See {self.prog} --help.")
+
+
+def _help_text(flag: Flag) -> str:
+    default: Any = flag.default_text
+    if not default:
+        default = {True: 1, False: 0, None: "none"}.get(flag.default, flag.default) if flag.default != () else "none"
+    unit = f", in {flag.unit}" if flag.unit else ""
+    choices = f" ({', '.join(map(str, flag.choices))})" if flag.choices else ""
+    return f"{flag.help}{choices}{unit} [default: {default}]".replace("%", "%%")
+
+
+BARE_FLAGS = frozenset({"evaluate", "no_cuda", "multiprocessing_distributed", "pretrained"})
+
+
+def _add_flags(parser: _Parser, title: str, flags: Sequence[Flag]) -> None:
+    group = parser.add_argument_group(title)
+    for flag in flags:
+        extra: dict[str, Any] = {}
+        if flag.several:
+            extra["nargs"] = "+"
+        elif flag.name in BARE_FLAGS:
+            extra.update(nargs="?", const="1" if flag.element is bool else "")
+        words = {bool: "0|1", int: "N", float: "X", str: "NAME"}
+        names = [f"--{name}" for name in (flag.name, *flag.aliases)]
+        group.add_argument(
+            *names,
+            dest=flag.name,
+            default=argparse.SUPPRESS,
+            help=_help_text(flag),
+            metavar=flag.metavar or words.get(flag.element, "VALUE"),
+            **extra,
+        )
+
+
+def _title(options: type) -> str:
+    return (options.__doc__ or options.__name__).strip().splitlines()[0].rstrip(".")
+
+
+def _sections(method: str, extra: type | None = None) -> list[tuple[str, list[Flag]]]:
+    """(title, flags) of every group: the entry point's own first, the method's and the backbone families' last."""
+    sections = [(_title(extra), flags_of(extra))] if extra else []
+    sections += [(_title(section), flags_of(section)) for section in SECTIONS]
+    sections.append((f"Method: {method}", flags_of(methods.get(method).Options)))
+    sections += [(_title(options), flags_of(options)) for options in backbone_option_types()]
+    return sections
+
+
+def build_parser(method: str, program: str | None = None, extra: type | None = None) -> argparse.ArgumentParser:
+    """The parser of all flags, with those of one method and of one entry point."""
+    parser = _Parser(
+        prog=program,
+        description="Divide a backbone into S small networks and train them together.",
+        epilog=(
+            f"Data sets: {', '.join(sources.names())}. Methods: {', '.join(methods.names())}. "
+            f"Backbones: {', '.join(backbones.names())}. Accuracies are in percent. "
+            "Exit codes: 2 wrong input, 1 failed run."
+        ),
+        allow_abbrev=False,
+    )
+    for title, flags in _sections(method, extra):
+        _add_flags(parser, title, flags)
+    parser.add_argument(
+        "overrides", nargs="*", metavar="KEY VALUE", help="flag names and values, winning over all else"
+    )
+    return parser
+
+
+def _read_yaml(path: str) -> dict[str, Any]:
+    """The mapping in a YAML file.
+
+    Raises:
+        UserError: unreadable, not YAML, or not a mapping of names to values.
+    """
+    try:
+        content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"--config {path}: cannot be read: {error.strerror or error}.") from None
+    except (yaml.YAMLError, UnicodeDecodeError, ValueError, RecursionError) as error:
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise UserError(f"--config {path}: is not valid YAML: {reason}") from None
+    if content is None:
+        return {}
+    if not isinstance(content, dict) or not all(isinstance(key, str) for key in content):
+        raise UserError(f"--config {path}: expected 'flag: value' lines, found {type(content).__name__}.")
+    return content
+
+
+def _early(argv: Sequence[str], name: str) -> str | None:
+    """Last value of `--name VALUE` or `--name=VALUE` on a command line, before the parser exists."""
+    found = None
+    for i, token in enumerate(argv):
+        if token == f"--{name}" and i + 1 < len(argv):
+            found = argv[i + 1]
+        elif token.startswith(f"--{name}="):
+            found = token.split("=", 1)[1]
+    return found
+
+
+def _method_name(argv: Sequence[str], from_yaml: Mapping[str, Any]) -> str:
+    """The method, which decides what flags exist: an override, a flag, the YAML file, the default."""
+    for i, token in enumerate(argv[:-1]):
+        if token == "method" and not argv[i - 1].startswith("--"):
+            return argv[i + 1]
+    return _early(argv, "method") or str(from_yaml.get("method", ModelOptions.method))
+
+
+def _known_flags(method: str, extra: type | None = None) -> dict[str, Flag]:
+    """Flag by name and by alias."""
+    return {
+        name: flag for _, flags in _sections(method, extra) for flag in flags for name in (flag.name, *flag.aliases)
+    }
+
+
+def _lookup(known: Mapping[str, Flag], name: str, where: str) -> Flag:
+    plain = name.lstrip("-").replace("-", "_")
+    if plain not in known:
+        raise UserError(f"{where} is not a known flag.{nearest_name(plain, known)} See --help.")
+    return known[plain]
+
+
+def parse_config(argv: Sequence[str] | None = None, program: str | None = None, extra: type | None = None) -> Config:
+    """Command line -> Config. Values that a recipe may supply still hold their defaults: see `resolve_config`.
+
+    Args:
+        argv: the arguments without the program's name; None takes those of the process.
+        program: name shown in the help.
+        extra: options dataclass of the entry point's own flags.
+
+    Raises:
+        UserError: an unknown flag, key or name, a value that cannot be used, or flags that contradict each other.
+    """
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    yaml_path = _early(arguments, "config")
+    from_yaml = _read_yaml(yaml_path) if yaml_path else {}
+    method = _method_name(arguments, from_yaml)
+    parser = build_parser(method, program, extra)
+    namespace, unknown = parser.parse_known_args(arguments)
+    known = _known_flags(method, extra)
+    for token in unknown:
+        _lookup(known, token.split("=", 1)[0], token.split("=", 1)[0])
+        raise UserError(f"{token}: unexpected here. Write '--flag value', and overrides 'KEY VALUE' last.")
+
+    given: dict[str, Any] = {}
+    origins: dict[str, str] = {}
+    for key, value in from_yaml.items():
+        flag = _lookup(known, key, f"--config {yaml_path}: {key!r}")
+        given[flag.name] = flag.parse(value, f"--config {yaml_path}: {key}")
+        origins[flag.name] = "yaml"
+    raw = vars(namespace)
+    overrides = raw.pop("overrides")
+    for name, value in raw.items():
+        given[name] = known[name].parse(value, f"--{name}")
+        origins[name] = "flag"
+    if len(overrides) % 2:
+        raise UserError(f"{overrides[-1]!r}: overrides at the end of the line are KEY VALUE pairs; one has no value.")
+    for key, value in zip(overrides[::2], overrides[1::2], strict=True):
+        flag = _lookup(known, key, f"override {key!r}")
+        given[flag.name] = flag.parse(value, f"override {key}")
+        origins[flag.name] = "override"
+    if "pretrained" not in given and given.get("pretrained_dir"):
+        given["pretrained"] = given["pretrained_dir"]
+        origins["pretrained"] = origins["pretrained_dir"]
+    config = _assemble(method, given, origins, extra=extra)
+    _check(config)
+    return config
+
+
+def _fill(options: type, values: Mapping[str, Any]) -> Any:
+    """An options dataclass from those of the values that are its fields."""
+    names = {f.name for f in dataclasses.fields(options)}
+    try:
+        return options(**{name: value for name, value in values.items() if name in names})
+    except ValueError as error:
+        raise UserError(str(error)) from None
+
+
+def _assemble(
+    method: str,
+    values: Mapping[str, Any],
+    origins: Mapping[str, str],
+    *,
+    extra: type | None = None,
+    given: Mapping[str, Any] | None = None,
+) -> Config:
+    """A Config from values by flag name, each put into the section that it belongs to."""
+    own = {f.name for f in dataclasses.fields(Config)}
+    backbone_flags = [flag for options in backbone_option_types() for flag in flags_of(options)]
+    return Config(
+        **{name: value for name, value in values.items() if name in own},
+        method_options=_fill(methods.get(method).Options, values),
+        extra_options=_fill(extra, values) if extra else None,
+        backbone_options={flag.name: values.get(flag.name, flag.default) for flag in backbone_flags},
+        given=dict(values) if given is None else dict(given),
+        origins=dict(origins),
+    )
+
+
+def resolve_config(config: Config, *, data_recipe: str, crop_size: int | None = None) -> Config:
+    """Fill in what the user left open: the method's recipe, then the data set's, then the data's own crop size.
+
+    Args:
+        config: from `parse_config`.
+        data_recipe: row of the published recipes that the data takes (`DataSource.recipe`).
+        crop_size: the data's own input size, where the recipe does not know it (folder, synthetic).
+    """
+    given = dict(config.given)
+    from_method = methods.get(config.method).recipe(data_recipe, given.get("epochs"))
+    supplied = {**from_method, **given}
+    defaults, adjusted = recipe_defaults(
+        data_recipe=data_recipe,
+        dataset=config.dataset,
+        arch=config.archs()[0],
+        split_factor=config.split_factor,
+        epochs=supplied.get("epochs"),
+        batch_size=supplied.get("batch_size"),
+        given=supplied,
+    )
+    if crop_size is not None and config.dataset in ("folder", "synthetic"):
+        defaults["crop_size"] = crop_size
+    values = {**defaults, **from_method, **given, **adjusted}
+    origins = dict.fromkeys((*defaults, *from_method), "recipe") | dict(config.origins)
+    origins |= {name: f"{origins.get(name, 'default')}, adjusted" for name in adjusted if name in given}
+    extra = None if config.extra_options is None else type(config.extra_options)
+    known = _known_flags(config.method, extra)
+    values = {name: value for name, value in values.items() if name in known}
+    origins = {name: origin for name, origin in origins.items() if name in known}
+    resolved = _assemble(config.method, values, origins, extra=extra, given=given)
+    _check(resolved)
+    return resolved
+
+
+def _check(config: Config) -> None:
+    """Refuse values and combinations that cannot work, each in one line that names the flags."""
+
+    def need(condition: bool, message: str) -> None:
+        if not condition:
+            raise UserError(message)
+
+    for name in (
+        "batch_size",
+        "eval_batch_size",
+        "epochs",
+        "eval_per_epoch",
+        "iters_to_accumulate",
+        "print_freq",
+        "crop_size",
+        "split_factor",
+        "max_ckpt_nums",
+        "world_size",
+        "nonfinite_limit",
+    ):
+        need(getattr(config, name) >= 1, f"--{name} must be 1 or more, got {getattr(config, name)}.")
+    for name in ("workers", "padding", "save_steps", "weight_decay", "lr", "end_lr", "slow_start_lr", "rank"):
+        need(getattr(config, name) >= 0, f"--{name} must be 0 or more, got {getattr(config, name)}.")
+    for name in ("erase_p", "ema_decay"):
+        need(0 <= getattr(config, name) <= 1, f"--{name} must be between 0 and 1, got {getattr(config, name)}.")
+    need(config.ema_decay < 1, "--ema_decay must be below 1: at 1 the average would never move.")
+    need(0 <= config.val_fraction < 1, f"--val_fraction must be in [0, 1), got {config.val_fraction}.")
+    need(config.mix_alpha > 0, f"--mix_alpha must be above 0, got {config.mix_alpha}; --is_mixup 0 turns mixup off.")
+    need(config.clip_grad is None or config.clip_grad > 0, f"--clip_grad must be above 0, got {config.clip_grad}.")
+    need(config.max_steps is None or config.max_steps >= 1, f"--max_steps must be 1 or more, got {config.max_steps}.")
+    classes = config.num_classes
+    need(classes is None or classes >= 2, f"--num_classes must be 2 or more, got {classes}.")
+    need(config.seed is None or 0 <= config.seed < 2**63, f"--seed must be a whole number from 0, got {config.seed}.")
+    need(not config.is_apex_amp, "--is_apex_amp 1: apex is gone; use --is_amp 1 (and --amp_dtype).")
+    need(config.dataset in sources, _unknown_name(config.dataset, sources))
+    names = config.archs()
+    need(bool(names), "--arch needs the name of a backbone.")
+    need(
+        len(names) == 1 or config.split_factor in (1, len(names)),
+        f"--arch names {len(names)} networks and --split_factor is {config.split_factor}: leave --split_factor away.",
+    )
+    need(
+        not (config.no_cuda and (config.gpu is not None or config.gpu_ids is not None)),
+        "--no_cuda contradicts --gpu and --gpu_ids: give one of them.",
+    )
+    need(
+        not (config.evaluate and config.resume is None),
+        "--evaluate needs the checkpoint to evaluate: add --resume PATH.",
+    )
+
+
+def _unknown_name(name: str, registry: Any) -> str:
+    try:
+        registry.get(name)
+    except UserError as error:
+        return str(error)
+    return ""
+
+
+def main() -> None:
+    """Print the configuration that a command line stands for, one `name = value (origin)` a line."""
+    try:
+        config = parse_config(program="parser_params.py")
+    except UserError as error:
+        print(f"parser_params.py: {error}", file=sys.stderr)
+        raise SystemExit(2) from None
+    for name, item in config.described().items():
+        print(f"{name} = {item['value']} ({item['origin']})")
+
+
+if __name__ == "__main__":
+    main()

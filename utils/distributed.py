@@ -1,0 +1,287 @@
+"""Processes: who this one is, which device it computes on, and sums over all of them.
+
+The device is decided here, once (`join`), and passed down.
+"""
+
+import datetime
+import os
+import socket
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from utils.errors import RunError, UserError
+
+TIMEOUT = datetime.timedelta(minutes=10)
+
+
+@dataclass(frozen=True)
+class World:
+    """One process among all of a job.
+
+    Attributes:
+        rank, world_size: number of this process and how many there are.
+        local_rank, local_size: the same on this machine.
+        device: where this process computes.
+    """
+
+    rank: int
+    world_size: int
+    local_rank: int
+    local_size: int
+    device: torch.device
+
+    @property
+    def is_main(self) -> bool:
+        """True in the one process that writes files."""
+        return self.rank == 0
+
+    @property
+    def num_nodes(self) -> int:
+        """How many machines the job runs on."""
+        return max(1, self.world_size // self.local_size)
+
+
+def under_launcher() -> bool:
+    """True where torchrun (or an equal launcher) has set this process's place in its environment."""
+    return "RANK" in os.environ and "WORLD_SIZE" in os.environ
+
+
+def visible_gpus(*, no_cuda: bool, gpu: int | None, gpu_ids: str | None) -> list[int]:
+    """Numbers of the GPUs that a run may use; empty means the CPU.
+
+    Raises:
+        UserError: an id that is no number or does not exist.
+    """
+    if no_cuda:
+        return []
+    present = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if gpu is not None:
+        chosen, flag = [gpu], "--gpu"
+    elif gpu_ids is not None:
+        flag = "--gpu_ids"
+        try:
+            chosen = [int(part) for part in gpu_ids.replace(" ", ",").split(",") if part]
+        except ValueError:
+            raise UserError(f"--gpu_ids {gpu_ids!r}: expected numbers, as in 0,1.") from None
+    else:
+        return list(range(present))
+    unknown = [number for number in chosen if not 0 <= number < present]
+    if unknown or not chosen:
+        there = f"0 to {present - 1}" if present else "none"
+        raise UserError(f"{flag} {gpu if gpu is not None else gpu_ids}: no such GPU; this machine has {there}.")
+    return chosen
+
+
+def join(gpus: list[int], *, backend: str = "auto") -> World:
+    """This process's place in the job; starts the process group where a launcher has set one up.
+
+    Args:
+        gpus: from `visible_gpus`; process i of a machine takes the i-th.
+        backend: auto, nccl or gloo.
+
+    Raises:
+        UserError: fewer GPUs than processes.
+        RunError: the meeting point cannot be reached, or its port is taken.
+    """
+    if not under_launcher():
+        device = torch.device("cuda", gpus[0]) if gpus else torch.device("cpu")
+        if gpus:
+            torch.cuda.set_device(device)
+        return World(0, 1, 0, 1, device)
+    rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    local_rank = int(os.environ.get("LOCAL_RANK", rank))
+    local_size = int(os.environ.get("LOCAL_WORLD_SIZE", world_size))
+    if gpus and local_size > len(gpus):
+        raise UserError(f"{local_size} processes on a machine with {len(gpus)} GPUs: start one per GPU, or --no_cuda.")
+    device = torch.device("cuda", gpus[local_rank]) if gpus else torch.device("cpu")
+    if gpus:
+        torch.cuda.set_device(device)
+    chosen = ("nccl" if gpus else "gloo") if backend == "auto" else backend
+    if chosen == "nccl" and not gpus:
+        raise UserError("--dist_backend nccl needs GPUs; use gloo on a CPU.")
+    try:
+        dist.init_process_group(chosen, timeout=TIMEOUT, device_id=device if chosen == "nccl" else None)
+    except (RuntimeError, ValueError) as error:
+        place = f"{os.environ.get('MASTER_ADDR', '?')}:{os.environ.get('MASTER_PORT', '?')}"
+        reason = " ".join(str(error).split())[:200]
+        raise RunError(f"--dist_url: no meeting at {place} (port in use, or host down): {reason}") from None
+    return World(rank, world_size, local_rank, local_size, device)
+
+
+def leave() -> None:
+    """End the process group, if there is one."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def free_port() -> int:
+    """A TCP port of this machine that nothing listens on."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def _spawned(
+    local_rank: int, target: Callable[..., None], arguments: tuple[Any, ...], settings: dict[str, str]
+) -> None:
+    os.environ.update(settings)
+    rank = int(settings["FIRST_RANK"]) + local_rank
+    os.environ.update(RANK=str(rank), LOCAL_RANK=str(local_rank))
+    target(*arguments)
+
+
+def spawn(
+    target: Callable[..., None], arguments: tuple[Any, ...], *, processes: int, nodes: int, node: int, url: str
+) -> None:
+    """The published launcher: `processes` processes on this node, each with torchrun's environment.
+
+    Args:
+        target: called as `target(*arguments)` in every process.
+        processes: on this node. nodes, node: how many there are, and which this is.
+        url: tcp://HOST:PORT of node 0, or env:// (MASTER_ADDR and MASTER_PORT; a free local port where they are unset).
+
+    Raises:
+        UserError: several nodes without a meeting point.
+        SystemExit: with the first failed process's exit code.
+    """
+    if url.startswith("tcp://") and url.count(":") == 2:
+        host, port = url.removeprefix("tcp://").split(":")
+    elif url == "env://":
+        host = os.environ.get("MASTER_ADDR", "127.0.0.1")
+        port = os.environ.get("MASTER_PORT", "")
+    else:
+        raise UserError(f"--dist_url {url}: expected tcp://HOST:PORT or env://.")
+    if not port.isdigit():
+        if nodes > 1 or port:
+            raise UserError(f"--dist_url {url}: several nodes need a meeting point: tcp://HOST:PORT of node 0.")
+        port = str(free_port())
+    settings = {
+        "MASTER_ADDR": host,
+        "MASTER_PORT": port,
+        "WORLD_SIZE": str(nodes * processes),
+        "LOCAL_WORLD_SIZE": str(processes),
+        "FIRST_RANK": str(node * processes),
+    }
+    context = torch.multiprocessing.spawn(
+        _spawned, args=(target, arguments, settings), nprocs=processes, join=False, start_method="spawn"
+    )
+    try:
+        while not context.join():
+            pass
+    except torch.multiprocessing.ProcessExitedException as failure:
+        raise SystemExit(failure.exit_code if failure.exit_code > 0 else 1) from None
+
+
+def all_reduce_sum(value: Tensor) -> Tensor:
+    """Sum over all processes, in place; the value itself where there is one process."""
+    if dist.is_initialized() and dist.get_world_size() > 1:
+        dist.all_reduce(value)
+    return value
+
+
+def all_gather_rows(rows: Tensor) -> Tensor:
+    """Rows [B_r, ...] of every process, in rank order -> [sum of B_r, ...]; B_r may differ. No gradient."""
+    if not dist.is_initialized() or dist.get_world_size() == 1:
+        return rows
+    counts = [torch.zeros((), dtype=torch.int64, device=rows.device) for _ in range(dist.get_world_size())]
+    dist.all_gather(counts, torch.tensor(len(rows), device=rows.device))
+    sizes = [int(count) for count in counts]
+    padded = rows.new_zeros((max(sizes), *rows.shape[1:]))
+    padded[: len(rows)] = rows
+    parts = [torch.empty_like(padded) for _ in sizes]
+    dist.all_gather(parts, padded)
+    return torch.cat([part[:size] for part, size in zip(parts, sizes, strict=True)])
+
+
+def broadcast_buffers(module: nn.Module) -> None:
+    """Give every process the buffers of process 0, whose BN statistics are the run's (as in the published runs)."""
+    if not dist.is_initialized() or dist.get_world_size() == 1:
+        return
+    for buffer in module.buffers():
+        dist.broadcast(buffer, src=0)
+
+
+def barrier() -> None:
+    """Wait for all processes."""
+    if dist.is_initialized():
+        dist.barrier()
+
+
+class _SumOverProcesses(torch.autograd.Function):
+    """all_reduce(sum) whose gradient is the sum of the gradients."""
+
+    @staticmethod
+    def forward(ctx: Any, value: Tensor) -> Tensor:  # type: ignore[override]
+        total = value.clone()
+        dist.all_reduce(total)
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:  # type: ignore[override]
+        total = gradient.contiguous().clone()
+        dist.all_reduce(total)
+        return total
+
+
+class ProcessSyncBatchNorm(nn.modules.batchnorm._BatchNorm):
+    """Batch normalisation over the images of all processes, for devices where torch has none (CPU with gloo).
+
+    Same state-dict keys and momentum rule as nn.BatchNorm2d; processes may hold different numbers of images.
+    """
+
+    def _check_input_dim(self, input: Tensor) -> None:
+        if input.dim() < 2:
+            raise ValueError(f"expected at least 2 dimensions [B, C, ...], got {input.dim()}")
+
+    def forward(self, input: Tensor) -> Tensor:
+        """[B, C, ...] -> the same shape, normalised over all dimensions but C and over all processes."""
+        self._check_input_dim(input)
+        if not self.training or not dist.is_initialized() or dist.get_world_size() == 1:
+            return super().forward(input)
+        values = input.float() if input.dtype in (torch.bfloat16, torch.float16) else input
+        axes = [0, *range(2, input.dim())]
+        shape = [1, -1] + [1] * (input.dim() - 2)
+        count = values.new_full((1,), values.numel() // values.shape[1])
+        sums = _SumOverProcesses.apply(torch.cat([values.sum(axes), count]))
+        total = sums[-1].detach()
+        mean = sums[:-1] / total
+        centred = values - mean.view(shape)
+        variance = _SumOverProcesses.apply((centred * centred).sum(axes)) / total
+        if self.track_running_stats and self.running_mean is not None and self.running_var is not None:
+            with torch.no_grad():
+                assert self.num_batches_tracked is not None
+                self.num_batches_tracked.add_(1)
+                rate = self.momentum if self.momentum is not None else 1.0 / float(self.num_batches_tracked)
+                self.running_mean.lerp_(mean.detach().to(self.running_mean.dtype), rate)
+                unbiased = variance.detach() * total / (total - 1)
+                self.running_var.lerp_(unbiased.to(self.running_var.dtype), rate)
+        normalised = centred * torch.rsqrt(variance + self.eps).view(shape)
+        if self.affine:
+            normalised = normalised * self.weight.view(shape) + self.bias.view(shape)
+        return normalised.to(input.dtype)
+
+
+def synchronise_batchnorm(module: nn.Module, device: torch.device) -> nn.Module:
+    """`module` with every batch normalisation synchronised over the processes; parameters and buffers are kept."""
+    if device.type == "cuda":
+        return nn.SyncBatchNorm.convert_sync_batchnorm(module)
+    for name, child in list(module.named_children()):
+        if isinstance(child, nn.modules.batchnorm._BatchNorm) and not isinstance(child, ProcessSyncBatchNorm):
+            synced = ProcessSyncBatchNorm(
+                child.num_features, child.eps, child.momentum, child.affine, child.track_running_stats
+            )
+            synced.load_state_dict(child.state_dict())
+            for part, value in [*child._parameters.items()]:
+                synced._parameters[part] = value
+            for part, buffer in [*child._buffers.items()]:
+                synced._buffers[part] = buffer
+            synced.train(child.training)
+            setattr(module, name, synced)
+        else:
+            synchronise_batchnorm(child, device)
+    return module

@@ -1,11 +1,12 @@
 """Ways of learning together: the method registry and the contract between a method and the trainer."""
 
 from abc import abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, NamedTuple
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from model.splitnet import SplitNet
@@ -29,6 +30,7 @@ class Progress(NamedTuple):
     epoch: current epoch. step: optimiser-independent count of batches since the start of training.
     batch: batch within the epoch. steps_per_epoch, epochs: totals. learning_rate: of this step.
     indices_B: int64 [B] positions of the images in the training set (for memory banks).
+    weight_decay: of the main optimiser, for methods with inner optimisers of their own.
     """
 
     epoch: int
@@ -38,6 +40,7 @@ class Progress(NamedTuple):
     epochs: int
     learning_rate: float
     indices_B: Tensor
+    weight_decay: float = 0.0
 
 
 class StepOutput(NamedTuple):
@@ -69,12 +72,16 @@ class Method(nn.Module):
         shared_view: True if all networks must see one and the same view.
         reduces_own_gradients: True if the method averages gradients over processes itself (no DDP wrapper).
         networks_from_list: True if `--arch a,b` (full networks, S = length of the list) makes sense.
+
+    Attributes:
+        sampler: how training batches are put together, "shuffled" or "class_balanced"; an instance may change it.
     """
 
     Options: ClassVar[type] = NoOptions
     shared_view: ClassVar[bool] = False
     reduces_own_gradients: ClassVar[bool] = False
     networks_from_list: ClassVar[bool] = True
+    sampler: str = "shuffled"
 
     def __init__(self, network: SplitNet, options: Any) -> None:
         super().__init__()
@@ -86,6 +93,14 @@ class Method(nn.Module):
         """The method's own published defaults by flag name, put before the data set's recipe. None by default."""
         return {}
 
+    @classmethod
+    def backbone_names(cls, arch: str, options: Any) -> list[str]:
+        """The backbones that `--arch` stands for: the entries of a comma list, unless a method knows more names."""
+        return [name.strip() for name in arch.split(",") if name.strip()]
+
+    def prepare(self, labels_N: Tensor, seed: int) -> None:
+        """Called once before training with the int64 labels [N] of the training set, in the order of its indices."""
+
     @abstractmethod
     def forward(self, views_SBCHW: Tensor, targets: Targets, progress: Progress) -> StepOutput:
         """Views [V, B, C, H, W] (V = S, or 1 where all networks share one view) -> loss and metrics."""
@@ -95,6 +110,14 @@ class Method(nn.Module):
 
     def after_step(self, views_SBCHW: Tensor, targets: Targets, output: StepOutput, progress: Progress) -> None:
         """Called after the main optimiser's step."""
+
+    def reduce_gradients(self) -> None:
+        """Average the gradients over the processes; called after the backward pass where `reduces_own_gradients`."""
+        average_over_processes([p.grad for _, p in self.trained_parameters() if p.grad is not None])
+
+    def extra_logits(self, images_BCHW: Tensor) -> dict[str, Tensor]:
+        """Logits [B, K] by name of classifiers beside the networks, for evaluations during training."""
+        return {}
 
     def trained_parameters(self) -> list[tuple[str, nn.Parameter]]:
         """(name, parameter) pairs for the main optimiser; everything trainable by default."""
@@ -111,6 +134,17 @@ class Method(nn.Module):
         lost = [k for k in missing if not k.startswith("network.")]
         if lost:
             raise KeyError(f"method state lacks {', '.join(lost)}")
+
+
+def average_over_processes(tensors: Sequence[Tensor]) -> None:
+    """Replace each tensor by its mean over all processes, by one all-reduce; nothing happens with one process."""
+    if not (dist.is_initialized() and dist.get_world_size() > 1) or not tensors:
+        return
+    flat = torch.cat([tensor.flatten() for tensor in tensors])
+    dist.all_reduce(flat)
+    flat /= dist.get_world_size()
+    for tensor, mean in zip(tensors, flat.split([tensor.numel() for tensor in tensors]), strict=True):
+        tensor.copy_(mean.view_as(tensor))
 
 
 methods: Registry[type[Method]] = Registry("method", "--method", "method")

@@ -7,6 +7,7 @@ from typing import Any, Protocol
 import torch
 from torch import nn
 
+from model.backbone.base import StagedBackbone
 from model.splitnet import SplitNet
 from utils.errors import UserError
 from utils.registry import Registry
@@ -58,6 +59,8 @@ class Backbone:
             A shape that is not a key cannot be built.
         options: dataclass of the family's own flags (fields made by utils.options.option), or None.
         crop_size: the architecture's own input size on imagenet, None where the data set decides.
+        build_wide: makes the same network with twice the width in its last stage (a branch of DKS), or None where
+            the family cannot express it.
     """
 
     build: BackboneBuilder
@@ -65,6 +68,7 @@ class Backbone:
     split_factors: Mapping[str, tuple[int, ...]]
     options: type | None = None
     crop_size: int | None = None
+    build_wide: BackboneBuilder | None = None
 
 
 backbones: Registry[Backbone] = Registry("backbone", "--arch", "model.backbone")
@@ -110,7 +114,10 @@ def build_network(request: BackboneRequest) -> nn.Module:
     Raises:
         UserError: as `check_request`.
     """
-    return check_request(request).build(request)
+    network = check_request(request).build(request)
+    if isinstance(network, StagedBackbone):
+        network.request = request
+    return network
 
 
 def build_splitnet(

@@ -1,8 +1,8 @@
 """The configuration: one frozen dataclass whose fields are the command-line flags and the keys of a YAML file.
 
-`python parser_params.py --help` prints every flag; `--method NAME --help` adds those of a method. A value comes from, in
-this order: an override `KEY VALUE` at the end of the line, a flag, `--config FILE.yaml`, the published recipe of the
-data set, backbone and method, the default written here. Where each value came from is kept in `Config.origins`.
+`python parser_params.py --help` prints every flag; `--method NAME --help` adds those of a method. A value comes from,
+in this order: an override `KEY VALUE` at the end of the line, a flag, `--config FILE.yaml`, the published recipe of
+the data set, backbone and method, the default written here. `Config.origins` keeps where each value came from.
 """
 
 import argparse

@@ -11,17 +11,7 @@ from torch import Tensor, nn
 
 from model.splitnet import SplitNet
 from utils.registry import Registry
-
-
-class Targets(NamedTuple):
-    """What a batch should be classified as. Without mixup `labels_other_B is labels_B` and `lam` is 1.
-
-    labels_B, labels_other_B: int64 [B]; lam: float32 scalar tensor, the weight of `labels_B`.
-    """
-
-    labels_B: Tensor
-    labels_other_B: Tensor
-    lam: Tensor
+from utils.targets import Targets
 
 
 class Progress(NamedTuple):

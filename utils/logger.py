@@ -1,0 +1,221 @@
+"""What a run writes while it goes on: text log, metrics.jsonl, summary.csv and TensorBoard; only process 0 writes.
+
+Lines are counted, and the counts are stored in checkpoints: a resumed run cuts what a killed one wrote after its last
+checkpoint, so no line stands twice and none is missing.
+"""
+
+import csv
+import io
+import json
+import logging
+import math
+import os
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, TextIO
+
+from torch import Tensor
+
+logger = logging.getLogger(__name__)
+
+
+def set_up_text_log(folder: Path | None, *, rank: int) -> None:
+    """Send the project's log records to stderr and, in process 0, to train.log; other processes only warn."""
+    root = logging.getLogger()
+    for handler in list(root.handlers):
+        root.removeHandler(handler)
+        handler.close()
+    plain = logging.Formatter("%(message)s" if rank == 0 else f"[process {rank}] %(message)s")
+    screen = logging.StreamHandler(sys.stderr)
+    screen.setFormatter(plain)
+    root.addHandler(screen)
+    root.setLevel(logging.INFO if rank == 0 else logging.WARNING)
+    if folder is not None and rank == 0:
+        file = logging.FileHandler(folder / "train.log", encoding="utf-8")
+        file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+        root.addHandler(file)
+
+
+def plain_json(value: Any) -> Any:
+    """`value` with everything that JSON cannot say replaced: non-finite numbers by None, tuples by lists."""
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, Mapping):
+        return {str(key): plain_json(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [plain_json(item) for item in value]
+    return value
+
+
+class LineFile:
+    """A text file that only grows, by whole lines; knows how many it has.
+
+    Args:
+        path: the file; made at the first line.
+        header: first line, written once, also over several resumed runs.
+    """
+
+    def __init__(self, path: Path, header: str | None = None) -> None:
+        self.path = path
+        self.header = header
+        self.lines = 0
+        self._file: TextIO | None = None
+
+    def rewind(self, lines: int) -> None:
+        """Keep the first `lines` lines (header included) and drop the rest, half-written ones too."""
+        self.close()
+        kept = []
+        if self.path.exists():
+            with self.path.open("rb") as file:
+                for line in file:
+                    if len(kept) == lines or not line.endswith(b"\n"):
+                        break
+                    kept.append(line)
+            with self.path.open("r+b") as file:
+                file.truncate(sum(map(len, kept)))
+        if len(kept) < lines:
+            logger.warning("%s has %d lines and the checkpoint knows of %d.", self.path, len(kept), lines)
+        self.lines = len(kept)
+
+    def write(self, line: str) -> None:
+        """Append one line and hand it to the operating system."""
+        try:
+            if self._file is None:
+                self._file = self.path.open("a", encoding="utf-8")
+            if self.lines == 0 and self.header is not None:
+                self._file.write(self.header + "\n")
+                self.lines += 1
+            self._file.write(line + "\n")
+            self._file.flush()
+            self.lines += 1
+        except OSError as error:  # a full disk must not end a run that could still save a checkpoint later
+            logger.warning("%s: a line could not be written: %s", self.path, error.strerror or error)
+
+    def close(self) -> None:
+        """Close the file; the next line opens it again."""
+        if self._file is not None:
+            try:
+                self._file.close()
+            except OSError as error:
+                logger.warning("%s: %s", self.path, error.strerror or error)
+            self._file = None
+
+
+class RunLog:
+    """metrics.jsonl, summary.csv and TensorBoard of one run directory.
+
+    Args:
+        folder: the run directory.
+        num_networks: S, for the columns of summary.csv.
+        active: False in all processes but one; then nothing is written.
+    """
+
+    def __init__(self, folder: Path, num_networks: int, *, active: bool) -> None:
+        self.folder = folder
+        self.active = active
+        self.columns = [
+            "epoch",
+            "step",
+            "learning_rate",
+            "ensemble_acc1",
+            "ensemble_acc5",
+            *(f"acc1_{i + 1}" for i in range(num_networks)),
+            "best_acc1",
+            "train_loss",
+            "train_acc1",
+            "seconds",
+        ]
+        self.metrics = LineFile(folder / "metrics.jsonl")
+        self.summary = LineFile(folder / "summary.csv", header=",".join(self.columns))
+        self._boards: dict[str, Any] = {}
+        self._purge: dict[str, int] = {}
+
+    def positions(self) -> dict[str, int]:
+        """Lines written so far, for a checkpoint."""
+        return {"metrics": self.metrics.lines, "summary": self.summary.lines}
+
+    def rewind(self, positions: Mapping[str, int], *, epoch: int, step: int) -> None:
+        """Go back to where a checkpoint was written: `epoch` and `step` are the next ones."""
+        if not self.active:
+            return
+        self.metrics.rewind(int(positions.get("metrics", 0)))
+        self.summary.rewind(int(positions.get("summary", 0)))
+        self._purge = {"val": epoch, "train": step}
+
+    def write_metrics(self, record: Mapping[str, Any]) -> None:
+        """One JSON object as a line of metrics.jsonl."""
+        if self.active:
+            self.metrics.write(json.dumps(plain_json(record), separators=(", ", ": ")))
+
+    def write_summary(self, record: Mapping[str, Any]) -> None:
+        """One row of summary.csv; columns that the record lacks stay empty."""
+        if self.active:
+            row = io.StringIO()
+            values = [record.get(name, "") for name in self.columns]
+            csv.writer(row, lineterminator="").writerow(
+                [f"{value:.6g}" if isinstance(value, float) else value for value in values]
+            )
+            self.summary.write(row.getvalue())
+
+    def _board(self, name: str) -> Any:
+        """TensorBoard writer of a subfolder: `val` counts epochs, `train` counts steps."""
+        if name not in self._boards:
+            from torch.utils.tensorboard import SummaryWriter  # slow to import, and only process 0 needs it
+
+            self._boards[name] = SummaryWriter(str(self.folder / name), purge_step=self._purge.get(name))
+        return self._boards[name]
+
+    def scalars(self, name: str, values: Mapping[str, Any], index: int) -> None:
+        """Scalars by tag; vectors become `1_<tag>` ... `S_<tag>`, as in the published logs."""
+        if not self.active:
+            return
+        board = self._board(name)
+        for tag, value in values.items():
+            if isinstance(value, list | tuple):
+                for i, item in enumerate(value):
+                    board.add_scalar(f"{i + 1}_{tag}", item, index)
+            elif isinstance(value, int | float):
+                board.add_scalar(tag, value, index)
+
+    def views(self, views_SBCHW: Tensor, mean: Sequence[float], std: Sequence[float], index: int) -> None:
+        """A picture of the S views of the first images: one column an image, one row a view."""
+        if not self.active:
+            return
+        images = views_SBCHW[:, :8].float().cpu()
+        scale, shift = images.new_tensor(std).view(3, 1, 1), images.new_tensor(mean).view(3, 1, 1)
+        pixels = (images * scale + shift).clamp(0, 1)
+        from torchvision.utils import make_grid
+
+        self._board("val").add_image("views", make_grid(pixels.flatten(0, 1), nrow=images.shape[1], padding=2), index)
+
+    def hparams(self, flags: Mapping[str, Any], results: Mapping[str, float]) -> None:
+        """The run's settings and final figures for TensorBoard's HParams page."""
+        if not self.active:
+            return
+        from torch.utils.tensorboard.summary import hparams
+
+        plain = {k: v if isinstance(v, bool | int | float | str) else str(v) for k, v in flags.items()}
+        board = self._board("val")
+        for part in hparams(plain, dict(results)):
+            board.file_writer.add_summary(part)
+        for tag, value in results.items():
+            board.add_scalar(tag, value, 0)
+
+    def flush(self) -> None:
+        """Hand everything to the operating system."""
+        for board in self._boards.values():
+            board.flush()
+
+    def close(self) -> None:
+        """Close all files."""
+        self.metrics.close()
+        self.summary.close()
+        for board in self._boards.values():
+            board.close()
+        self._boards = {}
+
+
+def terminal_width_known() -> bool:
+    """True where stderr is a terminal, so that a progress bar can redraw itself."""
+    return sys.stderr.isatty() and os.environ.get("TERM", "") != "dumb"

@@ -1,0 +1,61 @@
+"""Numeric precision of a run: decided once from the flags and the hardware."""
+
+from dataclasses import dataclass
+
+import torch
+
+from utils.errors import UserError
+
+
+@dataclass(frozen=True)
+class Precision:
+    """What computes in which type.
+
+    Attributes:
+        name: bf16, fp16, fp32 or fp64.
+        weights: type of parameters and views.
+        autocast: type of matrix products and convolutions under autocast, or None for none.
+        scaler: whether gradients need a scaler (fp16).
+        memory_format: layout of images and convolution weights.
+    """
+
+    name: str
+    weights: torch.dtype
+    autocast: torch.dtype | None
+    scaler: bool
+    memory_format: torch.memory_format
+
+
+def has_fast_bf16(device: torch.device) -> bool:
+    """True where bf16 products run in hardware; emulated bf16 is slower than fp32."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_capability(device) >= (8, 0)
+    checks = (getattr(torch.cpu, f"_is_{name}_supported", None) for name in ("avx512_bf16", "amx_tile"))
+    return any(check is not None and check() for check in checks)
+
+
+def choose_precision(device: torch.device, *, is_amp: bool, amp_dtype: str) -> Precision:
+    """The precision of a run.
+
+    Args:
+        device: where it computes.
+        is_amp: mixed precision wanted.
+        amp_dtype: auto, bf16, fp16, fp32 or fp64.
+
+    Raises:
+        UserError: fp16 on a CPU, where it runs tens of times slower than fp32.
+    """
+    name = amp_dtype if is_amp or amp_dtype == "fp64" else "fp32"
+    if name == "auto":
+        name = "bf16" if has_fast_bf16(device) else "fp16" if device.type == "cuda" else "fp32"
+    if name == "fp16" and device.type == "cpu":
+        raise UserError("--amp_dtype fp16 needs a GPU: on a CPU it is far slower than fp32. Use auto, bf16 or fp32.")
+    types = {"bf16": torch.bfloat16, "fp16": torch.float16}
+    channels_last = device.type == "cuda" or name == "bf16"
+    return Precision(
+        name=name,
+        weights=torch.float64 if name == "fp64" else torch.float32,
+        autocast=types.get(name),
+        scaler=name == "fp16",
+        memory_format=torch.channels_last if channels_last else torch.contiguous_format,
+    )

@@ -1,0 +1,125 @@
+"""Co-training: S networks learn from the labels and are pulled together by an agreement loss.
+
+Zhao et al., "Towards Better Accuracy-efficiency Trade-offs: Divide and Co-training", arXiv:2011.14660.
+"""
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from loss import at_least_float32
+from loss.agreement import AGREEMENT_LOSSES
+from loss.classification import mixed_cross_entropy
+from method import Method, Progress, StepOutput, Targets, methods
+from model.splitnet import SplitNet
+from utils.errors import UserError
+from utils.options import option
+from utils.registry import nearest_name
+
+MIN_WARM_UP_WEIGHT = 0.005
+
+
+@dataclass(frozen=True, kw_only=True)
+class CoTrainingOptions:
+    """Flags of the losses that the networks share."""
+
+    is_cot_loss: bool = option(True, "tie the networks by a co-training loss")
+    cot_loss_choose: str = option("js_divergence", "co-training loss", choices=tuple(AGREEMENT_LOSSES))
+    cot_weight: float = option(0.5, "weight of the co-training loss", aliases=("kl_weight",))
+    is_cot_weight_warm_up: bool = option(True, "raise that weight linearly at first", aliases=("is_kl_weight_warm_up",))
+    cot_weight_warm_up_epochs: int | None = option(
+        None,
+        "length of that rise",
+        unit="epochs",
+        aliases=("kl_weight_warm_up_epochs",),
+        default_text="set by the recipe",
+    )
+    is_ensembled_loss: bool = option(False, "also train the ensemble (mean of logits) on the labels")
+    ensembled_loss_weight: float = option(0.5, "weight of the ensemble's classification loss")
+
+    def __post_init__(self) -> None:
+        if self.cot_loss_choose not in AGREEMENT_LOSSES:
+            raise UserError(
+                f"--cot_loss_choose {self.cot_loss_choose!r} is not a known co-training loss."
+                f"{nearest_name(self.cot_loss_choose, AGREEMENT_LOSSES)} Known: {', '.join(AGREEMENT_LOSSES)}."
+            )
+        for name in ("cot_weight", "ensembled_loss_weight"):
+            if not 0 <= getattr(self, name) < math.inf:
+                raise UserError(f"--{name} must be a number from 0, got {getattr(self, name)}.")
+        if self.cot_weight_warm_up_epochs is not None and self.cot_weight_warm_up_epochs < 0:
+            raise UserError(
+                f"--cot_weight_warm_up_epochs must be 0 (none) or more, got {self.cot_weight_warm_up_epochs}."
+            )
+
+
+def cot_weight(epoch: int, *, weight: float, warm_up_epochs: int) -> float:
+    """Weight of the co-training loss in an epoch counted from 0 (the published runs of arXiv:2011.14660).
+
+    max(weight · epoch / warm_up_epochs, 0.005) during the warm-up, then `weight`.
+    """
+    if epoch >= warm_up_epochs:
+        return weight
+    return max(weight * epoch / warm_up_epochs, MIN_WARM_UP_WEIGHT)
+
+
+@methods.register("co_training")
+class CoTraining(Method):
+    """Σ_i CE(network i, labels) + w(epoch) · agreement(all networks); one network trains in the ordinary way.
+
+    Args:
+        network: S networks.
+        options: flags.
+        label_smoothing: ε of every classification loss.
+    """
+
+    Options = CoTrainingOptions
+    _cot_weight: Tensor
+
+    def __init__(self, network: SplitNet, options: Any, *, label_smoothing: float = 0.0) -> None:
+        super().__init__(network, options, label_smoothing=label_smoothing)
+        self.agreement = AGREEMENT_LOSSES[options.cot_loss_choose]
+        # On the device and written in place, so that a captured CUDA graph sees a new epoch's weight.
+        self.register_buffer("_cot_weight", torch.full((), math.nan), persistent=False)
+        self._written_weight = math.nan
+
+    def before_step(self, views_SBCHW: Tensor, targets: Targets, progress: Progress) -> None:
+        """Bring the co-training weight up to date; a caller that replays a captured `forward` needs this call."""
+        warm_up = 0
+        if self.options.is_cot_weight_warm_up:
+            warm_up = self.options.cot_weight_warm_up_epochs
+            if warm_up is None:
+                warm_up = round(40 * progress.epochs / 300)
+        value = cot_weight(progress.epoch, weight=self.options.cot_weight, warm_up_epochs=warm_up)
+        if value != self._written_weight:
+            self._cot_weight.fill_(value)
+            self._written_weight = value
+
+    def forward(self, views_SBCHW: Tensor, targets: Targets, progress: Progress) -> StepOutput:
+        """Views [S, B, C, H, W], or [1, B, C, H, W] for one shared view -> loss, metrics, logits [S, B, K].
+
+        Metrics: loss_ce (summed over networks); with two networks or more loss_cot (weighted), cot_weight and, where
+        it is on, loss_ensemble (weighted).
+        """
+        logits_SBK = at_least_float32(self.network(views_SBCHW))
+        losses_S = [self._cross_entropy(logits_BK, targets) for logits_BK in logits_SBK]
+        loss = loss_ce = torch.stack(losses_S).sum()
+        metrics = {"loss_ce": loss_ce.detach()}
+        several = len(logits_SBK) > 1
+        if several and self.options.is_cot_loss:
+            self.before_step(views_SBCHW, targets, progress)
+            weight = self._cot_weight.to(loss.dtype)
+            loss_cot = weight * self.agreement(logits_SBK).mean()
+            loss = loss + loss_cot
+            metrics |= {"loss_cot": loss_cot.detach(), "cot_weight": weight.clone()}
+        if several and self.options.is_ensembled_loss:
+            loss_ensemble = self.options.ensembled_loss_weight * self._cross_entropy(logits_SBK.mean(dim=0), targets)
+            loss = loss + loss_ensemble
+            metrics["loss_ensemble"] = loss_ensemble.detach()
+        return StepOutput(loss, metrics, logits_SBK.detach())
+
+    def _cross_entropy(self, logits_BK: Tensor, targets: Targets) -> Tensor:
+        """Mean over the batch: (B, K) -> scalar."""
+        return mixed_cross_entropy(logits_BK, targets, label_smoothing=self.label_smoothing).mean()

@@ -73,10 +73,11 @@ class Method(nn.Module):
     networks_from_list: ClassVar[bool] = True
     sampler: str = "shuffled"
 
-    def __init__(self, network: SplitNet, options: Any) -> None:
+    def __init__(self, network: SplitNet, options: Any, *, label_smoothing: float = 0.0) -> None:
         super().__init__()
         self.network = network
         self.options = options
+        self.label_smoothing = label_smoothing
 
     @classmethod
     def recipe(cls, dataset_recipe: str, epochs: int | None) -> Mapping[str, Any]:

@@ -1,0 +1,197 @@
+"""Checkpoint -> networks: the structure comes from what the file says, the rest from the user's flags."""
+
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+
+from model import LARGE, BackboneRequest, build_network, build_splitnet, image_shape
+from model.splitnet import SplitNet
+from utils.checkpoint import plain_keys
+from utils.errors import UserError
+
+T = TypeVar("T")
+WEIGHTS = ("auto", "raw", "ema")
+_NETWORK_KEY = re.compile(r"^models\.(\d+)\.")
+
+
+def split_list(arch: str) -> list[str]:
+    """The entries of a comma list of backbones."""
+    return [name.strip() for name in arch.split(",") if name.strip()]
+
+
+@dataclass(frozen=True, kw_only=True)
+class NetworkInfo:
+    """What a checkpoint says about its networks, completed by the user's flags.
+
+    Attributes:
+        archs: name of every network's backbone; one name where all are parts of one division.
+        split_factor: S of the division that gave the networks their structure.
+        num_classes: K.
+        dataset: data set that the networks were made for.
+        crop_size: side of the input in pixels.
+        weights: "raw", or "ema" where the moving average of the weights was taken.
+        classes, mean, std, data_recipe, epoch, best_acc1: of our checkpoints, None in released ones that lack them.
+    """
+
+    archs: tuple[str, ...]
+    split_factor: int
+    num_classes: int
+    dataset: str
+    crop_size: int
+    weights: str
+    classes: tuple[str, ...] | None = None
+    mean: tuple[float, ...] | None = None
+    std: tuple[float, ...] | None = None
+    data_recipe: str | None = None
+    epoch: int | None = None
+    best_acc1: float | None = None
+
+
+def restore_splitnet(
+    content: Mapping[str, Any],
+    *,
+    arch: str | None = None,
+    split_factor: int | None = None,
+    dataset: str | None = None,
+    num_classes: int | None = None,
+    crop_size: int | None = None,
+    options: Mapping[str, Any] | None = None,
+    train_separately: bool = False,
+    backbone_names: Callable[[str], Sequence[str]] = split_list,
+    weights: str = "auto",
+    source: str = "--resume",
+) -> tuple[SplitNet, NetworkInfo]:
+    """Networks of a checkpoint, on the CPU, in evaluation mode, with the checkpoint's weights.
+
+    Backbone, S and K come from the file: its `config`, else its `arch`, the number of networks among its keys and the
+    shape of the classifier. A released file names no data set; `dataset` is what it was trained on then.
+
+    Args:
+        content: a loaded checkpoint; keys of its `state_dict` with or without `module.` in front.
+        arch, split_factor, num_classes: what the user claims; None takes the file's.
+        dataset, crop_size: the user's; they decide the structure only where the file does not say.
+        options: flags of the backbone families that the user set, by name; they win over the file's.
+        backbone_names: arch -> the backbones that it stands for, where a method has names of its own for lists.
+        train_separately: one network with the structure of one of S (--is_train_sep), where the file does not say.
+        weights: "raw", "ema" (the moving average), or "auto": the moving average where there is one.
+        source: how errors call the file ("--resume PATH").
+
+    Raises:
+        UserError: the file holds no such networks, does not say what they are, or contradicts a flag.
+    """
+    state, taken = _weights(content, weights, source)
+    numbers = sorted({int(match[1]) for key in state if (match := _NETWORK_KEY.match(key))})
+    if not numbers or numbers != list(range(len(numbers))):
+        raise UserError(f"{source}: holds no networks: expected weights named models.0.*, models.1.*, …")
+    config = content.get("config") or {}
+    if not isinstance(config, Mapping):
+        raise UserError(f"{source}: its 'config' is damaged: expected values by flag name.")
+
+    arch = _agreed("arch", arch, config.get("arch", content.get("arch")), source)
+    if not isinstance(arch, str):
+        raise UserError(f"{source}: does not say which backbone it holds: add --arch NAME.")
+    names = tuple(backbone_names(arch))
+    train_separately = bool(config.get("is_train_sep", train_separately))
+    if len(names) > 1:
+        found, factor = len(names), 1
+    else:
+        in_file = config.get("split_factor") if train_separately else len(numbers)
+        factor = _agreed("split_factor", split_factor, in_file, source) or 1
+        found = 1 if train_separately else factor
+    if found != len(numbers):
+        raise UserError(f"{source}: holds {len(numbers)} networks, and --arch {arch} is {found}.")
+
+    made_for = config.get("dataset", dataset)
+    if not isinstance(made_for, str):
+        raise UserError(f"{source}: does not say which data set its networks are for: add --dataset NAME.")
+    size_in_file = content.get("crop_size", config.get("crop_size"))
+    shape = image_shape(made_for, size_in_file or crop_size or 32)
+    request = BackboneRequest(
+        arch=names[0],
+        split_factor=factor,
+        shape=shape,
+        dataset=made_for,
+        crop_size=crop_size or size_in_file or (224 if shape == LARGE else 32),
+        options={**config, **(options or {})},
+    )
+    num_classes = _agreed("num_classes", num_classes, _num_classes(state, request), source)
+    request = replace(request, num_classes=num_classes or request.num_classes)
+    several = names if len(names) > 1 else None
+    network = build_splitnet(request, seed=0, archs=several, train_separately=train_separately)
+    _load(network, state, f"{source}: not the weights of --arch {arch} --dataset {made_for} --split_factor {factor}")
+    try:
+        info = NetworkInfo(
+            archs=names,
+            split_factor=factor,
+            num_classes=request.num_classes,
+            dataset=made_for,
+            crop_size=request.crop_size,
+            weights=taken,
+            classes=_optional(content, "classes", lambda names: tuple(map(str, names))),
+            mean=_optional(content, "mean", _per_channel),
+            std=_optional(content, "std", _per_channel),
+            data_recipe=_optional(content, "data_recipe", str),
+            epoch=_optional(content, "epoch", int),
+            best_acc1=_optional(content, "best_acc1", float),
+        )
+    except (TypeError, ValueError):
+        raise UserError(
+            f"{source}: its entries 'classes', 'mean', 'std', 'epoch' or 'best_acc1' are damaged."
+        ) from None
+    if info.classes is not None and len(info.classes) != info.num_classes:
+        raise UserError(f"{source}: names {len(info.classes)} classes, and its networks have {info.num_classes}.")
+    return network.eval(), info
+
+
+def _weights(content: Mapping[str, Any], weights: str, source: str) -> tuple[dict[str, Tensor], str]:
+    """(tensors by plain key, which of the two were taken)."""
+    average = content.get("ema")
+    if weights == "ema" and not average:
+        raise UserError(f"{source}: holds no moving average of the weights; use --weights raw or auto.")
+    taken = "ema" if average and weights != "raw" else "raw"
+    state = average if taken == "ema" else content.get("state_dict")
+    if not isinstance(state, Mapping) or not all(isinstance(value, Tensor) for value in state.values()):
+        raise UserError(f"{source}: expected tensors by name in its 'state_dict', the weights of the networks.")
+    return plain_keys(state), taken
+
+
+def _agreed(flag: str, claimed: Any, in_file: Any, source: str) -> Any:
+    """What both say, or the one that says anything."""
+    if claimed is not None and in_file is not None and claimed != in_file:
+        raise UserError(f"--{flag} {claimed} contradicts {source}, which has {in_file}: leave the flag away.")
+    return claimed if in_file is None else in_file
+
+
+def _num_classes(state: Mapping[str, Tensor], request: BackboneRequest) -> int | None:
+    """K by the rows of the first network's classifier; None where the weights are of another structure."""
+    with torch.device("meta"):
+        structure = build_network(request)
+    weight = state.get(f"models.0.{structure.classifier_name}.weight")
+    return None if weight is None else len(weight)
+
+
+def _load(network: SplitNet, state: Mapping[str, Tensor], complaint: str) -> None:
+    """Load by exact keys and shapes; an error names the first that differs."""
+    expected = network.state_dict()
+    for key, value in expected.items():
+        if key not in state:
+            raise UserError(f"{complaint}: {key} is missing.")
+        if state[key].shape != value.shape:
+            raise UserError(f"{complaint}: {key} is {list(state[key].shape)}, expected {list(value.shape)}.")
+    for key in state:
+        if key not in expected:
+            raise UserError(f"{complaint}: {key} is unknown.")
+    network.load_state_dict(state, strict=True)
+
+
+def _optional(content: Mapping[str, Any], key: str, convert: Callable[[Any], T]) -> T | None:
+    return None if content.get(key) is None else convert(content[key])
+
+
+def _per_channel(values: Any) -> tuple[float, ...]:
+    red, green, blue = map(float, values)
+    return red, green, blue

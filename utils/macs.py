@@ -1,12 +1,14 @@
 """Parameters and multiply-adds (MACs) of a module. The papers' tables call MACs "FLOPs"."""
 
 import copy
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
+from torch.overrides import TorchFunctionMode
 from torch.utils.flop_counter import FlopCounterMode
 
 
@@ -26,7 +28,7 @@ def count_macs(module: nn.Module, input_shape: Sequence[int]) -> int:
     """
     shapes = {name: tensor.to("meta") for name, tensor in _tensors(module)}
     counter = FlopCounterMode(display=False)
-    with _evaluating(module), torch.no_grad(), counter:
+    with _evaluating(module), torch.no_grad(), counter, _WithoutBatchNorm():
         functional_call(module, shapes, torch.empty(1, *input_shape, device="meta"))
     return counter.get_total_flops() // 2
 
@@ -50,6 +52,17 @@ def thop_macs(module: nn.Module, input_shape: Sequence[int]) -> int | None:
 def _tensors(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
     yield from module.named_parameters()
     yield from module.named_buffers()
+
+
+class _WithoutBatchNorm(TorchFunctionMode):
+    """Batch norm has no MACs and keeps the shape, but is most of the time of a forward pass without storage."""
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        if func is nn.functional.batch_norm:
+            return args[0]
+        return func(*args, **(kwargs or {}))
 
 
 @contextmanager

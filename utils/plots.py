@@ -106,11 +106,11 @@ def plot_curves(runs: Path | Sequence[tuple[str, Path]], path: Path | None = Non
                 label=title,
             )
         rate.plot(curves.steps, curves.learning_rate, color=colour, linewidth=1.4, marker=marker, label=label or None)
-    low = min((_least_of_second_half(curves) for curves in shown_runs), default=0.0)
-    accuracy.set_ylim(bottom=max(0.0, 5.0 * np.floor(low / 5.0) - 5.0))
+    accuracy.set_ylim(*_accuracy_range(shown_runs))
     accuracy.set(title="Accuracy on the evaluation images", xlabel="epoch", ylabel="top-1 in %")
     loss.set(title="Training loss", xlabel="step", ylabel="loss")
     rate.set(title="Learning rate", xlabel="step", ylabel="learning rate")
+    rate.set_ylim(bottom=0)
     for axes in (accuracy, loss, rate):
         axes.grid(color="#dddddd", linewidth=0.6)
         axes.set_axisbelow(True)
@@ -188,10 +188,15 @@ def _most_confused(counts: np.ndarray, names: Sequence[str]) -> str:
     return "\n".join(["most confused (images, true → predicted)", "", *lines])
 
 
-def _least_of_second_half(curves: RunCurves) -> float:
-    """Lowest accuracy that the picture must show: differences at the end matter, the climb at the start does not."""
-    values = np.column_stack([curves.ensemble, curves.networks])[len(curves.epochs) // 2 :]
-    return float(np.nanmin(values)) if np.isfinite(values).any() else 0.0
+def _accuracy_range(runs: Sequence[RunCurves]) -> tuple[float, float]:
+    """From below the second half's lowest to the highest: the end matters, the climb at the start does not."""
+    ends = [np.column_stack([run.ensemble, run.networks])[len(run.epochs) // 2 :].ravel() for run in runs]
+    values = np.concatenate(ends)
+    values = values[np.isfinite(values)]
+    if not len(values):
+        return 0.0, 100.0
+    low = max(0.0, 5.0 * np.floor(values.min() / 5.0) - 5.0)
+    return low, values.max() + max(0.05 * (values.max() - low), 0.5)
 
 
 def _shorten(name: str) -> str:

@@ -158,3 +158,33 @@ def build_splitnet(
             torch.default_generator.manual_seed(fold_in(seed, STREAM_INIT, 0 if identical_init else i))
             networks.append(build_network(one))
     return SplitNet(networks)
+
+
+class NetworkConfig(Protocol):
+    """The part of a configuration that decides the structure of the networks."""
+
+    @property
+    def arch(self) -> str: ...
+    @property
+    def split_factor(self) -> int: ...
+    @property
+    def dataset(self) -> str: ...
+    @property
+    def crop_size(self) -> int: ...
+    @property
+    def output_stride(self) -> int: ...
+    @property
+    def backbone_options(self) -> Mapping[str, Any]: ...
+
+
+def backbone_request(config: NetworkConfig, *, num_classes: int) -> BackboneRequest:
+    """What the flags ask for, for K classes."""
+    return BackboneRequest(
+        arch=config.arch,
+        split_factor=config.split_factor,
+        num_classes=num_classes,
+        shape=image_shape(config.dataset, config.crop_size),
+        dataset=config.dataset,
+        crop_size=config.crop_size,
+        options={**config.backbone_options, "output_stride": config.output_stride},
+    )

@@ -1,0 +1,960 @@
+"""Train a SplitNet, or any other method of learning together: `python train_split.py --help`.
+
+Progress goes to stderr and train.log; the last line of stdout is one JSON object with the final figures.
+"""
+
+import json
+import logging
+import math
+import os
+import platform
+import signal
+import sys
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+from tqdm import tqdm
+
+from dataset import DataSource, SourceRequest, open_source
+from dataset.loader import Batch, build_eval_loader, build_train_loader
+from dataset.mixup import apply_mix, draw_mix
+from dataset.views import ViewMaker, view_spec
+from method import Method, Progress, StepOutput, methods
+from model import backbone_request, build_splitnet
+from model.backbone.base import StagedBackbone
+from model.pretrained import load_pretrained
+from parser_params import Config, parse_config, resolve_config
+from utils import checkpoint as ckpt
+from utils import distributed
+from utils.distributed import World
+from utils.ensemble import ensemble_rule
+from utils.errors import RunError, UserError
+from utils.evaluation import evaluate
+from utils.guard import NonfiniteGuard
+from utils.interrupt import Stopped, StopRequest
+from utils.logger import RunLog, plain_json, set_up_text_log, terminal_width_known
+from utils.macs import count_macs, count_params
+from utils.meters import MeanMeter
+from utils.optim import (
+    WeightAverage,
+    build_optimizer,
+    clip_gradients,
+    guarded_step,
+    parameter_groups,
+    set_learning_rate,
+)
+from utils.plots import plot_curves
+from utils.precision import Precision, choose_precision
+from utils.schedule import Schedule
+from utils.seed import STREAM_INIT, STREAM_STEP, draw_seed, fold_in
+from utils.summary import summarise
+from utils.targets import Targets, plain_targets
+
+logger = logging.getLogger("train_split")
+
+LABEL_SMOOTHING = 0.1
+METHOD_INIT = 1_000_000  # the part of the initialisation stream that a method's own layers use
+
+
+def train_step(
+    model: nn.Module,
+    views_SBCHW: Tensor,
+    targets: Targets,
+    progress: Progress,
+    *,
+    precision: Precision,
+    scaler: torch.amp.GradScaler,
+    scale: float,
+) -> StepOutput:
+    """Forward and backward of one batch; gradients add up in the parameters.
+
+    Args:
+        model: the method, or its DDP wrapper.
+        scale: factor of the loss before the backward pass: 1 / --iters_to_accumulate, times this process's share of
+            the images where shards are uneven.
+    """
+    device = views_SBCHW.device.type
+    with torch.autocast(device, precision.autocast, enabled=precision.autocast is not None):
+        output: StepOutput = model(views_SBCHW, targets, progress)
+    scaler.scale(output.loss * scale).backward()
+    return output
+
+
+class Trainer:
+    """Everything of one run: data, networks, method, optimiser, logs, and the loop over epochs."""
+
+    def __init__(self, config: Config, world: World, source: DataSource, resumed: dict[str, Any] | None) -> None:
+        assert config.seed is not None
+        self.config = config
+        self.world = world
+        self.source = source
+        self.seed: int = config.seed
+        self.folder = Path(config.model_dir)
+        self.precision = choose_precision(world.device, is_amp=config.is_amp, amp_dtype=config.amp_dtype)
+
+        # networks and method
+        self.method = self._build_method()
+        self.network = self.method.network
+        self.num_networks = len(self.network.models)
+        self.params_one = count_params(self.network.models[0])
+        self.params_total = count_params(self.network)
+        self.macs_total = count_macs(self.network, (3, config.crop_size, config.crop_size))
+        new_heads = self._load_pretrained() if config.pretrained is not None and resumed is None else ()
+        self.method.to(world.device, self.precision.weights)
+        self.method.to(memory_format=self.precision.memory_format)  # type: ignore[call-overload]
+        if config.is_syncbn and world.world_size > 1:
+            distributed.synchronise_batchnorm(self.method, world.device)
+
+        # data
+        self.num_views = 1 if self.method.shared_view or not config.is_diff_data_train else self.num_networks
+        self.views = ViewMaker(
+            view_spec(
+                source.recipe,
+                crop_size=config.crop_size,
+                padding=config.padding,
+                is_autoaugment=config.is_autoaugment,
+                randaa=config.randaa,
+                is_cutout=config.is_cutout,
+                erase_p=config.erase_p,
+                mean=source.mean,
+                std=source.std,
+            ),
+            self.seed,
+        )
+        self.loader = build_train_loader(
+            source,
+            crop_size=config.crop_size,
+            batch_size=config.batch_size * world.num_nodes,
+            num_views=self.num_views,
+            seed=self.seed,
+            rank=world.rank,
+            world_size=world.world_size,
+            device=world.device,
+            workers=config.workers,
+            sampler=self.method.sampler,
+            on_bad_image=config.on_bad_image,
+        )
+        self.eval_loaders = {
+            name: build_eval_loader(
+                split,
+                source,
+                crop_size=config.crop_size,
+                batch_size=config.eval_batch_size,
+                rank=world.rank,
+                world_size=world.world_size,
+                device=world.device,
+                workers=config.workers,
+                on_bad_image=config.on_bad_image,
+            )
+            for name, split in (("val", source.val), ("test", source.test))
+            if split is not None
+        }
+        self.steps_per_epoch = self.loader.steps_per_epoch
+        self.total_steps = config.epochs * self.steps_per_epoch
+        if config.max_steps is not None:
+            self.total_steps = min(self.total_steps, config.max_steps)
+        self.method.prepare(source.train.targets.to(world.device), self.seed)
+
+        # optimisation
+        self.parameters = [p for _, p in self.method.trained_parameters()]
+        groups = parameter_groups(
+            self.method,
+            self.method.trained_parameters(),
+            weight_decay=config.weight_decay,
+            no_decay="none" if config.is_wd_all else config.no_decay,
+            new_heads=new_heads,
+            new_head_multiplier=config.lr_multiplier,
+        )
+        self.optimizer = build_optimizer(
+            config.optimizer,
+            groups,
+            lr=config.lr,
+            momentum=config.momentum,
+            nesterov=config.is_nesterov,
+        )
+        self.schedule = Schedule(
+            mode=config.lr_mode,
+            base_lr=config.lr,
+            epochs=config.epochs,
+            steps_per_epoch=self.steps_per_epoch,
+            slow_start_epochs=config.slow_start_epochs,
+            slow_start_lr=config.slow_start_lr,
+            end_lr=config.end_lr,
+            milestones=config.lr_milestones,
+            step_multiplier=config.lr_step_multiplier,
+            decay_factor=config.decay_factor,
+            decay_epochs=config.decay_epochs,
+        )
+        self.scaler = torch.amp.GradScaler(world.device.type, enabled=self.precision.scaler)
+        self.guard = NonfiniteGuard(self.num_networks, world.device, sticky=config.on_nonfinite == "stop")
+        self.average = WeightAverage(self.network, config.ema_decay) if config.ema_decay > 0 else None
+
+        # where training stands
+        self.epoch = 0
+        self.batch = 0
+        self.step = 0
+        self.seconds = 0.0
+        self.train_seconds = 0.0
+        self.images_seen = 0
+        self.history: dict[str, Any] = {"last": None, "best": None}
+        self.meter = MeanMeter(world.device)
+        self.epoch_meter = MeanMeter(world.device)
+        self.stop = StopRequest()
+        self.log = RunLog(self.folder, self.num_networks, active=world.is_main)
+        if resumed is not None:
+            self._restore(resumed)
+        else:
+            self.log.rewind({}, epoch=0, step=0)
+        if config.start_epoch is not None:
+            self.epoch, self.batch, self.step = config.start_epoch, 0, config.start_epoch * self.steps_per_epoch
+
+        # last, because DDP copies process 0's weights to the others
+        self.model: nn.Module = self.method
+        if world.world_size > 1 and not self.method.reduces_own_gradients:
+            ids = [world.device.index] if world.device.type == "cuda" else None
+            self.model = DistributedDataParallel(
+                self.method, device_ids=ids, broadcast_buffers=False, gradient_as_bucket_view=True
+            )
+
+    # ---- building ----------------------------------------------------------------------------------------------------
+
+    def _build_method(self) -> Method:
+        config = self.config
+        kind = methods.get(config.method)
+        names = kind.backbone_names(config.arch, config.method_options)
+        if len(names) > 1 and not kind.networks_from_list:
+            raise UserError(f"--method {config.method} takes one backbone; --arch names {len(names)}.")
+        request = backbone_request(config, num_classes=len(self.source.classes))
+        network = build_splitnet(
+            replace(request, arch=names[0]),
+            seed=self.seed,
+            identical_init=config.is_identical_init,
+            train_separately=config.is_train_sep,
+            archs=names if len(names) > 1 else None,
+        )
+        for one in network.models:
+            unused = one.unused_parameter_names() if hasattr(one, "unused_parameter_names") else ()
+            for name in unused:  # kept for released checkpoints; no forward pass uses them
+                one.get_parameter(name).requires_grad_(False)
+        smoothing = LABEL_SMOOTHING if config.is_label_smoothing else 0.0
+        with torch.random.fork_rng(devices=[]):
+            torch.default_generator.manual_seed(fold_in(self.seed, STREAM_INIT, METHOD_INIT))
+            return kind(network, config.method_options, label_smoothing=smoothing)
+
+    def _load_pretrained(self) -> tuple[str, ...]:
+        """Take weights from --pretrained; returns the names of the heads that stay new, as prefixes."""
+        if not self.config.pretrained:
+            raise UserError(
+                "--pretrained without a PATH takes a library's weights, and this --arch is none of a library's. "
+                "Give the path of a checkpoint."
+            )
+        content = ckpt.load_checkpoint(self.config.pretrained, "--pretrained")
+        renewed = load_pretrained(self.network, content, self.config.pretrained)
+        for name in renewed:
+            logger.info("--pretrained: the head %s has another size there and starts anew.", name)
+        return tuple(f"network.{name}" for name in renewed)
+
+    # ---- state -------------------------------------------------------------------------------------------------------
+
+    def state(self) -> dict[str, Any]:
+        """The checkpoint: everything that a resumed run needs to go on bit for bit, and that eval.py needs to load."""
+        config = self.config
+        best = self.history["best"]
+        state: dict[str, Any] = {
+            "epoch": self.epoch,
+            "arch": config.arch,
+            "state_dict": ckpt.published_keys(self.network.state_dict()),
+            "best_acc1": best["ensemble_acc1"] if best else 0.0,
+            "optimizer": self.optimizer.state_dict(),
+            "method": self.method.training_state(),
+            "rng": {"seed": self.seed},
+            "sampler": {"epoch": self.epoch, "batch": self.batch, "step": self.step},
+            "config": config.values(),
+            "classes": list(self.source.classes),
+            "mean": list(self.source.mean),
+            "std": list(self.source.std),
+            "crop_size": config.crop_size,
+            "data_recipe": self.source.recipe,
+            "history": self.history,
+            "log": self.log.positions(),
+            "meters": {"step": self.meter.state_dict(), "epoch": self.epoch_meter.state_dict()},
+            "clock": {"seconds": self.seconds, "train_seconds": self.train_seconds, "images": self.images_seen},
+            "guard": self.guard.state_dict(),
+            "environment": {"threads": torch.get_num_threads(), "world_size": self.world.world_size},
+            "format_version": ckpt.FORMAT_VERSION,
+        }
+        if self.precision.scaler:
+            state["scaler"] = self.scaler.state_dict()
+        if self.average is not None:
+            state["ema"] = ckpt.published_keys(self.average.state_dict())
+        return state
+
+    def _restore(self, state: Mapping[str, Any]) -> None:
+        """Inverse of `state`."""
+        missing = [key for key in ("sampler", "optimizer", "method", "config") if key not in state]
+        if missing:
+            raise UserError(
+                f"--resume: the checkpoint holds no run to continue (no {', '.join(missing)}). "
+                "Use --pretrained for its weights alone."
+            )
+        own = self.config.values()
+        for name in ("arch", "split_factor", "method", "dataset", "optimizer"):
+            if state["config"].get(name) != own[name]:
+                raise UserError(
+                    f"--resume: the checkpoint is of a run with --{name} {state['config'].get(name)}, "
+                    f"and this one has --{name} {own[name]}."
+                )
+        there, here = state["environment"], {"threads": torch.get_num_threads(), "world_size": self.world.world_size}
+        for name, value in here.items():
+            if there.get(name) != value:
+                logger.warning(
+                    "The run so far had %s %s and goes on with %s: it will differ in the last bits.",
+                    name,
+                    there.get(name),
+                    value,
+                )
+        try:
+            self.network.load_state_dict(ckpt.plain_keys(state["state_dict"]))
+            self.optimizer.load_state_dict(state["optimizer"])
+            self.method.load_training_state(state["method"])
+            if self.precision.scaler and "scaler" in state:
+                self.scaler.load_state_dict(state["scaler"])
+            if self.average is not None and state.get("ema"):
+                self.average.load_state_dict(ckpt.plain_keys(state["ema"]))
+        except (KeyError, ValueError, RuntimeError) as error:
+            reason = " ".join(str(error).split())[:300]
+            raise UserError(f"--resume: the checkpoint does not fit this run: {reason}") from None
+        self.epoch = int(state["sampler"]["epoch"])
+        self.batch = int(state["sampler"]["batch"])
+        self.step = int(state["sampler"]["step"])
+        self.history = dict(state["history"])
+        self.meter.load_state_dict(state["meters"]["step"])
+        self.epoch_meter.load_state_dict(state["meters"]["epoch"])
+        self.seconds = float(state["clock"]["seconds"])
+        self.train_seconds = float(state["clock"]["train_seconds"])
+        self.images_seen = int(state["clock"]["images"])
+        self.guard.load_state_dict(state["guard"])
+        self.log.rewind(state["log"], epoch=self.epoch, step=self.step)
+
+    def save(self, name: str) -> None:
+        """Write a checkpoint of this name (process 0), and drop the oldest ones beyond --max_ckpt_nums."""
+        if not self.world.is_main:
+            return
+        path = self.folder / name
+        try:
+            ckpt.save_checkpoint(self.state(), path)
+        except OSError as error:
+            if self.config.on_save_error == "stop":
+                raise RunError(f"{error} The one before it is whole; stopped by --on_save_error stop.") from None
+            logger.warning("%s The one before it is whole; going on.", error)
+            return
+        if ckpt.run_position(path) is not None:
+            ckpt.prune_checkpoints(self.folder, self.config.max_ckpt_nums)
+
+    # ---- one epoch ---------------------------------------------------------------------------------------------------
+
+    def train_epoch(self) -> None:
+        """From the current batch to the end of the epoch, or until --max_steps or a signal."""
+        config, world = self.config, self.world
+        self.method.train()
+        if self.batch == 0:
+            self.meter.reset()
+            self.epoch_meter.reset()
+        began, waited = time.perf_counter(), self.loader.time_waiting
+        line_began, line_waited, line_images = began, waited, self.images_seen
+        bar = None
+        if world.is_main and terminal_width_known():
+            bar = tqdm(
+                total=self.steps_per_epoch,
+                initial=self.batch,
+                desc=f"epoch {self.epoch + 1}/{config.epochs}",
+                unit="step",
+                leave=False,
+            )
+        for batch in self.loader.epoch(self.epoch, start_batch=self.batch):
+            progress = Progress(
+                epoch=self.epoch,
+                step=self.step,
+                batch=self.batch,
+                steps_per_epoch=self.steps_per_epoch,
+                epochs=config.epochs,
+                learning_rate=self.schedule(self.step),
+                indices_B=batch.indices_B,
+                weight_decay=config.weight_decay,
+            )
+            self._one_batch(batch, progress)
+            self.batch += 1
+            self.step += 1
+            self.images_seen += batch.global_batch_size
+            last = self.batch == self.steps_per_epoch or self.step >= self.total_steps
+            if bar is not None:
+                bar.update()
+            if self.batch % config.print_freq == 0 or last:
+                now = time.perf_counter()
+                self._print_line(
+                    progress,
+                    images_per_second=(self.images_seen - line_images) / max(now - line_began, 1e-9),
+                    data_wait=(self.loader.time_waiting - line_waited) / max(now - line_began, 1e-9),
+                    bar=bar,
+                )
+                line_began, line_waited, line_images = now, self.loader.time_waiting, self.images_seen
+            if last:
+                break
+            if self.batch % config.iters_to_accumulate == 0:
+                if self._asked_to_stop():
+                    break
+                if config.save_steps and self.step % config.save_steps == 0:
+                    self._tick(began)
+                    began = time.perf_counter()
+                    self.save(f"checkpoint_{self.epoch}_{self.step}.pth.tar")
+        if bar is not None:
+            bar.close()
+        self._tick(began)
+
+    def _tick(self, began: float) -> None:
+        elapsed = time.perf_counter() - began
+        self.train_seconds += elapsed
+        self.seconds += elapsed
+
+    def _one_batch(self, batch: Batch, progress: Progress) -> None:
+        """Views, forward, backward and, at the end of an accumulation group, the update of the weights."""
+        config, world = self.config, self.world
+        # The random layers of a step depend on (seed, step, process) only, so that a resumed run needs no RNG state.
+        torch.manual_seed(fold_in(self.seed, STREAM_STEP, self.step, world.rank))
+        views = self.views.make(
+            batch.images,
+            self.epoch,
+            batch.positions_B,
+            self.num_views,
+            dtype=self.precision.weights,
+            memory_format=self.precision.memory_format,
+        )
+        if self.step == 0:
+            self.log.views(views, self.source.mean, self.source.std, 0)
+        count, everyone = len(batch.labels_B), batch.global_batch_size
+        if config.is_mixup:
+            mix = draw_mix(
+                self.seed,
+                self.step,
+                alpha=config.mix_alpha,
+                global_batch=everyone,
+                first=batch.first,
+                count=count,
+            )
+            views, targets = apply_mix(views, batch.labels_B, mix)
+        else:
+            targets = plain_targets(batch.labels_B)
+        last = self.batch + 1 == self.steps_per_epoch or self.step + 1 >= self.total_steps
+        update = (self.batch + 1) % config.iters_to_accumulate == 0 or last
+        set_learning_rate(self.optimizer, progress.learning_rate)
+        self.method.before_step(views, targets, progress)
+        snapshot = self._buffers() if config.on_nonfinite == "skip" else None
+        with self._gradient_sync(update):
+            output = train_step(
+                self.model,
+                views,
+                targets,
+                progress,
+                precision=self.precision,
+                scaler=self.scaler,
+                scale=count * world.world_size / everyone / config.iters_to_accumulate,
+            )
+        if update:
+            if self.method.reduces_own_gradients and world.world_size > 1:
+                self.method.reduce_gradients()
+            self._update(output, snapshot)
+            self.method.after_step(views, targets, output, progress)
+        correct_SB = output.logits_SBK.argmax(dim=-1) == batch.labels_B
+        metrics = {"loss": output.loss, "acc1": 100.0 * correct_SB.double().mean(dim=1), **output.metrics}
+        self.meter.update(metrics, count)
+        self.epoch_meter.update(metrics, count)
+
+    def _gradient_sync(self, update: bool) -> AbstractContextManager[Any]:
+        """DDP exchanges gradients only in the last backward pass of an accumulation group."""
+        if isinstance(self.model, DistributedDataParallel) and not update:
+            return self.model.no_sync()
+        return nullcontext()
+
+    def _buffers(self) -> list[Tensor]:
+        return [buffer.clone() for buffer in self.network.buffers()]
+
+    def _update(self, output: StepOutput, snapshot: list[Tensor] | None) -> None:
+        """One update of the weights; a non-finite gradient leaves weights and optimiser untouched, without a sync."""
+        if self.precision.scaler:
+            self.scaler.unscale_(self.optimizer)
+        norm = clip_gradients(self.parameters, self.config.clip_grad)
+        # fp16 overflows now and then by design, and its scaler skips those steps: there only the loss is judged.
+        judged = output.loss.detach() if self.precision.scaler else norm
+        bad = self.guard.judge(judged, output.logits_SBK, self.step)
+        if self.precision.scaler:
+            self.scaler.step(self.optimizer)
+            self.scaler.update()
+        else:
+            guarded_step(self.optimizer, bad)
+        self.optimizer.zero_grad(set_to_none=True)
+        if snapshot is not None:
+            for buffer, before in zip(self.network.buffers(), snapshot, strict=True):
+                buffer.copy_(torch.where(bad > 0, before, buffer))
+        if self.average is not None:
+            self.average.update(self.network)
+
+    def _check_finite(self) -> None:
+        """Stop where a step was non-finite; the first read of the guard's device values, so it synchronises."""
+        found = self.guard.read(distributed.all_reduce_sum)
+        if found is None:
+            return
+        where = f"step {found.first_step} (epoch {found.first_step // self.steps_per_epoch + 1})"
+        networks = ", ".join(str(i + 1) for i in found.networks) or "none in its logits, so in a loss or gradient"
+        if self.config.on_nonfinite == "stop":
+            raise RunError(
+                f"non-finite loss or gradient at {where}, network {networks}: the weights were left untouched. Lower "
+                "--lr, set --clip_grad, or --on_nonfinite skip; the last checkpoint is whole."
+            )
+        if found.count > self.config.nonfinite_limit:
+            raise RunError(
+                f"{found.count} steps were non-finite, more than --nonfinite_limit {self.config.nonfinite_limit}; "
+                f"the first was {where}, network {networks}."
+            )
+        logger.warning("Skipped %d non-finite steps so far; the first: %s, network %s.", found.count, where, networks)
+
+    def _print_line(
+        self, progress: Progress, *, images_per_second: float, data_wait: float, bar: "tqdm[Any] | None"
+    ) -> None:
+        """Read the meters (the one host synchronisation of an interval), log them, and look for non-finite steps."""
+        means = self.meter.read(distributed.all_reduce_sum)
+        self.meter.reset()
+        self._check_finite()
+        record = {
+            "kind": "train",
+            "epoch": progress.epoch,
+            "step": progress.step,
+            "learning_rate": progress.learning_rate,
+            **means,
+            "images_per_second": round(images_per_second, 1),
+            "data_wait": round(data_wait, 4),
+        }
+        self.log.write_metrics(record)
+        scalars = {k: v for k, v in record.items() if k not in ("kind", "epoch", "step")}
+        self.log.scalars("train", scalars, progress.step)
+        accuracies = means["acc1"]
+        assert isinstance(accuracies, list)
+        losses = " ".join(f"{k} {v:.4f}" for k, v in means.items() if k.startswith("loss") and isinstance(v, float))
+        line = (
+            f"epoch {progress.epoch + 1}/{self.config.epochs} step {progress.batch + 1}/{self.steps_per_epoch} "
+            f"{losses} acc1 {' '.join(f'{value:.2f}' for value in accuracies)} lr {progress.learning_rate:.5f} | "
+            f"{images_per_second:.0f} images/s, waiting for data {100 * data_wait:.0f} %"
+        )
+        if bar is not None:
+            bar.set_postfix_str(line.split("lr")[0].split(" ", 4)[-1], refresh=False)
+        else:
+            logger.info(line)
+
+    # ---- evaluation --------------------------------------------------------------------------------------------------
+
+    def evaluate_epoch(self) -> None:
+        """Evaluate, log the figures and update last and best; every process takes part."""
+        began = time.perf_counter()
+        distributed.broadcast_buffers(self.network)
+        self.method.eval()
+        figures = {name: self._evaluate(name) for name in self.eval_loaders}
+        self.seconds += time.perf_counter() - began
+        test = figures["test"]
+        chosen_on = "val" if "val" in figures else "test"
+        entry = {
+            "epoch": self.epoch,
+            "step": self.step,
+            "ensemble_acc1": test["ensemble_acc1"],
+            "ensemble_acc5": test["ensemble_acc5"],
+            "acc1": test["acc1"],
+            "criterion": figures[chosen_on]["ensemble_acc1"],
+        }
+        best = self.history["best"]
+        is_best = best is None or entry["criterion"] > best["criterion"]
+        self.history = {"last": entry, "best": entry if is_best else best, "best_chosen_on": chosen_on}
+        best_acc1 = self.history["best"]["ensemble_acc1"]
+        train = self.epoch_meter.read(distributed.all_reduce_sum)
+        learning_rate = self.schedule(max(self.step - 1, 0))
+        self.log.write_metrics(
+            {"kind": "eval", "epoch": self.epoch, "step": self.step, "best_acc1": best_acc1, **figures}
+        )
+        train_acc1 = train.get("acc1", [])
+        assert isinstance(train_acc1, list)
+        self.log.write_summary(
+            {
+                **entry,
+                "learning_rate": learning_rate,
+                **{f"acc1_{i + 1}": value for i, value in enumerate(test["acc1"])},
+                "best_acc1": best_acc1,
+                "train_loss": train.get("loss", math.nan),
+                "train_acc1": sum(train_acc1) / len(train_acc1) if train_acc1 else math.nan,
+                "seconds": self.seconds,
+            }
+        )
+        self.log.scalars(
+            "val",
+            {
+                "avg_acc1": test["ensemble_acc1"],
+                "avg_acc5": test["ensemble_acc5"],
+                "acc1": test["acc1"],
+                "best_acc1": best_acc1,
+                "learning_rate": learning_rate,
+                **{f"train_{k}": v for k, v in train.items() if isinstance(v, float)},
+            },
+            self.epoch,
+        )
+        self.log.flush()
+        logger.info(
+            "epoch %d evaluated: ensemble %.2f %%, networks %s, best %.2f %% (epoch %d)",
+            self.epoch,
+            test["ensemble_acc1"],
+            " ".join(f"{value:.2f}" for value in test["acc1"]),
+            best_acc1,
+            self.history["best"]["epoch"],
+        )
+        if is_best:
+            self.save(ckpt.BEST)
+
+    def _evaluate(self, name: str) -> dict[str, Any]:
+        with self._evaluated_weights():
+            return evaluate(
+                self.network,
+                self._until_signal(self.eval_loaders[name]),
+                prepare=lambda images: self.views.evaluate(images, dtype=self.precision.weights),
+                num_classes=len(self.source.classes),
+                rule=ensemble_rule(
+                    after_softmax=self.config.is_ensembled_after_softmax, maximum=self.config.is_max_ensemble
+                ),
+                autocast_dtype=self.precision.autocast,
+                extra=self.method.extra_logits,
+                all_reduce=distributed.all_reduce_sum,
+            )
+
+    def _until_signal(self, batches: Any) -> Iterator[Batch]:
+        """The batches; a signal ends the evaluation at once where one process decides alone."""
+        for batch in batches:
+            if self.stop.number and self.world.world_size == 1:
+                raise Stopped(self.stop.number)
+            yield batch
+
+    @contextmanager
+    def _evaluated_weights(self) -> Iterator[None]:
+        """The moving average of the weights in place of the weights, where there is one."""
+        if self.average is None:
+            yield
+            return
+        raw = {name: value.clone() for name, value in self.network.state_dict().items()}
+        self.network.load_state_dict(self.average.state_dict())
+        try:
+            yield
+        finally:
+            self.network.load_state_dict(raw)
+
+    # ---- the run -----------------------------------------------------------------------------------------------------
+
+    def run(self) -> dict[str, Any]:
+        """Train to the end and return the final figures.
+
+        Raises:
+            Stopped: SIGTERM or SIGINT; a checkpoint was written.
+            RunError: a non-finite step, a bad image, a full disk under --on_save_error stop.
+        """
+        with self.stop:
+            while self.step < self.total_steps:
+                self.train_epoch()
+                if self._asked_to_stop():
+                    self._save_and_stop()
+                complete = self.batch == self.steps_per_epoch
+                if complete:
+                    self.epoch, self.batch = self.epoch + 1, 0
+                if self.step >= self.total_steps or (complete and self.epoch % self.config.eval_per_epoch == 0):
+                    try:
+                        self.evaluate_epoch()
+                    except Stopped:  # the resumed run begins with this evaluation
+                        if complete:
+                            self.epoch, self.batch = self.epoch - 1, self.steps_per_epoch
+                        self._save_and_stop()
+                within = "" if complete else f"_{self.step}"
+                self.save(f"checkpoint_{self.epoch}{within}.pth.tar")
+        return self.finish()
+
+    def finish(self) -> dict[str, Any]:
+        """Final figures: results.json, curves.png, TensorBoard's hparams."""
+        results = self.results()
+        if self.world.is_main:
+            ckpt.write_file(self.folder / "results.json", json.dumps(plain_json(results), indent=2) + "\n")
+            last, best = results["last"], results["best"]
+            self.log.hparams(
+                {name: item for name, item in self.config.values().items() if item is not None},
+                {"final/ensemble_acc1": last["ensemble_acc1"], "final/best_ensemble_acc1": best["ensemble_acc1"]},
+            )
+            self.log.close()
+            plot_curves([("", self.folder)], self.folder / "curves.png")
+        return results
+
+    def results(self) -> dict[str, Any]:
+        """The JSON object that a run ends with; accuracies in percent."""
+        last, best = self.history["last"], self.history["best"]
+        return {
+            "ensemble_acc1": last["ensemble_acc1"],
+            "ensemble_acc5": last["ensemble_acc5"],
+            "acc1": last["acc1"],
+            "best_ensemble_acc1": best["ensemble_acc1"],
+            "best_acc1": best["acc1"],
+            "best_epoch": best["epoch"],
+            "best_chosen_on": self.history["best_chosen_on"],
+            "last": last,
+            "best": best,
+            "params_one": self.params_one,
+            "params_total": self.params_total,
+            "macs_total": self.macs_total,
+            "epochs": self.epoch,
+            "steps": self.step,
+            "seconds": round(self.seconds, 3),
+            "images_per_second": round(self.images_seen / max(self.train_seconds, 1e-9), 1),
+            "state_sha256": ckpt.state_sha256(ckpt.published_keys(self.network.state_dict())),
+            "arch": self.config.arch,
+            "method": self.config.method,
+            "split_factor": self.num_networks,
+            "dataset": self.config.dataset,
+            "seed": self.seed,
+            "precision": self.precision.name,
+            "nonfinite_skipped": self.guard.count(),
+            "model_dir": str(self.folder),
+        }
+
+    def _asked_to_stop(self) -> bool:
+        """Whether any process was signalled. GPUs ask each other at print intervals only: the answer is a sync."""
+        on_gpu = self.world.world_size > 1 and self.world.device.type == "cuda"
+        if on_gpu and self.batch % self.config.print_freq and self.batch < self.steps_per_epoch:
+            return False
+        return self.stop.agreed(self.world.device)
+
+    def _save_and_stop(self) -> None:
+        self._check_finite()
+        self.save(f"checkpoint_{self.epoch}_{self.step}.pth.tar")
+        raise Stopped(self.stop.number)
+
+
+# ---- entry -----------------------------------------------------------------------------------------------------------
+
+
+def open_run(config: Config, world: World) -> tuple[Config, dict[str, Any] | None]:
+    """The checkpoint to go on from, if any, and the configuration with its seed settled.
+
+    Raises:
+        UserError: the run directory holds a run and --resume was not given, or the checkpoint cannot be used.
+    """
+    folder = Path(config.model_dir)
+    resumed = None
+    if config.resume == "auto":
+        found = ckpt.load_newest(folder) if folder.is_dir() else None
+        if found is not None:
+            resumed, path = found
+            logger.info("Going on from %s", path)
+    elif config.resume is not None:
+        resumed = ckpt.load_checkpoint(config.resume)
+    elif folder.is_dir() and (ckpt.list_checkpoints(folder) or (folder / "metrics.jsonl").exists()):
+        raise UserError(
+            f"--model_dir {folder} already holds a run: go on with --resume auto, or choose another --model_dir."
+        )
+    distributed.barrier()
+    seed = config.seed
+    if seed is None and resumed is not None:
+        seed = resumed.get("rng", {}).get("seed")
+    if seed is None:
+        drawn = torch.tensor([draw_seed()], device=world.device)
+        if world.world_size > 1:
+            torch.distributed.broadcast(drawn, src=0)
+        seed = int(drawn)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"--model_dir {folder}: cannot be made: {error.strerror or error}.") from None
+    if not os.access(folder, os.W_OK):
+        raise UserError(f"--model_dir {folder}: cannot be written.")
+    return replace(config, seed=seed), resumed
+
+
+def describe_environment(world: World) -> dict[str, Any]:
+    """What the run runs on, for env.json."""
+    return {
+        "command": [Path(sys.argv[0]).name, *sys.argv[1:]],
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "platform": platform.platform(),
+        "cpu_count": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "device": torch.cuda.get_device_name(world.device) if world.device.type == "cuda" else "cpu",
+        "world_size": world.world_size,
+    }
+
+
+def unused_flags(config: Config) -> None:
+    """Say which of the flags that were given have no effect."""
+    unused = {"gn_num_groups", "div_wd_den", "amp_opt_level", "is_wd_test"} & set(config.given)
+    for name in sorted(unused - {"is_wd_test"}):
+        logger.warning("--%s has no effect, as in the published code.", name)
+
+
+def run(config: Config) -> dict[str, Any]:
+    """Train as `config` says, in this process of the job; returns the final figures.
+
+    Raises:
+        UserError, RunError, Stopped: see `Trainer.run`.
+    """
+    gpus = distributed.visible_gpus(no_cuda=config.no_cuda, gpu=config.gpu, gpu_ids=config.gpu_ids)
+    world = distributed.join(gpus, backend=config.dist_backend)
+    set_up_text_log(None, rank=world.rank)
+    try:
+        config, resumed = open_run(config, world)
+        assert config.seed is not None
+        folder = Path(config.model_dir)
+        set_up_text_log(folder, rank=world.rank)
+        if resumed is not None:
+            done = finished_results(folder, config, resumed)
+            if done is not None:
+                return done
+        source = open_shared_source(config, world)
+        config = resolve_config(config, data_recipe=source.recipe, crop_size=source.crop_size)
+        config = replace(config, seed=config.seed)
+        unused_flags(config)
+        if config.deterministic:
+            torch.use_deterministic_algorithms(True, warn_only=True)
+        torch.backends.cudnn.benchmark = not config.deterministic
+        if world.is_main:
+            described = json.dumps(plain_json(config.described()), indent=2)
+            ckpt.write_file(folder / "hparams_train.json", described + "\n")
+            environment = json.dumps(describe_environment(world), indent=2)
+            ckpt.write_file(folder / "env.json", environment + "\n")
+        trainer = Trainer(config, world, source, resumed)
+        announce(trainer)
+        return trainer.run()
+    finally:
+        distributed.leave()
+
+
+def finished_results(folder: Path, config: Config, resumed: Mapping[str, Any]) -> dict[str, Any] | None:
+    """results.json of a run that has nothing left to do."""
+    path = folder / "results.json"
+    if config.resume != "auto" or not path.is_file():
+        return None
+    try:
+        results = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError:
+        return None
+    epochs = config.given.get("epochs", resumed.get("config", {}).get("epochs"))
+    max_steps = config.max_steps
+    steps = resumed.get("sampler", {}).get("step", 0)
+    done = resumed.get("epoch", 0) >= (epochs or math.inf) or (max_steps is not None and steps >= max_steps)
+    return results if done and results.get("steps") == steps else None
+
+
+def open_shared_source(config: Config, world: World) -> DataSource:
+    """Open the data set, in process 0 first, because it may download archives or measure statistics."""
+    request = SourceRequest(
+        dataset=config.dataset,
+        root=Path(config.data),
+        cache_dir=Path(config.model_dir),
+        num_classes=config.num_classes,
+        crop_size=config.given.get("crop_size"),
+        seed=config.seed or 0,
+        val_fraction=config.val_fraction,
+        on_bad_image=config.on_bad_image,
+    )
+    source = open_source(request) if world.is_main else None
+    distributed.barrier()
+    return source if source is not None else open_source(request)
+
+
+def announce(trainer: Trainer) -> None:
+    """Say at the start what was decided and by whom."""
+    config = trainer.config
+    supplied = [f"{name} {value['value']}" for name, value in config.described().items() if value["origin"] == "recipe"]
+    logger.info(
+        "%s: %d x %s (S = %d) on %s, %d classes, %d training and %d test images; %.3f M parameters, %.1f M MACs",
+        config.method,
+        trainer.num_networks,
+        config.arch,
+        config.split_factor,
+        config.dataset,
+        len(trainer.source.classes),
+        len(trainer.source.train),
+        len(trainer.source.test),
+        trainer.params_total / 1e6,
+        trainer.macs_total / 1e6,
+    )
+    logger.info(
+        "device %s, precision %s, %d process(es), seed %d, best epoch chosen on the %s images",
+        trainer.world.device,
+        trainer.precision.name,
+        trainer.world.world_size,
+        trainer.seed,
+        "held-out" if "val" in trainer.eval_loaders else "test",
+    )
+    logger.info("from the recipe: %s", ", ".join(supplied))
+    for network in trainer.network.models:
+        if not isinstance(network, StagedBackbone):
+            logger.info("%s has no stages: methods with branches cannot use it.", type(network).__name__)
+
+
+def worker(argv: list[str]) -> None:
+    """One process of the published launcher."""
+    raise SystemExit(main(argv))
+
+
+def main(argv: list[str] | None = None) -> int:
+    """The command line; returns the exit code: 0 done, 1 failed run, 2 the user's mistake, 130 interrupted."""
+    arguments = sys.argv[1:] if argv is None else argv
+    try:
+        config = parse_config(arguments, program="train_split.py")
+        set_process_title(config.proc_name)
+        if config.is_summary:
+            results = summarise(config)
+        elif config.evaluate:
+            from eval import evaluate_arguments
+
+            results = evaluate_arguments(arguments)
+        elif config.multiprocessing_distributed and not distributed.under_launcher():
+            gpus = distributed.visible_gpus(no_cuda=config.no_cuda, gpu=config.gpu, gpu_ids=config.gpu_ids)
+            distributed.spawn(
+                worker,
+                (arguments,),
+                processes=config.nproc_per_node or len(gpus) or 1,
+                nodes=config.world_size,
+                node=config.rank,
+                url=config.dist_url,
+            )
+            return 0
+        else:
+            results = run(config)
+    except (UserError, RunError) as error:
+        print(f"train_split.py: {error}", file=sys.stderr)
+        return error.exit_code
+    except Stopped as stopped:
+        print("train_split.py: stopped; a checkpoint was saved. Go on with --resume auto.", file=sys.stderr)
+        return 130 if stopped.number == signal.SIGINT else 0
+    except KeyboardInterrupt:
+        return 130
+    if int(os.environ.get("RANK", "0")) == 0:
+        print(json.dumps(plain_json(results)), flush=True)
+    return 0
+
+
+def set_process_title(name: str) -> None:
+    """Show the run under this name in process lists, where setproctitle is installed."""
+    try:
+        import setproctitle
+    except ImportError:
+        return
+    setproctitle.setproctitle(name)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

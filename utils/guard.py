@@ -1,0 +1,76 @@
+"""Noticing non-finite steps without waiting for the device in every one of them."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+_NEVER = 2**62
+
+
+@dataclass(frozen=True)
+class NonfiniteSteps:
+    """What was found: how many steps, which was the first, and which networks' logits were non-finite in it."""
+
+    count: int
+    first_step: int
+    networks: tuple[int, ...]
+
+
+class NonfiniteGuard:
+    """Counts non-finite steps on the device; `read` is the only call that waits for it.
+
+    Args:
+        num_networks: S.
+        device: where steps are judged.
+        sticky: after one bad step all later ones count as bad too, so that the weights stay as they were before it
+            until somebody reads the guard and stops the run.
+    """
+
+    def __init__(self, num_networks: int, device: torch.device, *, sticky: bool) -> None:
+        self.sticky = sticky
+        self._bad_steps = torch.zeros((), dtype=torch.float64, device=device)
+        self._first_step = torch.full((), _NEVER, dtype=torch.int64, device=device)
+        self._networks_S = torch.zeros(num_networks, dtype=torch.float64, device=device)
+
+    @torch.no_grad()
+    def judge(self, value: Tensor, logits_SBK: Tensor, step: int) -> Tensor:
+        """1 if this step must not change the weights, else 0: float32 scalar on the device.
+
+        Args:
+            value: the scalar that must be finite, equal on all processes (norm of the reduced gradient, or the loss).
+            logits_SBK: of this step; only used to name the networks.
+            step: its number.
+        """
+        bad = ~value.isfinite()
+        first = bad & (self._bad_steps == 0)
+        networks_S = ~logits_SBK.flatten(1).isfinite().all(dim=1)
+        self._networks_S += (networks_S & first).to(self._networks_S.dtype)
+        self._first_step = torch.where(first, torch.full_like(self._first_step, step), self._first_step)
+        if self.sticky:
+            bad = bad | (self._bad_steps > 0)
+        self._bad_steps += bad.to(self._bad_steps.dtype)
+        return bad.to(torch.float32)
+
+    def read(self, all_reduce: Callable[[Tensor], Tensor]) -> NonfiniteSteps | None:
+        """What was found so far, over all processes; None if every step was finite."""
+        found = all_reduce(torch.cat([self._bad_steps.reshape(1), self._networks_S])).tolist()
+        if found[0] == 0:
+            return None
+        networks = tuple(i for i, number in enumerate(found[1:]) if number > 0)
+        return NonfiniteSteps(self.count(), int(self._first_step), networks)
+
+    def count(self) -> int:
+        """Number of bad steps in this process."""
+        return int(self._bad_steps)
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Tensors for a checkpoint."""
+        return {"steps": self._bad_steps.cpu(), "first": self._first_step.cpu(), "networks": self._networks_S.cpu()}
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        """Inverse of `state_dict`."""
+        self._bad_steps.copy_(state["steps"])
+        self._first_step.copy_(state["first"])
+        self._networks_S.copy_(state["networks"])

@@ -53,7 +53,6 @@ def resnet_dropout(rate: float, split_factor: int) -> float:
     return rate / split_factor
 
 
-
 # ---- SE-ResNet, SE-ResNeXt, SENet, ResNeXSt --------------------------------------------------------------------------
 
 # Base width c of the networks without groups; on small images the table ends at S = 4.
@@ -76,6 +75,7 @@ def senet_widths(planes: int, groups: int) -> tuple[int, int]:
         groups: group count after division, out of 64.
     """
     return int(2 * (groups / 64) * planes), int(4 * (groups / 64) * planes)
+
 
 # ---- Shake-Shake, PyramidNet, DenseNet -------------------------------------------------------------------------------
 
@@ -121,6 +121,7 @@ def densenet_shake_drop_rates(
         [last * m / num_blocks + last * i / num_layers for i in range(1, layers_per_block + 1)]
         for m in range(num_blocks)
     ]
+
 
 # ---- EfficientNet ----------------------------------------------------------------------------------------------------
 

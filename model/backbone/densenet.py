@@ -1,0 +1,232 @@
+"""DenseNet-BC-190 (Huang et al., arXiv:1608.06993), divided by its growth rate (Zhao et al., arXiv:2011.14660).
+
+Two published implementations of one structure: "official" (the default) starts with BN and ReLU after the stem and
+can apply ShakeDrop to the new features of each layer; "densenet3" has neither. Their state-dict names differ.
+"""
+
+from collections import OrderedDict
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
+from typing import cast
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from model import SMALL, Backbone, BackboneRequest, backbones
+from model.backbone.base import StagedBackbone
+from model.division import ANY_SPLIT, densenet_growth, densenet_shake_drop_rates
+from model.layers.resnet_parts import conv_bn
+from model.layers.shake import ShakeDrop
+from utils.errors import UserError
+from utils.options import option
+
+NUM_BLOCKS = 3
+LAYERS_PER_BLOCK = 31
+
+
+@dataclass(frozen=True, kw_only=True)
+class DenseNetOptions:
+    """Flags of the DenseNets."""
+
+    is_efficient_densenet: bool = option(
+        False, "DenseNet: recompute half of each layer in the backward pass to save memory; same results"
+    )
+    is_official_densenet: bool = option(True, "DenseNet: 1 the official implementation, 0 the variant densenet3")
+    densenet_p_shakedrop: float = option(0.0, "DenseNet: ShakeDrop rate of the last layer before division; 0 is off")
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.densenet_p_shakedrop <= 1:
+            raise UserError(f"--densenet_p_shakedrop must be between 0 and 1, got {self.densenet_p_shakedrop}.")
+        if self.densenet_p_shakedrop and not self.is_official_densenet:
+            raise UserError(
+                f"--densenet_p_shakedrop {self.densenet_p_shakedrop} exists in the official DenseNet only: "
+                "pass --is_official_densenet 1, or leave the rate at 0."
+            )
+
+
+class DenseLayer(nn.Module):
+    """BN, ReLU, conv1x1 to 4 q, BN, ReLU, conv3x3 to q, maybe ShakeDrop: the new features of all the old ones.
+
+    Args:
+        in_channels: channels of all earlier maps of the block together.
+        growth: q.
+        norm_name: name of the batch norms without their number, "norm" or "bn".
+        drop_prob: ShakeDrop rate; 0 leaves it out.
+        recompute: do not keep what BN, ReLU and conv1x1 need for the backward pass, compute it again there.
+    """
+
+    def __init__(self, in_channels: int, growth: int, norm_name: str, drop_prob: float, recompute: bool) -> None:
+        super().__init__()
+        self._norm_names = (f"{norm_name}1", f"{norm_name}2")
+        self.add_module(self._norm_names[0], nn.BatchNorm2d(in_channels))
+        self.conv1, norm2 = conv_bn(in_channels, 4 * growth, 1)
+        self.add_module(self._norm_names[1], norm2)
+        self.conv2 = nn.Conv2d(4 * growth, growth, 3, padding=1, bias=False)
+        self.relu = nn.ReLU(inplace=True)
+        self.shake_drop = ShakeDrop(drop_prob) if drop_prob > 0 else nn.Identity()
+        self.recompute = recompute
+
+    def forward(self, maps: Sequence[Tensor]) -> Tensor:
+        """Maps [B, C_i, H, W] of one size -> the new features [B, q, H, W]."""
+        if self.recompute and torch.is_grad_enabled():
+            features = checkpoint(
+                self._bottleneck, *maps, use_reentrant=False, preserve_rng_state=False, context_fn=self._contexts
+            )
+        else:
+            features = self._bottleneck(*maps)
+        norm2 = self.get_submodule(self._norm_names[1])
+        return self.shake_drop(self.conv2(self.relu(norm2(features))))
+
+    def _bottleneck(self, *maps: Tensor) -> Tensor:
+        norm1 = self.get_submodule(self._norm_names[0])
+        return self.conv1(self.relu(norm1(torch.cat(maps, dim=1))))
+
+    def _contexts(self) -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
+        """Contexts of the first computation and of the second, which must not count the batch's statistics again."""
+        return nullcontext(), self._frozen_statistics()
+
+    @contextmanager
+    def _frozen_statistics(self) -> Iterator[None]:
+        norm1 = cast(nn.BatchNorm2d, self.get_submodule(self._norm_names[0]))
+        tracked = norm1.track_running_stats
+        norm1.track_running_stats = False
+        try:
+            yield
+        finally:
+            norm1.track_running_stats = tracked
+
+
+class DenseBlock(nn.Sequential):
+    """Dense layers, each of which sees the block's input and the features of all layers before it."""
+
+    def forward(self, features_BCHW: Tensor) -> Tensor:
+        """[B, C, H, W] -> [B, C + layers * q, H, W], old features first."""
+        maps = [features_BCHW]
+        for layer in self:
+            maps.append(layer(maps))
+        return torch.cat(maps, dim=1)
+
+
+class DenseNet(StagedBackbone):
+    """Stem, dense blocks with transitions between them, BN, ReLU, pool, linear layer.
+
+    A stage is a dense block with the transition before it, so that stages differ in resolution as in a ResNet.
+
+    Args:
+        growth: q.
+        drop_probs: ShakeDrop rate of each layer of each block; their lengths are the depth.
+        num_classes: K.
+        official: which of the two implementations.
+        recompute: see `DenseLayer`.
+    """
+
+    def __init__(
+        self, growth: int, drop_probs: Sequence[Sequence[float]], num_classes: int, *, official: bool, recompute: bool
+    ) -> None:
+        super().__init__()
+        norm = "norm" if official else "bn"
+        channels = 2 * growth
+        stem = nn.Conv2d(3, channels, 3, padding=1, bias=False)
+        parts: OrderedDict[str, nn.Module] = OrderedDict()
+        if official:
+            parts.update(conv0=stem, norm0=nn.BatchNorm2d(channels), relu0=nn.ReLU(inplace=True))
+        else:
+            parts["conv1"] = stem
+        self._stem_parts = list(parts.values())  # in lists, because `features` or this module registers the parts
+        self._stages: list[nn.Module] = []
+        for number, rates in enumerate(drop_probs, start=1):
+            stage = nn.Sequential()
+            if number > 1:
+                transition = _transition(channels, official)
+                parts[f"{'transition' if official else 'trans'}{number - 1}"] = transition
+                stage.append(transition)
+                channels //= 2
+            layers: OrderedDict[str, nn.Module] = OrderedDict()
+            for i, rate in enumerate(rates):
+                layers[f"denselayer{i + 1}" if official else f"{i}"] = DenseLayer(
+                    channels, growth, norm, rate, recompute
+                )
+                channels += growth
+            block = DenseBlock(layers)
+            if official:
+                parts[f"denseblock{number}"] = block
+            else:
+                parts[f"block{number}"] = nn.Sequential(OrderedDict(layer=block))
+            self._stages.append(stage.append(block))
+        parts["norm_final" if official else "bn1"] = nn.BatchNorm2d(channels)
+        if official:
+            self.features = nn.Sequential(parts)
+        else:
+            for name, part in parts.items():
+                self.add_module(name, part)
+        self._final_norm_name = "features.norm_final" if official else "bn1"
+        self.relu = nn.ReLU(inplace=True)
+        self.avgpool = nn.AdaptiveAvgPool2d(1)
+        self._classifier_name = "classifier" if official else "fc"
+        self.add_module(self._classifier_name, nn.Linear(channels, num_classes))
+        for module in self.modules():
+            if isinstance(module, nn.Conv2d):
+                nn.init.kaiming_normal_(module.weight, mode="fan_in" if official else "fan_out", nonlinearity="relu")
+            elif isinstance(module, nn.Linear):
+                nn.init.zeros_(module.bias)
+
+    @property
+    def stages(self) -> list[nn.Module]:
+        return self._stages
+
+    @property
+    def classifier_name(self) -> str:
+        return self._classifier_name
+
+    def halved_depth(self) -> int:
+        """All of it: the tail's width is that of the whole last block."""
+        return len(list(self.stages[-1].children()))
+
+    def stem(self, images_BCHW: Tensor) -> Tensor:
+        features = images_BCHW
+        for part in self._stem_parts:
+            features = part(features)
+        return features
+
+    def tail(self, features_BCHW: Tensor) -> Tensor:
+        final_norm = self.get_submodule(self._final_norm_name)
+        return self.avgpool(self.relu(final_norm(features_BCHW))).flatten(1)
+
+    def classify(self, embedding_BD: Tensor) -> Tensor:
+        return self.get_submodule(self._classifier_name)(embedding_BD)
+
+
+def _transition(channels: int, official: bool) -> nn.Sequential:
+    """BN, ReLU, conv1x1 to half the channels, 2x2 average pool: [B, C, H, W] -> [B, C // 2, H // 2, W // 2]."""
+    names = ("norm", "conv") if official else ("bn1", "conv1")
+    return nn.Sequential(
+        OrderedDict(
+            [
+                (names[0], nn.BatchNorm2d(channels)),
+                ("relu", nn.ReLU(inplace=True)),
+                (names[1], nn.Conv2d(channels, channels // 2, 1, bias=False)),
+                ("pool", nn.AvgPool2d(2)),
+            ]
+        )
+    )
+
+
+def build(request: BackboneRequest) -> nn.Module:
+    """One of the S networks of DenseNet-BC-190."""
+    options = DenseNetOptions(**request.options)
+    split_factor = request.split_factor
+    return DenseNet(
+        densenet_growth(split_factor),
+        densenet_shake_drop_rates(options.densenet_p_shakedrop, NUM_BLOCKS, LAYERS_PER_BLOCK, split_factor),
+        request.num_classes,
+        official=options.is_official_densenet,
+        recompute=options.is_efficient_densenet,
+    )
+
+
+backbones.add(
+    "densenet190",
+    Backbone(build=build, family="densenet", split_factors={SMALL: ANY_SPLIT}, options=DenseNetOptions),
+)

@@ -1,7 +1,7 @@
 """Checkpoint -> networks: the structure comes from what the file says, the rest from the user's flags."""
 
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
@@ -147,6 +147,22 @@ def restore_splitnet(
     return network.eval(), info
 
 
+def load_pretrained(network: SplitNet, content: Mapping[str, Any], path: str) -> list[str]:
+    """Take a checkpoint's weights into `network`; returns the names of the classifiers that another size keeps as new.
+
+    Args:
+        content: a loaded checkpoint of the same backbone and S; its moving average is taken where there is one.
+        path: the file, for error messages.
+
+    Raises:
+        UserError: the weights are not those of this structure.
+    """
+    state, _ = _weights(content, "auto", f"--pretrained {path}")
+    heads = {f"models.{i}.{one.classifier_name}" for i, one in enumerate(network.models)}
+    complaint = f"--pretrained {path}: not the weights of these {len(network.models)} networks"
+    return _load(network, state, complaint, heads=heads)
+
+
 def _weights(content: Mapping[str, Any], weights: str, source: str) -> tuple[dict[str, Tensor], str]:
     """(tensors by plain key, which of the two were taken)."""
     average = content.get("ema")
@@ -174,18 +190,28 @@ def _num_classes(state: Mapping[str, Tensor], request: BackboneRequest) -> int |
     return None if weight is None else len(weight)
 
 
-def _load(network: SplitNet, state: Mapping[str, Tensor], complaint: str) -> None:
-    """Load by exact keys and shapes; an error names the first that differs."""
+def _load(network: SplitNet, state: Mapping[str, Tensor], complaint: str, *, heads: Collection[str] = ()) -> list[str]:
+    """Load by exact keys and shapes; an error names the first that differs.
+
+    The tensors of `heads` (submodule names) may have other shapes; such a head is left as it is, and its name returned.
+    """
     expected = network.state_dict()
+    renewed = {
+        key.rpartition(".")[0]: None
+        for key, value in expected.items()
+        if key.rpartition(".")[0] in heads and key in state and state[key].shape != value.shape
+    }
     for key, value in expected.items():
         if key not in state:
             raise UserError(f"{complaint}: {key} is missing.")
-        if state[key].shape != value.shape:
+        if state[key].shape != value.shape and key.rpartition(".")[0] not in renewed:
             raise UserError(f"{complaint}: {key} is {list(state[key].shape)}, expected {list(value.shape)}.")
     for key in state:
         if key not in expected:
             raise UserError(f"{complaint}: {key} is unknown.")
-    network.load_state_dict(state, strict=True)
+    kept = {key: expected[key] if key.rpartition(".")[0] in renewed else state[key] for key in expected}
+    network.load_state_dict(kept, strict=True)
+    return list(renewed)
 
 
 def _optional(content: Mapping[str, Any], key: str, convert: Callable[[Any], T]) -> T | None:

@@ -1,0 +1,215 @@
+"""Networks come back from every kind of checkpoint, and what does not fit is named in one line."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from model import BackboneRequest, build_splitnet
+from model.restore import load_pretrained, restore_splitnet
+from utils.checkpoint import published_keys
+from utils.errors import UserError
+
+REQUEST = BackboneRequest(arch="resnet20", split_factor=2, num_classes=10, dataset="digits", crop_size=16)
+
+
+@pytest.fixture(scope="module")
+def network():
+    return build_splitnet(REQUEST, seed=3)
+
+
+@pytest.fixture
+def ours(network):
+    """What a checkpoint of ours holds, as far as networks are concerned."""
+    return {
+        "epoch": 7,
+        "arch": "resnet20",
+        "state_dict": published_keys(network.state_dict()),
+        "best_acc1": 97.5,
+        "config": {"arch": "resnet20", "split_factor": 2, "dataset": "digits", "is_train_sep": False},
+        "classes": [str(i) for i in range(10)],
+        "mean": [0.1, 0.2, 0.3],
+        "std": [1, 2, 3],
+        "crop_size": 16,
+        "data_recipe": "digits",
+    }
+
+
+@pytest.fixture
+def released(network):
+    """What a published checkpoint holds."""
+    return {"epoch": 300, "arch": "resnet20", "state_dict": published_keys(network.state_dict()), "best_acc1": 1.0}
+
+
+def same(restored, network):
+    own = network.state_dict()
+    return restored.state_dict().keys() == own.keys() and all(
+        torch.equal(value, own[key]) for key, value in restored.state_dict().items()
+    )
+
+
+def test_ours_needs_no_flags(ours, network):
+    restored, info = restore_splitnet(ours)
+    assert same(restored, network)
+    assert not restored.training
+    assert (info.archs, info.split_factor, info.num_classes, info.dataset) == (("resnet20",), 2, 10, "digits")
+    assert (info.crop_size, info.weights, info.epoch, info.best_acc1) == (16, "raw", 7, 97.5)
+    assert info.classes == tuple("0123456789")
+    assert info.mean == (0.1, 0.2, 0.3)
+    assert info.std == (1.0, 2.0, 3.0)
+    assert info.data_recipe == "digits"
+
+
+@pytest.mark.parametrize("prefix", ["module.", ""])
+def test_released_needs_the_data_set_only(released, network, prefix):
+    released["state_dict"] = {prefix + key: value for key, value in network.state_dict().items()}
+    restored, info = restore_splitnet(released, dataset="cifar10")
+    assert same(restored, network)
+    assert info.classes is None
+    assert info.mean is None
+    assert info.crop_size == 32
+    with pytest.raises(UserError, match="add --dataset"):
+        restore_splitnet(released)
+
+
+def test_num_classes_comes_from_the_classifier():
+    network = build_splitnet(replace(REQUEST, num_classes=7), seed=0)
+    content = {"arch": "resnet20", "state_dict": network.state_dict()}
+    restored, info = restore_splitnet(content, dataset="cifar10")
+    assert info.num_classes == 7
+    assert same(restored, network)
+    with pytest.raises(UserError, match="--num_classes 10 contradicts"):
+        restore_splitnet(content, dataset="cifar10", num_classes=10)
+
+
+def test_flags_that_contradict_the_file(ours, released):
+    for content in (ours, released):
+        with pytest.raises(UserError, match=r"--arch resnet32 contradicts --resume x\.tar"):
+            restore_splitnet(content, arch="resnet32", dataset="digits", source="--resume x.tar")
+        with pytest.raises(UserError, match="--split_factor 4 contradicts"):
+            restore_splitnet(content, split_factor=4, dataset="digits")
+    restore_splitnet(ours, arch="resnet20", split_factor=2, num_classes=10)
+
+
+def test_arch_of_a_file_that_does_not_say(released, network):
+    del released["arch"]
+    with pytest.raises(UserError, match="add --arch"):
+        restore_splitnet(released, dataset="cifar10")
+    assert same(restore_splitnet(released, arch="resnet20", dataset="cifar10")[0], network)
+
+
+def test_moving_average_is_preferred(ours, network):
+    average = build_splitnet(REQUEST, seed=4)
+    ours["ema"] = published_keys(average.state_dict())
+    for weights, expected in (("auto", average), ("ema", average), ("raw", network)):
+        restored, info = restore_splitnet(ours, weights=weights)
+        assert same(restored, expected)
+        assert info.weights == ("raw" if expected is network else "ema")
+    del ours["ema"]
+    with pytest.raises(UserError, match="--weights raw"):
+        restore_splitnet(ours, weights="ema")
+
+
+def test_one_network_trained_alone(ours, released):
+    alone = build_splitnet(REQUEST, seed=3, train_separately=True)
+    for content in (ours, released):
+        content["state_dict"] = published_keys(alone.state_dict())
+    ours["config"]["is_train_sep"] = True
+    restored, info = restore_splitnet(ours)
+    assert same(restored, alone)
+    assert info.split_factor == 2
+    restored, _ = restore_splitnet(released, dataset="digits", split_factor=2, train_separately=True)
+    assert same(restored, alone)
+    with pytest.raises(UserError, match="not the weights of --arch resnet20 --dataset digits --split_factor 1"):
+        restore_splitnet(released, dataset="digits")
+
+
+def test_several_full_networks():
+    archs = ["resnet20", "resnet32"]
+    network = build_splitnet(replace(REQUEST, split_factor=1), seed=0, archs=archs)
+    content = {"arch": "resnet20, resnet32", "state_dict": network.state_dict()}
+    restored, info = restore_splitnet(content, dataset="digits")
+    assert same(restored, network)
+    assert info.archs == ("resnet20", "resnet32")
+    content["arch"] = "the pair"
+    restored, _ = restore_splitnet(content, dataset="digits", backbone_names=lambda arch: archs)
+    assert same(restored, network)
+    content["arch"] = "resnet20,resnet32,resnet20"
+    with pytest.raises(UserError, match="holds 2 networks"):
+        restore_splitnet(content, dataset="digits")
+
+
+def test_structure_options_come_from_the_file_or_the_user(ours):
+    network = build_splitnet(replace(REQUEST, options={"output_stride": 2}), seed=3)
+    ours["state_dict"] = published_keys(network.state_dict())
+    with pytest.raises(UserError, match=r"models\.0\.layer2\.0\.downsample"):
+        restore_splitnet(ours)
+    assert same(restore_splitnet(ours, options={"output_stride": 2})[0], network)
+    ours["config"]["output_stride"] = 2
+    assert same(restore_splitnet(ours)[0], network)
+    with pytest.raises(UserError, match=r"models\.0\.layer2\.0\.downsample"):
+        restore_splitnet(ours, options={"output_stride": 8})
+
+
+def break_missing(state):
+    del state["module.models.1.layer1.0.conv1.weight"]
+    return "models.1.layer1.0.conv1.weight is missing"
+
+
+def break_shape(state):
+    key = "module.models.0.layer1.0.conv1.weight"
+    state[key] = state[key][:, :1]
+    return r"models.0.layer1.0.conv1.weight is \[\d+, 1, 3, 3\], expected"
+
+
+def break_unknown(state):
+    state["module.models.0.extra"] = torch.zeros(1)
+    return "models.0.extra is unknown"
+
+
+@pytest.mark.parametrize("damage", [break_missing, break_shape, break_unknown])
+def test_weights_of_another_structure(ours, damage):
+    expected = damage(ours["state_dict"])
+    with pytest.raises(UserError, match=expected) as error:
+        restore_splitnet(ours, source="--resume x.tar")
+    assert str(error.value).startswith("--resume x.tar")
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [
+        ("state_dict", None, "expected tensors by name"),
+        ("state_dict", {"module.models.0.fc.weight": 3.0}, "expected tensors by name"),
+        ("state_dict", {"fc.weight": torch.zeros(2, 2)}, "holds no networks"),
+        ("state_dict", {"module.models.1.fc.weight": torch.zeros(2, 2)}, "holds no networks"),
+        ("config", "x", "'config' is damaged"),
+        ("config", {"arch": 3}, "add --arch"),
+        ("config", {"arch": "resnet0"}, "--arch 'resnet0' is not a known backbone"),
+        ("mean", [1, 2], "are damaged"),
+        ("std", "abc", "are damaged"),
+        ("epoch", "x", "are damaged"),
+        ("classes", ["a", "b"], "names 2 classes, and its networks have 10"),
+    ],
+)
+def test_damaged_content(ours, key, value, message):
+    ours[key] = value
+    with pytest.raises(UserError, match=message):
+        restore_splitnet(ours, dataset="digits")
+
+
+def test_pretrained_keeps_a_head_of_another_size(network):
+    content = {"state_dict": published_keys(network.state_dict())}
+    target = build_splitnet(replace(REQUEST, num_classes=3), seed=9)
+    head = target.models[1].fc.weight.clone()
+    assert load_pretrained(target, content, "x.tar") == ["models.0.fc", "models.1.fc"]
+    assert torch.equal(target.models[1].fc.weight, head)
+    assert torch.equal(target.models[1].layer1[0].conv1.weight, network.models[1].layer1[0].conv1.weight)
+
+    target = build_splitnet(REQUEST, seed=9)
+    assert load_pretrained(target, content, "x.tar") == []
+    assert same(target, network)
+
+    target = build_splitnet(replace(REQUEST, split_factor=4), seed=9)
+    with pytest.raises(UserError, match=r"--pretrained x.tar: not the weights of these 4 networks"):
+        load_pretrained(target, content, "x.tar")

@@ -135,6 +135,22 @@ def test_equals_torchs_plain_optimiser(name: str, layout: torch.memory_format) -
             torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-12)
 
 
+def test_missing_momentum_is_zero_momentum() -> None:
+    """As in the state of an optimiser of which some parameters never got a gradient."""
+    network = small_network()
+    optimizer = build(network, "SGD")
+    state = optimizer.state_dict()
+    del state["state"][0]
+    state["state"][1]["momentum_buffer"] = None
+    optimizer.load_state_dict(state)
+    reference = copy.deepcopy(network)
+    for module, stepper in ((network, optimizer), (reference, build(reference, "SGD"))):
+        give_gradients(module, 0)
+        guarded_step(stepper, flag(0.0))
+    for ours, theirs in zip(network.parameters(), reference.parameters(), strict=True):
+        assert torch.equal(ours, theirs)
+
+
 def test_momentum_zero_needs_no_nesterov() -> None:
     network = small_network()
     before = network[3].weight.detach().clone()
@@ -209,7 +225,7 @@ def test_a_gradient_that_lies_otherwise_in_memory_is_read_right() -> None:
 @pytest.mark.parametrize("capturable", [False, True])
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_a_loaded_state_continues_bit_for_bit_in_the_form_it_was_built(name: str, capturable: bool) -> None:
-    """Saved from contiguous weights with plain learning rates, loaded beside channels_last weights, and on."""
+    """Saved beside contiguous weights by an optimiser that was not fused, loaded beside channels_last weights."""
     network = small_network()
     optimizer = build(network, name)
     give_gradients(network, 0)
@@ -220,7 +236,11 @@ def test_a_loaded_state_continues_bit_for_bit_in_the_form_it_was_built(name: str
 
     resumed = copy.deepcopy(network).to(memory_format=torch.channels_last)
     loaded = build(resumed, name, capturable=capturable)
-    loaded.load_state_dict(torch.load(file, weights_only=True))
+    state = torch.load(file, weights_only=True)
+    for group in state["param_groups"]:
+        group.pop("lr_multiplier")
+        group.update({key: None for key in ("fused", "foreach") if key in group})
+    loaded.load_state_dict(state)
     for group in loaded.param_groups:
         assert isinstance(group["lr"], Tensor) == capturable
     for lr in (0.05, 0.025):

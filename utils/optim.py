@@ -92,10 +92,6 @@ def build_optimizer(
     optimizer: Optimizer
     if name == "SGD":
         optimizer = torch.optim.SGD(groups, lr, momentum, nesterov=nesterov and momentum > 0, fused=True)
-        if momentum > 0:
-            # torch makes the buffers in the first step without filling them, which a skipped first step would expose.
-            for parameter in parameters:
-                optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
     elif name == "AdamW":
         on_gpu = capturable and device.type == "cuda"
         optimizer = torch.optim.AdamW(groups, lr, betas=(0.9, 0.999), eps=1e-4, fused=True, capturable=on_gpu)
@@ -103,9 +99,22 @@ def build_optimizer(
         optimizer._warned_capturable_if_run_uncaptured = True
     else:
         optimizer = RMSprop(groups, lr, momentum=momentum, tensorflow=name == "RMSpropTF")
+    _fill_momentum(optimizer)
     _keep_form(optimizer)
     set_learning_rate(optimizer, lr)
     return optimizer
+
+
+def _fill_momentum(optimizer: Optimizer) -> None:
+    """Give SGD the momentum buffers that it lacks, at zero, from where the first step goes as it does without them.
+
+    torch makes them in the first step without filling them, which a first step that is skipped would expose.
+    """
+    if isinstance(optimizer, torch.optim.SGD):
+        for group in optimizer.param_groups:
+            for parameter in group["params"] if group["momentum"] > 0 else ():
+                if optimizer.state[parameter].get("momentum_buffer") is None:
+                    optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
 
 
 def _keep_form(optimizer: Optimizer) -> None:
@@ -125,8 +134,10 @@ def _keep_form(optimizer: Optimizer) -> None:
             group["lr"] = rate.fill_(value) if isinstance(rate, Tensor) else value
         for parameter, state in loaded.state.items():
             for key, value in state.items():
-                if isinstance(value, Tensor) and value.shape == parameter.shape:
-                    state[key] = torch.empty_like(parameter).copy_(value)
+                if isinstance(value, Tensor):
+                    same = value.shape == parameter.shape
+                    state[key] = torch.empty_like(parameter).copy_(value) if same else value.to(parameter.device)
+        _fill_momentum(loaded)
 
     optimizer.register_load_state_dict_post_hook(restore)
 

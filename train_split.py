@@ -23,13 +23,14 @@ from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 from dataset import DataSource, SourceRequest, open_source
-from dataset.loader import Batch, build_eval_loader, build_train_loader
+from dataset.loader import Batch, shard
 from dataset.mixup import apply_mix, draw_mix
+from dataset.pipeline import build_eval_loader, build_train_loader
 from dataset.views import ViewMaker, view_spec
 from method import Method, Progress, StepOutput, methods
 from model import backbone_request, build_splitnet
 from model.backbone.base import StagedBackbone
-from model.pretrained import load_pretrained
+from model.restore import load_pretrained
 from parser_params import Config, parse_config, resolve_config
 from utils import checkpoint as ckpt
 from utils import distributed
@@ -144,7 +145,6 @@ class Trainer:
         self.eval_loaders = {
             name: build_eval_loader(
                 split,
-                source,
                 crop_size=config.crop_size,
                 batch_size=config.eval_batch_size,
                 rank=world.rank,
@@ -259,7 +259,7 @@ class Trainer:
         renewed = load_pretrained(self.network, content, self.config.pretrained)
         for name in renewed:
             logger.info("--pretrained: the head %s has another size there and starts anew.", name)
-        return tuple(f"network.{name}" for name in renewed)
+        return tuple(f"network.{name}." for name in renewed)
 
     # ---- state -------------------------------------------------------------------------------------------------------
 
@@ -438,14 +438,17 @@ class Trainer:
         )
         if self.step == 0:
             self.log.views(views, self.source.mean, self.source.std, 0)
-        count, everyone = len(batch.labels_B), batch.global_batch_size
+        count = len(batch.labels_B)
+        first, everyone = shard(batch.global_batch_size, world.rank, world.world_size).start, batch.global_batch_size
+        if config.on_bad_image == "skip":
+            first, everyone = distributed.place_among_processes(count, world)
         if config.is_mixup:
             mix = draw_mix(
                 self.seed,
                 self.step,
                 alpha=config.mix_alpha,
                 global_batch=everyone,
-                first=batch.first,
+                first=first,
                 count=count,
             )
             views, targets = apply_mix(views, batch.labels_B, mix)

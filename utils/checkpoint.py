@@ -9,6 +9,7 @@ import logging
 import os
 import pickle
 import re
+import warnings
 import zipfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -96,7 +97,9 @@ def load_checkpoint(path: str | Path, flag: str = "--resume") -> dict[str, Any]:
         what = "is a folder, not a file" if path.is_dir() else "does not exist"
         raise UserError(f"{flag} {path}: {what}.")
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # about foreign pickle protocols: such a file is refused anyway
+            content = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError:
         raise UserError(
             f"{flag} {path}: refused: it is not a checkpoint, or holds objects other than tensors and plain values."

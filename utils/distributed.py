@@ -198,6 +198,17 @@ def all_gather_rows(rows: Tensor) -> Tensor:
     return torch.cat([part[:size] for part, size in zip(parts, sizes, strict=True)])
 
 
+def place_among_processes(count: int, world: World) -> tuple[int, int]:
+    """(sum of the counts of the processes before this one, sum over all); counts may differ."""
+    if world.world_size == 1:
+        return 0, count
+    counts = torch.zeros(world.world_size, dtype=torch.int64, device=world.device)
+    counts[world.rank] = count
+    dist.all_reduce(counts)
+    numbers = counts.tolist()
+    return sum(numbers[: world.rank]), sum(numbers)
+
+
 def broadcast_buffers(module: nn.Module) -> None:
     """Give every process the buffers of process 0, whose BN statistics are the run's (as in the published runs)."""
     if not dist.is_initialized() or dist.get_world_size() == 1:

@@ -1,0 +1,44 @@
+"""The guard names the first bad step and its networks, and holds the weights afterwards."""
+
+import torch
+from torch import Tensor
+
+from utils.guard import NonfiniteGuard
+
+CPU = torch.device("cpu")
+
+
+def alone(value: Tensor) -> Tensor:
+    return value
+
+
+def test_finite_steps_leave_nothing() -> None:
+    guard = NonfiniteGuard(2, CPU, sticky=True)
+    assert guard.judge(torch.tensor(1.0), torch.zeros(2, 3, 4), 0) == 0
+    assert guard.read(alone) is None
+
+
+def test_first_bad_step_and_network_are_named() -> None:
+    guard = NonfiniteGuard(3, CPU, sticky=False)
+    logits = torch.zeros(3, 2, 4)
+    logits[1, 0, 2] = float("nan")
+    guard.judge(torch.tensor(1.0), torch.zeros(3, 2, 4), 4)
+    assert guard.judge(torch.tensor(float("inf")), logits, 5) == 1
+    assert guard.judge(torch.tensor(1.0), torch.zeros(3, 2, 4), 6) == 0
+    guard.judge(torch.tensor(float("nan")), torch.full((3, 2, 4), float("nan")), 7)
+    found = guard.read(alone)
+    assert found is not None
+    assert (found.count, found.first_step, found.networks) == (2, 5, (1,))
+
+
+def test_sticky_holds_all_later_steps() -> None:
+    guard = NonfiniteGuard(1, CPU, sticky=True)
+    guard.judge(torch.tensor(float("nan")), torch.zeros(1, 2, 2), 0)
+    assert guard.judge(torch.tensor(1.0), torch.zeros(1, 2, 2), 1) == 1
+
+
+def test_state_round_trip() -> None:
+    guard, other = NonfiniteGuard(2, CPU, sticky=False), NonfiniteGuard(2, CPU, sticky=False)
+    guard.judge(torch.tensor(float("nan")), torch.full((2, 1, 2), float("inf")), 9)
+    other.load_state_dict(guard.state_dict())
+    assert other.read(alone) == guard.read(alone)

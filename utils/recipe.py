@@ -1,0 +1,227 @@
+"""The published recipes (arXiv:2011.14660), and ours where nothing is published, as defaults for the flags.
+
+A recipe only fills in what the user left open. "Published" below means the training runs of that paper; the lines
+marked "ours" are choices of this project for what those runs leave open.
+"""
+
+import math
+from collections.abc import Mapping
+from fnmatch import fnmatchcase
+from typing import Any
+
+# Published, but for digits, and for the image size and padding that are the data's own.
+_SMALL: dict[str, Any] = {
+    "epochs": 300,
+    "batch_size": 128,
+    "crop_size": 32,
+    "padding": 4,
+    "optimizer": "SGD",
+    "lr": 0.1,
+    "momentum": 0.9,
+    "lr_mode": "cos",
+    "slow_start_lr": 5e-3,
+    "end_lr": 1e-4,
+    "weight_decay": 1e-4,
+    "is_autoaugment": True,
+    "randaa": None,
+    "is_cutout": True,
+    "erase_p": 0.5,
+    "is_mixup": True,
+    "is_label_smoothing": False,
+}
+_DATA: dict[str, dict[str, Any]] = {
+    "cifar10": _SMALL,
+    "cifar100": _SMALL,
+    "svhn": {**_SMALL, "epochs": 200, "lr": 5e-3, "end_lr": 1e-5, "weight_decay": 1e-3},
+    "imagenet": {
+        **_SMALL,
+        "epochs": 120,
+        "batch_size": 256,
+        "crop_size": 224,
+        "end_lr": 1e-5,
+        "is_label_smoothing": True,
+    },
+    # Ours: real images that every machine has; no augmentation beyond the crop.
+    "digits": {
+        **_SMALL,
+        "epochs": 30,
+        "batch_size": 64,
+        "crop_size": 16,
+        "padding": 2,
+        "weight_decay": 5e-4,
+        "is_autoaugment": False,
+        "is_cutout": False,
+        "is_mixup": False,
+    },
+}
+
+# Published; 1e-4 for all other architectures is published for some of them and ours for the rest.
+_CIFAR_WEIGHT_DECAY = {
+    "wide_resnet16_12": 5e-4,
+    "wide_resnet28_10": 5e-4,
+    "wide_resnet40_10": 5e-4,
+    "wide_resnet52_8": 5e-4,
+    "resnext29_*": 5e-4,
+    "efficientnetb3": 5e-4,
+}
+_IMAGENET_WEIGHT_DECAY = {"resnet50": 5e-5, "efficientnet*": 1e-5}
+
+# Published: input size, probability of erasing and magnitude of RandAugment on ImageNet.
+_EFFICIENTNET = {
+    "efficientnetb0": (224, 0.2, 4),
+    "efficientnetb1": (240, 0.2, 4),
+    "efficientnetb2": (260, 0.3, 5),
+    "efficientnetb3": (300, 0.3, 6),
+    "efficientnetb4": (380, 0.4, 6),
+    "efficientnetb5": (456, 0.4, 7),
+    "efficientnetb6": (528, 0.5, 8),
+    "efficientnetb7": (600, 0.5, 9),
+    "efficientnetb8": (672, 0.5, 9),
+    "efficientnetl2": (800, 0.5, 9),
+}
+_RANDAUGMENT = {
+    "se_resnext101_64x4d_B": 9,
+    "senet113": 9,
+    "resnexst101_8x32d": 9,
+    "se_resnet50": 6,
+    "resnexst50_*": 6,
+}
+_LR_BY_BATCH = ("se_resnext101_64x4d_B", "senet113", "resnexst101_8x32d")
+
+_LONG = 1800
+_NO_LONG_WARM_UP = ("shake_resnet*", "pyramidnet*", "densenet*")
+_LONGER_WARM_UP = ("resnext29_16x64d", "se_resnet164")
+
+# Ours: learning rates for an optimiser that the user puts in place of the recipe's, at which it does not diverge.
+_OTHER_LR = {"SGD": 0.1, "AdamW": 1e-3, "RMSprop": 1e-2, "RMSpropTF": 1e-2}
+
+
+def _matches(arch: str, patterns: Any) -> bool:
+    return any(fnmatchcase(arch, pattern) for pattern in patterns)
+
+
+def _first(arch: str, table: Mapping[str, Any], otherwise: Any) -> Any:
+    """The value of the first pattern that the architecture's name matches."""
+    return next((value for pattern, value in table.items() if fnmatchcase(arch, pattern)), otherwise)
+
+
+def _warm_up_epochs(data_recipe: str, arch: str, epochs: int) -> int:
+    """Length of the learning rate's warm-up."""
+    if data_recipe == "svhn":
+        return 0
+    if data_recipe == "imagenet":
+        return round(5 * epochs / 120)  # published for 120 epochs, ours for others
+    if data_recipe != "digits" and epochs == _LONG:
+        return 0 if _matches(arch, _NO_LONG_WARM_UP) else 60
+    if data_recipe != "digits" and epochs == 300 and arch in _LONGER_WARM_UP:
+        return 30
+    return round(20 * epochs / 300)  # published for 300 epochs, ours for others
+
+
+def _cot_warm_up_epochs(data_recipe: str, epochs: int) -> int:
+    """Length of the co-training weight's warm-up."""
+    if data_recipe == "imagenet":
+        return round(60 * epochs / 120)  # published for 120 epochs, ours for others
+    if data_recipe != "digits" and epochs == _LONG:
+        return 80
+    if data_recipe == "svhn" and epochs == 200:
+        return 40
+    return round(40 * epochs / 300)  # published for 300 epochs, ours for others
+
+
+def _milestones(data_recipe: str, epochs: int) -> tuple[int, ...]:
+    """Ours: the epochs at which `step` multiplies, in proportion to those usual for 120 and 300 epochs."""
+    base, usual = (120, (30, 60, 90)) if data_recipe == "imagenet" else (300, (100, 225))
+    return tuple(m for m in (round(epoch * epochs / base) for epoch in usual) if m > 0)
+
+
+def _for_architecture(data_recipe: str, arch: str, epochs: int, batch_size: int) -> dict[str, Any]:
+    """Published departures of single architectures from their data set's row."""
+    changes: dict[str, Any] = {}
+    if data_recipe in ("cifar10", "cifar100"):
+        changes["weight_decay"] = _first(arch, _CIFAR_WEIGHT_DECAY, 1e-4)
+        if arch == "resnext29_16x64d" and epochs == 300:
+            changes["lr"] = 0.05
+        if fnmatchcase(arch, "shake_resnet*") and epochs == _LONG:
+            changes["lr"] = 0.2
+    if data_recipe == "imagenet":
+        changes["weight_decay"] = _first(arch, _IMAGENET_WEIGHT_DECAY, 1e-4)
+        if arch in _LR_BY_BATCH:
+            changes["lr"] = 0.1 * batch_size / 256
+        magnitude = _first(arch, _RANDAUGMENT, None)
+        if arch in _EFFICIENTNET:
+            crop_size, erase_p, magnitude = _EFFICIENTNET[arch]
+            changes |= {"crop_size": crop_size, "erase_p": erase_p, "is_mixup": False}
+            changes |= {"optimizer": "RMSpropTF", "lr": 0.256, "lr_mode": "exponential"}
+        if magnitude is not None:
+            changes["randaa"] = f"rand-m{magnitude}-mstd0.5"
+    return changes
+
+
+def recipe_defaults(
+    *,
+    data_recipe: str,
+    dataset: str,
+    arch: str,
+    split_factor: int,
+    epochs: int | None,
+    batch_size: int | None,
+    given: Mapping[str, Any],
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Values by flag name: what the flags take that nobody set, and what becomes of some that were set.
+
+    Args:
+        data_recipe: row of the recipes: digits, cifar10, cifar100, svhn, imagenet.
+        dataset: value of --dataset; an open one (folder, synthetic) knows its image size itself, so that no crop size is
+            given for it, unless the architecture has one of its own.
+        arch: backbone; of several, the first.
+        split_factor: S, by which each network is divided; 1 for a list of full networks.
+        epochs, batch_size: as set, or None.
+        given: what was set, by flag name, and so is not to be replaced.
+
+    Returns:
+        (defaults, adjusted). `adjusted` wins over what was set: it holds a learning rate and momentum that were set
+        beside --is_linear_lr 1, scaled, and a weight decay that was set beside --is_div_wd 1, divided.
+    """
+    defaults = dict(_DATA[data_recipe])
+    usual_batch = defaults["batch_size"]
+    epochs = epochs or defaults["epochs"]
+    batch_size = batch_size or usual_batch
+    defaults |= {"epochs": epochs, "batch_size": batch_size}
+    defaults |= _for_architecture(data_recipe, arch, epochs, batch_size)
+    defaults["slow_start_epochs"] = _warm_up_epochs(data_recipe, arch, epochs)
+    defaults["cot_weight_warm_up_epochs"] = _cot_warm_up_epochs(data_recipe, epochs)
+    if given.get("lr_mode", defaults["lr_mode"]) == "step":
+        defaults["lr_milestones"] = _milestones(data_recipe, epochs)
+    if given.get("is_efficientnet_user_crop"):
+        defaults["crop_size"] = _DATA[data_recipe]["crop_size"]
+    if dataset not in _DATA and defaults["crop_size"] == _DATA[data_recipe]["crop_size"]:
+        del defaults["crop_size"]
+    if given.get("is_autoaugment"):
+        defaults["randaa"] = None
+    if given.get("randaa", defaults["randaa"]) is not None:
+        defaults["is_autoaugment"] = False
+    if given.get("optimizer", defaults["optimizer"]) != defaults["optimizer"]:
+        defaults["lr"] = _OTHER_LR.get(given["optimizer"], defaults["lr"])
+
+    values = {**defaults, **given}
+    changed: dict[str, Any] = {}
+    if given.get("is_linear_lr"):
+        scale = batch_size / usual_batch
+        scaled_already = "lr" not in given and arch in _LR_BY_BATCH and data_recipe == "imagenet"
+        changed["lr"] = values["lr"] * (1.0 if scaled_already else scale)
+        changed["momentum"] = values["momentum"] ** scale
+    divide = split_factor > 1 and given.get("is_div_wd", True)
+    as_given = "weight_decay" in given and ("is_div_wd" not in given or given.get("is_wd_test"))
+    if divide and not as_given:
+        changed["weight_decay"] = values["weight_decay"] * math.exp(1 / split_factor - 1)  # eq. 6
+    defaults |= {name: value for name, value in changed.items() if name not in given}
+    adjusted = {name: value for name, value in changed.items() if name in given}
+
+    # Ours: a rate below the published ends of the schedule would otherwise be raised by its warm-up or its floor.
+    lr = {**values, **changed}["lr"]
+    if lr < defaults["slow_start_lr"]:
+        defaults["slow_start_lr"] = lr / 20
+    if lr <= defaults["end_lr"]:
+        defaults["end_lr"] = lr / 1000
+    return defaults, adjusted

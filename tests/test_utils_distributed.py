@@ -1,0 +1,140 @@
+"""Two and three processes give what one process gives on the same global batch."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from dataset.loader import shard
+from dataset.mixup import apply_mix, draw_mix
+from tests.processes import run_processes
+from utils import distributed
+from utils.distributed import ProcessSyncBatchNorm, World, synchronise_batchnorm
+from utils.errors import UserError
+
+
+def small_net() -> nn.Module:
+    torch.manual_seed(3)
+    return nn.Sequential(
+        nn.Conv2d(3, 5, 3), nn.BatchNorm2d(5), nn.ReLU(), nn.Conv2d(5, 4, 3), nn.BatchNorm2d(4), nn.Flatten()
+    ).double()
+
+
+def images(count: int) -> Tensor:
+    return torch.randn(count, 3, 6, 6, generator=torch.Generator().manual_seed(5), dtype=torch.float64)
+
+
+def step(net: nn.Module, batch: Tensor, scale: float) -> dict[str, Tensor]:
+    loss = net(batch).square().sum(dim=1).mean() * scale
+    loss.backward()
+    return {name: p.grad for name, p in net.named_parameters() if p.grad is not None}
+
+
+def synced_step(rank: int, world_size: int, count: int) -> dict[str, Any]:
+    net = synchronise_batchnorm(small_net(), torch.device("cpu"))
+    mine = shard(count, rank, world_size)
+    gradients = step(net, images(count)[mine], (mine.stop - mine.start) * world_size / count)
+    for gradient in gradients.values():
+        distributed.all_reduce_sum(gradient).div_(world_size)
+    return {"gradients": gradients, "buffers": dict(net.named_buffers()), "keys": list(net.state_dict())}
+
+
+@pytest.mark.parametrize(("world_size", "count"), [(2, 8), (3, 10)])
+def test_synchronised_batchnorm_equals_one_process(tmp_path: Path, world_size: int, count: int) -> None:
+    reference = small_net()
+    expected = step(reference, images(count), 1.0)
+    for result in run_processes(world_size, synced_step, tmp_path / "r", count):
+        assert result["keys"] == list(reference.state_dict())
+        for name, gradient in expected.items():
+            torch.testing.assert_close(result["gradients"][name], gradient, rtol=0, atol=1e-10)
+        for name, buffer in reference.named_buffers():
+            torch.testing.assert_close(result["buffers"][name], buffer, rtol=0, atol=1e-10)
+
+
+def test_synchronised_batchnorm_alone_is_batchnorm() -> None:
+    net, other = small_net(), synchronise_batchnorm(small_net(), torch.device("cpu"))
+    assert any(isinstance(part, ProcessSyncBatchNorm) for part in other.modules())
+    torch.testing.assert_close(net(images(4)), other(images(4)), rtol=0, atol=0)
+    torch.testing.assert_close(net.eval()(images(4)), other.eval()(images(4)), rtol=0, atol=0)
+
+
+def gathered(rank: int, world_size: int) -> dict[str, Any]:
+    rows = torch.full((rank + 1, 2), float(rank))
+    world = World(rank, world_size, rank, world_size, torch.device("cpu"))
+    return {
+        "rows": distributed.all_gather_rows(rows),
+        "place": list(distributed.place_among_processes(rank + 1, world)),
+        "agreed": asked_together(rank),
+    }
+
+
+def asked_together(rank: int) -> bool:
+    from utils.interrupt import StopRequest
+
+    request = StopRequest()
+    request.number = 15 if rank == 1 else 0
+    return request.agreed(torch.device("cpu"))
+
+
+def test_rows_of_uneven_processes_and_stop_requests(tmp_path: Path) -> None:
+    results = run_processes(3, gathered, tmp_path / "r")
+    for rank, result in enumerate(results):
+        assert result["rows"][:, 0].tolist() == [0, 1, 1, 2, 2, 2]
+        assert result["place"] == [sum(range(1, rank + 1)), 6]
+        assert result["agreed"]
+
+
+def mixed(rank: int, world_size: int) -> dict[str, Tensor]:
+    mine = shard(7, rank, world_size)
+    views = torch.arange(2 * 7 * 3.0).view(2, 7, 3, 1, 1)[:, mine]
+    mix = draw_mix(11, 5, alpha=0.2, global_batch=7, first=mine.start, count=mine.stop - mine.start)
+    views, targets = apply_mix(views, torch.arange(7)[mine], mix)
+    return {"views": views, "other": targets.labels_other_B, "lam": targets.lam}
+
+
+def test_mixup_does_not_depend_on_the_number_of_processes(tmp_path: Path) -> None:
+    alone = mixed(0, 1)
+    parts = run_processes(3, mixed, tmp_path / "r")
+    torch.testing.assert_close(torch.cat([p["views"] for p in parts], dim=1), alone["views"], rtol=0, atol=0)
+    assert torch.equal(torch.cat([p["other"] for p in parts]), alone["other"])
+    assert all(p["lam"] == alone["lam"] for p in parts)
+
+
+def test_mixup_mixes_all_views_with_one_weight_and_one_permutation() -> None:
+    views = torch.rand(3, 6, 3, 4, 4)
+    labels = torch.arange(6)
+    mix = draw_mix(1, 2, alpha=0.2, global_batch=6, first=0, count=6)
+    out, targets = apply_mix(views, labels, mix)
+    for s in range(3):
+        for b in range(6):
+            partner = int(mix.partners[b])
+            torch.testing.assert_close(out[s, b], mix.lam * views[s, b] + (1 - mix.lam) * views[s, partner])
+            assert targets.labels_other_B[b] == labels[partner]
+    assert float(targets.lam) == pytest.approx(mix.lam)
+    assert draw_mix(1, 3, alpha=0.2, global_batch=6, first=0, count=6).lam != mix.lam
+
+
+def test_mixup_weight_is_beta_distributed() -> None:
+    weights = torch.tensor([draw_mix(9, i, alpha=0.2, global_batch=1, first=0, count=1).lam for i in range(2000)])
+    # Beta(a, a): mean 1/2, variance 1 / (4 (2a + 1))
+    assert abs(weights.mean() - 0.5) < 0.04
+    assert abs(weights.var() - 1 / (4 * 1.4)) < 0.01
+
+
+def test_gpu_ids_that_do_not_exist_are_refused() -> None:
+    with pytest.raises(UserError, match=r"--gpu_ids 0,99: no such GPU"):
+        distributed.visible_gpus(no_cuda=False, gpu=None, gpu_ids="0,99")
+    with pytest.raises(UserError, match=r"--gpu 99: no such GPU"):
+        distributed.visible_gpus(no_cuda=False, gpu=99, gpu_ids=None)
+    with pytest.raises(UserError, match=r"--gpu_ids 'zero'"):
+        distributed.visible_gpus(no_cuda=False, gpu=None, gpu_ids="zero")
+    assert distributed.visible_gpus(no_cuda=True, gpu=None, gpu_ids=None) == []
+
+
+def test_several_nodes_need_a_meeting_point() -> None:
+    with pytest.raises(UserError, match="meeting point"):
+        distributed.spawn(print, (), processes=1, nodes=2, node=0, url="env://")
+    with pytest.raises(UserError, match=r"--dist_url host:1"):
+        distributed.spawn(print, (), processes=1, nodes=2, node=0, url="host:1")

@@ -172,8 +172,8 @@ def recipe_defaults(
 
     Args:
         data_recipe: row of the recipes: digits, cifar10, cifar100, svhn, imagenet.
-        dataset: value of --dataset; an open one (folder, synthetic) knows its image size itself, so that no crop size is
-            given for it, unless the architecture has one of its own.
+        dataset: value of --dataset; an open one (folder, synthetic) knows its image size itself and gets no crop size
+            from here, unless the architecture has one of its own.
         arch: backbone; of several, the first.
         split_factor: S, by which each network is divided; 1 for a list of full networks.
         epochs, batch_size: as set, or None.

@@ -1,0 +1,48 @@
+"""How S predictions become one. S networks, B images, K classes."""
+
+import math
+
+import torch
+from torch import Tensor
+
+from utils.errors import UserError
+
+RULES = ("mean_logits", "mean_softmax", "max_logits", "max_softmax", "geometric_mean")
+
+
+def ensemble_rule(after_softmax: bool, maximum: bool) -> str:
+    """The rule that --is_ensembled_after_softmax and --is_max_ensemble ask for."""
+    return f"{'max' if maximum else 'mean'}_{'softmax' if after_softmax else 'logits'}"
+
+
+def ensemble_scores(logits_SBK: Tensor, rule: str) -> Tensor:
+    """Scores that order the classes as the ensemble does: (S, B, K) -> (B, K), in float32 or better.
+
+    mean_logits, max_logits: mean or elementwise maximum of the logits; mean_softmax, max_softmax, geometric_mean: log
+    of the mean, the maximum, the geometric mean of the probabilities.
+
+    Raises:
+        UserError: unknown rule.
+    """
+    logits_SBK = logits_SBK.to(torch.promote_types(logits_SBK.dtype, torch.float32))
+    if rule == "mean_logits":
+        return logits_SBK.mean(dim=0)
+    if rule == "max_logits":
+        return logits_SBK.amax(dim=0)
+    log_probs_SBK = logits_SBK.log_softmax(dim=-1)
+    if rule == "mean_softmax":
+        return log_probs_SBK.logsumexp(dim=0) - math.log(len(logits_SBK))
+    if rule == "max_softmax":
+        return log_probs_SBK.amax(dim=0)
+    if rule == "geometric_mean":
+        return log_probs_SBK.mean(dim=0)
+    raise UserError(f"Ensemble rule {rule!r} is not known: use {', '.join(RULES)}.")
+
+
+def ensemble_log_probs(logits_SBK: Tensor, rule: str = "mean_logits") -> Tensor:
+    """Log-probabilities of the ensemble, normalised over the classes: (S, B, K) -> (B, K), in float32 or better.
+
+    Raises:
+        UserError: unknown rule.
+    """
+    return ensemble_scores(logits_SBK, rule).log_softmax(dim=-1)

@@ -8,6 +8,7 @@ import secrets
 
 import numpy as np
 import torch
+from torch import Tensor
 
 # What a stream of draws is for. The numbers are part of the results: never renumber.
 STREAM_ORDER = 1  # the epoch's order of images
@@ -18,6 +19,7 @@ STREAM_INIT = 5  # initial weights
 STREAM_SPLIT = 6  # --val_fraction
 STREAM_SAMPLER = 7  # class-balanced and other special samplers
 STREAM_METHOD = 8  # whatever a method draws for itself
+STREAM_DATA = 9  # synthetic images
 
 _GOLDEN = 0x9E3779B97F4A7C15
 _MASK = 0xFFFFFFFFFFFFFFFF
@@ -61,6 +63,25 @@ def counter_uniform(key: int, positions_B: np.ndarray, views_S: np.ndarray, num_
     stream = _mix(stream ^ ((views + np.uint64(1)) * np.uint64(0xD1342543DE82EF95)))
     bits = _mix(stream + slots * np.uint64(_GOLDEN))
     return (bits >> np.uint64(11)).astype(np.float64) * 2.0**-53
+
+
+def counter_uniform_on_device(key: int, positions_B: Tensor, num_slots: int) -> Tensor:
+    """`counter_uniform` of view 0, bit for bit, on the device of `positions_B` (int64): float64 [B, num_slots]."""
+
+    def signed(value: int) -> int:
+        return value - 2**64 if value >= 2**63 else value
+
+    def mix(z: Tensor) -> Tensor:
+        # int64 multiplies as uint64 does; its shift needs the copies of the sign bit masked away
+        z = (z ^ ((z >> 30) & (2**34 - 1))) * signed(0xBF58476D1CE4E5B9)
+        z = (z ^ ((z >> 27) & (2**37 - 1))) * signed(0x94D049BB133111EB)
+        return z ^ ((z >> 31) & (2**33 - 1))
+
+    slots = torch.arange(1, num_slots + 1, device=positions_B.device)
+    stream_B = mix(key + positions_B * signed(_GOLDEN))
+    stream_B = mix(stream_B ^ signed(0xD1342543DE82EF95))
+    bits = mix(stream_B[:, None] + slots * signed(_GOLDEN))
+    return ((bits >> 11) & (2**53 - 1)).double() * 2.0**-53
 
 
 def numpy_generator(*parts: int) -> np.random.Generator:

@@ -1,0 +1,76 @@
+"""Deep mutual learning (Zhang et al., arXiv:1706.00384): each network also fits its peers' predictions.
+
+All networks step together, not in turn as in the paper: one backward pass for S networks.
+"""
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from loss import at_least_float32
+from loss.agreement import kl_seperate
+from loss.classification import mixed_cross_entropy
+from loss.distillation import distillation_kl
+from method import Method, Progress, StepOutput, Targets, methods
+from utils.errors import UserError
+from utils.options import option
+
+
+@dataclass(frozen=True, kw_only=True)
+class DMLOptions:
+    """Flags of deep mutual learning."""
+
+    dml_weight: float = option(1.0, "weight of the peers' predictions beside the labels")
+    dml_temperature: float = option(1.0, "temperature of the predictions that are compared")
+    dml_teacher: str = option(
+        "peers",
+        "what a network fits: each peer's prediction in turn, averaged over the losses, or the mean of the peers' "
+        "predictions (the paper's ensemble variant)",
+        choices=("peers", "ensemble"),
+    )
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.dml_weight < math.inf:
+            raise UserError(f"--dml_weight must be a number from 0, got {self.dml_weight}.")
+        if not 0 < self.dml_temperature < math.inf:
+            raise UserError(f"--dml_temperature must be a number above 0, got {self.dml_temperature}.")
+
+
+def ensemble_kl(logits_SBK: Tensor) -> Tensor:
+    """Σ_i KL(constant mean of the other networks' predictions ‖ prediction i): (S, B, K) -> (B,)."""
+    log_probs_SBK = at_least_float32(logits_SBK).log_softmax(dim=-1)
+    num_networks = len(log_probs_SBK)
+    others_SBK = torch.stack([log_probs_SBK.roll(shift, dims=0) for shift in range(1, num_networks)]).logsumexp(
+        dim=0
+    ) - math.log(num_networks - 1)
+    return distillation_kl(log_probs_SBK, others_SBK).sum(dim=0)
+
+
+@methods.register("dml")
+class DeepMutualLearning(Method):
+    """Σ_i [ CE(i, labels) + w · T² / (S - 1) Σ_{j≠i} KL(constant p_j ‖ p_i) ], p = softmax(logits / T).
+
+    S networks of one backbone or of several; all see the same view. One network alone trains in the ordinary way.
+    """
+
+    Options = DMLOptions
+    shared_view = True
+
+    def forward(self, views_SBCHW: Tensor, targets: Targets, progress: Progress) -> StepOutput:
+        """Views [1, B, C, H, W] -> loss, metrics (loss_ce and, weighted, loss_mutual), logits [S, B, K]."""
+        logits_SBK = at_least_float32(self.network(views_SBCHW))
+        losses_S = [
+            mixed_cross_entropy(logits_BK, targets, label_smoothing=self.label_smoothing).mean()
+            for logits_BK in logits_SBK
+        ]
+        loss = loss_ce = torch.stack(losses_S).sum()
+        metrics = {"loss_ce": loss_ce.detach()}
+        if len(logits_SBK) > 1:
+            mutual_kl = ensemble_kl if self.options.dml_teacher == "ensemble" else kl_seperate
+            temperature = self.options.dml_temperature
+            loss_mutual = self.options.dml_weight * temperature**2 * mutual_kl(logits_SBK / temperature).mean()
+            loss = loss + loss_mutual
+            metrics["loss_mutual"] = loss_mutual.detach()
+        return StepOutput(loss, metrics, logits_SBK.detach())

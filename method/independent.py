@@ -1,0 +1,23 @@
+"""Independent learning: the networks share the batch and nothing else. The baseline of every other method."""
+
+import torch
+from torch import Tensor
+
+from loss import at_least_float32
+from loss.classification import mixed_cross_entropy
+from method import Method, Progress, StepOutput, Targets, methods
+
+
+@methods.register("independent")
+class Independent(Method):
+    """Σ_i CE(network i on its own view, labels)."""
+
+    def forward(self, views_SBCHW: Tensor, targets: Targets, progress: Progress) -> StepOutput:
+        """Views [S, B, C, H, W], or one shared view -> loss, metrics (loss_ce), logits [S, B, K]."""
+        logits_SBK = at_least_float32(self.network(views_SBCHW))
+        losses_S = [
+            mixed_cross_entropy(logits_BK, targets, label_smoothing=self.label_smoothing).mean()
+            for logits_BK in logits_SBK
+        ]
+        loss = torch.stack(losses_S).sum()
+        return StepOutput(loss, {"loss_ce": loss.detach()}, logits_SBK.detach())

@@ -1,0 +1,246 @@
+"""Training-only parts beside the networks: auxiliary classifiers, projection heads, gates, pair weights.
+
+Shapes: B images, K classes, D embedding size of a network, E exits of a network (its own output included, last),
+M exits of all networks, numbered network by network.
+"""
+
+import copy
+from collections.abc import Iterable, Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from model import check_request
+from model.backbone.base import StagedBackbone
+from utils.errors import UserError
+
+
+def require_stages(network: nn.Module, method: str) -> StagedBackbone:
+    """The network, if it has stages that heads can hang on.
+
+    Raises:
+        UserError: it has none; the message names the method.
+    """
+    if not isinstance(network, StagedBackbone):
+        raise UserError(
+            f"--method {method} needs a backbone with stages, and --arch has none ({type(network).__name__}). "
+            "Pick another --arch."
+        )
+    return network
+
+
+def embedding_size(network: StagedBackbone) -> int:
+    """D, the size of the pooled embedding in front of the classifier."""
+    classifier = network.get_submodule(network.classifier_name)
+    assert isinstance(classifier, nn.Linear)
+    return classifier.in_features
+
+
+class AuxiliaryHead(nn.Module):
+    """A private copy of what a network does behind one of its stages: the remaining stages, the tail, a classifier.
+
+    Args:
+        donor: a fresh network; its parts become the head's own, what lies before `tap` is dropped.
+        tap: the head takes the feature map of this stage, counted from 1; 0 is the stem.
+        depths: how many blocks each remaining stage keeps, None: all.
+    """
+
+    def __init__(self, donor: StagedBackbone, tap: int, depths: Iterable[int | None]) -> None:
+        super().__init__()
+        self.tap = tap
+        donor.become_auxiliary()
+        stages = donor.stages
+        _keep_behind(donor, stages[-1])
+        self.stages = nn.ModuleList(map(first_blocks, stages[tap:], depths))
+        self.rest = donor
+
+    def forward(self, features_BCHW: Tensor) -> tuple[Tensor, Tensor]:
+        """Feature map of stage `tap` -> (embedding [B, D], logits [B, K])."""
+        for stage in self.stages:
+            features_BCHW = stage(features_BCHW)
+        embedding_BD = self.rest.tail(features_BCHW)
+        return embedding_BD, self.rest.classify(embedding_BD)
+
+
+class AuxiliaryHeads(nn.ModuleList):
+    """The auxiliary heads of one network, the shallowest first."""
+
+    def __init__(self, heads: Iterable[AuxiliaryHead]) -> None:
+        super().__init__(heads)
+
+    def forward(self, network: StagedBackbone, images_BCHW: Tensor) -> tuple[list[Tensor], list[Tensor]]:
+        """Images [B, 3, H, W] -> embeddings [B, D] and logits [B, K] of every head and, last, of the network itself."""
+        taps = [network.stem(images_BCHW)]
+        for stage in network.stages:
+            taps.append(stage(taps[-1]))
+        embeddings, logits = [], []
+        for head in self:
+            assert isinstance(head, AuxiliaryHead)
+            embedding_BD, logits_BK = head(taps[head.tap])
+            embeddings.append(embedding_BD)
+            logits.append(logits_BK)
+        embedding_BD = network.tail(taps[-1])
+        return [*embeddings, embedding_BD], [*logits, network.classify(embedding_BD)]
+
+
+def first_blocks(stage: nn.Module, depth: int | None) -> nn.Module:
+    """The stage with its first `depth` blocks only, None: as it is.
+
+    Raises:
+        UserError: the stage is no sequence of blocks.
+    """
+    if depth is None:
+        return stage
+    if not isinstance(stage, nn.Sequential):
+        raise UserError(f"--arch: a stage of this backbone cannot be cut to {depth} blocks. Pick another --arch.")
+    return stage[:depth]
+
+
+def _keep_behind(network: StagedBackbone, stage: nn.Module) -> None:
+    """Replace every submodule whose parameters are registered before or in `stage` by an identity."""
+    parameters = list(network.parameters())
+    in_stage = {id(p) for p in stage.parameters()}
+    last = max(i for i, p in enumerate(parameters) if id(p) in in_stage)
+    _drop(network, {id(p) for p in parameters[: last + 1]})
+
+
+def _drop(module: nn.Module, unwanted: set[int]) -> None:
+    for name, child in module.named_children():
+        found = [id(p) in unwanted for p in child.parameters()]
+        if found and all(found):
+            setattr(module, name, nn.Identity())
+        elif any(found):
+            _drop(child, unwanted)
+
+
+def fresh_network(network: StagedBackbone, *, wide: bool = False) -> StagedBackbone:
+    """Another network of the same structure with initial weights of its own, drawn from the global generator.
+
+    Args:
+        network: made by `model.build_network`.
+        wide: twice the width in the last stage where the family can express it, else the same width.
+    """
+    if network.request is None:
+        raise ValueError("a network needs a `request`, as model.build_network sets it, to be built again")
+    entry = check_request(network.request)
+    build = entry.build_wide if wide and entry.build_wide is not None else entry.build
+    fresh = build(network.request)
+    assert isinstance(fresh, StagedBackbone)
+    return fresh
+
+
+def exit_heads(network: StagedBackbone) -> AuxiliaryHeads:
+    """Auxiliary exits of layer-wise mutual learning, shallowest first, by the network's `exit_plan`."""
+    num_stages = len(network.stages)
+    return AuxiliaryHeads(
+        AuxiliaryHead(fresh_network(network), tap, [blocks] * (num_stages - tap)) for tap, blocks in network.exit_plan
+    )
+
+
+def synergy_branches(network: StagedBackbone, taps: Sequence[int] | None = None) -> AuxiliaryHeads:
+    """Branches of deeply-supervised knowledge synergy (arXiv:1906.00675), shallowest first.
+
+    Published for WRN-d-k only; the rule for other backbones is ours and gives the published branches there. A branch
+    is a copy of the remaining stages and of the head. The one behind stage N - 1 has a last stage of doubled width,
+    where the family can express that, else of equal width. Every earlier one keeps half of the blocks of its last
+    stage, rounded down, at least 1; all of them where blocks change the width, so that half of a stage would not fit
+    the tail.
+
+    Args:
+        network: N stages.
+        taps: the stages, counted from 1, that the branches hang behind; None: N - 2 and N - 1.
+
+    Raises:
+        UserError: a stage that does not exist, one named twice, or one that the family cannot serve.
+    """
+    last = len(network.stages)
+    if taps is None:
+        taps = range(max(1, last - 2), last)
+    if len(set(taps)) < len(taps) or any(not 1 <= tap < last for tap in taps):
+        raise UserError(
+            f"--dks_branches {' '.join(map(str, taps))}: this --arch takes different stages from 1 to {last - 1}."
+        )
+    branches = []
+    for tap in sorted(taps):
+        nearest = tap == last - 1
+        donor = fresh_network(network, wide=nearest)
+        depths: list[int | None] = [None] * (last - tap)
+        if not nearest and _can_lose_blocks(network, network.halved_depth()):
+            depths[-1] = network.halved_depth()
+        branches.append(AuxiliaryHead(donor, tap, depths))
+    return AuxiliaryHeads(branches)
+
+
+def _can_lose_blocks(network: StagedBackbone, depth: int) -> bool:
+    """Whether the first `depth` blocks of the last stage give a map of the same shape as the whole stage."""
+    if not isinstance(network.stages[-1], nn.Sequential):
+        return False
+    assert network.request is not None
+    side = network.request.crop_size
+    # on meta tensors: nothing is computed
+    shadow = copy.deepcopy(network).to("meta").eval()
+    features = shadow.stem(torch.empty(1, 3, side, side, device="meta"))
+    for stage in shadow.stages[:-1]:
+        features = stage(features)
+    whole = shadow.stages[-1]
+    return first_blocks(whole, depth)(features).shape == whole(features).shape
+
+
+class ProjectionHead(nn.Sequential):
+    """Embedding [B, in_features] -> point [B, out_features] on the unit sphere, in float32 or better."""
+
+    def __init__(self, in_features: int, out_features: int) -> None:
+        super().__init__(
+            nn.Linear(in_features, out_features), nn.ReLU(inplace=True), nn.Linear(out_features, out_features)
+        )
+
+    def forward(self, embedding_BD: Tensor) -> Tensor:
+        projected = super().forward(embedding_BD)
+        return F.normalize(projected.to(torch.promote_types(projected.dtype, torch.float32)), dim=-1)
+
+
+class Gate(nn.Module):
+    """Mixes the logits of a network's exits into one aggregated prediction, by weights that sum to 1 for each image.
+
+    Args:
+        num_exits: E.
+        embedding_size: D.
+    """
+
+    def __init__(self, num_exits: int, embedding_size: int) -> None:
+        super().__init__()
+        self.layers = nn.Sequential(
+            nn.Linear(num_exits * embedding_size, embedding_size),
+            nn.ReLU(inplace=True),
+            nn.Linear(embedding_size, num_exits),
+        )
+
+    def weights(self, embeddings: Sequence[Tensor]) -> Tensor:
+        """E embeddings [B, D] -> mixing weights [B, E]."""
+        scores = self.layers(torch.cat([*embeddings], dim=-1))
+        return scores.to(torch.promote_types(scores.dtype, torch.float32)).softmax(dim=-1)
+
+    def forward(self, embeddings: Sequence[Tensor], logits_EBK: Tensor) -> Tensor:
+        """E embeddings [B, D] and the exits' logits [E, B, K] -> aggregated logits [B, K]."""
+        return (self.weights(embeddings).T.unsqueeze(-1) * logits_EBK).sum(dim=0)
+
+
+class PairWeights(nn.Module):
+    """Meta-network: a weight in (0.269, 0.731) for each pair of exits and each image, from the two embeddings.
+
+    Args:
+        embedding_sizes: D of each of the M exits.
+        size: of the space in which the two are compared.
+    """
+
+    def __init__(self, embedding_sizes: Sequence[int], size: int = 128) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Linear(embedding_size, size) for embedding_size in embedding_sizes)
+
+    def forward(self, embeddings: Sequence[Tensor], pairs_2P: Tensor) -> Tensor:
+        """M embeddings [B, D_m] and pairs of exits [2, P] -> sigmoid of the cosine similarity, [P, B]."""
+        compared_MBU = torch.stack([layer(e) for layer, e in zip(self.layers, embeddings, strict=True)])
+        compared_MBU = compared_MBU.to(torch.promote_types(compared_MBU.dtype, torch.float32))
+        first_PBU, second_PBU = compared_MBU[pairs_2P]
+        return F.cosine_similarity(first_PBU, second_PBU, dim=-1).sigmoid()

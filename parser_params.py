@@ -23,7 +23,7 @@ from model import backbones
 from utils.errors import UserError
 from utils.optim import OPTIMIZERS
 from utils.options import option
-from utils.recipe import recipe_defaults
+from utils.recipe import RECIPES, recipe_defaults
 from utils.registry import nearest_name
 from utils.schedule import MODES
 
@@ -79,7 +79,7 @@ class DataOptions:
     erase_p: float = option(0.5, "probability of random erasing")
     is_autoaugment: bool = option(False, "the data set's AutoAugment policy", default_text=RECIPE)
     randaa: str | None = option(None, "RandAugment instead, as 'rand-m9-mstd0.5'", metavar="STRING")
-    is_mixup: bool = option(True, "mixup")
+    is_mixup: bool = option(True, "mix pairs of images and their labels (mixup)")
     mix_alpha: float = option(0.2, "mixup draws its weight from Beta(alpha, alpha)")
     is_label_smoothing: bool = option(False, "label smoothing of 0.1", default_text=RECIPE)
     is_diff_data_train: bool = option(True, "every network sees its own view; 0: all see the same one (ablation)")
@@ -181,7 +181,7 @@ SECTIONS: tuple[type, ...] = (
 
 
 @dataclass(frozen=True, kw_only=True)
-class Config(RunOptions, DataOptions, ModelOptions, OptimizerOptions, EvaluationOptions, DeviceOptions):
+class Config(DeviceOptions, EvaluationOptions, OptimizerOptions, ModelOptions, DataOptions, RunOptions):
     """Everything that decides a run.
 
     Attributes:
@@ -393,6 +393,7 @@ def build_parser(method: str, program: str | None = None, extra: type | None = N
     """The parser of all flags, with those of one method and of one entry point."""
     parser = _Parser(
         prog=program,
+        usage="%(prog)s [--flag VALUE ...] [KEY VALUE ...]",
         description="Divide a backbone into S small networks and train them together.",
         epilog=(
             f"Data sets: {', '.join(sources.names())}. Methods: {', '.join(methods.names())}. "
@@ -633,9 +634,14 @@ def _unknown_name(name: str, registry: Any) -> str:
 
 
 def main() -> None:
-    """Print the configuration that a command line stands for, one `name = value (origin)` a line."""
+    """Print the configuration that a command line stands for, one `name = value (origin)` a line.
+
+    Recipes are filled in where the data set's is known without opening the data.
+    """
     try:
         config = parse_config(program="parser_params.py")
+        if config.dataset in RECIPES:
+            config = resolve_config(config, data_recipe=config.dataset)
     except UserError as error:
         print(f"parser_params.py: {error}", file=sys.stderr)
         raise SystemExit(2) from None

@@ -55,6 +55,8 @@ _DATA: dict[str, dict[str, Any]] = {
     },
 }
 
+RECIPES = tuple(_DATA)
+
 # Published; 1e-4 for all other architectures is published for some of them and ours for the rest.
 _CIFAR_WEIGHT_DECAY = {
     "wide_resnet16_12": 5e-4,

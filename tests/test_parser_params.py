@@ -1,0 +1,185 @@
+"""The command line: every flag documented, precedence kept, every mistake one line that names it."""
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from parser_params import Config, build_parser, flags_of, parse_config, resolve_config
+from utils.errors import UserError
+
+ROOT = Path(__file__).parent.parent
+
+# specs: every published flag and ours
+FLAGS = """data model_dir dataset num_classes arch method split_factor norm_mode is_syncbn output_stride workers epochs
+start_epoch max_steps eval_per_epoch batch_size eval_batch_size iters_to_accumulate crop_size padding lr_mode lr
+learning_rate slow_start_lr slow_start_epochs end_lr lr_milestones lr_step_multiplier lr_multiplier decay_factor
+decay_epochs is_linear_lr optimizer momentum is_nesterov weight_decay is_wd_test is_div_wd div_wd_den is_wd_all no_decay
+clip_grad ema_decay is_cutout erase_p is_autoaugment randaa is_mixup mix_alpha is_label_smoothing is_identical_init
+is_diff_data_train is_train_sep is_cot_loss cot_loss_choose cot_weight kl_weight is_cot_weight_warm_up
+is_kl_weight_warm_up cot_weight_warm_up_epochs kl_weight_warm_up_epochs is_ensembled_loss ensembled_loss_weight
+is_ensembled_after_softmax is_max_ensemble is_amp amp_dtype is_apex_amp amp_opt_level seed deterministic resume evaluate
+pretrained pretrained_dir print_freq max_ckpt_nums save_steps is_summary proc_name gpu gpu_ids no_cuda
+multiprocessing_distributed nproc_per_node world_size rank dist_url dist_backend is_test_on_multigpus
+is_test_with_multistreams is_efficient_densenet is_official_densenet densenet_p_shakedrop is_efficientnet_user_crop
+is_lukemelas_efficientnet is_memory_efficient_swish gn_num_groups config val_fraction on_bad_image""".split()
+
+DIGITS = ["--dataset", "digits", "--arch", "resnet20"]
+
+
+@pytest.mark.parametrize("program", ["parser_params.py", "train_split.py"])
+def test_help_prints_every_flag_with_default_and_group(program: str) -> None:
+    result = subprocess.run(
+        [sys.executable, program, "--help"], cwd=ROOT, capture_output=True, text=True, check=True, timeout=120
+    )
+    for flag in FLAGS:
+        assert re.search(rf"--{flag}\b", result.stdout), flag
+    for title in (
+        "Run and files",
+        "Data and augmentation",
+        "Networks",
+        "Optimiser and schedule",
+        "Method: co_training",
+    ):
+        assert f"{title}:" in result.stdout
+    assert " ".join(result.stdout.split()).count("[default: ") >= len(set(FLAGS)) - 6  # aliases share one
+
+
+def test_every_flag_has_a_meaning() -> None:
+    for section in Config.__mro__[1:-1]:
+        for flag in flags_of(section):
+            assert len(flag.help) > 5, flag.name
+
+
+def test_method_help_adds_its_own_flags() -> None:
+    assert "--kd_T" in build_parser("l_mcl").format_help()
+    assert "--kd_T" not in build_parser("co_training").format_help()
+    assert "--cot_weight" not in build_parser("l_mcl").format_help()
+
+
+def test_precedence_flag_over_yaml_over_recipe_over_default(tmp_path: Path) -> None:
+    file = tmp_path / "c.yaml"
+    file.write_text("lr: 0.3\nepochs: 7\nmomentum: 0.8\ncot_weight: 0.25\n")
+    argv = [*DIGITS, "--config", str(file), "--lr", "0.2", "momentum", "0.7"]
+    config = resolve_config(parse_config(argv), data_recipe="digits")
+    assert (config.lr, config.origins["lr"]) == (0.2, "flag")
+    assert (config.momentum, config.origins["momentum"]) == (0.7, "override")
+    assert (config.epochs, config.origins["epochs"]) == (7, "yaml")
+    assert (config.batch_size, config.origins["batch_size"]) == (64, "recipe")
+    assert config.method_options.cot_weight == 0.25
+    assert config.described()["lr_step_multiplier"] == {"value": 0.1, "origin": "default"}
+
+
+def test_recipe_never_replaces_what_was_given() -> None:
+    argv = ["--arch", "wide_resnet28_10", "--split_factor", "2", "--weight_decay", "0.003", "--lr", "0.07"]
+    config = resolve_config(parse_config([*argv, "--epochs", "11", "--crop_size", "40"]), data_recipe="cifar10")
+    assert (config.weight_decay, config.lr, config.epochs, config.crop_size) == (0.003, 0.07, 11, 40)
+
+
+def test_divided_weight_decay() -> None:
+    config = resolve_config(parse_config(["--arch", "wide_resnet28_10", "--split_factor", "4"]), data_recipe="cifar10")
+    assert config.weight_decay == pytest.approx(5e-4 * 2.718281828459045 ** (1 / 4 - 1))
+
+
+def test_aliases_and_spellings() -> None:
+    config = parse_config(
+        ["--learning_rate", "0.3", "--kl_weight", "0.1", "--is_mixup", "false", "--lr_milestones", "3,5", "7"]
+    )
+    assert config.lr == 0.3
+    assert config.method_options.cot_weight == 0.1
+    assert config.is_mixup is False
+    assert config.lr_milestones == (3, 5, 7)
+    assert parse_config(["--evaluate", "--resume", "x"]).evaluate is True
+    assert parse_config(["--pretrained"]).pretrained == ""
+    assert parse_config(["--pretrained_dir", "p"]).pretrained == "p"
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["--lerning_rate", "1"], r"--lerning_rate is not a known flag\. Did you mean 'learning_rate'"),
+        (["--lr", "fast"], r"--lr: 'fast' is not usable: expected a number"),
+        (["--epochs", "2.5"], r"--epochs: '2.5' is not usable: expected a whole number"),
+        (["--epochs"], r"--epochs"),
+        (["--epochs", "0"], r"--epochs must be 1 or more, got 0"),
+        (["--is_amp", "2"], r"--is_amp: '2' is not usable: expected 0 or 1"),
+        (["--lr_mode", "cosine"], r"--lr_mode: 'cosine' is not one of .*Did you mean 'cos'"),
+        (["--dataset", "cifar"], r"--dataset 'cifar' is not a known data set\. Did you mean 'cifar10'"),
+        (["--method", "co_trainin"], r"--method 'co_trainin' is not a known method\. Did you mean 'co_training'"),
+        (["--cot_loss_choose", "js"], r"--cot_loss_choose"),
+        (["--no_cuda", "--gpu", "0"], r"--no_cuda contradicts"),
+        (["--evaluate"], r"--evaluate needs the checkpoint"),
+        (["--is_apex_amp", "1"], r"--is_apex_amp 1: apex is gone; use --is_amp"),
+        (["--arch", "resnet20,resnet20", "--split_factor", "3"], r"--arch names 2 networks and --split_factor is 3"),
+        (["--norm_mode", "group"], r"--norm_mode: 'group' is not one of batch"),
+        (["lr"], r"KEY VALUE pairs; one has no value"),
+        (["lrr", "0.1"], r"override 'lrr' is not a known flag\. Did you mean 'lr'"),
+        (["--config", "/nowhere.yaml"], r"--config /nowhere.yaml: cannot be read"),
+        (["--val_fraction", "1"], r"--val_fraction must be in"),
+    ],
+)
+def test_mistakes_are_one_line(argv: list[str], message: str) -> None:
+    with pytest.raises(UserError, match=message) as caught:
+        parse_config(argv)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("lr: fast", r"c.yaml: lr: 'fast' is not usable"),
+        ("lrr: 1", r"'lrr' is not a known flag\. Did you mean 'lr'"),
+        ("- 1", r"expected 'flag: value' lines, found list"),
+        ("lr: [", r"is not valid YAML"),
+        ("lr: [1, 2]", r"c.yaml: lr: "),
+        ("lr:", r"c.yaml: lr: a value is missing"),
+        ("!!python/object/apply:os.system ['true']", r"is not valid YAML"),
+        ("1: 2", r"expected 'flag: value' lines"),
+    ],
+)
+def test_bad_yaml_is_one_line(tmp_path: Path, text: str, message: str) -> None:
+    (tmp_path / "c.yaml").write_text(text)
+    with pytest.raises(UserError, match=message) as caught:
+        parse_config(["--config", str(tmp_path / "c.yaml")])
+    assert "\n" not in str(caught.value)
+
+
+def test_user_mistake_exits_2_without_a_traceback() -> None:
+    result = subprocess.run(
+        [sys.executable, "train_split.py", "--epochs", "none"], cwd=ROOT, capture_output=True, text=True, timeout=120
+    )
+    assert result.returncode == 2
+    assert result.stderr.strip().count("\n") == 0
+    assert "Traceback" not in result.stderr
+    assert result.stdout == ""
+
+
+ALL_FLAGS = {flag.name: flag for section in Config.__mro__[1:-1] for flag in flags_of(section)}
+VALUES = st.one_of(
+    st.text(max_size=8), st.integers().map(str), st.floats().map(str), st.sampled_from(["0", "1", "auto"])
+)
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.lists(st.tuples(st.sampled_from(sorted(ALL_FLAGS)), VALUES), max_size=4))
+def test_any_value_is_parsed_or_refused_in_one_line(pairs: list[tuple[str, str]]) -> None:
+    argv = [part for name, value in pairs if name != "config" for part in (f"--{name}={value}",)]
+    try:
+        config = parse_config(argv)
+    except UserError as error:
+        assert "\n" not in str(error).strip()
+        return
+    for name, _ in pairs:
+        if name != "config":
+            assert name in config.given or name == "pretrained_dir"
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.integers(1, 10**6), st.floats(1e-6, 10), st.booleans())
+def test_values_survive_the_round_trip(epochs: int, lr: float, flag: bool) -> None:
+    config = parse_config(["--epochs", str(epochs), "--lr", repr(lr), "--is_mixup", str(int(flag))])
+    assert (config.epochs, config.lr, config.is_mixup) == (epochs, lr, flag)

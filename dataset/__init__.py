@@ -1,12 +1,18 @@
 """Data-set registry and what a data set is: two splits of images, class names, statistics."""
 
+import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Self
 
+import torch
 from torch import Tensor
 
+from dataset.holdout import split_indices
+from utils.errors import UserError
 from utils.registry import Registry
+from utils.seed import STREAM_SPLIT, numpy_generator
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,6 +32,19 @@ class ImageSet:
     def __len__(self) -> int:
         return len(self.targets)
 
+    @classmethod
+    def empty(cls) -> Self:
+        """A split that was not asked for."""
+        return cls(targets=torch.empty(0, dtype=torch.int64))
+
+    def subset(self, indices_M: Tensor) -> "ImageSet":
+        """The images at `indices_M` (int64 [M]), in that order."""
+        return ImageSet(
+            targets=self.targets[indices_M],
+            images=None if self.images is None else self.images[indices_M],
+            paths=tuple(self.paths[i] for i in indices_M.tolist()) if self.paths else (),
+        )
+
 
 @dataclass(frozen=True, kw_only=True)
 class DataSource:
@@ -37,7 +56,7 @@ class DataSource:
         classes: K class names, in the order of the targets.
         mean, std: per channel, on the scale [0, 1].
         crop_size: side of the training input in pixels where --crop_size is not given.
-        train, test: the two splits; `test` is what the published code evaluates on.
+        train, test: the two splits; `test` is what the published code evaluates on. Empty if not asked for.
         val: held out of `train` by --val_fraction, or None.
     """
 
@@ -66,6 +85,7 @@ class SourceRequest:
         val_fraction: part of the training set held out, class-balanced, in [0, 1).
         splits: which splits are needed ("train", "test"); a missing one that is not needed is no error.
         on_bad_image: "fail" or "skip".
+        workers: processes for decoding many files while opening; 0 decodes in this one.
         download: whether missing archives may be fetched.
     """
 
@@ -78,6 +98,7 @@ class SourceRequest:
     val_fraction: float = 0.0
     splits: tuple[str, ...] = ("train", "test")
     on_bad_image: str = "fail"
+    workers: int = 0
     download: bool = True
 
 
@@ -87,9 +108,24 @@ sources: Registry[SourceBuilder] = Registry("data set", "--dataset", "dataset.so
 
 
 def open_source(request: SourceRequest) -> DataSource:
-    """Open a data set by name.
+    """Open a data set by name, check --num_classes against it and hold out --val_fraction of its training set.
 
     Raises:
-        UserError: unknown name, missing or empty data, class-count mismatch.
+        UserError: unknown name, missing or empty data, class-count mismatch, a --val_fraction that cannot be held out.
+        RunError: an unreadable image under --on_bad_image fail, where a source decodes while opening.
     """
-    return sources.get(request.dataset)(request)
+    if not 0 <= request.val_fraction < 1:
+        raise UserError(
+            f"--val_fraction {request.val_fraction} is out of range: give 0 (none) up to, not including, 1."
+        )
+    source = sources.get(request.dataset)(request)
+    if request.num_classes not in (None, len(source.classes)):
+        raise UserError(
+            f"--num_classes {request.num_classes} does not fit --dataset {request.dataset} --data {request.root}, "
+            f"which has {len(source.classes)} classes. Leave the flag out, or give {len(source.classes)}."
+        )
+    if request.val_fraction and len(source.train):
+        generator = numpy_generator(request.seed, STREAM_SPLIT)
+        kept, held = split_indices(source.train.targets, request.val_fraction, generator)
+        source = dataclasses.replace(source, train=source.train.subset(kept), val=source.train.subset(held))
+    return source

@@ -14,3 +14,9 @@ class RunError(RuntimeError):
     """Something happened while running (bad image, port in use, disk full, non-finite loss); exit code 1."""
 
     exit_code = 1
+
+
+def reason(error: BaseException) -> str:
+    """What an exception of a library says, on one line, for the inside of a message of ours."""
+    text = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
+    return " ".join(text.split()) or type(error).__name__

@@ -1,0 +1,491 @@
+"""Batches of uint8 images for training and evaluation: which image comes when, on which process, decoded by whom.
+
+Which images a batch holds, and the boxes that are cut from them, are pure functions of (seed, epoch, position in the
+epoch's global order, view). They depend neither on the number of decoding workers nor on the number of processes, and
+an epoch can be entered at any batch.
+"""
+
+import functools
+import logging
+import multiprocessing
+import os
+import time
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from dataset import ImageSet
+from dataset.augment.resized_crop import RESIZED_CROP_SLOTS, draw_resized_crops
+from dataset.decode import INTERPOLATIONS, BadImage, read_rgb, refusal, resize_crop
+from utils.errors import RunError, UserError, reason
+from utils.seed import STREAM_ORDER, STREAM_SAMPLER, STREAM_VIEW, counter_uniform, fold_in, numpy_generator
+
+logger = logging.getLogger(__name__)
+
+DEVICE_SHARE = 0.25  # a split moves to a GPU if it takes at most this part of the GPU's free memory
+
+
+class Batch(NamedTuple):
+    """What a step gets, on one process.
+
+    images: uint8 on the loader's device; whole images [B, 3, H, W], or the training views of files [V, B, 3, h, w].
+    labels_B, indices_B: int64 on the device; class, and index in the split.
+    positions_B: int64, on the host; position in the epoch's global order (in evaluation: the index).
+    global_batch_size: images of this step over all processes; those that --on_bad_image skip drops are counted.
+    """
+
+    images: Tensor
+    labels_B: Tensor
+    indices_B: Tensor
+    positions_B: np.ndarray
+    global_batch_size: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class ResizedCropSpec:
+    """Random resized crops of image files.
+
+    Attributes:
+        size: side of the result in pixels.
+        area: smallest and largest part of the image's area.
+        ratio: smallest and largest width / height of the box.
+        interpolation: "bicubic" or "bilinear"; PIL's, antialiased.
+    """
+
+    size: int
+    area: tuple[float, float] = (0.1, 1.0)
+    ratio: tuple[float, float] = (3 / 4, 4 / 3)
+    interpolation: str = "bicubic"
+
+
+class Request(NamedTuple):
+    """One batch of one process, before any pixel is read; fields as in `Batch`."""
+
+    epoch: int
+    indices_B: np.ndarray
+    positions_B: np.ndarray
+    global_batch_size: int
+
+
+def shard(size: int, rank: int, world_size: int) -> slice:
+    """The contiguous part of `size` things that belongs to a process; parts differ by one at most (np.array_split)."""
+    base, extra = divmod(size, world_size)
+    start = rank * base + min(rank, extra)
+    return slice(start, start + base + (rank < extra))
+
+
+class TrainLoader:
+    """Training batches. Step t of an epoch covers positions [t * batch_size, (t + 1) * batch_size) of its order, and
+    each process takes a contiguous part of them, so that all parts together are the batch of a single process.
+
+    Images in memory stay on `device` if they take at most DEVICE_SHARE of its free memory, otherwise each batch is
+    gathered on the host and copied from pinned memory. Files are decoded by worker processes, each image once, and cut
+    to `num_views` random resized crops; the boxes are drawn from the key (seed, STREAM_VIEW, epoch, 1), away from the
+    numbers of ViewMaker, whose key is (seed, STREAM_VIEW, epoch).
+
+    Args:
+        train: images in memory, or files.
+        batch_size: images per step over all processes.
+        num_views: V, crops per file; images in memory come whole, once.
+        rank, world_size: of this process.
+        device: where images and labels go.
+        workers: decoding processes; 0 decodes in this one.
+        crop: of files; None for images in memory.
+        sampler: epoch -> indices in order (int64, at least steps_per_epoch * batch_size of them, or all for a set that
+            is smaller than a batch). Default: a permutation drawn from (seed, STREAM_ORDER, epoch).
+        drop_last: leave an incomplete last batch out. It is always kept where it is the only one, and always left out
+            where a process would get no image.
+        on_bad_image: "fail", or "skip" to drop unreadable files from their batch.
+
+    Attributes:
+        steps_per_epoch: batches in an epoch, the same on every process.
+        time_waiting: seconds spent so far in waiting for batches.
+        bad_images: files dropped so far, with the reason.
+
+    Raises:
+        UserError: no images, or fewer in a batch than there are processes.
+    """
+
+    def __init__(
+        self,
+        train: ImageSet,
+        *,
+        batch_size: int,
+        num_views: int,
+        seed: int,
+        rank: int,
+        world_size: int,
+        device: torch.device,
+        workers: int,
+        crop: ResizedCropSpec | None,
+        sampler: Callable[[int], np.ndarray] | None = None,
+        drop_last: bool = True,
+        on_bad_image: str = "fail",
+    ) -> None:
+        if not len(train):
+            raise UserError("The training set is empty. Check --data and --val_fraction.")
+        if min(batch_size, len(train)) < world_size:
+            raise UserError(
+                f"--batch_size {batch_size} over {len(train)} training images leaves some of {world_size} processes "
+                "without an image. Use fewer processes, or a larger --batch_size or data set."
+            )
+        whole, rest = divmod(len(train), batch_size)
+        keeps_rest = rest >= world_size and (not drop_last or not whole)
+        self.steps_per_epoch = whole + keeps_rest
+        self._size, self._batch_size, self._seed = len(train), batch_size, seed
+        self._rank, self._world_size = rank, world_size
+        self._sampler = sampler or self._shuffled
+        cut = None if crop is None else _RandomCrops(crop, num_views, seed)
+        self._feed = _Feed(train, cut, device, workers, on_bad_image)
+
+    @property
+    def time_waiting(self) -> float:
+        return self._feed.time_waiting
+
+    @property
+    def bad_images(self) -> dict[Path, str]:
+        return self._feed.bad_images
+
+    def epoch(self, epoch: int, start_batch: int = 0) -> Iterator[Batch]:
+        """The batches of an epoch, from `start_batch` on; what comes before is not decoded.
+
+        Raises:
+            RunError: an unreadable image under "fail", or a batch without a single readable one.
+        """
+        order = self._sampler(epoch)
+        requests = [self._request(epoch, step, order) for step in range(start_batch, self.steps_per_epoch)]
+        for batch in self._feed.batches(requests):
+            if not len(batch.labels_B):
+                path, why = next(reversed(self.bad_images.items()))
+                raise RunError(f"{path}: {why}; nor can any other image of its batch be read. Check --data.")
+            yield batch
+
+    def _shuffled(self, epoch: int) -> np.ndarray:
+        return numpy_generator(self._seed, STREAM_ORDER, epoch).permutation(self._size)
+
+    def _request(self, epoch: int, step: int, order: np.ndarray) -> Request:
+        start = step * self._batch_size
+        size = min(self._batch_size, len(order) - start)
+        part = shard(size, self._rank, self._world_size)
+        positions_B = np.arange(start + part.start, start + part.stop, dtype=np.int64)
+        return Request(epoch, order[positions_B], positions_B, size)
+
+
+class EvalLoader:
+    """Every image of a split exactly once over all processes, in order, un-augmented.
+
+    Processes take contiguous parts that differ by one image at most, so they may have different numbers of batches.
+
+    Args:
+        split: images in memory, or files.
+        batch_size: images per step and process.
+        rank, world_size: of this process.
+        device: where images and labels go; images in memory stay there under the rule of `TrainLoader`.
+        workers: decoding processes; 0 decodes in this one.
+        resize, crop: files get their short side resized to `resize` and are cut to the central `crop` pixels; both None
+            for images in memory.
+        interpolation: "bicubic" or "bilinear"; PIL's, antialiased.
+        on_bad_image: "fail", or "skip" to leave unreadable files out.
+
+    Attributes:
+        time_waiting: seconds spent so far in waiting for batches.
+        bad_images: files left out so far, with the reason.
+    """
+
+    def __init__(
+        self,
+        split: ImageSet,
+        *,
+        batch_size: int,
+        rank: int,
+        world_size: int,
+        device: torch.device,
+        workers: int,
+        resize: int | None,
+        crop: int | None,
+        interpolation: str = "bicubic",
+        on_bad_image: str = "fail",
+    ) -> None:
+        cut = None if resize is None or crop is None else _CentreCut(resize, crop, interpolation)
+        self._feed = _Feed(split, cut, device, workers, on_bad_image)
+        shards = [shard(len(split), r, world_size) for r in range(world_size)]
+        mine = shards[rank]
+        self._requests = []
+        for start in range(mine.start, mine.stop, batch_size):
+            indices_B = np.arange(start, min(start + batch_size, mine.stop), dtype=np.int64)
+            done = start - mine.start
+            size = sum(min(max(s.stop - s.start - done, 0), batch_size) for s in shards)
+            self._requests.append(Request(0, indices_B, indices_B, size))
+
+    @property
+    def time_waiting(self) -> float:
+        return self._feed.time_waiting
+
+    @property
+    def bad_images(self) -> dict[Path, str]:
+        return self._feed.bad_images
+
+    def __len__(self) -> int:
+        """Batches of this process, if every image can be read."""
+        return len(self._requests)
+
+    def __iter__(self) -> Iterator[Batch]:
+        """Raises RunError on an unreadable image under "fail"."""
+        for batch in self._feed.batches(self._requests):
+            if len(batch.labels_B):
+                yield batch if batch.images.dim() == 4 else batch._replace(images=batch.images[0])
+
+
+class ClassBalancedSampler:
+    """`class_balanced_order` of every epoch, drawn from (seed, STREAM_SAMPLER, epoch): a sampler for `TrainLoader`.
+
+    Raises:
+        UserError: as `images_per_class`.
+    """
+
+    def __init__(self, targets_N: Tensor, *, batch_size: int, seed: int, per_class: int = 2) -> None:
+        self._targets_N, self._batch_size, self._seed, self._per_class = targets_N, batch_size, seed, per_class
+        used = images_per_class(len(targets_N.unique()), batch_size, per_class)
+        if used != per_class:
+            logger.info("class-balanced batches of %d hold %d images of a class, not %d", batch_size, used, per_class)
+
+    def __call__(self, epoch: int) -> np.ndarray:
+        generator = numpy_generator(self._seed, STREAM_SAMPLER, epoch)
+        return class_balanced_order(
+            self._targets_N, batch_size=self._batch_size, per_class=self._per_class, generator=generator
+        )
+
+
+def images_per_class(num_classes: int, batch_size: int, per_class: int) -> int:
+    """The smallest divisor of the batch, from `per_class` up, with which the classes fill a batch.
+
+    Raises:
+        UserError: the batch is smaller than `per_class`.
+    """
+    if batch_size < per_class:
+        raise UserError(f"--batch_size {batch_size} is too small for class-balanced batches: give {per_class} or more.")
+    divisors = (m for m in range(per_class, batch_size + 1) if batch_size % m == 0)
+    return next(m for m in divisors if m * num_classes >= batch_size)
+
+
+def class_balanced_order(
+    targets_N: Tensor, *, batch_size: int, per_class: int = 2, generator: np.random.Generator
+) -> np.ndarray:
+    """Indices of floor(N / batch_size) batches, one at the least, of m images of each of batch_size / m random classes.
+
+    m = `images_per_class`; the m images are distinct (with replacement only where a class has fewer than m) and stand
+    side by side. Batches are independent of each other. The sampler of L-MCL (arXiv:2207.11518), int64 [batches *
+    batch_size].
+
+    Raises:
+        UserError: as `images_per_class`.
+    """
+    targets = targets_N.numpy()
+    classes, sizes = np.unique(targets, return_counts=True)
+    m = images_per_class(len(classes), batch_size, per_class)
+    num_batches = max(1, len(targets) // batch_size)
+    every_class = np.tile(np.arange(len(classes)), (num_batches, 1))
+    group_G = generator.permuted(every_class, axis=1)[:, : batch_size // m].ravel()
+
+    # Floyd's choice of m out of n without replacement, for all groups at once: draw from a range that grows by one, and
+    # take its new last element where the draw is taken already
+    size_G = sizes[group_G]
+    picks_GM = np.empty((len(group_G), m), dtype=np.int64)
+    for j in range(m):
+        last_G = size_G - m + j
+        draw_G = generator.integers(0, np.maximum(last_G, 0) + 1)
+        taken_G = (picks_GM[:, :j] == draw_G[:, None]).any(axis=1)
+        picks_GM[:, j] = np.where(taken_G, last_G, draw_G)
+    too_few_G = size_G < m
+    picks_GM[too_few_G] = generator.integers(0, size_G[too_few_G, None], (int(too_few_G.sum()), m))
+
+    members = np.argsort(targets, kind="stable")
+    first = np.cumsum(sizes) - sizes
+    return members[first[group_G][:, None] + picks_GM].ravel()
+
+
+class _Cut(Protocol):
+    """From a decoded image to V squares of one size; travels to the workers."""
+
+    @property
+    def num_views(self) -> int: ...
+
+    @property
+    def size(self) -> int: ...
+
+    def __call__(self, image: Image.Image, epoch: int, position: int) -> list[Image.Image]: ...
+
+
+@dataclass(frozen=True)
+class _RandomCrops:
+    spec: ResizedCropSpec
+    num_views: int
+    seed: int
+
+    @property
+    def size(self) -> int:
+        return self.spec.size
+
+    def __call__(self, image: Image.Image, epoch: int, position: int) -> list[Image.Image]:
+        key = fold_in(self.seed, STREAM_VIEW, epoch, 1)
+        uniforms = counter_uniform(key, np.array([position]), np.arange(self.num_views), RESIZED_CROP_SLOTS)[:, 0]
+        boxes_V4 = draw_resized_crops(uniforms, image.height, image.width, self.spec.area, self.spec.ratio)
+        return [
+            image.crop((left, top, left + width, top + height)).resize(
+                (self.size, self.size), INTERPOLATIONS[self.spec.interpolation]
+            )
+            for top, left, height, width in boxes_V4.tolist()
+        ]
+
+
+@dataclass(frozen=True)
+class _CentreCut:
+    resize: int
+    size: int
+    interpolation: str
+    num_views: int = 1
+
+    def __call__(self, image: Image.Image, epoch: int, position: int) -> list[Image.Image]:
+        return [resize_crop(image, self.resize, self.size, self.interpolation)]
+
+
+class _Decoded(NamedTuple):
+    """images: uint8 [V, B', 3, h, w] of the readable files; rows: int64 [B'], which ones; bad: the others."""
+
+    images_VBCHW: Tensor
+    rows: np.ndarray
+    bad: list[BadImage]
+
+
+class _Files(Dataset[_Decoded]):
+    """What a worker holds: the paths, and how to cut. An "item" is a whole batch."""
+
+    def __init__(self, paths: Sequence[Path], cut: _Cut) -> None:
+        # one array instead of a million objects: small to send, and a look-up does not copy the pages of a fork
+        self.paths = np.array([os.fsencode(path) for path in paths])
+        self.cut = cut
+
+    def __getitem__(self, request: Request) -> _Decoded:
+        size = self.cut.size
+        images_VBCHW = torch.empty((self.cut.num_views, len(request.indices_B), 3, size, size), dtype=torch.uint8)
+        rows: list[int] = []
+        bad = []
+        for row, (index, position) in enumerate(zip(request.indices_B, request.positions_B, strict=True)):
+            try:
+                image = read_rgb(os.fsdecode(self.paths[index]))
+            except BadImage as error:
+                bad.append(error)
+                continue
+            for view, square in enumerate(self.cut(image, request.epoch, int(position))):
+                images_VBCHW[view, len(rows)] = torch.from_numpy(np.array(square)).permute(2, 0, 1)
+            rows.append(row)
+        return _Decoded(images_VBCHW[:, : len(rows)], np.array(rows, dtype=np.int64), bad)
+
+
+class _Feed:
+    """Turns requests into batches, from memory or from files; what both loaders share."""
+
+    def __init__(
+        self, split: ImageSet, cut: _Cut | None, device: torch.device, workers: int, on_bad_image: str
+    ) -> None:
+        if len(split) and (split.images is None) != (cut is not None):
+            raise ValueError("files need a crop, images in memory take none")
+        self.time_waiting = 0.0
+        self.bad_images: dict[Path, str] = {}
+        self._device, self._workers, self._on_bad_image = device, workers, on_bad_image
+        self._labels_N = split.targets.to(device)
+        self._images = split.images
+        if split.images is not None and _fits(device, split.images.nbytes):
+            self._images = split.images.to(device)
+        self._files = _Files(split.paths, cut) if cut is not None else None
+        self._plan: list[Request] = []
+
+    def batches(self, requests: Sequence[Request]) -> Iterator[Batch]:
+        """One batch per request, its images [V, B, 3, h, w] if they are files; empty where every file is skipped."""
+        if not requests:
+            return
+        # one copy to the device for the whole epoch
+        indices_N = torch.from_numpy(np.concatenate([request.indices_B for request in requests])).to(self._device)
+        decoded = None if self._files is None else self._decoded(requests)
+        sizes = [len(request.indices_B) for request in requests]
+        for request, indices_B in zip(requests, indices_N.split(sizes), strict=True):
+            started = time.perf_counter()
+            batch = (
+                self._gathered(request, indices_B) if decoded is None else self._read(request, indices_B, next(decoded))
+            )
+            self.time_waiting += time.perf_counter() - started
+            yield batch
+
+    def _gathered(self, request: Request, indices_B: Tensor) -> Batch:
+        assert self._images is not None
+        if self._images.device == indices_B.device:
+            images = self._images[indices_B]
+        else:
+            shape = (len(indices_B), *self._images.shape[1:])
+            images = torch.empty(shape, dtype=torch.uint8, pin_memory=self._device.type == "cuda")
+            torch.index_select(self._images, 0, torch.from_numpy(request.indices_B), out=images)
+            images = images.to(self._device, non_blocking=True)
+        return Batch(images, self._labels_N[indices_B], indices_B, request.positions_B, request.global_batch_size)
+
+    def _read(self, request: Request, indices_B: Tensor, decoded: _Decoded) -> Batch:
+        positions_B = request.positions_B
+        if decoded.bad:
+            if self._on_bad_image == "fail":
+                raise refusal(decoded.bad[0])
+            self.bad_images.update((bad.path, bad.reason) for bad in decoded.bad)
+            indices_B = indices_B[torch.from_numpy(decoded.rows).to(self._device)]
+            positions_B = positions_B[decoded.rows]
+        images = decoded.images_VBCHW.to(self._device, non_blocking=True)
+        return Batch(images, self._labels_N[indices_B], indices_B, positions_B, request.global_batch_size)
+
+    def _decoded(self, requests: Sequence[Request]) -> Iterator[_Decoded]:
+        self._plan[:] = requests
+        try:
+            yield from self._decoders
+        except RuntimeError as error:
+            if not str(error).startswith("DataLoader worker"):
+                raise
+            raise RunError(
+                f"A decoding process died ({reason(error)}). Fewer --workers or a larger /dev/shm may help."
+            ) from None
+
+    @functools.cached_property
+    def _decoders(self) -> DataLoader[_Decoded]:
+        """Workers that live as long as the loader and follow `_plan`."""
+        assert self._files is not None
+        method = "spawn"  # a plain fork of a process that has threads or a GPU open may hang
+        if "forkserver" in multiprocessing.get_all_start_methods():
+            method = "forkserver"
+            multiprocessing.set_forkserver_preload(["dataset.loader"])
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="This DataLoader will create", category=UserWarning)
+            return DataLoader(
+                self._files,
+                batch_size=None,
+                sampler=self._plan,
+                num_workers=self._workers,
+                collate_fn=_as_it_is,
+                pin_memory=self._device.type == "cuda",
+                persistent_workers=self._workers > 0,
+                multiprocessing_context=method if self._workers else None,
+                generator=torch.Generator(),  # so that the global one is left alone
+            )
+
+
+def _as_it_is(item: Any) -> Any:
+    return item
+
+
+def _fits(device: torch.device, num_bytes: int) -> bool:
+    """Whether a split of images may move to the device."""
+    if device.type == "cpu":
+        return True
+    return device.type == "cuda" and num_bytes <= DEVICE_SHARE * torch.cuda.mem_get_info(device)[0]

@@ -1,4 +1,4 @@
-"""Random resized crops: which box of an image a view shows. Drawing only; the workers that decode also cut and resize."""
+"""Random resized crops: which box of an image a view shows. Drawing only: the workers that decode cut and resize."""
 
 import numpy as np
 
@@ -31,7 +31,8 @@ def draw_resized_crops(
     ratios = np.exp(log_lo + (log_hi - log_lo) * uniforms[..., TRIES : 2 * TRIES])
     try_widths = np.rint(np.sqrt(areas * ratios)).astype(np.int64)
     try_heights = np.rint(np.sqrt(areas / ratios)).astype(np.int64)
-    fits = (try_widths > 0) & (try_widths <= widths[..., None]) & (try_heights > 0) & (try_heights <= heights[..., None])
+    fits = (try_widths > 0) & (try_widths <= widths[..., None])
+    fits &= (try_heights > 0) & (try_heights <= heights[..., None])
 
     first = fits.argmax(axis=-1)[..., None]
     crop_heights = np.take_along_axis(try_heights, first, axis=-1)[..., 0]

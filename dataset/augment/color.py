@@ -1,0 +1,147 @@
+"""Ops that change pixel values: 256-entry tables where a value alone decides the new one, and PIL's other enhancers.
+
+All give what PIL's ImageOps and ImageEnhance give, bit for bit, on any device. Selection by a boolean mask is avoided
+on whole images: on CPUs it is an order of magnitude slower than the arithmetic that replaces it.
+
+K images uint8 [K, 3, H, W]; C channels; values float64 [K] mean what `dataset.augment.policy.Op` says.
+"""
+
+from collections.abc import Callable, Mapping
+
+import torch
+from torch import Tensor
+
+from dataset.augment.policy import Op
+
+
+def apply_tables(images_KCHW: Tensor, tables_KC256: Tensor) -> Tensor:
+    """Replace every value by the entry in its image's and channel's table, uint8 [K, C, 256]."""
+    return tables_KC256.reshape(-1).index_select(0, _bins(images_KCHW)).view(images_KCHW.shape)
+
+
+def _bins(images_KCHW: Tensor) -> Tensor:
+    """Every value's position in a flattened [K, C, 256]: int32 [K C H W]."""
+    count, channels = images_KCHW.shape[:2]
+    starts = torch.arange(0, count * channels * 256, 256, dtype=torch.int32, device=images_KCHW.device)
+    return images_KCHW.int().add_(starts.view(count, channels, 1, 1)).view(-1)
+
+
+def histograms(images_KCHW: Tensor) -> Tensor:
+    """How often each value occurs: integers [K, C, 256]."""
+    count, channels = images_KCHW.shape[:2]
+    bins, size = _bins(images_KCHW), count * channels * 256
+    if bins.device.type == "cpu":
+        counts = torch.bincount(bins, minlength=size)
+    else:  # bincount would read its largest value back to the host
+        ones = torch.ones(1, dtype=torch.int32, device=bins.device).expand_as(bins)
+        counts = torch.zeros(size, dtype=torch.int32, device=bins.device).scatter_add_(0, bins.long(), ones)
+    return counts.view(count, channels, 256)
+
+
+def grey(images_KCHW: Tensor) -> Tensor:
+    """PIL's luminance (ITU-R 601-2 in 1/65536), rounded: int32 [K, H, W]."""
+    red, green, blue = images_KCHW.unbind(1)
+    total = red.int().mul_(19595).add_(green.int().mul_(38470)).add_(blue.int().mul_(7471))
+    return total.add_(1 << 15).bitwise_right_shift_(16)
+
+
+def blend(base: Tensor, images: Tensor, factors: Tensor) -> Tensor:
+    """PIL's Image.blend of float32 whole numbers, uint8: `base` at factor 0, `images` at 1, beyond for others."""
+    mixed = (images - base).mul_(factors).add_(base).clamp_(0, 255)
+    return mixed.int().to(torch.uint8)  # on CPUs float to uint8 in one go is several times slower
+
+
+def enhance_color(images_KCHW: Tensor, factors_K: Tensor) -> Tensor:
+    """PIL's ImageEnhance.Color: towards or away from grey."""
+    return blend(grey(images_KCHW).unsqueeze(1).float(), images_KCHW.float(), factors_K.float().view(-1, 1, 1, 1))
+
+
+def enhance_sharpness(images_KCHW: Tensor, factors_K: Tensor) -> Tensor:
+    """PIL's ImageEnhance.Sharpness: towards or away from a 3x3 smoothing that leaves the outermost pixels alone."""
+    pixels = images_KCHW.float()
+    centre = pixels[..., 1:-1, 1:-1]
+    rows = pixels[..., :-2, :] + pixels[..., 1:-1, :] + pixels[..., 2:, :]
+    total = rows[..., :-2] + rows[..., 1:-1] + rows[..., 2:] + 4 * centre
+    smooth = total.add_(6.5).mul_(1 / 13).floor_()  # total / 13 to the nearest whole number: never a tie
+    sharpened = images_KCHW.clone()
+    sharpened[..., 1:-1, 1:-1] = blend(smooth, centre, factors_K.float().view(-1, 1, 1, 1))
+    return sharpened
+
+
+def _levels(like: Tensor, dtype: torch.dtype) -> Tensor:
+    """The 256 values themselves: [256]."""
+    return torch.arange(256, dtype=dtype, device=like.device)
+
+
+def invert_tables(images_KCHW: Tensor, values_K: Tensor) -> Tensor:
+    """ImageOps.invert."""
+    return (255 - _levels(images_KCHW, torch.uint8)).expand(len(values_K), 1, 256)
+
+
+def posterize_tables(images_KCHW: Tensor, values_K: Tensor) -> Tensor:
+    """ImageOps.posterize; 0 bits gives black."""
+    dropped_K = (8 - values_K.int()).view(-1, 1, 1)
+    return (_levels(images_KCHW, torch.int32) >> dropped_K << dropped_K).to(torch.uint8)
+
+
+def solarize_tables(images_KCHW: Tensor, values_K: Tensor) -> Tensor:
+    """ImageOps.solarize with a real threshold."""
+    levels = _levels(images_KCHW, torch.uint8)
+    return torch.where(levels < values_K.view(-1, 1, 1), levels, 255 - levels)
+
+
+def solarize_add_tables(images_KCHW: Tensor, values_K: Tensor) -> Tensor:
+    """Adds to values below 128, at most up to 255."""
+    levels = _levels(images_KCHW, torch.float64)
+    return (levels + values_K.view(-1, 1, 1) * (levels < 128)).clamp_(max=255).to(torch.uint8)
+
+
+def brightness_tables(images_KCHW: Tensor, values_K: Tensor) -> Tensor:
+    """ImageEnhance.Brightness."""
+    factors_K = values_K.float().view(-1, 1, 1)
+    return blend(torch.zeros_like(factors_K), _levels(images_KCHW, torch.float32), factors_K)
+
+
+def contrast_tables(images_KCHW: Tensor, values_K: Tensor) -> Tensor:
+    """ImageEnhance.Contrast: towards or away from the mean luminance, rounded half up."""
+    grey_KP = grey(images_KCHW).flatten(1)
+    means_K = grey_KP.sum(1).double().div(grey_KP.shape[1]).add(0.5).floor()
+    levels = _levels(images_KCHW, torch.float32)
+    return blend(means_K.float().view(-1, 1, 1), levels, values_K.float().view(-1, 1, 1))
+
+
+def autocontrast_tables(images_KCHW: Tensor, values_K: Tensor) -> Tensor:
+    """ImageOps.autocontrast without cutoff."""
+    low_KC1 = images_KCHW.flatten(2).amin(-1, keepdim=True).double()
+    high_KC1 = images_KCHW.flatten(2).amax(-1, keepdim=True).double()
+    constant = high_KC1 == low_KC1  # left as it is
+    # torch would make a number / a tensor of a reciprocal, which rounds twice
+    scale_KC1 = torch.where(constant, 1.0, torch.full_like(low_KC1, 255).div_(high_KC1 - low_KC1))
+    offset_KC1 = torch.where(constant, 0.0, -low_KC1 * scale_KC1)
+    levels = _levels(images_KCHW, torch.float64)
+    return (levels * scale_KC1).add_(offset_KC1).clamp_(0, 255).int().to(torch.uint8)
+
+
+def equalize_tables(images_KCHW: Tensor, values_K: Tensor) -> Tensor:
+    """ImageOps.equalize."""
+    counts = histograms(images_KCHW).double()
+    highest = images_KCHW.flatten(2).amax(-1, keepdim=True).long()
+    step = ((images_KCHW[0, 0].numel() - counts.gather(-1, highest)) / 255).floor_()
+    below = counts.cumsum(-1) - counts
+    # too few pixels besides the brightest: left as it is
+    unchanged = (step == 0).double()
+    numerator = ((step / 2).floor_() + below) * (1 - unchanged) + _levels(images_KCHW, torch.float64) * unchanged
+    return numerator.div_(step + unchanged).clamp_(max=255).int().to(torch.uint8)
+
+
+TABLES: Mapping[Op, Callable[[Tensor, Tensor], Tensor]] = {
+    Op.AUTOCONTRAST: autocontrast_tables,
+    Op.EQUALIZE: equalize_tables,
+    Op.INVERT: invert_tables,
+    Op.POSTERIZE: posterize_tables,
+    Op.SOLARIZE: solarize_tables,
+    Op.SOLARIZE_ADD: solarize_add_tables,
+    Op.BRIGHTNESS: brightness_tables,
+    Op.CONTRAST: contrast_tables,
+}
+"""Op -> the tables of K images, uint8 [K, 1 or C, 256]."""

@@ -1,0 +1,192 @@
+"""Ops that move pixels: padding, cutting windows (crop, flip, whole-pixel shift), and affine maps as PIL makes them.
+
+Coordinates are found in the same arithmetic and order as PIL's, so results are equal bit for bit, on any device.
+
+K images, each with parameters of its own; C channels; a matrix is PIL's (a, b, c, d, e, f): output (x, y) reads
+(a x + b y + c, d x + e y + f).
+"""
+
+import math
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from dataset.augment.policy import Op, Resample
+
+_FIXED_BITS = 16  # PIL's nearest-neighbour affine counts in 1/65536 of a pixel
+
+
+def pad_images(images_NCHW: Tensor, padding: int, mode: str) -> Tensor:
+    """Pad all four sides: uint8 [N, C, H, W] -> [N, C, H + 2 padding, W + 2 padding].
+
+    Args:
+        padding: pixels.
+        mode: "zero" (black) or "reflect" (mirrored without repeating the edge; padding < H and W).
+    """
+    if padding == 0:
+        return images_NCHW
+    if mode == "zero":
+        return F.pad(images_NCHW, (padding,) * 4)
+    rows, columns = (
+        (size - 1) - ((size - 1) - torch.arange(-padding, size + padding, device=images_NCHW.device).abs()).abs()
+        for size in images_NCHW.shape[-2:]
+    )
+    return images_NCHW.index_select(-2, rows).index_select(-1, columns)
+
+
+def cut_windows(images_NCHW: Tensor, starts_K: Tensor, height: int, width: int) -> Tensor:
+    """Copy K windows out of N images: [N, C, H, W] -> [K, C, height, width].
+
+    Args:
+        images_NCHW: contiguous.
+        starts_K: int64 [K], flat position of each window's first element: (n C H + top) W + left.
+    """
+    channels, rows, columns = images_NCHW.shape[1:]
+    extent = ((channels - 1) * rows + height - 1) * columns + width
+    windows = images_NCHW.as_strided(
+        (images_NCHW.numel() - extent + 1, channels, height, width), (1, rows * columns, columns, 1)
+    )
+    return windows.index_select(0, starts_K)
+
+
+def fill_border(images_KCHW: Tensor, margin_y: int, margin_x: int, fill_C: Tensor) -> Tensor:
+    """Surround images by a colour: [K, C, H, W] -> [K, C, H + 2 margin_y, W + 2 margin_x]."""
+    count, channels, height, width = images_KCHW.shape
+    shape = (count, channels, height + 2 * margin_y, width + 2 * margin_x)
+    bordered = fill_C.to(images_KCHW.dtype).view(1, channels, 1, 1).expand(shape).contiguous()
+    bordered[:, :, margin_y : margin_y + height, margin_x : margin_x + width] = images_KCHW
+    return bordered
+
+
+def affine_matrices(ops_K: np.ndarray, values_K: np.ndarray, height: int, width: int) -> np.ndarray:
+    """PIL's matrices of geometric ops: float64 [K, 6]. Values as `dataset.augment.policy.Op` says."""
+    matrices_K6 = np.tile(np.array([1.0, 0.0, 0.0, 0.0, 1.0, 0.0]), (len(ops_K), 1))
+    for op, column, scale in (
+        (Op.SHEAR_X, 1, 1),
+        (Op.SHEAR_Y, 3, 1),
+        (Op.TRANSLATE_X, 2, width),
+        (Op.TRANSLATE_Y, 5, height),
+    ):
+        chosen = ops_K == op
+        matrices_K6[chosen, column] = values_K[chosen] * scale
+    for k in np.flatnonzero(ops_K == Op.ROTATE):
+        matrices_K6[k] = _rotation(float(values_K[k]), height, width)
+    return matrices_K6
+
+
+def _rotation(degrees: float, height: int, width: int) -> tuple[float, ...]:
+    """Matrix of PIL's Image.rotate; its rounding to 15 decimals decides ties."""
+    angle = -math.radians(degrees % 360.0)
+    a, b = round(math.cos(angle), 15), round(math.sin(angle), 15)
+    d, e = round(-math.sin(angle), 15), round(math.cos(angle), 15)
+    x, y = width / 2, height / 2
+    return a, b, a * -x + b * -y + 0.0 + x, d, e, d * -x + e * -y + 0.0 + y
+
+
+def shift_starts(matrices_K6: np.ndarray, height: int, width: int, channels: int) -> tuple[np.ndarray, int, int]:
+    """How `fill_border` and `cut_windows` make nearest-neighbour translations.
+
+    Returns:
+        starts int64 [K], margin_y, margin_x.
+    """
+    shifts_y = np.clip(np.floor(matrices_K6[:, 5] + 0.5).astype(np.int64), -height, height)
+    shifts_x = np.clip(np.floor(matrices_K6[:, 2] + 0.5).astype(np.int64), -width, width)
+    margin_y, margin_x = int(np.abs(shifts_y).max()), int(np.abs(shifts_x).max())
+    rows, columns = height + 2 * margin_y, width + 2 * margin_x
+    numbers = np.arange(len(matrices_K6))
+    return (numbers * channels * rows + margin_y + shifts_y) * columns + margin_x + shifts_x, margin_y, margin_x
+
+
+def translate(images_KCHW: Tensor, starts_K: Tensor, fill_C: Tensor, *, margin_y: int, margin_x: int) -> Tensor:
+    """Shift by whole pixels; arguments from `shift_starts`. [K, C, H, W] -> the same shape."""
+    height, width = images_KCHW.shape[-2:]
+    return cut_windows(fill_border(images_KCHW, margin_y, margin_x, fill_C), starts_K, height, width)
+
+
+def fixed_point(matrices_K6: np.ndarray) -> np.ndarray:
+    """Matrices in PIL's fixed point, offsets taken at the centre of the first pixel: int64 [K, 6]."""
+    a, b, c, d, e, f = matrices_K6.T
+    centred = np.stack([a, b, c + a * 0.5 + b * 0.5, d, e, f + d * 0.5 + e * 0.5], axis=1)
+    return np.floor(centred * (1 << _FIXED_BITS) + 0.5).astype(np.int64)
+
+
+def affine_nearest(images_KCHW: Tensor, fixed_K6: Tensor, fill_C: Tensor) -> Tensor:
+    """Affine map that reads the nearest pixel; `fixed_K6` from `fixed_point`. [K, C, H, W] -> the same shape."""
+    count, channels, height, width = images_KCHW.shape
+    a, b, c, d, e, f = fixed_K6.view(count, 6, 1, 1).unbind(1)
+    y = torch.arange(height, device=images_KCHW.device).view(1, height, 1)
+    x = torch.arange(width, device=images_KCHW.device).view(1, 1, width)
+    source_x = (a * x + (b * y + c)) >> _FIXED_BITS
+    source_y = (d * x + (e * y + f)) >> _FIXED_BITS
+    inside = (source_x >= 0) & (source_x < width) & (source_y >= 0) & (source_y < height)
+    # one more "pixel" behind the last holds the fill colour
+    index_K1P = torch.where(inside, source_y * width + source_x, height * width).view(count, 1, -1)
+    filled = torch.cat([images_KCHW.flatten(2), fill_C.to(images_KCHW.dtype).view(1, -1, 1).expand(count, -1, 1)], 2)
+    return filled.gather(2, index_K1P.expand(-1, channels, -1)).view_as(images_KCHW)
+
+
+def affine_interpolated(
+    images_KCHW: Tensor, matrices_K6: Tensor, fill_C: Tensor, *, resample: Resample, axes: str
+) -> Tensor:
+    """Affine map that interpolates. uint8 [K, C, H, W] -> the same shape.
+
+    Args:
+        matrices_K6: float64 [K, 6].
+        fill_C: float64 [C], colour where the source lies outside.
+        resample: BILINEAR or BICUBIC (PIL's: a = -1, and truncation to an integer).
+        axes: "x" or "y" where only that coordinate changes (shear, translation), else "xy". Along the other axis
+            PIL's interpolation gives back the pixel itself, so leaving it out changes nothing.
+    """
+    count, channels, height, width = images_KCHW.shape
+    a, b, c, d, e, f = matrices_K6.view(count, 6, 1, 1).unbind(1)
+    row = torch.arange(height, device=images_KCHW.device).view(1, height, 1)
+    column = torch.arange(width, device=images_KCHW.device).view(1, 1, width)
+    y, x = row.double() + 0.5, column.double() + 0.5
+    inside = torch.ones(count, height, width, device=images_KCHW.device, dtype=torch.bool)
+    columns, fraction_x = [column], None
+    if "x" in axes:
+        source_x = a * x + b * y + c
+        inside &= (source_x >= 0) & (source_x < width)
+        columns, fraction_x = _taps(source_x, width, resample)
+    rows, fraction_y = [row], None
+    if "y" in axes:
+        source_y = d * x + e * y + f
+        inside &= (source_y >= 0) & (source_y < height)
+        rows, fraction_y = _taps(source_y, height, resample)
+
+    pixels_KCP = images_KCHW.flatten(2)
+
+    def read(row: Tensor, column: Tensor) -> Tensor:
+        index_K1P = (row * width + column).expand(count, -1, -1).reshape(count, 1, -1)
+        return pixels_KCP.gather(2, index_K1P.expand(-1, channels, -1)).view_as(images_KCHW).double()
+
+    along_x = [_interpolate([read(row, column) for column in columns], fraction_x) for row in rows]
+    values = _interpolate(along_x, fraction_y).clamp_(0, 255)
+    inside_K1HW = inside.unsqueeze(1).double()
+    values.mul_(inside_K1HW).add_(fill_C.view(1, channels, 1, 1) * (1 - inside_K1HW))
+    return values.to(torch.uint8)
+
+
+def _taps(source: Tensor, size: int, resample: Resample) -> tuple[list[Tensor], Tensor]:
+    """The 2 or 4 pixels around each coordinate, held at the edges, and its fraction of a pixel, [K, 1, H, W]."""
+    position = source - 0.5
+    first = position.floor()
+    offsets = (0, 1) if resample is Resample.BILINEAR else (-1, 0, 1, 2)
+    taps = [(first + offset).clamp_(0, size - 1).long() for offset in offsets]
+    return taps, (position - first).unsqueeze(1)
+
+
+def _interpolate(values: Sequence[Tensor], fraction: Tensor | None) -> Tensor:
+    """PIL's linear or cubic interpolation of 1, 2 or 4 neighbours, in PIL's order of operations."""
+    if fraction is None:
+        return values[0]
+    if len(values) == 2:
+        return values[0] + (values[1] - values[0]) * fraction
+    v1, v2, v3, v4 = values
+    linear = v3 - v1
+    square = 2 * (v1 - v2) + v3 - v4
+    cube = v2 - v1 - v3 + v4
+    return v2 + fraction * (linear + fraction * (square + fraction * cube))

@@ -1,0 +1,393 @@
+"""Views: several differently augmented versions of each image, made in batches on the device that holds the images.
+
+Drawing and applying are separate. `ViewMaker.draw` decides everything random, on the host, as a pure function of
+(seed, epoch, position of the image in the epoch's order, number of the view); `ViewMaker.apply` is exact arithmetic:
+what PIL and torchvision give for the same parameters, wherever and with whatever other images it runs.
+
+V views (S of them in training, one for each network), B images, C = 3 channels, H x W image size, N ops in sequence.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from types import MappingProxyType
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from dataset.augment import erasing, geometry
+from dataset.augment.plan import StepPlan, Upload, plan_step
+from dataset.augment.policy import AUTOAUGMENT_POLICIES, AutoAugment, ColorJitter, Policy, Steps, parse_randaugment
+from utils.errors import UserError
+from utils.seed import STREAM_VIEW, counter_uniform, fold_in
+
+# Pixels worked on at a time: on CPUs what the caches hold, on GPUs what keeps memory in bounds.
+CHUNK_PIXELS = MappingProxyType({"cpu": 1 << 20, "cuda": 1 << 23})
+
+
+@dataclass(frozen=True, kw_only=True)
+class ViewSpec:
+    """What a training view goes through, in order: crop, flip, colour jitter, policy, normalising, erasing.
+
+    Attributes:
+        crop_size: side of a view in pixels.
+        padding: pixels added on every side before cropping.
+        padding_mode: "zero" or "reflect".
+        flip: mirror half of the views.
+        policy: "none", an AutoAugment policy ("cifar10", "svhn", "imagenet"), or a RandAugment string.
+        color_jitter: brightness, contrast and saturation change by up to this part; 0: off.
+        erase_p: probability of random erasing.
+        erase_area: smallest and largest erased part of the image.
+        erase_ratio: smallest and largest height / width of what is erased.
+        erase_mode: "const" (0 of the normalised image) or "pixel" (unit Gaussian noise).
+        mean, std: per channel, on the scale [0, 1].
+        fill: colour (0 to 255) where RandAugment's geometric ops read outside the image.
+        random_resized_crop: views come already cropped; neither padded nor cropped again.
+    """
+
+    crop_size: int
+    padding: int = 0
+    padding_mode: str = "zero"
+    flip: bool = False
+    policy: str = "none"
+    color_jitter: float = 0.0
+    erase_p: float = 0.0
+    erase_area: tuple[float, float] = (0.02, 1 / 3)
+    erase_ratio: tuple[float, float] = (0.3, 3.3)
+    erase_mode: str = "const"
+    mean: tuple[float, float, float]
+    std: tuple[float, float, float]
+    fill: tuple[int, int, int] = (128, 128, 128)
+    random_resized_crop: bool = False
+
+    def __post_init__(self) -> None:
+        if self.crop_size < 1:
+            raise UserError(f"--crop_size {self.crop_size} is not a size in pixels: give 1 or more.")
+        if self.padding < 0:
+            raise UserError(f"--padding {self.padding} is not a number of pixels: give 0 or more.")
+        if not 0 <= self.erase_p <= 1:
+            raise UserError(f"--erase_p {self.erase_p} is not a probability: give 0 to 1.")
+        if self.padding_mode not in ("zero", "reflect"):
+            raise ValueError(f"padding_mode {self.padding_mode!r} must be zero or reflect")
+        if self.erase_mode not in ("const", "pixel"):
+            raise ValueError(f"erase_mode {self.erase_mode!r} must be const or pixel")
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Row:
+    """The published augmentation of a data set (arXiv:2011.14660; digits: ours)."""
+
+    flip: bool = True
+    policy: str = "none"
+    erase_area: tuple[float, float] = (0.0, 0.0)
+    erase_ratio: tuple[float, float] = (1.0, 1.0)
+    random_resized_crop: bool = False
+
+
+_ROWS: Mapping[str, _Row] = MappingProxyType(
+    {
+        "digits": _Row(flip=False),
+        "cifar10": _Row(policy="cifar10", erase_area=(0.125, 0.2), erase_ratio=(0.99, 1.0)),
+        "cifar100": _Row(policy="cifar10", erase_area=(0.0625, 0.1), erase_ratio=(0.99, 1.0)),
+        "svhn": _Row(policy="svhn", erase_area=(0.125, 0.25), erase_ratio=(0.9, 1.1)),
+        "imagenet": _Row(policy="imagenet", erase_area=(0.05, 0.12), erase_ratio=(0.5, 1.5), random_resized_crop=True),
+    }
+)
+
+
+def view_spec(
+    recipe: str,
+    *,
+    crop_size: int,
+    padding: int,
+    is_autoaugment: bool,
+    randaa: str | None,
+    is_cutout: bool,
+    erase_p: float,
+    mean: tuple[float, float, float],
+    std: tuple[float, float, float],
+) -> ViewSpec:
+    """The training views of a data set's published recipe.
+
+    Args:
+        recipe: digits, cifar10, cifar100, svhn or imagenet.
+        crop_size, padding: in pixels; imagenet's views come cropped, so padding is not used there.
+        is_autoaugment: the data set's AutoAugment policy; digits has none.
+        randaa: RandAugment string, takes the place of AutoAugment.
+        is_cutout, erase_p: random erasing and its probability; digits has none.
+        mean, std: per channel, on the scale [0, 1].
+
+    Raises:
+        UserError: a value that cannot be; the line names the flag.
+    """
+    row = _ROWS[recipe]
+    red, green, blue = (min(255, round(255 * channel)) for channel in mean)
+    return ViewSpec(
+        crop_size=crop_size,
+        padding=0 if row.random_resized_crop else padding,
+        flip=row.flip,
+        policy=randaa or (row.policy if is_autoaugment else "none"),
+        erase_p=erase_p if is_cutout and row.erase_area[1] > 0 else 0.0,
+        erase_area=row.erase_area,
+        erase_ratio=row.erase_ratio,
+        mean=mean,
+        std=std,
+        fill=(red, green, blue),
+        random_resized_crop=row.random_resized_crop,
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class ViewParameters:
+    """Everything random about V views of B images.
+
+    Attributes:
+        tops_VB, lefts_VB: int64 [V, B], corner of the crop in the padded image, in pixels.
+        flips_VB: bool [V, B], mirror the crop.
+        steps: ops in sequence with the colour that their geometric ops fill with, one entry for each source of ops
+            (colour jitter, policy).
+        boxes_VB4: int64 [V, B, 4], erased rectangle (top, left, height, width) of the view; all 0: none.
+        noise_keys_VB: int64 [V, B], keys of the noise of erase_mode "pixel".
+    """
+
+    tops_VB: np.ndarray
+    lefts_VB: np.ndarray
+    flips_VB: np.ndarray
+    steps: tuple[tuple[Steps, tuple[int, int, int]], ...]
+    boxes_VB4: np.ndarray
+    noise_keys_VB: np.ndarray
+
+    @property
+    def num_views(self) -> int:
+        """V."""
+        return len(self.tops_VB)
+
+
+_CROP_SLOTS = 4  # top, left, flip, noise key
+_BOX_SLOTS = erasing.PLACE_SLOTS + 2
+_RETRY_SLOTS = 2 * (erasing.TRIES - 1)
+
+
+class ViewMaker:
+    """Makes the views of one run.
+
+    Args:
+        spec: what a view goes through.
+        seed: of the run.
+
+    Raises:
+        UserError: spec.policy is a malformed RandAugment string.
+    """
+
+    def __init__(self, spec: ViewSpec, seed: int) -> None:
+        self.spec = spec
+        self.seed = seed
+        self._policies: list[Policy] = []
+        if spec.color_jitter:
+            self._policies.append(ColorJitter(spec.color_jitter))
+        if spec.policy in AUTOAUGMENT_POLICIES:
+            self._policies.append(AutoAugment(spec.policy))
+        elif spec.policy != "none":
+            self._policies.append(parse_randaugment(spec.policy, spec.fill))
+
+    def draw(self, epoch: int, positions_B: np.ndarray, num_views: int, image_size: tuple[int, int]) -> ViewParameters:
+        """Draw the parameters of `num_views` views of each image.
+
+        Args:
+            epoch: counted from 0.
+            positions_B: int64 [B], positions of the images in the epoch's global order.
+            num_views: V.
+            image_size: height and width of the images that `apply` will get, in pixels.
+
+        Raises:
+            UserError: the crop is larger than the padded images.
+        """
+        spec = self.spec
+        key = fold_in(self.seed, STREAM_VIEW, epoch)
+        views_V = np.arange(num_views)
+        num_slots = _CROP_SLOTS + sum(policy.num_slots for policy in self._policies) + _BOX_SLOTS
+        uniforms = counter_uniform(key, positions_B, views_V, num_slots)
+        room_y, room_x = self._room(image_size)
+        steps, slot = [], _CROP_SLOTS
+        for policy in self._policies:
+            steps.append((policy.draw(uniforms[..., slot : slot + policy.num_slots]), policy.fill))
+            slot += policy.num_slots
+
+        def boxes(uniforms_VBU: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+            return erasing.draw_erasing(
+                uniforms_VBU[..., slot:],
+                spec.crop_size,
+                spec.crop_size,
+                probability=spec.erase_p,
+                area=spec.erase_area,
+                ratio=spec.erase_ratio,
+            )
+
+        boxes_VB4, missed_VB = boxes(uniforms)
+        again = np.flatnonzero(missed_VB.any(axis=0))
+        if len(again):  # rare, and later slots do not change the numbers of earlier ones
+            more = counter_uniform(key, np.asarray(positions_B)[again], views_V, num_slots + _RETRY_SLOTS)
+            boxes_VB4[:, again] = boxes(more)[0]
+        return ViewParameters(
+            tops_VB=(uniforms[..., 0] * (room_y + 1)).astype(np.int64),
+            lefts_VB=(uniforms[..., 1] * (room_x + 1)).astype(np.int64),
+            flips_VB=(uniforms[..., 2] < 0.5) & spec.flip,
+            steps=tuple(steps),
+            boxes_VB4=boxes_VB4,
+            noise_keys_VB=(uniforms[..., 3] * 2.0**53).astype(np.int64),
+        )
+
+    def _room(self, image_size: tuple[int, int]) -> tuple[int, int]:
+        """How far a crop can move in the padded image, down and to the right, in pixels."""
+        spec = self.spec
+        if spec.random_resized_crop:
+            return 0, 0
+        room_y, room_x = (size + 2 * spec.padding - spec.crop_size for size in image_size)
+        if min(room_y, room_x) < 0:
+            raise UserError(
+                f"--crop_size {spec.crop_size} does not fit into images of {image_size[0]}x{image_size[1]} pixels "
+                f"with --padding {spec.padding}: give a --crop_size of {min(image_size) + 2 * spec.padding} or less."
+            )
+        return room_y, room_x
+
+    def apply(
+        self,
+        images: Tensor,
+        parameters: ViewParameters,
+        *,
+        dtype: torch.dtype = torch.float32,
+        memory_format: torch.memory_format = torch.contiguous_format,
+    ) -> Tensor:
+        """Make the views that the parameters describe: float [V, B, C, crop_size, crop_size], on the images' device.
+
+        Nothing waits for the device. Pixels are computed in float32, in float64 if that is the dtype.
+
+        Args:
+            images: uint8 [B, C, H, W], or views already cropped, uint8 [V, B, C, crop_size, crop_size].
+            parameters: of these B images, from `draw`.
+            dtype, memory_format: of the result; the format is that of each [B, C, H, W].
+
+        Raises:
+            ValueError: images of another type or shape.
+        """
+        num_views, batch = parameters.tops_VB.shape
+        size, channels = self.spec.crop_size, images.shape[-3]
+        if images.dtype != torch.uint8 or images.dim() not in (4, 5) or images.shape[-4] != batch:
+            raise ValueError(f"images must be uint8 [{batch}, C, H, W], got {images.dtype} {list(images.shape)}")
+        if images.dim() == 5 and not self.spec.random_resized_crop:
+            raise ValueError(f"only with random_resized_crop do images come as views, got {list(images.shape)}")
+        views = torch.empty(
+            (num_views * batch, channels, size, size), dtype=dtype, device=images.device, memory_format=memory_format
+        ).view(num_views, batch, channels, size, size)
+        pixels = CHUNK_PIXELS.get(images.device.type, CHUNK_PIXELS["cpu"])
+        chunk = max(1, pixels // (num_views * size * size))
+        for start in range(0, batch, chunk):
+            part = slice(start, start + chunk)
+            self._fill(views[:, part], images[..., part, :, :, :], parameters, part)
+        return views
+
+    def _fill(self, views_VBCHW: Tensor, images: Tensor, parameters: ViewParameters, part: slice) -> None:
+        """Make the views of some of the images; `part` says which ones of the parameters' B."""
+        spec, device = self.spec, images.device
+        num_views, batch, _, size, _ = views_VBCHW.shape
+        upload = Upload()
+        statistics = upload.add(np.array([spec.mean, spec.std]))
+        plans, order_K = self._plan(parameters, part, upload)
+        regroup = [upload.add(plan.order) for plan in plans[1:]]
+        in_order = upload.add(np.argsort(order_K))
+        boxes_K4 = parameters.boxes_VB4[:, part].reshape(-1, 4)
+        erased = np.flatnonzero(boxes_K4[:, 2] * boxes_K4[:, 3])
+        boxes = upload.add(boxes_K4)
+        noise = [upload.add(array) for array in (erased, parameters.noise_keys_VB[:, part].ravel()[erased])]
+
+        store = geometry.pad_images(images.flatten(0, -4), spec.padding, spec.padding_mode)
+        store = torch.cat([store, store.flip(-1)]) if spec.flip else store.contiguous()
+        first_K = plans[0].order if plans else order_K
+        starts = upload.add(self._window_starts(parameters, part, store)[first_K])
+        tensors = upload.send(device)
+
+        pixels_KCHW = geometry.cut_windows(store, tensors[starts], size, size)
+        for number, plan in enumerate(plans):
+            if number:
+                pixels_KCHW = pixels_KCHW.index_select(0, tensors[regroup[number - 1]])
+            plan.run(pixels_KCHW, tensors)
+        if plans:
+            pixels_KCHW = pixels_KCHW.index_select(0, tensors[in_order])
+
+        exact = torch.promote_types(views_VBCHW.dtype, torch.float32)
+        values = views_VBCHW if exact == views_VBCHW.dtype else torch.empty_like(views_VBCHW, dtype=exact)
+        values.copy_(pixels_KCHW.view(values.shape))
+        _normalise(values, *tensors[statistics].to(exact))
+        if len(erased):
+            inside = erasing.inside_boxes(tensors[boxes], size, size, exact)
+            values.mul_((1 - inside).view(num_views, batch, 1, size, size))
+            if spec.erase_mode == "pixel":
+                index, keys = (tensors[place] for place in noise)
+                normals = erasing.counter_normal(keys, values[0, 0].numel()).view(-1, *values.shape[2:])
+                where = (index // batch, index % batch)
+                values[where] = values[where] + normals.to(exact) * inside.index_select(0, index)
+        if values is not views_VBCHW:
+            views_VBCHW.copy_(values)
+
+    def _plan(self, parameters: ViewParameters, part: slice, upload: Upload) -> tuple[list[StepPlan], np.ndarray]:
+        """Plans of all steps in sequence, and the order in which they leave the K = V x B views: int64 [K]."""
+        size = self.spec.crop_size
+        order_K = np.arange(parameters.tops_VB[:, part].size)
+        plans = []
+        for steps, fill in parameters.steps:
+            fill_place = upload.add(np.array(fill, dtype=np.float64))
+            for step in zip(*steps, strict=True):
+                ops_K, values_K, resamples_K = (array[:, part].ravel()[order_K] for array in step)
+                if ops_K.any():
+                    plan = plan_step(
+                        ops_K, values_K, resamples_K, height=size, width=size, fill_place=fill_place, upload=upload
+                    )
+                    order_K = order_K[plan.order]
+                    plans.append(plan)
+        return plans, order_K
+
+    def _window_starts(self, parameters: ViewParameters, part: slice, store: Tensor) -> np.ndarray:
+        """Where each view's window starts in the store of padded images (and their mirror images): int64 [K]."""
+        flips_K = parameters.flips_VB[:, part].ravel()
+        channels, rows, columns = store.shape[1:]
+        images = len(store) // 2 if self.spec.flip else len(store)
+        numbers_K = np.arange(len(flips_K)) % images + images * flips_K
+        lefts_K = parameters.lefts_VB[:, part].ravel()
+        lefts_K = np.where(flips_K, columns - self.spec.crop_size - lefts_K, lefts_K)
+        return (numbers_K * channels * rows + parameters.tops_VB[:, part].ravel()) * columns + lefts_K
+
+    def evaluate(
+        self,
+        images: Tensor,
+        dtype: torch.dtype = torch.float32,
+        *,
+        memory_format: torch.memory_format = torch.contiguous_format,
+    ) -> Tensor:
+        """Images without augmentation: uint8 [B, C, H, W] -> normalised float [B, C, H, W]."""
+        exact = torch.promote_types(dtype, torch.float32)
+        statistics = torch.tensor([self.spec.mean, self.spec.std], dtype=exact)
+        if images.device.type == "cuda":
+            statistics = statistics.pin_memory()
+        values = images.to(exact, memory_format=memory_format)
+        _normalise(values, *statistics.to(images.device, non_blocking=True))
+        return values.to(dtype)
+
+    def make(
+        self,
+        images: Tensor,
+        epoch: int,
+        positions_B: np.ndarray,
+        num_views: int,
+        dtype: torch.dtype = torch.float32,
+        *,
+        memory_format: torch.memory_format = torch.contiguous_format,
+    ) -> Tensor:
+        """`draw` and `apply` in one: float views [V, B, C, crop_size, crop_size]."""
+        height, width = images.shape[-2:]
+        parameters = self.draw(epoch, positions_B, num_views, (height, width))
+        return self.apply(images, parameters, dtype=dtype, memory_format=memory_format)
+
+
+def _normalise(values: Tensor, mean_C: Tensor, std_C: Tensor) -> None:
+    """In place, [..., C, H, W]: from 0 to 255 to torchvision's ToTensor and Normalize."""
+    values.div_(255).sub_(mean_C.view(-1, 1, 1)).div_(std_C.view(-1, 1, 1))

@@ -58,8 +58,8 @@ def _to_each_other(distance: Distance, predictions_SBK: Tensor) -> Tensor:
 def js_divergence(logits_SBK: Tensor) -> Tensor:
     """Jensen-Shannon divergence among S predictions: (S, B, K) -> (B,), in nats.
 
-    H(mean_i p_i) - mean_i H(p_i), computed as the equal mean_i KL(p_i ‖ mean_j p_j), which does not lose its digits
-    when the networks nearly agree.
+    H(mean_i p_i) - mean_i H(p_i), computed as the equal mean_i KL(p_i ‖ mean_j p_j), which rounds less where there are
+    many classes.
     """
     log_probs_SBK = _log_probs(logits_SBK)
     return _kl(_log_mean(log_probs_SBK), log_probs_SBK).mean(dim=0)

@@ -1,0 +1,67 @@
+"""Cross-entropy, plain, smoothed and mixed up."""
+
+import math
+
+import pytest
+import torch
+
+from loss import at_least_float32
+from loss.classification import cross_entropy, mixed_cross_entropy
+from utils.targets import Targets, plain_targets
+
+LABELS = torch.tensor([2, 0, 1])
+LOGITS = torch.tensor([[1.0, 2.0, 4.0], [0.0, 0.0, 0.0], [-1.0, 3.0, 0.5]], dtype=torch.float64)
+
+
+def by_hand(logits: list[float], label: int, smoothing: float) -> float:
+    """Σ_k -target_k log p_k with target = (1 - ε) one_hot + ε / K."""
+    log_sum = math.log(sum(math.exp(v) for v in logits))
+    targets = [smoothing / len(logits) + (1 - smoothing) * (k == label) for k in range(len(logits))]
+    return sum(t * (log_sum - v) for t, v in zip(targets, logits, strict=True))
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.1, 0.5])
+def test_cross_entropy_of_each_image(smoothing: float) -> None:
+    loss_B = cross_entropy(LOGITS, LABELS, label_smoothing=smoothing)
+    expected = [by_hand(row, label, smoothing) for row, label in zip(LOGITS.tolist(), LABELS.tolist(), strict=True)]
+    assert loss_B.dtype == torch.float64
+    assert loss_B.tolist() == pytest.approx(expected, rel=1e-13)
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+def test_mixup_weighs_the_two_labels(smoothing: float) -> None:
+    other = torch.tensor([0, 2, 2])
+    loss_B = mixed_cross_entropy(LOGITS, Targets(LABELS, other, torch.tensor(0.25)), label_smoothing=smoothing)
+    first = cross_entropy(LOGITS, LABELS, label_smoothing=smoothing)
+    second = cross_entropy(LOGITS, other, label_smoothing=smoothing)
+    torch.testing.assert_close(loss_B, 0.25 * first + 0.75 * second, rtol=1e-13, atol=0)
+
+
+def test_without_mixup_it_is_cross_entropy_itself() -> None:
+    assert torch.equal(mixed_cross_entropy(LOGITS, plain_targets(LABELS)), cross_entropy(LOGITS, LABELS))
+
+
+@pytest.mark.parametrize("autocast", [None, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_huge_logits_give_finite_values_and_gradients(dtype: torch.dtype, autocast: torch.dtype | None) -> None:
+    logits = torch.tensor([[1e4, -1e4, 0.0], [-1e4, -1e4, 1e4], [1e4, 1e4, 1e4]]).to(dtype).requires_grad_()
+    with torch.autocast("cpu", autocast or torch.bfloat16, enabled=autocast is not None):
+        loss_B = mixed_cross_entropy(logits, Targets(LABELS, LABELS.flip(0), torch.tensor(0.3)), label_smoothing=0.1)
+        assert loss_B.dtype == torch.float32
+        (gradient,) = torch.autograd.grad(loss_B.mean(), logits)
+    assert loss_B.isfinite().all()
+    assert gradient.isfinite().all()
+    assert gradient.abs().max() > 0
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        (torch.float16, torch.float32),
+        (torch.bfloat16, torch.float32),
+        (torch.float32, torch.float32),
+        (torch.float64, torch.float64),
+    ],
+)
+def test_losses_are_computed_in_float32_or_better(given: torch.dtype, expected: torch.dtype) -> None:
+    assert at_least_float32(torch.zeros(2, dtype=given)).dtype == expected

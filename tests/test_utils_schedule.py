@@ -1,0 +1,98 @@
+"""The learning rate of every iteration."""
+
+import itertools
+import json
+import math
+from pathlib import Path
+
+import pytest
+
+from utils.errors import UserError
+from utils.schedule import MODES, Schedule
+
+GOLDEN = json.loads((Path(__file__).parent / "golden" / "lr.json").read_text())["cases"]
+OUR_NAMES = {
+    "init_lr": "base_lr",
+    "num_epochs": "epochs",
+    "iters_per_epoch": "steps_per_epoch",
+    "lr_milestones": "milestones",
+    "lr_step_multiplier": "step_multiplier",
+}
+
+
+@pytest.mark.parametrize("case", GOLDEN, ids=lambda case: f"{case['config']['mode']}-{case['config']['num_epochs']}")
+def test_published_learning_rates(case: dict) -> None:
+    schedule = Schedule(**{OUR_NAMES.get(name, name): value for name, value in case["config"].items()})
+    for epoch, batch, expected in case["points"]:
+        step = epoch * case["config"]["iters_per_epoch"] + batch
+        assert schedule(step) == pytest.approx(expected, rel=1e-9), (epoch, batch)
+
+
+def make(mode: str, **settings: object) -> Schedule:
+    return Schedule(**{"mode": mode, "base_lr": 0.1, "epochs": 10, "steps_per_epoch": 7, **settings})
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_warm_up_rises_to_the_base_rate_and_what_follows_never_rises(mode: str) -> None:
+    schedule = make(mode, slow_start_epochs=2, slow_start_lr=0.01, milestones=(3, 5), end_lr=1e-3)
+    rates = [schedule(step) for step in range(71)]
+    assert rates[:15] == pytest.approx([0.01 + 0.09 * step / 14 for step in range(15)])
+    assert all(after <= before for before, after in itertools.pairwise(rates[14:]))
+    assert min(rates) >= 1e-3
+    assert rates[-1] == schedule(1000) or mode == "exponential"
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("slow_start_epochs", [0, -1])
+def test_no_warm_up(mode: str, slow_start_epochs: int) -> None:
+    schedule = make(mode, slow_start_epochs=slow_start_epochs, slow_start_lr=0.01)
+    assert schedule(0) == pytest.approx(0.1, rel=1e-4)
+    assert schedule(1) == pytest.approx(0.1, rel=0.05)
+
+
+def test_floor_holds_in_the_warm_up_too() -> None:
+    schedule = make("cos", slow_start_epochs=2, slow_start_lr=0.0, end_lr=0.02)
+    assert schedule(0) == 0.02
+    assert schedule(14) == 0.1
+    assert schedule(69) == 0.02
+
+
+def test_milestones_count_from_epoch_zero_and_wait_for_the_warm_up() -> None:
+    schedule = make("step", slow_start_epochs=2, slow_start_lr=0.01, milestones=(1, 4), step_multiplier=0.5)
+    assert schedule(7) == pytest.approx(0.055)
+    assert schedule(14) == 0.1
+    assert schedule(15) == pytest.approx(0.05)
+    assert schedule(27) == pytest.approx(0.05)
+    assert schedule(28) == pytest.approx(0.025)
+
+
+def test_exponential_with_and_without_staircase() -> None:
+    stairs = make("exponential", decay_factor=0.5, decay_epochs=2.0)
+    slope = make("exponential", decay_factor=0.5, decay_epochs=2.0, staircase=False)
+    assert [stairs(step) for step in (0, 13, 14, 27, 28)] == pytest.approx([0.1, 0.1, 0.05, 0.05, 0.025])
+    assert slope(7) == pytest.approx(0.1 * math.sqrt(0.5))
+
+
+def test_linear_ends_at_zero() -> None:
+    schedule = make("linear")
+    assert [schedule(step) for step in (0, 35, 70, 71)] == pytest.approx([0.1, 0.05, 0.0, 0.0])
+
+
+def test_a_warm_up_as_long_as_training_is_no_error() -> None:
+    schedule = make("cos", slow_start_epochs=10, slow_start_lr=0.0)
+    assert schedule(69) == pytest.approx(0.1 * 69 / 70)
+    assert make("poly", slow_start_epochs=12, slow_start_lr=0.0)(70) == pytest.approx(0.1 * 70 / 84)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"mode": "cosine"}, "--lr_mode 'cosine' is not a known schedule"),
+        ({"epochs": 0}, "--epochs must be 1 or more"),
+        ({"steps_per_epoch": 0}, "an epoch must have a step"),
+        ({"decay_epochs": 0.0}, "--decay_epochs must be above 0"),
+    ],
+)
+def test_unusable_settings_are_refused(settings: dict, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        make(**{"mode": "cos", **settings})

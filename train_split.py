@@ -55,7 +55,7 @@ from utils.plots import plot_curves
 from utils.precision import Precision, choose_precision
 from utils.schedule import Schedule
 from utils.seed import STREAM_INIT, STREAM_STEP, draw_seed, fold_in
-from utils.summary import summarise
+from summary import summarise
 from utils.targets import Targets, plain_targets
 
 logger = logging.getLogger("train_split")
@@ -630,6 +630,8 @@ class Trainer:
                 self.network,
                 self._until_signal(self.eval_loaders[name]),
                 prepare=lambda images: self.views.evaluate(images, dtype=self.precision.weights),
+                num_networks=self.num_networks,
+                device=self.world.device,
                 num_classes=len(self.source.classes),
                 rule=ensemble_rule(
                     after_softmax=self.config.is_ensembled_after_softmax, maximum=self.config.is_max_ensemble
@@ -637,7 +639,7 @@ class Trainer:
                 autocast_dtype=self.precision.autocast,
                 extra=self.method.extra_logits,
                 all_reduce=distributed.all_reduce_sum,
-            )
+            ).figures
 
     def _until_signal(self, batches: Any) -> Iterator[Batch]:
         """The batches; a signal ends the evaluation at once where one process decides alone."""

@@ -8,7 +8,7 @@ from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
-from typing import cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -71,9 +71,9 @@ class DenseLayer(nn.Module):
     def forward(self, maps: Sequence[Tensor]) -> Tensor:
         """Maps [B, C_i, H, W] of one size -> the new features [B, q, H, W]."""
         if self.recompute and torch.is_grad_enabled():
-            features = checkpoint(
-                self._bottleneck, *maps, use_reentrant=False, preserve_rng_state=False, context_fn=self._contexts
-            )
+            # a compiled graph does not repeat side effects when it recomputes, and takes no contexts
+            contexts: dict[str, Any] = {} if torch.compiler.is_compiling() else {"context_fn": self._contexts}
+            features = checkpoint(self._bottleneck, *maps, use_reentrant=False, preserve_rng_state=False, **contexts)
         else:
             features = self._bottleneck(*maps)
         norm2 = self.get_submodule(self._norm_names[1])
@@ -85,17 +85,19 @@ class DenseLayer(nn.Module):
 
     def _contexts(self) -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
         """Contexts of the first computation and of the second, which must not count the batch's statistics again."""
-        return nullcontext(), self._frozen_statistics()
+        return nullcontext(), self._running_statistics_set_aside()
 
     @contextmanager
-    def _frozen_statistics(self) -> Iterator[None]:
-        norm1 = cast(nn.BatchNorm2d, self.get_submodule(self._norm_names[0]))
-        tracked = norm1.track_running_stats
-        norm1.track_running_stats = False
+    def _running_statistics_set_aside(self) -> Iterator[None]:
+        norm1 = self.get_submodule(self._norm_names[0])
+        buffers = dict(norm1.named_buffers())
+        for name, buffer in buffers.items():
+            setattr(norm1, name, buffer.clone())
         try:
             yield
         finally:
-            norm1.track_running_stats = tracked
+            for name, buffer in buffers.items():
+                setattr(norm1, name, buffer)
 
 
 class DenseBlock(nn.Sequential):

@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from model import LARGE, BackboneRequest, build_network, build_splitnet, image_shape
+from model import LARGE, BackboneRequest, backbones, build_network, build_splitnet, image_shape
 from model.splitnet import SplitNet
 from utils.checkpoint import plain_keys
 from utils.errors import UserError
@@ -29,7 +29,8 @@ class NetworkInfo:
 
     Attributes:
         archs: name of every network's backbone; one name where all are parts of one division.
-        split_factor: S of the division that gave the networks their structure.
+        num_networks: how many there are, S.
+        split_factor: S of the division that gave the networks their structure; 1 for full networks.
         num_classes: K.
         dataset: data set that the networks were made for.
         crop_size: side of the input in pixels.
@@ -38,6 +39,7 @@ class NetworkInfo:
     """
 
     archs: tuple[str, ...]
+    num_networks: int
     split_factor: int
     num_classes: int
     dataset: str
@@ -110,12 +112,13 @@ def restore_splitnet(
         raise UserError(f"{source}: does not say which data set its networks are for: add --dataset NAME.")
     size_in_file = content.get("crop_size", config.get("crop_size"))
     shape = image_shape(made_for, size_in_file or crop_size or 32)
+    usual_size = (backbones.get(names[0]).crop_size or 224) if shape == LARGE else 32
     request = BackboneRequest(
         arch=names[0],
         split_factor=factor,
         shape=shape,
         dataset=made_for,
-        crop_size=crop_size or size_in_file or (224 if shape == LARGE else 32),
+        crop_size=crop_size or size_in_file or usual_size,
         options={**config, **(options or {})},
     )
     num_classes = _agreed("num_classes", num_classes, _num_classes(state, request), source)
@@ -126,6 +129,7 @@ def restore_splitnet(
     try:
         info = NetworkInfo(
             archs=names,
+            num_networks=len(numbers),
             split_factor=factor,
             num_classes=request.num_classes,
             dataset=made_for,

@@ -81,6 +81,7 @@ def test_linear_ends_at_zero() -> None:
 def test_a_warm_up_as_long_as_training_is_no_error() -> None:
     schedule = make("cos", slow_start_epochs=10, slow_start_lr=0.0)
     assert schedule(69) == pytest.approx(0.1 * 69 / 70)
+    assert schedule(71) == 0.0
     assert make("poly", slow_start_epochs=12, slow_start_lr=0.0)(70) == pytest.approx(0.1 * 70 / 84)
 
 

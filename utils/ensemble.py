@@ -15,6 +15,17 @@ def ensemble_rule(after_softmax: bool, maximum: bool) -> str:
     return f"{'max' if maximum else 'mean'}_{'softmax' if after_softmax else 'logits'}"
 
 
+def rule_index(rule: str) -> int:
+    """Place of a rule in RULES.
+
+    Raises:
+        UserError: unknown rule.
+    """
+    if rule not in RULES:
+        raise UserError(f"Ensemble rule {rule!r} is not known: use {', '.join(RULES)}.")
+    return RULES.index(rule)
+
+
 def ensemble_scores(logits_SBK: Tensor, rule: str) -> Tensor:
     """Scores that order the classes as the ensemble does: (S, B, K) -> (B, K), in float32 or better.
 
@@ -24,6 +35,7 @@ def ensemble_scores(logits_SBK: Tensor, rule: str) -> Tensor:
     Raises:
         UserError: unknown rule.
     """
+    rule_index(rule)
     logits_SBK = logits_SBK.to(torch.promote_types(logits_SBK.dtype, torch.float32))
     if rule == "mean_logits":
         return logits_SBK.mean(dim=0)
@@ -34,9 +46,7 @@ def ensemble_scores(logits_SBK: Tensor, rule: str) -> Tensor:
         return log_probs_SBK.logsumexp(dim=0) - math.log(len(logits_SBK))
     if rule == "max_softmax":
         return log_probs_SBK.amax(dim=0)
-    if rule == "geometric_mean":
-        return log_probs_SBK.mean(dim=0)
-    raise UserError(f"Ensemble rule {rule!r} is not known: use {', '.join(RULES)}.")
+    return log_probs_SBK.mean(dim=0)
 
 
 def ensemble_log_probs(logits_SBK: Tensor, rule: str = "mean_logits") -> Tensor:

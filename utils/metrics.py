@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from utils.ensemble import RULES, ensemble_scores
+from utils.ensemble import RULES, ensemble_scores, rule_index
 
 NUM_BINS = 15
 
@@ -42,6 +42,9 @@ class EvaluationCounts:
         rule: the ensemble rule that is reported, one of `utils.ensemble.RULES`; the others get rows too.
         device: where the logits are.
 
+    Raises:
+        UserError: unknown rule.
+
     Attributes:
         counts: int64 tensors by name, among them `confusion` (K, K): images by label (row) and prediction of the
             chosen rule (column).
@@ -51,19 +54,24 @@ class EvaluationCounts:
     def __init__(self, num_networks: int, num_classes: int, rule: str, device: torch.device | str = "cpu") -> None:
         self.num_networks = num_networks
         self.rule = rule
-        self._chosen = num_networks + RULES.index(rule)
+        self._chosen = num_networks + rule_index(rule)
         rows = num_networks + len(RULES)
-        sizes = {
+        integers: dict[str, tuple[int, ...]] = {
             "seen": (),
             "correct1": (rows,),
             "correct5": (rows,),
             "bin_seen": (rows, NUM_BINS),
             "bin_correct": (rows, NUM_BINS),
-            "disagreements": (num_networks, num_networks),
+            "disagreements": (),
             "confusion": (num_classes, num_classes),
         }
-        reals = {"nll": (rows,), "brier": (rows,), "bin_confidence": (rows, NUM_BINS), "js": ()}
-        self.counts = {name: torch.zeros(size, dtype=torch.int64, device=device) for name, size in sizes.items()}
+        reals: dict[str, tuple[int, ...]] = {
+            "nll": (rows,),
+            "brier": (rows,),
+            "bin_confidence": (rows, NUM_BINS),
+            "js": (),
+        }
+        self.counts = {name: torch.zeros(size, dtype=torch.int64, device=device) for name, size in integers.items()}
         self.sums = {name: torch.zeros(size, dtype=torch.float64, device=device) for name, size in reals.items()}
 
     @torch.no_grad()
@@ -101,7 +109,7 @@ class EvaluationCounts:
         sums["bin_confidence"] += torch.where(in_bin_RBM, confidence_RB.unsqueeze(-1), 0.0).sum(dim=1)
 
         own_SB, log_probs_SBK = predictions_RB[:num_networks], log_probs_RBK[:num_networks]
-        counts["disagreements"] += (own_SB.unsqueeze(1) != own_SB).sum(dim=-1)
+        counts["disagreements"] += (own_SB.unsqueeze(1) != own_SB).sum()
         sums["js"] += _summed_js(log_probs_SBK)
         cells_B = labels_B * num_classes + predictions_RB[self._chosen]
         counts["confusion"].view(-1).scatter_add_(0, cells_B, torch.ones_like(cells_B))
@@ -141,7 +149,7 @@ class EvaluationCounts:
             **{f"ensemble_{name}": value for name, value in by_rule[self.rule].items()},
             **{name: column[: self.num_networks] for name, column in columns.items()},
             "rules": by_rule,
-            "disagreement": _number(counts["disagreements"].sum() / (pairs * seen)),
+            "disagreement": _number(counts["disagreements"] / (pairs * seen)),
             "js_divergence": _number(sums["js"] / (pairs * seen)),
         }
 

@@ -5,13 +5,10 @@ Progress goes to stderr and train.log; the last line of stdout is one JSON objec
 
 import json
 import logging
-import math
 import os
-import platform
 import signal
 import sys
-import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
@@ -20,7 +17,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
-from tqdm import tqdm
 
 from dataset import DataSource, SourceRequest, open_source
 from dataset.loader import Batch, shard
@@ -29,18 +25,18 @@ from dataset.pipeline import build_eval_loader, build_train_loader
 from dataset.views import ViewMaker, view_spec
 from method import Method, Progress, StepOutput, methods
 from model import backbone_request, build_splitnet
-from model.backbone.base import StagedBackbone
 from model.restore import load_pretrained
 from parser_params import Config, parse_config, resolve_config
+from summary import summarise
 from utils import checkpoint as ckpt
 from utils import distributed
 from utils.distributed import World
 from utils.ensemble import ensemble_rule
-from utils.errors import RunError, UserError
+from utils.errors import RunError, UserError, reason
 from utils.evaluation import evaluate
 from utils.guard import NonfiniteGuard
 from utils.interrupt import Stopped, StopRequest
-from utils.logger import RunLog, plain_json, set_up_text_log, terminal_width_known
+from utils.logger import RunLog, plain_json, set_up_text_log
 from utils.macs import count_macs, count_params
 from utils.meters import MeanMeter
 from utils.optim import (
@@ -53,9 +49,10 @@ from utils.optim import (
 )
 from utils.plots import plot_curves
 from utils.precision import Precision, choose_precision
+from utils.report import Reporter, RunClock
+from utils.run_folder import RESULTS, as_json, describe_environment, make_folder, open_run, read_results
 from utils.schedule import Schedule
 from utils.seed import STREAM_INIT, STREAM_STEP, draw_seed, fold_in
-from summary import summarise
 from utils.targets import Targets, plain_targets
 
 logger = logging.getLogger("train_split")
@@ -196,18 +193,19 @@ class Trainer:
         self.guard = NonfiniteGuard(self.num_networks, world.device, sticky=config.on_nonfinite == "stop")
         self.average = WeightAverage(self.network, config.ema_decay) if config.ema_decay > 0 else None
 
-        # where training stands
+        # where training stands: the next epoch, the next batch in it, batches done in all
         self.epoch = 0
         self.batch = 0
         self.step = 0
-        self.seconds = 0.0
-        self.train_seconds = 0.0
-        self.images_seen = 0
-        self.history: dict[str, Any] = {"last": None, "best": None}
+        self.clock = RunClock()
         self.meter = MeanMeter(world.device)
         self.epoch_meter = MeanMeter(world.device)
         self.stop = StopRequest()
+        self.stopping = False  # what all processes have agreed on
         self.log = RunLog(self.folder, self.num_networks, active=world.is_main)
+        self.report = Reporter(
+            self.log, epochs=config.epochs, steps_per_epoch=self.steps_per_epoch, visible=world.is_main
+        )
         if resumed is not None:
             self._restore(resumed)
         else:
@@ -265,29 +263,27 @@ class Trainer:
 
     def state(self) -> dict[str, Any]:
         """The checkpoint: everything that a resumed run needs to go on bit for bit, and that eval.py needs to load."""
-        config = self.config
-        best = self.history["best"]
+        best = self.report.best
         state: dict[str, Any] = {
             "epoch": self.epoch,
-            "arch": config.arch,
+            "arch": self.config.arch,
             "state_dict": ckpt.published_keys(self.network.state_dict()),
             "best_acc1": best["ensemble_acc1"] if best else 0.0,
             "optimizer": self.optimizer.state_dict(),
             "method": self.method.training_state(),
             "rng": {"seed": self.seed},
             "sampler": {"epoch": self.epoch, "batch": self.batch, "step": self.step},
-            "config": config.values(),
+            "config": self.config.values(),
             "classes": list(self.source.classes),
             "mean": list(self.source.mean),
             "std": list(self.source.std),
-            "crop_size": config.crop_size,
+            "crop_size": self.config.crop_size,
             "data_recipe": self.source.recipe,
-            "history": self.history,
-            "log": self.log.positions(),
-            "meters": {"step": self.meter.state_dict(), "epoch": self.epoch_meter.state_dict()},
-            "clock": {"seconds": self.seconds, "train_seconds": self.train_seconds, "images": self.images_seen},
+            "report": self.report.state_dict(),
+            "meters": {"interval": self.meter.state_dict(), "epoch": self.epoch_meter.state_dict()},
+            "clock": self.clock.state_dict(),
             "guard": self.guard.state_dict(),
-            "environment": {"threads": torch.get_num_threads(), "world_size": self.world.world_size},
+            "environment": self._environment(),
             "format_version": ckpt.FORMAT_VERSION,
         }
         if self.precision.scaler:
@@ -296,52 +292,54 @@ class Trainer:
             state["ema"] = ckpt.published_keys(self.average.state_dict())
         return state
 
+    def _environment(self) -> dict[str, Any]:
+        """What must stay the same for a resumed run to be the same bit for bit."""
+        return {
+            "threads": torch.get_num_threads(),
+            "world_size": self.world.world_size,
+            "precision": self.precision.name,
+            "device": self.world.device.type,
+        }
+
     def _restore(self, state: Mapping[str, Any]) -> None:
-        """Inverse of `state`."""
-        missing = [key for key in ("sampler", "optimizer", "method", "config") if key not in state]
-        if missing:
-            raise UserError(
-                f"--resume: the checkpoint holds no run to continue (no {', '.join(missing)}). "
-                "Use --pretrained for its weights alone."
-            )
+        """Inverse of `state`.
+
+        Raises:
+            UserError: the checkpoint holds no run, or that of other flags.
+        """
         own = self.config.values()
-        for name in ("arch", "split_factor", "method", "dataset", "optimizer"):
-            if state["config"].get(name) != own[name]:
-                raise UserError(
-                    f"--resume: the checkpoint is of a run with --{name} {state['config'].get(name)}, "
-                    f"and this one has --{name} {own[name]}."
-                )
-        there, here = state["environment"], {"threads": torch.get_num_threads(), "world_size": self.world.world_size}
-        for name, value in here.items():
-            if there.get(name) != value:
-                logger.warning(
-                    "The run so far had %s %s and goes on with %s: it will differ in the last bits.",
-                    name,
-                    there.get(name),
-                    value,
-                )
         try:
+            for name in ("arch", "split_factor", "method", "dataset", "optimizer"):
+                if state["config"][name] != own[name]:
+                    raise UserError(
+                        f"--resume: the checkpoint is of a run with --{name} {state['config'][name]}, "
+                        f"and this one has --{name} {own[name]}."
+                    )
+            for name, value in self._environment().items():
+                before = state["environment"][name]
+                if before != value:
+                    logger.warning("So far %s was %s, now it is %s: the last bits will differ.", name, before, value)
             self.network.load_state_dict(ckpt.plain_keys(state["state_dict"]))
             self.optimizer.load_state_dict(state["optimizer"])
             self.method.load_training_state(state["method"])
             if self.precision.scaler and "scaler" in state:
                 self.scaler.load_state_dict(state["scaler"])
-            if self.average is not None and state.get("ema"):
+            if self.average is not None and "ema" in state:
                 self.average.load_state_dict(ckpt.plain_keys(state["ema"]))
-        except (KeyError, ValueError, RuntimeError) as error:
-            reason = " ".join(str(error).split())[:300]
-            raise UserError(f"--resume: the checkpoint does not fit this run: {reason}") from None
-        self.epoch = int(state["sampler"]["epoch"])
-        self.batch = int(state["sampler"]["batch"])
-        self.step = int(state["sampler"]["step"])
-        self.history = dict(state["history"])
-        self.meter.load_state_dict(state["meters"]["step"])
-        self.epoch_meter.load_state_dict(state["meters"]["epoch"])
-        self.seconds = float(state["clock"]["seconds"])
-        self.train_seconds = float(state["clock"]["train_seconds"])
-        self.images_seen = int(state["clock"]["images"])
-        self.guard.load_state_dict(state["guard"])
-        self.log.rewind(state["log"], epoch=self.epoch, step=self.step)
+            place = state["sampler"]
+            self.epoch, self.batch, self.step = int(place["epoch"]), int(place["batch"]), int(place["step"])
+            self.meter.load_state_dict(state["meters"]["interval"])
+            self.epoch_meter.load_state_dict(state["meters"]["epoch"])
+            self.clock.load_state_dict(state["clock"])
+            self.guard.load_state_dict(state["guard"])
+            self.report.load_state_dict(state["report"], epoch=self.epoch, step=self.step)
+        except UserError:
+            raise
+        except (KeyError, ValueError, TypeError, AttributeError, RuntimeError) as error:
+            raise UserError(
+                f"--resume: the checkpoint holds no run of these flags to go on with ({reason(error)[:200]}). "
+                "Use --pretrained for its weights alone."
+            ) from None
 
     def save(self, name: str) -> None:
         """Write a checkpoint of this name (process 0), and drop the oldest ones beyond --max_ckpt_nums."""
@@ -362,23 +360,36 @@ class Trainer:
 
     def train_epoch(self) -> None:
         """From the current batch to the end of the epoch, or until --max_steps or a signal."""
-        config, world = self.config, self.world
         self.method.train()
         if self.batch == 0:
             self.meter.reset()
             self.epoch_meter.reset()
-        began, waited = time.perf_counter(), self.loader.time_waiting
-        line_began, line_waited, line_images = began, waited, self.images_seen
-        bar = None
-        if world.is_main and terminal_width_known():
-            bar = tqdm(
-                total=self.steps_per_epoch,
-                initial=self.batch,
-                desc=f"epoch {self.epoch + 1}/{config.epochs}",
-                unit="step",
-                leave=False,
-            )
-        for batch in self.loader.epoch(self.epoch, start_batch=self.batch):
+        batches = self.loader.epoch(self.epoch, start_batch=self.batch)
+        while self.batch < self.steps_per_epoch:
+            images, waited, seconds = self.clock.images, self.loader.time_waiting, self.clock.seconds
+            with self.clock.training():
+                progress = self._interval(batches)
+            seconds = max(self.clock.seconds - seconds, 1e-9)
+            if progress is not None:
+                self._report_interval(
+                    progress,
+                    images_per_second=round((self.clock.images - images) / seconds, 1),
+                    data_wait=round((self.loader.time_waiting - waited) / seconds, 4),
+                )
+            if self.step >= self.total_steps:
+                return
+            if self.config.save_steps and self.step % self.config.save_steps == 0 and self.batch < self.steps_per_epoch:
+                self.save(f"checkpoint_{self.epoch}_{self.step}.pth.tar")
+            if self.stopping:
+                return
+
+    def _interval(self, batches: Iterator[Batch]) -> Progress | None:
+        """Train to the next line, checkpoint or stop; returns the last batch's place if a line is due.
+
+        Checkpoints are made, and signals obeyed, at the end of an accumulation group only: they hold no gradients.
+        """
+        config = self.config
+        for batch in batches:
             progress = Progress(
                 epoch=self.epoch,
                 step=self.step,
@@ -392,36 +403,19 @@ class Trainer:
             self._one_batch(batch, progress)
             self.batch += 1
             self.step += 1
-            self.images_seen += batch.global_batch_size
-            last = self.batch == self.steps_per_epoch or self.step >= self.total_steps
-            if bar is not None:
-                bar.update()
-            if self.batch % config.print_freq == 0 or last:
-                now = time.perf_counter()
-                self._print_line(
-                    progress,
-                    images_per_second=(self.images_seen - line_images) / max(now - line_began, 1e-9),
-                    data_wait=(self.loader.time_waiting - line_waited) / max(now - line_began, 1e-9),
-                    bar=bar,
-                )
-                line_began, line_waited, line_images = now, self.loader.time_waiting, self.images_seen
-            if last:
-                break
-            if self.batch % config.iters_to_accumulate == 0:
-                if self._asked_to_stop():
-                    break
-                if config.save_steps and self.step % config.save_steps == 0:
-                    self._tick(began)
-                    began = time.perf_counter()
-                    self.save(f"checkpoint_{self.epoch}_{self.step}.pth.tar")
-        if bar is not None:
-            bar.close()
-        self._tick(began)
+            self.clock.images += batch.global_batch_size
+            self.report.step()
+            last = self._ends_training_or_epoch()
+            line = self.batch % config.print_freq == 0 or last
+            between = last or self.batch % config.iters_to_accumulate == 0
+            self.stopping = between and self._asked_to_stop()
+            save = between and config.save_steps and self.step % config.save_steps == 0
+            if line or save or self.stopping:
+                return progress if line else None
+        raise RunError("The training data ended within an epoch.")
 
-    def _tick(self, began: float) -> None:
-        elapsed = time.perf_counter() - began
-        self.train_seconds += elapsed
-        self.seconds += elapsed
+    def _ends_training_or_epoch(self) -> bool:
+        return self.batch == self.steps_per_epoch or self.step >= self.total_steps
 
     def _one_batch(self, batch: Batch, progress: Progress) -> None:
         """Views, forward, backward and, at the end of an accumulation group, the update of the weights."""
@@ -455,7 +449,7 @@ class Trainer:
         else:
             targets = plain_targets(batch.labels_B)
         last = self.batch + 1 == self.steps_per_epoch or self.step + 1 >= self.total_steps
-        update = (self.batch + 1) % config.iters_to_accumulate == 0 or last
+        update = last or (self.batch + 1) % config.iters_to_accumulate == 0
         set_learning_rate(self.optimizer, progress.learning_rate)
         self.method.before_step(views, targets, progress)
         snapshot = self._buffers() if config.on_nonfinite == "skip" else None
@@ -527,99 +521,35 @@ class Trainer:
             )
         logger.warning("Skipped %d non-finite steps so far; the first: %s, network %s.", found.count, where, networks)
 
-    def _print_line(
-        self, progress: Progress, *, images_per_second: float, data_wait: float, bar: "tqdm[Any] | None"
-    ) -> None:
+    def _report_interval(self, progress: Progress, **speed: float) -> None:
         """Read the meters (the one host synchronisation of an interval), log them, and look for non-finite steps."""
         means = self.meter.read(distributed.all_reduce_sum)
         self.meter.reset()
         self._check_finite()
-        record = {
-            "kind": "train",
-            "epoch": progress.epoch,
-            "step": progress.step,
-            "learning_rate": progress.learning_rate,
-            **means,
-            "images_per_second": round(images_per_second, 1),
-            "data_wait": round(data_wait, 4),
-        }
-        self.log.write_metrics(record)
-        scalars = {k: v for k, v in record.items() if k not in ("kind", "epoch", "step")}
-        self.log.scalars("train", scalars, progress.step)
-        accuracies = means["acc1"]
-        assert isinstance(accuracies, list)
-        losses = " ".join(f"{k} {v:.4f}" for k, v in means.items() if k.startswith("loss") and isinstance(v, float))
-        line = (
-            f"epoch {progress.epoch + 1}/{self.config.epochs} step {progress.batch + 1}/{self.steps_per_epoch} "
-            f"{losses} acc1 {' '.join(f'{value:.2f}' for value in accuracies)} lr {progress.learning_rate:.5f} | "
-            f"{images_per_second:.0f} images/s, waiting for data {100 * data_wait:.0f} %"
+        self.report.interval(
+            epoch=progress.epoch,
+            step=progress.step,
+            batch=progress.batch,
+            rate=progress.learning_rate,
+            means=means,
+            speed=speed,
         )
-        if bar is not None:
-            bar.set_postfix_str(line.split("lr")[0].split(" ", 4)[-1], refresh=False)
-        else:
-            logger.info(line)
 
     # ---- evaluation --------------------------------------------------------------------------------------------------
 
     def evaluate_epoch(self) -> None:
-        """Evaluate, log the figures and update last and best; every process takes part."""
-        began = time.perf_counter()
+        """Evaluate, log the figures and keep the best; every process takes part."""
         distributed.broadcast_buffers(self.network)
         self.method.eval()
-        figures = {name: self._evaluate(name) for name in self.eval_loaders}
-        self.seconds += time.perf_counter() - began
-        test = figures["test"]
-        chosen_on = "val" if "val" in figures else "test"
-        entry = {
-            "epoch": self.epoch,
-            "step": self.step,
-            "ensemble_acc1": test["ensemble_acc1"],
-            "ensemble_acc5": test["ensemble_acc5"],
-            "acc1": test["acc1"],
-            "criterion": figures[chosen_on]["ensemble_acc1"],
-        }
-        best = self.history["best"]
-        is_best = best is None or entry["criterion"] > best["criterion"]
-        self.history = {"last": entry, "best": entry if is_best else best, "best_chosen_on": chosen_on}
-        best_acc1 = self.history["best"]["ensemble_acc1"]
-        train = self.epoch_meter.read(distributed.all_reduce_sum)
-        learning_rate = self.schedule(max(self.step - 1, 0))
-        self.log.write_metrics(
-            {"kind": "eval", "epoch": self.epoch, "step": self.step, "best_acc1": best_acc1, **figures}
-        )
-        train_acc1 = train.get("acc1", [])
-        assert isinstance(train_acc1, list)
-        self.log.write_summary(
-            {
-                **entry,
-                "learning_rate": learning_rate,
-                **{f"acc1_{i + 1}": value for i, value in enumerate(test["acc1"])},
-                "best_acc1": best_acc1,
-                "train_loss": train.get("loss", math.nan),
-                "train_acc1": sum(train_acc1) / len(train_acc1) if train_acc1 else math.nan,
-                "seconds": self.seconds,
-            }
-        )
-        self.log.scalars(
-            "val",
-            {
-                "avg_acc1": test["ensemble_acc1"],
-                "avg_acc5": test["ensemble_acc5"],
-                "acc1": test["acc1"],
-                "best_acc1": best_acc1,
-                "learning_rate": learning_rate,
-                **{f"train_{k}": v for k, v in train.items() if isinstance(v, float)},
-            },
-            self.epoch,
-        )
-        self.log.flush()
-        logger.info(
-            "epoch %d evaluated: ensemble %.2f %%, networks %s, best %.2f %% (epoch %d)",
-            self.epoch,
-            test["ensemble_acc1"],
-            " ".join(f"{value:.2f}" for value in test["acc1"]),
-            best_acc1,
-            self.history["best"]["epoch"],
+        with self.clock.evaluating():
+            figures = {name: self._evaluate(name) for name in self.eval_loaders}
+        is_best = self.report.evaluation(
+            figures,
+            epoch=self.epoch,
+            step=self.step,
+            rate=self.schedule(max(self.step - 1, 0)),
+            train=self.epoch_meter.read(distributed.all_reduce_sum),
+            seconds=self.clock.seconds,
         )
         if is_best:
             self.save(ckpt.BEST)
@@ -641,7 +571,7 @@ class Trainer:
                 all_reduce=distributed.all_reduce_sum,
             ).figures
 
-    def _until_signal(self, batches: Any) -> Iterator[Batch]:
+    def _until_signal(self, batches: Iterable[Batch]) -> Iterator[Batch]:
         """The batches; a signal ends the evaluation at once where one process decides alone."""
         for batch in batches:
             if self.stop.number and self.world.world_size == 1:
@@ -671,9 +601,10 @@ class Trainer:
             RunError: a non-finite step, a bad image, a full disk under --on_save_error stop.
         """
         with self.stop:
-            while self.step < self.total_steps:
-                self.train_epoch()
-                if self._asked_to_stop():
+            while self.step < self.total_steps or self.batch == self.steps_per_epoch:
+                with self.report.epoch(self.epoch, self.batch):
+                    self.train_epoch()
+                if self.stopping:
                     self._save_and_stop()
                 complete = self.batch == self.steps_per_epoch
                 if complete:
@@ -691,13 +622,14 @@ class Trainer:
 
     def finish(self) -> dict[str, Any]:
         """Final figures: results.json, curves.png, TensorBoard's hparams."""
+        if self.report.last is None or self.report.last["step"] != self.step:  # it was stopped within its evaluation
+            self.evaluate_epoch()
         results = self.results()
         if self.world.is_main:
-            ckpt.write_file(self.folder / "results.json", json.dumps(plain_json(results), indent=2) + "\n")
-            last, best = results["last"], results["best"]
+            ckpt.write_file(self.folder / RESULTS, as_json(results))
             self.log.hparams(
                 {name: item for name, item in self.config.values().items() if item is not None},
-                {"final/ensemble_acc1": last["ensemble_acc1"], "final/best_ensemble_acc1": best["ensemble_acc1"]},
+                {f"final/{name}": results[name] for name in ("ensemble_acc1", "best_ensemble_acc1")},
             )
             self.log.close()
             plot_curves([("", self.folder)], self.folder / "curves.png")
@@ -705,24 +637,15 @@ class Trainer:
 
     def results(self) -> dict[str, Any]:
         """The JSON object that a run ends with; accuracies in percent."""
-        last, best = self.history["last"], self.history["best"]
         return {
-            "ensemble_acc1": last["ensemble_acc1"],
-            "ensemble_acc5": last["ensemble_acc5"],
-            "acc1": last["acc1"],
-            "best_ensemble_acc1": best["ensemble_acc1"],
-            "best_acc1": best["acc1"],
-            "best_epoch": best["epoch"],
-            "best_chosen_on": self.history["best_chosen_on"],
-            "last": last,
-            "best": best,
+            **self.report.results(),
             "params_one": self.params_one,
             "params_total": self.params_total,
             "macs_total": self.macs_total,
             "epochs": self.epoch,
             "steps": self.step,
-            "seconds": round(self.seconds, 3),
-            "images_per_second": round(self.images_seen / max(self.train_seconds, 1e-9), 1),
+            "seconds": round(self.clock.seconds, 3),
+            "images_per_second": round(self.clock.images_per_second(), 1),
             "state_sha256": ckpt.state_sha256(ckpt.published_keys(self.network.state_dict())),
             "arch": self.config.arch,
             "method": self.config.method,
@@ -750,26 +673,8 @@ class Trainer:
 # ---- entry -----------------------------------------------------------------------------------------------------------
 
 
-def open_run(config: Config, world: World) -> tuple[Config, dict[str, Any] | None]:
-    """The checkpoint to go on from, if any, and the configuration with its seed settled.
-
-    Raises:
-        UserError: the run directory holds a run and --resume was not given, or the checkpoint cannot be used.
-    """
-    folder = Path(config.model_dir)
-    resumed = None
-    if config.resume == "auto":
-        found = ckpt.load_newest(folder) if folder.is_dir() else None
-        if found is not None:
-            resumed, path = found
-            logger.info("Going on from %s", path)
-    elif config.resume is not None:
-        resumed = ckpt.load_checkpoint(config.resume)
-    elif folder.is_dir() and (ckpt.list_checkpoints(folder) or (folder / "metrics.jsonl").exists()):
-        raise UserError(
-            f"--model_dir {folder} already holds a run: go on with --resume auto, or choose another --model_dir."
-        )
-    distributed.barrier()
+def settle_seed(config: Config, world: World, resumed: Mapping[str, Any] | None) -> Config:
+    """The configuration with its seed: the user's, else the resumed run's, else one drawn by process 0."""
     seed = config.seed
     if seed is None and resumed is not None:
         seed = resumed.get("rng", {}).get("seed")
@@ -778,34 +683,7 @@ def open_run(config: Config, world: World) -> tuple[Config, dict[str, Any] | Non
         if world.world_size > 1:
             torch.distributed.broadcast(drawn, src=0)
         seed = int(drawn)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"--model_dir {folder}: cannot be made: {error.strerror or error}.") from None
-    if not os.access(folder, os.W_OK):
-        raise UserError(f"--model_dir {folder}: cannot be written.")
-    return replace(config, seed=seed), resumed
-
-
-def describe_environment(world: World) -> dict[str, Any]:
-    """What the run runs on, for env.json."""
-    return {
-        "command": [Path(sys.argv[0]).name, *sys.argv[1:]],
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "platform": platform.platform(),
-        "cpu_count": os.cpu_count(),
-        "threads": torch.get_num_threads(),
-        "device": torch.cuda.get_device_name(world.device) if world.device.type == "cuda" else "cpu",
-        "world_size": world.world_size,
-    }
-
-
-def unused_flags(config: Config) -> None:
-    """Say which of the flags that were given have no effect."""
-    unused = {"gn_num_groups", "div_wd_den", "amp_opt_level", "is_wd_test"} & set(config.given)
-    for name in sorted(unused - {"is_wd_test"}):
-        logger.warning("--%s has no effect, as in the published code.", name)
+    return replace(config, seed=seed)
 
 
 def run(config: Config) -> dict[str, Any]:
@@ -817,27 +695,26 @@ def run(config: Config) -> dict[str, Any]:
     gpus = distributed.visible_gpus(no_cuda=config.no_cuda, gpu=config.gpu, gpu_ids=config.gpu_ids)
     world = distributed.join(gpus, backend=config.dist_backend)
     set_up_text_log(None, rank=world.rank)
+    folder = Path(config.model_dir)
     try:
-        config, resumed = open_run(config, world)
-        assert config.seed is not None
-        folder = Path(config.model_dir)
+        resumed = open_run(folder, config.resume)
+        distributed.barrier()  # nobody writes into the folder before everybody has looked
+        finished = finished_results(folder, config, resumed)
+        if finished is not None:
+            return finished
+        config = settle_seed(config, world, resumed)
+        make_folder(folder)
         set_up_text_log(folder, rank=world.rank)
-        if resumed is not None:
-            done = finished_results(folder, config, resumed)
-            if done is not None:
-                return done
         source = open_shared_source(config, world)
-        config = resolve_config(config, data_recipe=source.recipe, crop_size=source.crop_size)
-        config = replace(config, seed=config.seed)
-        unused_flags(config)
+        seed = config.seed
+        config = replace(resolve_config(config, data_recipe=source.recipe, crop_size=source.crop_size), seed=seed)
+        warn_of_unused_flags(config)
         if config.deterministic:
             torch.use_deterministic_algorithms(True, warn_only=True)
         torch.backends.cudnn.benchmark = not config.deterministic
         if world.is_main:
-            described = json.dumps(plain_json(config.described()), indent=2)
-            ckpt.write_file(folder / "hparams_train.json", described + "\n")
-            environment = json.dumps(describe_environment(world), indent=2)
-            ckpt.write_file(folder / "env.json", environment + "\n")
+            ckpt.write_file(folder / "hparams_train.json", as_json(config.described()))
+            ckpt.write_file(folder / "env.json", as_json(describe_environment(world)))
         trainer = Trainer(config, world, source, resumed)
         announce(trainer)
         return trainer.run()
@@ -845,20 +722,22 @@ def run(config: Config) -> dict[str, Any]:
         distributed.leave()
 
 
-def finished_results(folder: Path, config: Config, resumed: Mapping[str, Any]) -> dict[str, Any] | None:
-    """results.json of a run that has nothing left to do."""
-    path = folder / "results.json"
-    if config.resume != "auto" or not path.is_file():
+def finished_results(folder: Path, config: Config, resumed: Mapping[str, Any] | None) -> dict[str, Any] | None:
+    """The results of a run that `--resume auto` finds with nothing left to do."""
+    results = read_results(folder) if config.resume == "auto" else None
+    if results is None or resumed is None:
         return None
-    try:
-        results = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError:
-        return None
-    epochs = config.given.get("epochs", resumed.get("config", {}).get("epochs"))
-    max_steps = config.max_steps
     steps = resumed.get("sampler", {}).get("step", 0)
-    done = resumed.get("epoch", 0) >= (epochs or math.inf) or (max_steps is not None and steps >= max_steps)
+    epochs = config.given.get("epochs", resumed.get("config", {}).get("epochs", config.epochs))
+    done = resumed.get("epoch", 0) >= epochs or (config.max_steps is not None and steps >= config.max_steps)
     return results if done and results.get("steps") == steps else None
+
+
+def warn_of_unused_flags(config: Config) -> None:
+    """Say which of the flags that were given have no effect."""
+    for name in ("gn_num_groups", "div_wd_den", "amp_opt_level"):
+        if name in config.given:
+            logger.warning("--%s has no effect, as in the published code.", name)
 
 
 def open_shared_source(config: Config, world: World) -> DataSource:
@@ -904,9 +783,6 @@ def announce(trainer: Trainer) -> None:
         "held-out" if "val" in trainer.eval_loaders else "test",
     )
     logger.info("from the recipe: %s", ", ".join(supplied))
-    for network in trainer.network.models:
-        if not isinstance(network, StagedBackbone):
-            logger.info("%s has no stages: methods with branches cannot use it.", type(network).__name__)
 
 
 def worker(argv: list[str]) -> None:

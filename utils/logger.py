@@ -216,6 +216,6 @@ class RunLog:
         self._boards = {}
 
 
-def terminal_width_known() -> bool:
+def stderr_is_terminal() -> bool:
     """True where stderr is a terminal, so that a progress bar can redraw itself."""
     return sys.stderr.isatty() and os.environ.get("TERM", "") != "dumb"

@@ -1,7 +1,5 @@
 """How S predictions become one. S networks, B images, K classes."""
 
-import math
-
 import torch
 from torch import Tensor
 
@@ -30,7 +28,7 @@ def ensemble_scores(logits_SBK: Tensor, rule: str) -> Tensor:
     """Scores that order the classes as the ensemble does: (S, B, K) -> (B, K), in float32 or better.
 
     mean_logits, max_logits: mean or elementwise maximum of the logits; mean_softmax, max_softmax, geometric_mean: log
-    of the mean, the maximum, the geometric mean of the probabilities.
+    of the sum, the maximum, the geometric mean of the probabilities.
 
     Raises:
         UserError: unknown rule.
@@ -43,7 +41,7 @@ def ensemble_scores(logits_SBK: Tensor, rule: str) -> Tensor:
         return logits_SBK.amax(dim=0)
     log_probs_SBK = logits_SBK.log_softmax(dim=-1)
     if rule == "mean_softmax":
-        return log_probs_SBK.logsumexp(dim=0) - math.log(len(logits_SBK))
+        return log_probs_SBK.logsumexp(dim=0)
     if rule == "max_softmax":
         return log_probs_SBK.amax(dim=0)
     return log_probs_SBK.mean(dim=0)

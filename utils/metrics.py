@@ -102,7 +102,7 @@ class EvaluationCounts:
 
         # Bin m of M holds the confidences in ((m - 1) / M, m / M].
         confidence_RB = probs_RBK.amax(dim=-1)
-        bins_RB = ((confidence_RB * NUM_BINS).ceil() - 1).clamp(0, NUM_BINS - 1)
+        bins_RB = (confidence_RB * NUM_BINS).ceil() - 1
         in_bin_RBM = bins_RB.unsqueeze(-1) == torch.arange(NUM_BINS, device=bins_RB.device)
         counts["bin_seen"] += in_bin_RBM.sum(dim=1)
         counts["bin_correct"] += (in_bin_RBM & correct_RB.unsqueeze(-1)).sum(dim=1)

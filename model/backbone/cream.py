@@ -1,0 +1,153 @@
+"""Cream's networks (Peng et al., "Cream of the Crop", NeurIPS 2020): the released six, any arch list, the supernet.
+
+Released: state-dict names, blocks and numbers are those of the published weights. Ours: division (every width over
+sqrt(S) on multiples of 8, dropout over sqrt(S)) and the form for small images (`PUBLISHED_SMALL`).
+"""
+
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+from torch import nn
+
+from model import LARGE, SMALL, Backbone, BackboneRequest, backbones
+from model.layers.mbconv import POOLS, ConvBnSwish, CreamFrame, DepthwiseSeparable, InvertedResidual, init_cream
+from model.search_space import (
+    PUBLISHED,
+    PUBLISHED_SMALL,
+    NetworkPlan,
+    SearchSpace,
+    parse_arch_list,
+    read_space,
+    size_supernet,
+)
+from model.supernet import Supernet
+from utils.errors import UserError
+from utils.options import option
+
+
+@dataclass(frozen=True, kw_only=True)
+class CreamOptions:
+    """Cream networks and search space"""
+
+    arch_list: str = option(
+        "[[0],[3],[3,3],[3,1,3],[3,3,3,3],[3,3,3],[0]]", "network of --arch cream, as found.yaml of a search has it"
+    )
+    honour_single_block: bool = option(
+        False, "a stage of one block is what its index says; the released networks ignore that index"
+    )
+    dropout_rate: float = option(0.0, "dropout before the classifier of Cream networks, divided by sqrt(S)")
+    global_pool: str = option("avg", "pooling before the head of Cream networks", choices=tuple(POOLS))
+    search_space: str | None = option(
+        None, "YAML file, or YAML text, of a search space", default_text="the published space", metavar="FILE"
+    )
+    flops_minimum: float = option(0.0, "lower end of the interval that sizes the supernet", unit="million operations")
+    flops_maximum: float = option(600.0, "upper end of that interval", unit="million operations")
+    sta_num: tuple[int, ...] = option((), "blocks of every searchable stage, in place of that sizing")
+    slice: int = option(4, "images that an entry of the board keeps", unit="images per process")
+
+
+class CreamNet(CreamFrame):
+    """A stand-alone network of a plan: [B, 3, H, W] -> logits [B, K].
+
+    Args:
+        plan: its widths and blocks.
+        dropout: rate before the classifier.
+        global_pool: avg, max or avgmax.
+    """
+
+    def __init__(self, plan: NetworkPlan, *, dropout: float = 0.0, global_pool: str = "avg") -> None:
+        frame = plan.frame
+        super().__init__(frame, plan.num_classes, dropout=dropout, global_pool=global_pool)
+        self.plan = plan
+        self.blocks = nn.ModuleList(
+            [
+                nn.Sequential(DepthwiseSeparable(frame.stem_channels, frame.base_channels)),
+                *(nn.Sequential(*map(InvertedResidual, blocks)) for blocks in plan.stages),
+                nn.Sequential(ConvBnSwish(frame.in_channels, frame.tail_channels)),
+            ]
+        )
+        init_cream(self)
+
+    @property
+    def stages(self) -> list[nn.Module]:
+        """Stage 0, the searchable stages, the last stage."""
+        return list(self.blocks)
+
+
+def _option(request: BackboneRequest, name: str) -> Any:
+    return request.options.get(name, getattr(CreamOptions(), name))
+
+
+def _space(request: BackboneRequest) -> SearchSpace:
+    text = _option(request, "search_space")
+    if text:
+        return read_space(text)
+    return PUBLISHED if request.shape == LARGE else PUBLISHED_SMALL
+
+
+def _network(request: BackboneRequest, space: SearchSpace, arch_list: Any, *, honour_single_block: bool) -> CreamNet:
+    arch = parse_arch_list(arch_list, space)
+    plan = space.divided(request.split_factor).plan(arch, request.num_classes, honour_single_block=honour_single_block)
+    dropout = _option(request, "dropout_rate") / request.split_factor**0.5
+    return CreamNet(plan, dropout=dropout, global_pool=_option(request, "global_pool"))
+
+
+def _build_released(arch_list: str, request: BackboneRequest) -> CreamNet:
+    space = PUBLISHED if request.shape == LARGE else PUBLISHED_SMALL
+    return _network(request, space, arch_list, honour_single_block=False)
+
+
+def _build_found(request: BackboneRequest) -> CreamNet:
+    honour = bool(_option(request, "honour_single_block"))
+    return _network(request, _space(request), _option(request, "arch_list"), honour_single_block=honour)
+
+
+def _build_supernet(request: BackboneRequest) -> Supernet:
+    space, depths = _space(request), tuple(_option(request, "sta_num"))
+    interval = (_option(request, "flops_minimum"), _option(request, "flops_maximum"))
+    if not depths:
+        depths = size_supernet(*interval, space).depths
+    elif len(depths) != len(space.stages) or min(depths) < 1:
+        raise UserError(f"--sta_num {depths}: expected {len(space.stages)} numbers of blocks, each 1 or more.")
+    if _option(request, "slice") < 1:
+        raise UserError(f"--slice must be 1 or more, got {_option(request, 'slice')}.")
+    return Supernet(
+        space,
+        depths,
+        request.num_classes,
+        slice_size=_option(request, "slice"),
+        dropout=_option(request, "dropout_rate"),
+        global_pool=_option(request, "global_pool"),
+        interval=interval,
+    )
+
+
+# names, arch list, input size. 42 and 112 are the published second names.
+RELEASED: tuple[tuple[tuple[str, ...], str, int], ...] = (
+    (("cream_14",), "[[0],[3],[3,3],[3,3],[3],[3],[0]]", 64),
+    (("cream_43", "cream_42"), "[[0],[3],[3,1],[3,1],[3,3,3],[3,3],[0]]", 96),
+    (("cream_114", "cream_112"), "[[0],[3],[3,3],[3,3],[3,3,3],[3,3],[0]]", 160),
+    (("cream_287",), "[[0],[3],[3,3],[3,1,3],[3,3,3,3],[3,3,3],[0]]", 224),
+    (("cream_481",), "[[0],[3,4,3,1],[3,2,3,0],[3,3,3,1,1],[3,3,3,3],[3,3,3,3],[0]]", 224),
+    (("cream_604",), "[[0],[3,3,2,3,3],[3,2,3,2,3],[3,2,3,2,3],[3,3,2,2,3,3],[3,3,2,3,3,3],[0]]", 224),
+)
+SPLITS = {LARGE: (1, 2, 4), SMALL: (1, 2, 4)}
+
+for _names, _arch_list, _size in RELEASED:
+    for _name in _names:
+        backbones.add(
+            _name,
+            Backbone(
+                build=partial(_build_released, _arch_list),
+                family="cream",
+                split_factors=SPLITS,
+                options=CreamOptions,
+                crop_size=_size,
+            ),
+        )
+backbones.add("cream", Backbone(build=_build_found, family="cream", split_factors=SPLITS, options=CreamOptions))
+backbones.add(
+    "cream_supernet",
+    Backbone(build=_build_supernet, family="cream", split_factors={LARGE: (1,), SMALL: (1,)}, options=CreamOptions),
+)

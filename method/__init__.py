@@ -10,6 +10,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from model.splitnet import SplitNet
+from utils.distributed import broadcast_buffers
 from utils.registry import Registry
 from utils.targets import Targets
 
@@ -105,6 +106,14 @@ class Method(nn.Module):
     def reduce_gradients(self) -> None:
         """Average the gradients over the processes; called after the backward pass where `reduces_own_gradients`."""
         average_over_processes([p.grad for _, p in self.trained_parameters() if p.grad is not None])
+
+    def synchronise(self) -> None:
+        """Called in every process before evaluation and checkpointing: make all buffers those of process 0."""
+        broadcast_buffers(self)
+
+    def run_files(self, *, final: bool) -> Mapping[str, str]:
+        """Text files by name that the trainer writes into the run directory after every epoch; `final`: the last."""
+        return {}
 
     def extra_logits(self, images_BCHW: Tensor) -> dict[str, Tensor]:
         """Logits [B, K] by name of classifiers beside the networks, for evaluations during training."""

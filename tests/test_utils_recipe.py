@@ -186,6 +186,7 @@ def test_milestones_scale_with_training(data_recipe: str, epochs: int, expected:
         ("imagenet", "senet113", {"batch_size": 512, "is_linear_lr": True}, 0.2),
         ("cifar10", "resnet110", {"batch_size": 512}, 0.1),
         ("cifar10", "resnet110", {"batch_size": 512, "is_linear_lr": True}, 0.4),
+        ("cifar10", "senet113", {"batch_size": 256, "is_linear_lr": True}, 0.2),
         ("svhn", "resnet110", {"batch_size": 64, "is_linear_lr": True}, 2.5e-3),
         ("imagenet", "resnet50", {"batch_size": 128, "is_linear_lr": True}, 0.05),
         ("cifar10", "resnet110", {"optimizer": "AdamW"}, 1e-3),
@@ -210,8 +211,14 @@ def test_linear_scaling_of_what_was_set() -> None:
     ("arch", "crop_size", "erase_p", "randaa"),
     [
         ("efficientnetb0", 224, 0.2, "rand-m4-mstd0.5"),
+        ("efficientnetb1", 240, 0.2, "rand-m4-mstd0.5"),
+        ("efficientnetb2", 260, 0.3, "rand-m5-mstd0.5"),
         ("efficientnetb3", 300, 0.3, "rand-m6-mstd0.5"),
+        ("efficientnetb4", 380, 0.4, "rand-m6-mstd0.5"),
+        ("efficientnetb5", 456, 0.4, "rand-m7-mstd0.5"),
+        ("efficientnetb6", 528, 0.5, "rand-m8-mstd0.5"),
         ("efficientnetb7", 600, 0.5, "rand-m9-mstd0.5"),
+        ("efficientnetb8", 672, 0.5, "rand-m9-mstd0.5"),
         ("efficientnetl2", 800, 0.5, "rand-m9-mstd0.5"),
     ],
 )
@@ -221,8 +228,11 @@ def test_efficientnet_on_imagenet(arch: str, crop_size: int, erase_p: float, ran
     expected |= {"is_mixup": False, "optimizer": "RMSpropTF", "lr": 0.256, "lr_mode": "exponential"}
     assert {name: row[name] for name in expected} == expected
     assert defaults("imagenet", arch, is_efficientnet_user_crop=True)["crop_size"] == 224
-    small = defaults("cifar10", arch)
-    assert (small["optimizer"], small["crop_size"], small["is_mixup"], small["randaa"]) == ("SGD", 32, True, None)
+
+
+def test_efficientnet_on_small_images_takes_the_common_row() -> None:
+    row = defaults("cifar10", "efficientnetb0")
+    assert (row["optimizer"], row["crop_size"], row["is_mixup"], row["randaa"]) == ("SGD", 32, True, None)
 
 
 @pytest.mark.parametrize(

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from dataset.augment import erasing, geometry
-from dataset.augment.plan import StepPlan, Upload, plan_step
+from dataset.augment.plan import StepPlan, Upload, plan_mirror, plan_step
 from dataset.augment.policy import AUTOAUGMENT_POLICIES, AutoAugment, ColorJitter, Policy, Steps, parse_randaugment
 from utils.errors import UserError
 from utils.seed import STREAM_VIEW, counter_uniform, fold_in
@@ -300,13 +300,12 @@ class ViewMaker:
         boxes = upload.add(boxes_K4)
         noise = [upload.add(array) for array in (erased, parameters.noise_keys_VB[:, part].ravel()[erased])]
 
-        store = geometry.pad_images(images.flatten(0, -4), spec.padding, spec.padding_mode)
-        store = torch.cat([store, store.flip(-1)]) if spec.flip else store.contiguous()
-        first_K = plans[0].order if plans else order_K
-        starts = upload.add(self._window_starts(parameters, part, store)[first_K])
+        padded = geometry.pad_images(images.flatten(0, -4).contiguous(), spec.padding, spec.padding_mode)
+        starts_K = self._window_starts(parameters, part, padded.shape)
+        starts = upload.add(starts_K[plans[0].order] if plans else starts_K)
         tensors = upload.send(device)
 
-        pixels_KCHW = geometry.cut_windows(store, tensors[starts], size, size)
+        pixels_KCHW = geometry.cut_windows(padded, tensors[starts], size, size)
         for number, plan in enumerate(plans):
             if number:
                 pixels_KCHW = pixels_KCHW.index_select(0, tensors[regroup[number - 1]])
@@ -334,6 +333,9 @@ class ViewMaker:
         size = self.spec.crop_size
         order_K = np.arange(parameters.tops_VB[:, part].size)
         plans = []
+        if self.spec.flip:
+            plans.append(plan_mirror(parameters.flips_VB[:, part].ravel()))
+            order_K = plans[0].order
         for steps, fill in parameters.steps:
             fill_place = upload.add(np.array(fill, dtype=np.float64))
             for step in zip(*steps, strict=True):
@@ -346,15 +348,12 @@ class ViewMaker:
                     plans.append(plan)
         return plans, order_K
 
-    def _window_starts(self, parameters: ViewParameters, part: slice, store: Tensor) -> np.ndarray:
-        """Where each view's window starts in the store of padded images (and their mirror images): int64 [K]."""
-        flips_K = parameters.flips_VB[:, part].ravel()
-        channels, rows, columns = store.shape[1:]
-        images = len(store) // 2 if self.spec.flip else len(store)
-        numbers_K = np.arange(len(flips_K)) % images + images * flips_K
-        lefts_K = parameters.lefts_VB[:, part].ravel()
-        lefts_K = np.where(flips_K, columns - self.spec.crop_size - lefts_K, lefts_K)
-        return (numbers_K * channels * rows + parameters.tops_VB[:, part].ravel()) * columns + lefts_K
+    def _window_starts(self, parameters: ViewParameters, part: slice, shape: torch.Size) -> np.ndarray:
+        """Where each view's window starts in padded images of this shape: int64 [K]."""
+        images, channels, rows, columns = shape
+        tops_K, lefts_K = parameters.tops_VB[:, part].ravel(), parameters.lefts_VB[:, part].ravel()
+        numbers_K = np.arange(len(tops_K)) % images
+        return (numbers_K * channels * rows + tops_K) * columns + lefts_K
 
     def evaluate(
         self,

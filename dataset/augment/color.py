@@ -6,8 +6,7 @@ on whole images: on CPUs it is an order of magnitude slower than the arithmetic 
 K images uint8 [K, 3, H, W]; C channels; values float64 [K] mean what `dataset.augment.policy.Op` says.
 """
 
-from collections.abc import Callable, Mapping
-
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -68,80 +67,51 @@ def enhance_sharpness(images_KCHW: Tensor, factors_K: Tensor) -> Tensor:
     return sharpened
 
 
-def _levels(like: Tensor, dtype: torch.dtype) -> Tensor:
-    """The 256 values themselves: [256]."""
-    return torch.arange(256, dtype=dtype, device=like.device)
+def value_tables(op: Op, values_K: np.ndarray) -> np.ndarray:
+    """Tables of the ops that need not see the image: uint8 [K, 256], made on the host."""
+    levels, values_K1 = np.arange(256), values_K[:, None]
+    if op is Op.INVERT:
+        tables = np.broadcast_to(255 - levels, (len(values_K), 256))
+    elif op is Op.POSTERIZE:
+        dropped_K1 = 8 - values_K1.astype(np.int64)
+        tables = levels >> dropped_K1 << dropped_K1
+    elif op is Op.SOLARIZE:
+        tables = np.where(levels < values_K1, levels, 255 - levels)
+    elif op is Op.SOLARIZE_ADD:
+        tables = np.where(levels < 128, np.minimum(levels + values_K1, 255), levels)
+    else:  # brightness: Image.blend with black
+        tables = np.clip(values_K1.astype(np.float32) * levels.astype(np.float32), 0, 255)
+    return tables.astype(np.uint8)
 
 
-def invert_tables(images_KCHW: Tensor, values_K: Tensor) -> Tensor:
-    """ImageOps.invert."""
-    return (255 - _levels(images_KCHW, torch.uint8)).expand(len(values_K), 1, 256)
-
-
-def posterize_tables(images_KCHW: Tensor, values_K: Tensor) -> Tensor:
-    """ImageOps.posterize; 0 bits gives black."""
-    dropped_K = (8 - values_K.int()).view(-1, 1, 1)
-    return (_levels(images_KCHW, torch.int32) >> dropped_K << dropped_K).to(torch.uint8)
-
-
-def solarize_tables(images_KCHW: Tensor, values_K: Tensor) -> Tensor:
-    """ImageOps.solarize with a real threshold."""
-    levels = _levels(images_KCHW, torch.uint8)
-    return torch.where(levels < values_K.view(-1, 1, 1), levels, 255 - levels)
-
-
-def solarize_add_tables(images_KCHW: Tensor, values_K: Tensor) -> Tensor:
-    """Adds to values below 128, at most up to 255."""
-    levels = _levels(images_KCHW, torch.float64)
-    return (levels + values_K.view(-1, 1, 1) * (levels < 128)).clamp_(max=255).to(torch.uint8)
-
-
-def brightness_tables(images_KCHW: Tensor, values_K: Tensor) -> Tensor:
-    """ImageEnhance.Brightness."""
-    factors_K = values_K.float().view(-1, 1, 1)
-    return blend(torch.zeros_like(factors_K), _levels(images_KCHW, torch.float32), factors_K)
-
-
-def contrast_tables(images_KCHW: Tensor, values_K: Tensor) -> Tensor:
-    """ImageEnhance.Contrast: towards or away from the mean luminance, rounded half up."""
+def contrast_tables(images_KCHW: Tensor, factors_K: Tensor) -> Tensor:
+    """ImageEnhance.Contrast, towards or away from the mean luminance, rounded half up: uint8 [K, 1, 256]."""
     grey_KP = grey(images_KCHW).flatten(1)
-    means_K = grey_KP.sum(1).double().div(grey_KP.shape[1]).add(0.5).floor()
-    levels = _levels(images_KCHW, torch.float32)
-    return blend(means_K.float().view(-1, 1, 1), levels, values_K.float().view(-1, 1, 1))
+    means_K = grey_KP.sum(1).double().div_(grey_KP.shape[1]).add_(0.5).floor_()
+    levels = torch.arange(256, device=images_KCHW.device).float()
+    return blend(means_K.float().view(-1, 1, 1), levels, factors_K.float().view(-1, 1, 1))
 
 
-def autocontrast_tables(images_KCHW: Tensor, values_K: Tensor) -> Tensor:
-    """ImageOps.autocontrast without cutoff."""
+def autocontrast_tables(images_KCHW: Tensor) -> Tensor:
+    """ImageOps.autocontrast without cutoff: uint8 [K, C, 256]."""
     low_KC1 = images_KCHW.flatten(2).amin(-1, keepdim=True).double()
     high_KC1 = images_KCHW.flatten(2).amax(-1, keepdim=True).double()
     constant = high_KC1 == low_KC1  # left as it is
     # torch would make a number / a tensor of a reciprocal, which rounds twice
     scale_KC1 = torch.where(constant, 1.0, torch.full_like(low_KC1, 255).div_(high_KC1 - low_KC1))
     offset_KC1 = torch.where(constant, 0.0, -low_KC1 * scale_KC1)
-    levels = _levels(images_KCHW, torch.float64)
+    levels = torch.arange(256, device=images_KCHW.device).double()
     return (levels * scale_KC1).add_(offset_KC1).clamp_(0, 255).int().to(torch.uint8)
 
 
-def equalize_tables(images_KCHW: Tensor, values_K: Tensor) -> Tensor:
-    """ImageOps.equalize."""
+def equalize_tables(images_KCHW: Tensor) -> Tensor:
+    """ImageOps.equalize: uint8 [K, C, 256]."""
     counts = histograms(images_KCHW).double()
     highest = images_KCHW.flatten(2).amax(-1, keepdim=True).long()
     step = ((images_KCHW[0, 0].numel() - counts.gather(-1, highest)) / 255).floor_()
-    below = counts.cumsum(-1) - counts
+    below = counts.cumsum(-1).sub_(counts)
     # too few pixels besides the brightest: left as it is
     unchanged = (step == 0).double()
-    numerator = ((step / 2).floor_() + below) * (1 - unchanged) + _levels(images_KCHW, torch.float64) * unchanged
+    levels = torch.arange(256, device=images_KCHW.device).double()
+    numerator = below.add_((step / 2).floor_()).mul_(1 - unchanged).add_(levels * unchanged)
     return numerator.div_(step + unchanged).clamp_(max=255).int().to(torch.uint8)
-
-
-TABLES: Mapping[Op, Callable[[Tensor, Tensor], Tensor]] = {
-    Op.AUTOCONTRAST: autocontrast_tables,
-    Op.EQUALIZE: equalize_tables,
-    Op.INVERT: invert_tables,
-    Op.POSTERIZE: posterize_tables,
-    Op.SOLARIZE: solarize_tables,
-    Op.SOLARIZE_ADD: solarize_add_tables,
-    Op.BRIGHTNESS: brightness_tables,
-    Op.CONTRAST: contrast_tables,
-}
-"""Op -> the tables of K images, uint8 [K, 1 or C, 256]."""

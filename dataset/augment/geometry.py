@@ -16,6 +16,7 @@ from torch import Tensor
 
 from dataset.augment.policy import Op, Resample
 
+_REACH = 2  # the furthest neighbour that cubic interpolation reads, in pixels
 _FIXED_BITS = 16  # PIL's nearest-neighbour affine counts in 1/65536 of a pixel
 
 
@@ -59,6 +60,11 @@ def fill_border(images_KCHW: Tensor, margin_y: int, margin_x: int, fill_C: Tenso
     bordered = fill_C.to(images_KCHW.dtype).view(1, channels, 1, 1).expand(shape).contiguous()
     bordered[:, :, margin_y : margin_y + height, margin_x : margin_x + width] = images_KCHW
     return bordered
+
+
+def mirror(images_KCHW: Tensor) -> Tensor:
+    """Left becomes right."""
+    return images_KCHW.flip(-1)
 
 
 def affine_matrices(ops_K: np.ndarray, values_K: np.ndarray, height: int, width: int) -> np.ndarray:
@@ -129,64 +135,83 @@ def affine_nearest(images_KCHW: Tensor, fixed_K6: Tensor, fill_C: Tensor) -> Ten
 
 
 def affine_interpolated(
-    images_KCHW: Tensor, matrices_K6: Tensor, fill_C: Tensor, *, resample: Resample, axes: str
+    images_KCHW: Tensor, matrices_U6: Tensor, which_K: Tensor, fill_C: Tensor, *, resample: Resample, one_axis: bool
 ) -> Tensor:
     """Affine map that interpolates. uint8 [K, C, H, W] -> the same shape.
 
     Args:
-        matrices_K6: float64 [K, 6].
-        fill_C: float64 [C], colour where the source lies outside.
+        matrices_U6: float64 [U, 6], the different matrices.
+        which_K: int64 [K], number of each image's matrix.
+        fill_C: [C], colour where the source lies outside.
         resample: BILINEAR or BICUBIC (PIL's: a = -1, and truncation to an integer).
-        axes: "x" or "y" where only that coordinate changes (shear, translation), else "xy". Along the other axis
-            PIL's interpolation gives back the pixel itself, so leaving it out changes nothing.
+        one_axis: every matrix changes only x or only y (shears, translations). Along the other axis PIL's
+            interpolation gives back the pixel itself, so leaving it out changes nothing.
+    """
+    channels, height, width = images_KCHW.shape[1:]
+    a, b, c, d, e, f = matrices_U6.view(-1, 6, 1, 1).unbind(1)
+    y = torch.arange(height, device=images_KCHW.device).double().view(1, height, 1) + 0.5
+    x = torch.arange(width, device=images_KCHW.device).double().view(1, 1, width) + 0.5
+    source_x, source_y = a * x + b * y + c, d * x + e * y + f
+    inside = (source_x >= 0) & (source_x < width) & (source_y >= 0) & (source_y < height)
+    source_x, source_y = source_x.sub_(0.5), source_y.sub_(0.5)
+    first_x, first_y = source_x.floor(), source_y.floor()
+    fraction_x, fraction_y = source_x.sub_(first_x), source_y.sub_(first_y)
+
+    planes_KCP, columns = _bordered_planes(images_KCHW, fill_C)
+    fill_position = (height + 2 * _REACH + 1) * columns + 1
+    position = torch.where(inside, (first_y + _REACH) * columns + first_x + _REACH, fill_position).long()
+    index_K1P = position.flatten(1).index_select(0, which_K).unsqueeze(1)
+
+    def read(offset: Tensor | int) -> Tensor:
+        return planes_KCP.gather(2, (index_K1P + offset).expand(-1, channels, -1)).to(torch.int16)
+
+    def of_image(fraction_UHW: Tensor) -> Tensor:
+        return fraction_UHW.flatten(1).index_select(0, which_K).unsqueeze(1)
+
+    taps = range(2) if resample is Resample.BILINEAR else range(-1, 3)
+    if one_axis:
+        vertical = (d != 0) | (f != 0)
+        step_K11 = torch.where(vertical, columns, 1).flatten(1).index_select(0, which_K).unsqueeze(1)
+        values = _interpolate(
+            [read(tap * step_K11) for tap in taps], of_image(torch.where(vertical, fraction_y, fraction_x))
+        )
+    else:
+        fraction_x = of_image(fraction_x)
+        rows = [_interpolate([read(row * columns + tap) for tap in taps], fraction_x) for row in taps]
+        values = _interpolate(rows, of_image(fraction_y))
+    return values.clamp_(0, 255).int().to(torch.uint8).view_as(images_KCHW)
+
+
+def _bordered_planes(images_KCHW: Tensor, fill_C: Tensor) -> tuple[Tensor, int]:
+    """Flat images with every edge pixel repeated _REACH times outwards, and rows of the fill colour below.
+
+    Returns:
+        uint8 [K, C, (H + 4 _REACH) columns], columns.
     """
     count, channels, height, width = images_KCHW.shape
-    a, b, c, d, e, f = matrices_K6.view(count, 6, 1, 1).unbind(1)
-    row = torch.arange(height, device=images_KCHW.device).view(1, height, 1)
-    column = torch.arange(width, device=images_KCHW.device).view(1, 1, width)
-    y, x = row.double() + 0.5, column.double() + 0.5
-    inside = torch.ones(count, height, width, device=images_KCHW.device, dtype=torch.bool)
-    columns, fraction_x = [column], None
-    if "x" in axes:
-        source_x = a * x + b * y + c
-        inside &= (source_x >= 0) & (source_x < width)
-        columns, fraction_x = _taps(source_x, width, resample)
-    rows, fraction_y = [row], None
-    if "y" in axes:
-        source_y = d * x + e * y + f
-        inside &= (source_y >= 0) & (source_y < height)
-        rows, fraction_y = _taps(source_y, height, resample)
-
-    pixels_KCP = images_KCHW.flatten(2)
-
-    def read(row: Tensor, column: Tensor) -> Tensor:
-        index_K1P = (row * width + column).expand(count, -1, -1).reshape(count, 1, -1)
-        return pixels_KCP.gather(2, index_K1P.expand(-1, channels, -1)).view_as(images_KCHW).double()
-
-    along_x = [_interpolate([read(row, column) for column in columns], fraction_x) for row in rows]
-    values = _interpolate(along_x, fraction_y).clamp_(0, 255)
-    inside_K1HW = inside.unsqueeze(1).double()
-    values.mul_(inside_K1HW).add_(fill_C.view(1, channels, 1, 1) * (1 - inside_K1HW))
-    return values.to(torch.uint8)
+    bordered = images_KCHW.new_empty(count, channels, height + 4 * _REACH, width + 2 * _REACH)
+    middle = bordered[:, :, _REACH : height + _REACH]
+    middle[..., _REACH : width + _REACH] = images_KCHW
+    middle[..., :_REACH] = images_KCHW[..., :1]
+    middle[..., width + _REACH :] = images_KCHW[..., -1:]
+    bordered[:, :, :_REACH] = middle[:, :, :1]
+    bordered[:, :, height + _REACH : height + 2 * _REACH] = middle[:, :, -1:]
+    bordered[:, :, height + 2 * _REACH :] = fill_C.view(1, channels, 1, 1)
+    return bordered.flatten(2), width + 2 * _REACH
 
 
-def _taps(source: Tensor, size: int, resample: Resample) -> tuple[list[Tensor], Tensor]:
-    """The 2 or 4 pixels around each coordinate, held at the edges, and its fraction of a pixel, [K, 1, H, W]."""
-    position = source - 0.5
-    first = position.floor()
-    offsets = (0, 1) if resample is Resample.BILINEAR else (-1, 0, 1, 2)
-    taps = [(first + offset).clamp_(0, size - 1).long() for offset in offsets]
-    return taps, (position - first).unsqueeze(1)
-
-
-def _interpolate(values: Sequence[Tensor], fraction: Tensor | None) -> Tensor:
-    """PIL's linear or cubic interpolation of 1, 2 or 4 neighbours, in PIL's order of operations."""
-    if fraction is None:
-        return values[0]
+def _interpolate(values: Sequence[Tensor], fraction: Tensor) -> Tensor:
+    """PIL's linear or cubic interpolation between 2 or 4 neighbours, in PIL's order of operations: float64."""
     if len(values) == 2:
-        return values[0] + (values[1] - values[0]) * fraction
+        return (values[1] - values[0]).double().mul_(fraction).add_(values[0].double())
     v1, v2, v3, v4 = values
-    linear = v3 - v1
-    square = 2 * (v1 - v2) + v3 - v4
-    cube = v2 - v1 - v3 + v4
-    return v2 + fraction * (linear + fraction * (square + fraction * cube))
+    linear, square, cube = v3 - v1, 2 * (v1 - v2) + v3 - v4, v2 - v1 - v3 + v4
+    return (
+        cube.double()
+        .mul_(fraction)
+        .add_(square.double())
+        .mul_(fraction)
+        .add_(linear.double())
+        .mul_(fraction)
+        .add_(v2.double())
+    )

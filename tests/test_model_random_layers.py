@@ -27,6 +27,17 @@ def test_scale_twice_scales_each_pass_by_its_own_factor():
     assert torch.equal(gradient_BC, upstream_BC * backward_B1)
 
 
+def test_scale_twice_can_be_differentiated_twice_and_mapped():
+    x_BC = features(3, 4)
+    forward_B1, backward_B1 = torch.tensor([[2.0], [-1.0], [0.0]]), torch.tensor([[0.25], [0.5], [3.0]])
+    (first_BC,) = torch.autograd.grad(scale_twice(x_BC**2, forward_B1, backward_B1).sum(), x_BC, create_graph=True)
+    (second_BC,) = torch.autograd.grad(first_BC.sum(), x_BC)
+    torch.testing.assert_close(first_BC, 2 * x_BC * backward_B1)
+    torch.testing.assert_close(second_BC, (2.0 * backward_B1.double()).expand(3, 4))
+    mapped_BC = torch.vmap(torch.func.grad(lambda x, f, b: scale_twice(x, f, b).sum()))(x_BC, forward_B1, backward_B1)
+    assert torch.equal(mapped_BC, backward_B1.double().expand(3, 4))
+
+
 def test_shake_drop_draws():
     layer, x_BCHW = ShakeDrop(0.3), features(2000, 1, 1, 1)
     torch.manual_seed(0)
@@ -180,6 +191,19 @@ def test_training_never_reads_a_value_on_the_host(layer):
     # a tensor without storage has no value to read
     maps = [x_BCHW.detach().to("meta") for x_BCHW in inputs(layer)]
     assert layer(*maps).shape == (8, 4, 6, 6)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@each_layer
+def test_training_on_a_gpu_never_waits_for_it(layer):
+    maps = [x_BCHW.detach().cuda().requires_grad_() for x_BCHW in inputs(layer)]
+    torch.autograd.grad(layer(*maps).sum(), maps)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        torch.autograd.grad(layer(*maps).sum(), maps)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
 
 
 @each_layer

@@ -57,8 +57,8 @@ class ShakeShake(nn.Module):
 
     def draw(self, features_BCHW: Tensor) -> tuple[Tensor, Tensor]:
         """Shares of the first branch in the forward and in the backward pass, float32 [B, 1, 1, 1] each."""
-        shares_2B111 = torch.rand(2, len(features_BCHW), 1, 1, 1, device=features_BCHW.device)
-        return shares_2B111[0], shares_2B111[1]
+        forward_B111, backward_B111 = torch.rand(2, len(features_BCHW), 1, 1, 1, device=features_BCHW.device)
+        return forward_B111, backward_B111
 
 
 class ShakeDrop(nn.Module):
@@ -86,8 +86,8 @@ class ShakeDrop(nn.Module):
         """Scales of the forward and of the backward pass, float32 [B, 1, 1, 1] each."""
         device = features_BCHW.device
         passes = torch.rand((), device=device) >= self.drop_prob
-        uniform_2B111 = torch.rand(2, len(features_BCHW), 1, 1, 1, device=device)
-        return torch.where(passes, 1.0, 2 * uniform_2B111[0] - 1), torch.where(passes, 1.0, uniform_2B111[1])
+        alpha_B111, beta_B111 = torch.rand(2, len(features_BCHW), 1, 1, 1, device=device)
+        return (2 * alpha_B111 - 1).masked_fill(passes, 1), beta_B111.masked_fill(passes, 1)
 
     def extra_repr(self) -> str:
         return f"drop_prob={self.drop_prob:.4g}"

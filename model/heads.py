@@ -4,7 +4,6 @@ Shapes: B images, K classes, D embedding size of a network, E exits of a network
 M exits of all networks, numbered network by network.
 """
 
-import copy
 from collections.abc import Iterable, Sequence
 
 import torch
@@ -50,9 +49,9 @@ class AuxiliaryHead(nn.Module):
         super().__init__()
         self.tap = tap
         donor.become_auxiliary()
-        stages = donor.stages
-        _keep_behind(donor, stages[-1])
-        self.stages = nn.ModuleList(map(first_blocks, stages[tap:], depths))
+        self.stages = nn.ModuleList(map(first_blocks, donor.stages[tap:], depths))
+        unwanted = _stem_parameters(donor) | {id(p) for stage in donor.stages for p in stage.parameters()}
+        _drop(donor, unwanted)
         self.rest = donor
 
     def forward(self, features_BCHW: Tensor) -> tuple[Tensor, Tensor]:
@@ -97,15 +96,25 @@ def first_blocks(stage: nn.Module, depth: int | None) -> nn.Module:
     return stage[:depth]
 
 
-def _keep_behind(network: StagedBackbone, stage: nn.Module) -> None:
-    """Replace every submodule whose parameters are registered before or in `stage` by an identity."""
-    parameters = list(network.parameters())
-    in_stage = {id(p) for p in stage.parameters()}
-    last = max(i for i, p in enumerate(parameters) if id(p) in in_stage)
-    _drop(network, {id(p) for p in parameters[: last + 1]})
+def _probe(network: StagedBackbone) -> Tensor:
+    """An image small enough to be cheap and large enough for every family."""
+    parameter = next(network.parameters())
+    return torch.zeros(1, 3, 64, 64, device=parameter.device, dtype=parameter.dtype)
+
+
+def _stem_parameters(network: StagedBackbone) -> set[int]:
+    """Ids of the parameters that the stem uses: autograd knows, whatever their names and order."""
+    trainable = [p for p in network.parameters() if p.requires_grad]
+    network.eval()
+    with torch.enable_grad():
+        features = network.stem(_probe(network))
+    network.train()
+    gradients = torch.autograd.grad(features.sum(), trainable, allow_unused=True)
+    return {id(p) for p, gradient in zip(trainable, gradients, strict=True) if gradient is not None}
 
 
 def _drop(module: nn.Module, unwanted: set[int]) -> None:
+    """Replace every submodule that holds nothing but unwanted parameters by an identity."""
     for name, child in module.named_children():
         found = [id(p) in unwanted for p in child.parameters()]
         if found and all(found):
@@ -172,19 +181,20 @@ def synergy_branches(network: StagedBackbone, taps: Sequence[int] | None = None)
     return AuxiliaryHeads(branches)
 
 
+@torch.no_grad()
 def _can_lose_blocks(network: StagedBackbone, depth: int) -> bool:
     """Whether the first `depth` blocks of the last stage give a map of the same shape as the whole stage."""
-    if not isinstance(network.stages[-1], nn.Sequential):
+    *before, last = network.stages
+    if not isinstance(last, nn.Sequential):
         return False
-    assert network.request is not None
-    side = network.request.crop_size
-    # on meta tensors: nothing is computed
-    shadow = copy.deepcopy(network).to("meta").eval()
-    features = shadow.stem(torch.empty(1, 3, side, side, device="meta"))
-    for stage in shadow.stages[:-1]:
+    training = network.training
+    network.eval()
+    features = network.stem(_probe(network))
+    for stage in before:
         features = stage(features)
-    whole = shadow.stages[-1]
-    return first_blocks(whole, depth)(features).shape == whole(features).shape
+    whole, part = last(features), first_blocks(last, depth)(features)
+    network.train(training)
+    return part.shape == whole.shape
 
 
 class ProjectionHead(nn.Sequential):

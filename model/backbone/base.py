@@ -15,8 +15,7 @@ class StagedBackbone(nn.Module):
     """A network in the parts stem -> stage 1 ... N -> tail -> classifier.
 
     Submodule names stay those of the released checkpoints, so that these load; these methods give
-    the parts one set of names. `forward` is their composition and nothing else. Submodules with parameters are
-    registered in the order of the forward pass, so what follows the last stage belongs to tail and classifier.
+    the parts one set of names. `forward` is their composition and nothing else.
 
     Attributes:
         request: what the network was built from, set by `model.build_network`; fresh copies of its parts need it.

@@ -140,9 +140,8 @@ class TrainLoader:
         whole, rest = divmod(len(train), batch_size)
         keeps_rest = rest >= world_size and (not drop_last or not whole)
         self.steps_per_epoch = whole + keeps_rest
-        self._size, self._batch_size, self._seed = len(train), batch_size, seed
-        self._rank, self._world_size = rank, world_size
-        self._sampler = sampler or self._shuffled
+        self._batch_size, self._rank, self._world_size = batch_size, rank, world_size
+        self._sampler = sampler or _Shuffled(len(train), seed)
         cut = None if crop is None else _RandomCrops(crop, num_views, seed)
         self._feed = _Feed(train, cut, device, workers, on_bad_image)
 
@@ -167,9 +166,6 @@ class TrainLoader:
                 path, why = next(reversed(self.bad_images.items()))
                 raise RunError(f"{path}: {why}; nor can any other image of its batch be read. Check --data.")
             yield batch
-
-    def _shuffled(self, epoch: int) -> np.ndarray:
-        return numpy_generator(self._seed, STREAM_ORDER, epoch).permutation(self._size)
 
     def _request(self, epoch: int, step: int, order: np.ndarray) -> Request:
         start = step * self._batch_size
@@ -242,6 +238,18 @@ class EvalLoader:
         for batch in self._feed.batches(self._requests):
             if len(batch.labels_B):
                 yield batch if batch.images.dim() == 4 else batch._replace(images=batch.images[0])
+
+
+@dataclass(frozen=True)
+class _Shuffled:
+    """The ordinary sampler. (A bound method of the loader would tie the loader to itself, and it would not be freed,
+    nor its workers stopped, when it goes out of use.)"""
+
+    size: int
+    seed: int
+
+    def __call__(self, epoch: int) -> np.ndarray:
+        return numpy_generator(self.seed, STREAM_ORDER, epoch).permutation(self.size)
 
 
 class ClassBalancedSampler:
@@ -448,10 +456,14 @@ class _Feed:
 
     def _decoded(self, requests: Sequence[Request]) -> Iterator[_Decoded]:
         self._plan[:] = requests
+        with warnings.catch_warnings():
+            # how many workers there are is the user's choice, and no result depends on it
+            warnings.filterwarnings("ignore", message="This DataLoader will create", category=UserWarning)
+            decoded = iter(self._decoders)
         try:
-            yield from self._decoders
-        except RuntimeError as error:
-            if not str(error).startswith("DataLoader worker"):
+            yield from decoded
+        except (RuntimeError, OSError, EOFError) as error:  # the latter two where it died while handing a batch over
+            if isinstance(error, RuntimeError) and not str(error).startswith("DataLoader worker"):
                 raise
             raise RunError(
                 f"A decoding process died ({reason(error)}). Fewer --workers or a larger /dev/shm may help."
@@ -465,19 +477,17 @@ class _Feed:
         if "forkserver" in multiprocessing.get_all_start_methods():
             method = "forkserver"
             multiprocessing.set_forkserver_preload(["dataset.loader"])
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message="This DataLoader will create", category=UserWarning)
-            return DataLoader(
-                self._files,
-                batch_size=None,
-                sampler=self._plan,
-                num_workers=self._workers,
-                collate_fn=_as_it_is,
-                pin_memory=self._device.type == "cuda",
-                persistent_workers=self._workers > 0,
-                multiprocessing_context=method if self._workers else None,
-                generator=torch.Generator(),  # so that the global one is left alone
-            )
+        return DataLoader(
+            self._files,
+            batch_size=None,
+            sampler=self._plan,
+            num_workers=self._workers,
+            collate_fn=_as_it_is,
+            pin_memory=self._device.type == "cuda",
+            persistent_workers=self._workers > 0,
+            multiprocessing_context=method if self._workers else None,
+            generator=torch.Generator(),  # so that the global one is left alone
+        )
 
 
 def _as_it_is(item: Any) -> Any:

@@ -160,7 +160,11 @@ def _load(content: bytes, path: Path) -> Mapping[str, Any]:
 def _image_set(batches: list[tuple[Path, Mapping[str, Any]]], layout: _Layout) -> ImageSet:
     images, labels = [], []
     for path, batch in batches:
-        pixels, targets = batch.get("data"), np.asarray(batch.get(layout.label_key, []))
+        pixels = batch.get("data")
+        try:
+            targets = np.array(batch.get(layout.label_key, ()), dtype=np.int64)
+        except (TypeError, ValueError, OverflowError):
+            targets = np.empty(0, dtype=np.int64)
         if not isinstance(pixels, np.ndarray) or pixels.dtype != np.uint8 or pixels.shape != (targets.size, 3072):
             raise UserError(
                 f"{path} does not hold uint8 'data' of N x 3072 and N {layout.label_key!r}. Get the official archive."
@@ -170,5 +174,5 @@ def _image_set(batches: list[tuple[Path, Mapping[str, Any]]], layout: _Layout) -
                 f"{path} holds no images, or labels outside 0..{layout.num_classes - 1}. Get the official archive."
             )
         images.append(pixels.reshape(-1, 3, 32, 32))
-        labels.append(targets.astype(np.int64))
+        labels.append(targets.ravel())
     return ImageSet(targets=torch.from_numpy(np.concatenate(labels)), images=torch.from_numpy(np.concatenate(images)))

@@ -47,7 +47,7 @@ def open_folder(request: SourceRequest) -> DataSource:
         RunError: an unreadable image, under --on_bad_image fail.
     """
     folders, classes = find_folders(request, evaluation=("val", "test"))
-    side = _short_side([folder / name for folder in folders.values() for name in classes], request.root)
+    side = _short_side(folders.values(), classes, request.root)
     is_small = max(side, request.crop_size or 0) <= SMALL_SIDE
     crop_size = request.crop_size or (side if is_small else imagenet.CROP_SIZE)
 
@@ -70,15 +70,16 @@ def open_folder(request: SourceRequest) -> DataSource:
     )
 
 
-def _short_side(folders: Iterable[Path], root: Path) -> int:
-    """Median (the lower of the two middle ones) of the short sides of the first images, as far as readable."""
-    sides: list[int] = []
-    for path in itertools.islice(itertools.chain.from_iterable(map(iterate_images, folders)), PROBE):
-        with contextlib.suppress(BadImage):
-            sides.append(min(read_size(path)))
-    if not sides:
-        raise UserError(f"--data {root} has no readable image among its first {PROBE}. Check its class folders.")
-    return statistics.median_low(sides)
+def _short_side(folders: Iterable[Path], classes: tuple[str, ...], root: Path) -> int:
+    """Lower median of the short sides of the first images, in the first folder that has readable ones."""
+    for folder in folders:
+        sides: list[int] = []
+        for path in itertools.islice((p for name in classes for p in iterate_images(folder / name)), PROBE):
+            with contextlib.suppress(BadImage):
+                sides.append(min(read_size(path)))
+        if sides:
+            return statistics.median_low(sides)
+    raise UserError(f"--data {root} has no readable image among its first {PROBE}. Check its class folders.")
 
 
 def _cut(files: ImageSet, resize: int, crop: int, request: SourceRequest) -> EvalLoader:

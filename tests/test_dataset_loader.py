@@ -1,0 +1,423 @@
+import logging
+import math
+import multiprocessing
+import os
+import signal
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+from torchvision.transforms import InterpolationMode
+from torchvision.transforms.functional import resized_crop
+
+from dataset import ImageSet
+from dataset.augment.resized_crop import RESIZED_CROP_SLOTS, draw_resized_crops
+from dataset.decode import read_rgb, resize_crop
+from dataset.loader import (
+    ClassBalancedSampler,
+    EvalLoader,
+    ResizedCropSpec,
+    TrainLoader,
+    class_balanced_order,
+    images_per_class,
+    shard,
+)
+from utils.errors import RunError, UserError
+from utils.seed import STREAM_ORDER, STREAM_VIEW, counter_uniform, fold_in, numpy_generator
+
+CPU = torch.device("cpu")
+CROP = ResizedCropSpec(size=20, area=(0.2, 0.9), ratio=(0.5, 1.5))
+
+
+def in_memory(size, num_classes=3):
+    """Image i holds the value i mod 256 everywhere but in its first pixel, which holds i // 256."""
+    images = (torch.arange(size) % 256).to(torch.uint8)[:, None, None, None].repeat(1, 3, 2, 2)
+    images[:, :, 0, 0] = (torch.arange(size) // 256).to(torch.uint8)[:, None]
+    return ImageSet(targets=torch.arange(size) % num_classes, images=images)
+
+
+def train_loader(split, **changes):
+    options = {
+        "batch_size": 4,
+        "num_views": 2,
+        "seed": 5,
+        "rank": 0,
+        "world_size": 1,
+        "device": CPU,
+        "workers": 0,
+        "crop": None if split.images is not None else CROP,
+    }
+    return TrainLoader(split, **{**options, **changes})
+
+
+def eval_loader(split, **changes):
+    sides = {"resize": None, "crop": None} if split.images is not None else {"resize": 24, "crop": 20}
+    options = {"batch_size": 3, "rank": 0, "world_size": 1, "device": CPU, "workers": 0, **sides}
+    return EvalLoader(split, **{**options, **changes})
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory):
+    """Thirteen files of different sizes."""
+    root = tmp_path_factory.mktemp("files")
+    generator = np.random.default_rng(0)
+    paths = []
+    for i in range(13):
+        height, width = generator.integers(25, 60, 2)
+        paths.append(root / f"{i}.{'jpg' if i % 2 else 'png'}")
+        Image.fromarray(generator.integers(0, 256, (height, width, 3), dtype=np.uint8)).save(paths[-1])
+    return ImageSet(targets=torch.arange(13) % 3, paths=tuple(paths))
+
+
+@pytest.fixture
+def damaged(files, tmp_path):
+    """As `files`, but the fourth and the eighth cannot be read."""
+    paths = list(files.paths)
+    for i in (3, 7):
+        paths[i] = tmp_path / f"{i}.png"
+        paths[i].write_bytes(b"")
+    return ImageSet(targets=files.targets, paths=tuple(paths))
+
+
+def assert_same(batches, others):
+    for one, other in zip(batches, others, strict=True):
+        assert torch.equal(one.images, other.images)
+        assert torch.equal(one.labels_B, other.labels_B)
+        assert torch.equal(one.indices_B, other.indices_B)
+        assert (one.positions_B == other.positions_B).all()
+        assert one.global_batch_size == other.global_batch_size
+
+
+@given(size=st.integers(0, 100), world_size=st.integers(1, 9))
+def test_shards_are_those_of_array_split(size, world_size):
+    expected = np.array_split(np.arange(size), world_size)
+    for rank in range(world_size):
+        assert np.arange(size)[shard(size, rank, world_size)].tolist() == expected[rank].tolist()
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    size=st.integers(1, 300),
+    batch_size=st.integers(1, 64),
+    world_size=st.integers(1, 5),
+    epoch=st.integers(0, 3),
+    drop_last=st.booleans(),
+)
+def test_the_parts_of_all_processes_are_the_batch_of_one(size, batch_size, world_size, epoch, drop_last):
+    split = in_memory(size)
+
+    def loader(rank, world_size):
+        return train_loader(split, batch_size=batch_size, rank=rank, world_size=world_size, drop_last=drop_last)
+
+    if min(size, batch_size) < world_size:
+        with pytest.raises(UserError, match="--batch_size"):
+            loader(0, world_size)
+        return
+    alone = loader(0, 1)
+    loaders = [loader(rank, world_size) for rank in range(world_size)]
+    assert len({part.steps_per_epoch for part in loaders}) == 1
+    whole, rest = divmod(size, batch_size)
+    expected = whole if drop_last and whole else whole + (rest > 0)
+    assert alone.steps_per_epoch == expected
+    assert loaders[0].steps_per_epoch == expected - (0 < rest < world_size and expected > whole)
+
+    order = numpy_generator(5, STREAM_ORDER, epoch).permutation(size)
+    steps = zip(alone.epoch(epoch), *(part.epoch(epoch) for part in loaders))  # noqa: B905 (the last may be missing)
+    for step, (batch, *parts) in enumerate(steps):
+        positions = np.arange(step * batch_size, min((step + 1) * batch_size, size))
+        assert batch.positions_B.tolist() == positions.tolist()
+        assert batch.indices_B.tolist() == order[positions].tolist()
+        assert torch.equal(batch.labels_B, split.targets[batch.indices_B])
+        assert torch.equal(batch.images, split.images[batch.indices_B])
+        assert batch.global_batch_size == len(positions)
+        assert {part.global_batch_size for part in parts} == {len(positions)}
+        sizes = [len(part.labels_B) for part in parts]
+        assert min(sizes) > 0
+        assert max(sizes) - min(sizes) <= 1
+        for name in ("images", "labels_B", "indices_B"):
+            assert torch.equal(torch.cat([getattr(part, name) for part in parts]), getattr(batch, name))
+        assert np.concatenate([part.positions_B for part in parts]).tolist() == positions.tolist()
+    assert [len(list(part.epoch(epoch))) for part in loaders] == [loaders[0].steps_per_epoch] * world_size
+
+
+@settings(max_examples=60, deadline=None)
+@given(size=st.integers(0, 120), batch_size=st.integers(1, 40), world_size=st.integers(1, 5))
+def test_evaluation_takes_every_image_exactly_once(size, batch_size, world_size):
+    split = in_memory(size)
+    loaders = [
+        eval_loader(split, batch_size=batch_size, rank=rank, world_size=world_size) for rank in range(world_size)
+    ]
+    parts = [list(part) for part in loaders]
+    seen = [batch for part in parts for batch in part]
+    assert [i for batch in seen for i in batch.indices_B.tolist()] == list(range(size))
+    assert [i for batch in seen for i in batch.positions_B.tolist()] == list(range(size))
+    for batch in seen:
+        assert 0 < len(batch.labels_B) <= batch_size
+        assert torch.equal(batch.images, split.images[batch.indices_B])
+        assert torch.equal(batch.labels_B, split.targets[batch.indices_B])
+    assert [len(part) for part in loaders] == [len(part) for part in parts]
+    for step in range(max(map(len, parts))):
+        together = [part[step] for part in parts if step < len(part)]
+        assert {batch.global_batch_size for batch in together} == {sum(len(batch.labels_B) for batch in together)}
+
+
+def test_epochs_and_seeds_have_orders_of_their_own():
+    split = in_memory(50)
+
+    def order(seed, epoch):
+        return torch.cat([batch.indices_B for batch in train_loader(split, seed=seed, batch_size=10).epoch(epoch)])
+
+    assert torch.equal(order(1, 3), order(1, 3))
+    assert not torch.equal(order(1, 3), order(1, 4))
+    assert not torch.equal(order(1, 3), order(2, 3))
+    assert sorted(order(1, 3).tolist()) == list(range(50))
+
+
+def test_an_epoch_can_be_entered_at_any_batch(files):
+    for split in (in_memory(30), files):
+        loader = train_loader(split)
+        whole = list(loader.epoch(2))
+        for start in range(len(whole) + 1):
+            assert_same(loader.epoch(2, start), whole[start:])
+
+
+def test_what_was_done_is_not_decoded_again(files, monkeypatch):
+    opened = []
+    monkeypatch.setattr("dataset.loader.read_rgb", lambda path: opened.append(path) or read_rgb(path))
+    loader = train_loader(files)
+    (batch,) = loader.epoch(0, 2)
+    assert opened == [str(files.paths[i]) for i in batch.indices_B]
+
+
+def test_views_of_files_are_the_crops_that_pil_gives(files):
+    for interpolation in ("bicubic", "bilinear"):
+        crop = ResizedCropSpec(size=20, area=(0.2, 0.9), ratio=(0.5, 1.5), interpolation=interpolation)
+        for batch in train_loader(files, num_views=3, crop=crop).epoch(4):
+            assert batch.images.shape == (3, 4, 3, 20, 20)
+            assert (batch.images.dtype, batch.images.is_contiguous()) == (torch.uint8, True)
+            key = fold_in(5, STREAM_VIEW, 4, 1)
+            uniforms = counter_uniform(key, batch.positions_B, np.arange(3), RESIZED_CROP_SLOTS)
+            for row, index in enumerate(batch.indices_B.tolist()):
+                image = Image.open(files.paths[index])
+                for view in range(3):
+                    box = draw_resized_crops(uniforms[view, row], image.height, image.width, (0.2, 0.9), (0.5, 1.5))
+                    expected = resized_crop(image, *box.tolist(), [20, 20], InterpolationMode(interpolation))
+                    assert (batch.images[view, row].permute(1, 2, 0).numpy() == np.asarray(expected)).all()
+
+
+def test_evaluation_resizes_and_cuts_files(files):
+    batches = list(eval_loader(files))
+    assert [len(batch.labels_B) for batch in batches] == [3, 3, 3, 3, 1]
+    for batch in batches:
+        for image, index in zip(batch.images, batch.indices_B.tolist(), strict=True):
+            expected = np.asarray(resize_crop(Image.open(files.paths[index]), 24, 20))
+            assert (image.permute(1, 2, 0).numpy() == expected).all()
+
+
+@pytest.mark.parametrize("world_size", [2, 3])
+def test_views_do_not_depend_on_the_number_of_processes(files, world_size):
+    parts = [list(train_loader(files, rank=rank, world_size=world_size).epoch(1)) for rank in range(world_size)]
+    for batch, *pieces in zip(train_loader(files).epoch(1), *parts, strict=True):
+        assert torch.equal(torch.cat([piece.images for piece in pieces], dim=1), batch.images)
+
+
+def test_workers_change_nothing_and_live_on(files, damaged):
+    """One test for all that needs worker processes, since they are slow to start.
+
+    Errors are not kept in a variable: they would tie a knot of references, and the garbage collector takes a loader in
+    such a knot apart in an order that leaves its workers waiting.
+    """
+    others = set(multiprocessing.active_children())
+    plain, loader = train_loader(files), train_loader(files, workers=3)
+    state = torch.get_rng_state()
+    whole = list(plain.epoch(0))
+    assert_same(loader.epoch(0), whole)
+    processes = set(multiprocessing.active_children()) - others
+    assert_same(loader.epoch(0, 1), whole[1:])
+    abandoned = loader.epoch(1)
+    next(abandoned)
+    assert_same(loader.epoch(2), plain.epoch(2))
+    assert set(multiprocessing.active_children()) - others == processes
+    assert len(processes) == 3
+    assert torch.equal(torch.get_rng_state(), state)  # the global generator is not drawn from
+
+    failing = train_loader(damaged, workers=1)
+    with pytest.raises(RunError, match=r"\A/[^\n]*: the file is empty\.[^\n]*--on_bad_image skip[^\n]*\Z"):
+        list(failing.epoch(0))
+    skipping = train_loader(damaged, workers=1, on_bad_image="skip")
+    assert_same(skipping.epoch(0), train_loader(damaged, on_bad_image="skip").epoch(0))
+    assert set(skipping.bad_images) <= {damaged.paths[3], damaged.paths[7]}
+    assert skipping.bad_images
+    del loader, abandoned, failing, skipping
+    assert set(multiprocessing.active_children()) == others  # at once, and not when the garbage collector comes round
+
+
+def test_a_worker_that_dies_is_one_line(files, monkeypatch):
+    monkeypatch.setattr("torch.utils.data._utils.MP_STATUS_CHECK_INTERVAL", 0.2)
+    before = set(multiprocessing.active_children())
+    loader = train_loader(files, workers=1, batch_size=1)
+    batches = loader.epoch(0)
+    next(batches)
+    (worker,) = set(multiprocessing.active_children()) - before
+    os.kill(worker.pid, signal.SIGKILL)
+    with pytest.raises(RunError, match=r"\A[^\n]*decoding process died[^\n]*--workers[^\n]*\Z"):
+        list(batches)
+
+
+@pytest.mark.parametrize("index", [3, 7])
+def test_a_bad_image_stops_training_and_evaluation_with_its_name(damaged, index):
+    split = damaged.subset(torch.tensor([0, 1, index, 2]))
+    for batches in (train_loader(split).epoch(0), eval_loader(split)):
+        with pytest.raises(RunError) as error:
+            list(batches)
+        text = str(error.value)
+        assert "\n" not in text
+        assert text.startswith(str(damaged.paths[index]))
+        assert "--on_bad_image skip" in text
+        assert error.value.exit_code == 1
+
+
+def test_skipped_images_leave_the_rest_of_the_batch_alone(files, damaged):
+    loader = train_loader(damaged, on_bad_image="skip", batch_size=13)
+    (batch,) = loader.epoch(0)
+    (sound,) = train_loader(files, batch_size=13).epoch(0)
+    kept = torch.tensor([i not in (3, 7) for i in sound.indices_B])
+    assert torch.equal(batch.indices_B, sound.indices_B[kept])
+    assert torch.equal(batch.images, sound.images[:, kept])
+    assert torch.equal(batch.labels_B, sound.labels_B[kept])
+    assert (batch.positions_B == sound.positions_B[kept.numpy()]).all()
+    assert batch.global_batch_size == 13
+    assert loader.bad_images == {damaged.paths[3]: "the file is empty", damaged.paths[7]: "the file is empty"}
+
+    evaluation = eval_loader(damaged, on_bad_image="skip", batch_size=1)
+    seen = [int(batch.indices_B) for batch in evaluation]
+    assert seen == [i for i in range(13) if i not in (3, 7)]
+    assert set(evaluation.bad_images) == {damaged.paths[3], damaged.paths[7]}
+
+
+def test_a_training_batch_without_any_readable_image_is_an_error(damaged):
+    split = damaged.subset(torch.tensor([3, 7]))
+    with pytest.raises(RunError, match="the file is empty"):
+        list(train_loader(split, on_bad_image="skip").epoch(0))
+
+
+def test_time_is_counted_only_while_waiting(monkeypatch):
+    clock = iter([0.0, 2.0, 100.0, 103.0, 200.0, 204.0])
+    loader = train_loader(in_memory(12))
+    monkeypatch.setattr("time.perf_counter", lambda: next(clock))
+    assert loader.time_waiting == 0
+    list(loader.epoch(0))
+    assert loader.time_waiting == 9
+    assert eval_loader(in_memory(1)).time_waiting == 0
+
+
+def test_constructors_refuse_what_cannot_work(files):
+    with pytest.raises(UserError, match="training set is empty"):
+        train_loader(ImageSet.empty(), crop=None)
+    with pytest.raises(ValueError, match="files need a crop"):
+        train_loader(files, crop=None)
+    with pytest.raises(ValueError, match="files need a crop"):
+        eval_loader(files, resize=None)
+    with pytest.raises(ValueError, match="in memory take none"):
+        train_loader(in_memory(5), crop=CROP)
+    assert list(eval_loader(ImageSet.empty(), resize=8, crop=8)) == []
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    sizes=st.lists(st.integers(1, 30), min_size=1, max_size=12),
+    batch_size=st.integers(2, 24),
+    per_class=st.integers(1, 4),
+    seed=st.integers(0, 5),
+)
+def test_class_balanced_batches(sizes, batch_size, per_class, seed):
+    targets = torch.repeat_interleave(torch.arange(len(sizes)), torch.tensor(sizes))
+    targets = targets[torch.randperm(len(targets), generator=torch.Generator().manual_seed(seed))]
+    if batch_size < per_class:
+        with pytest.raises(UserError, match="--batch_size"):
+            images_per_class(len(sizes), batch_size, per_class)
+        return
+    m = images_per_class(len(sizes), batch_size, per_class)
+    assert m == min(d for d in range(per_class, 25) if batch_size % d == 0 and d * len(sizes) >= batch_size)
+    order = class_balanced_order(
+        targets, batch_size=batch_size, per_class=per_class, generator=np.random.default_rng(seed)
+    )
+    assert order.dtype == np.int64
+    assert len(order) == max(1, len(targets) // batch_size) * batch_size
+    for groups in order.reshape(-1, batch_size // m, m):
+        labels = targets[torch.from_numpy(groups)]
+        assert (labels == labels[:, :1]).all()
+        assert len(labels[:, 0].unique()) == len(labels)
+        for label, group in zip(labels[:, 0].tolist(), groups, strict=True):
+            if sizes[label] >= m:
+                assert len(set(group.tolist())) == m
+
+
+def test_class_balanced_draws_are_uniform():
+    targets = torch.tensor([0] * 5 + [1] * 5 + [2] * 3)
+    order = np.concatenate(
+        [class_balanced_order(targets, batch_size=4, generator=np.random.default_rng(seed)) for seed in range(4000)]
+    )
+    pairs = order.reshape(-1, 2)
+    for label, members in enumerate((range(5), range(5, 10), range(10, 13))):
+        drawn = np.sort(pairs[targets[pairs[:, 0]] == label])
+        assert len(drawn) == pytest.approx(len(pairs) / 3, rel=0.03)
+        counts = np.unique(drawn, axis=0, return_counts=True)[1]
+        assert len(counts) == math.comb(len(members), 2)
+        assert counts == pytest.approx([len(drawn) / len(counts)] * len(counts), rel=0.15)
+    few = class_balanced_order(torch.zeros(2).long(), batch_size=600, per_class=6, generator=np.random.default_rng(0))
+    assert np.bincount(few) == pytest.approx([300, 300], rel=0.2)
+
+
+def test_the_class_balanced_sampler_drives_the_loader(caplog):
+    targets = torch.arange(100) % 10
+    split = ImageSet(targets=targets, images=torch.zeros(100, 3, 2, 2, dtype=torch.uint8))
+    with caplog.at_level(logging.INFO):
+        sampler = ClassBalancedSampler(targets, batch_size=32, seed=1)
+    assert "4 images of a class" in caplog.text
+    loader = train_loader(split, batch_size=32, sampler=sampler)
+    assert loader.steps_per_epoch == 3
+    batches = list(loader.epoch(0))
+    for batch in batches:
+        assert sorted(batch.labels_B.bincount(minlength=10).tolist())[-8:] == [4] * 8
+    assert_same(loader.epoch(0, 1), batches[1:])
+    assert torch.equal(torch.cat([b.indices_B for b in batches]), torch.from_numpy(sampler(0)))
+    assert sampler(0).tolist() != sampler(1).tolist()
+    caplog.clear()
+    with caplog.at_level(logging.INFO):
+        ClassBalancedSampler(torch.arange(400) % 100, batch_size=128, seed=1)
+    assert caplog.text == ""
+
+
+def test_the_published_sampler_has_one_positive_for_each_anchor():
+    targets = torch.arange(50_000) % 100
+    order = class_balanced_order(targets, batch_size=128, generator=np.random.default_rng(0))
+    assert len(order) == 49_920
+    assert len(set(order.tolist())) == pytest.approx(31_606, rel=0.02)  # what the spec's reference run touched
+
+
+def test_images_in_memory_stay_on_the_host_where_the_device_is_full(monkeypatch):
+    monkeypatch.setattr("dataset.loader._fits", lambda device, num_bytes: False)
+    split = in_memory(9)
+    assert_same(train_loader(split).epoch(0), train_loader(split).epoch(0))
+
+
+@pytest.mark.gpu
+def test_batches_arrive_on_the_gpu_from_memory_pinned_memory_and_files(files, monkeypatch):
+    if not torch.cuda.is_available():
+        pytest.skip("no GPU")
+    device = torch.device("cuda", 0)
+    for split in (in_memory(30), files):
+        expected = list(train_loader(split).epoch(0))
+        for share in (0.25, 0.0):
+            monkeypatch.setattr("dataset.loader.DEVICE_SHARE", share)
+            batches = list(train_loader(split, device=device).epoch(0))
+            assert {t.device for b in batches for t in (b.images, b.labels_B, b.indices_B)} == {device}
+            host = [
+                b._replace(images=b.images.cpu(), labels_B=b.labels_B.cpu(), indices_B=b.indices_B.cpu())
+                for b in batches
+            ]
+            assert_same(host, expected)

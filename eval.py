@@ -300,7 +300,9 @@ def run_evaluation(session: Session) -> dict[str, Any]:
     """
     info = session.info
     folder = output_folder(session)
-    source = open_test_split(session, download=session.world.is_main)
+    source = open_test_split(session) if session.world.is_main else None
+    distributed.barrier()  # process 0 first, because it may download
+    source = source or open_test_split(session)
     # the statistics of a folder are those of its training images, which only the checkpoint knows
     mean, std = info.mean or source.mean, info.std or source.std
     loader = session.loader(source.test, info.data_recipe or source.recipe)
@@ -321,7 +323,7 @@ def run_evaluation(session: Session) -> dict[str, Any]:
     if figures["seen"] == 0:
         raise RunError(f"--data {session.config.data}: not one image of the test split can be read.")
     classes = info.classes or source.classes
-    per_class_K = 100.0 * confusion_KK.diagonal() / confusion_KK.sum(dim=1)
+    per_class_K = 100.0 * confusion_KK.diagonal().double() / confusion_KK.sum(dim=1)
     results = {
         **session.header(),
         "images": figures["seen"],
@@ -424,8 +426,13 @@ def run_prediction(session: Session, predict: Path) -> dict[str, Any]:
     logits: list[Tensor] = [torch.empty(0, info.num_networks, info.num_classes, dtype=exact)]
     with torch.inference_mode(), torch.autocast(device.type, autocast, enabled=autocast is not None):
         for indices_B, images in inputs.batches:
+            try:
+                logits_SBK = session.network(images)
+            except RuntimeError as error:  # too small for the strides, too large for the memory
+                size = " x ".join(map(str, images.shape))
+                raise RunError(f"--predict {predict}: the networks fail on a batch {size}: {reason(error)}") from None
             indices.append(indices_B.cpu())
-            logits.append(session.network(images).to("cpu", exact).transpose(0, 1))
+            logits.append(logits_SBK.to("cpu", exact).transpose(0, 1))
     indices_N = distributed.all_gather_rows(torch.cat(indices).to(device)).cpu()
     logits_SNK = distributed.all_gather_rows(torch.cat(logits).to(device)).cpu().transpose(0, 1).contiguous()
     if not len(indices_N):

@@ -1,0 +1,411 @@
+"""eval.py as a user runs it: evaluation, prediction, released checkpoints, and what is refused."""
+
+import csv
+import gzip
+import json
+import logging
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import eval as program
+from dataset import SourceRequest, open_source
+from dataset.views import ViewMaker, view_spec
+from model import BackboneRequest, build_splitnet
+from model.splitnet import SplitNet
+from tests.golden.fill import fill, image
+from utils.checkpoint import FORMAT_VERSION, published_keys, save_checkpoint
+
+ROOT = Path(__file__).parent.parent
+GOLDEN = Path(__file__).parent / "golden"
+REQUEST = BackboneRequest(arch="resnet20", split_factor=2, num_classes=10, dataset="digits", crop_size=16)
+DIGITS = open_source(SourceRequest(dataset="digits", root=Path()))
+
+
+def digits_network() -> Any:
+    """Two networks whose weights are large enough that predictions differ between images and networks."""
+    network = build_splitnet(REQUEST, seed=1)
+    generator = torch.Generator().manual_seed(2)
+    with torch.no_grad():
+        for parameter in network.parameters():
+            parameter += 0.1 * torch.randn(parameter.shape, generator=generator)
+    return network.eval()
+
+
+def normalised(images: torch.Tensor) -> torch.Tensor:
+    spec = view_spec(
+        "digits",
+        crop_size=16,
+        padding=0,
+        is_autoaugment=False,
+        randaa=None,
+        is_cutout=False,
+        erase_p=0.0,
+        mean=DIGITS.mean,
+        std=DIGITS.std,
+    )
+    return ViewMaker(spec, seed=0).evaluate(images)
+
+
+def content_of(network: Any) -> dict[str, Any]:
+    config = {"arch": "resnet20", "split_factor": 2, "dataset": "digits", "method": "co_training", "seed": 1}
+    return {
+        "epoch": 1,
+        "arch": "resnet20",
+        "state_dict": published_keys(network.state_dict()),
+        "best_acc1": 50.0,
+        "config": config,
+        "classes": list(DIGITS.classes),
+        "mean": list(DIGITS.mean),
+        "std": list(DIGITS.std),
+        "crop_size": 16,
+        "data_recipe": "digits",
+        "format_version": FORMAT_VERSION,
+    }
+
+
+@pytest.fixture(scope="module")
+def run_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run directory with one checkpoint."""
+    folder = tmp_path_factory.mktemp("run")
+    save_checkpoint(content_of(digits_network()), folder / "checkpoint_1.pth.tar")
+    (folder / "hparams_train.json").write_text("{}")
+    (folder / "results.json").write_text("of the training run")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def test_logits_SNK(run_dir: Path) -> torch.Tensor:
+    network = build_splitnet(REQUEST, seed=0).eval()
+    state = torch.load(run_dir / "checkpoint_1.pth.tar", weights_only=True)["state_dict"]
+    network.load_state_dict({key.removeprefix("module."): value for key, value in state.items()})
+    with torch.inference_mode():
+        return network(normalised(DIGITS.test.images))
+
+
+@pytest.fixture
+def one_image(tmp_path: Path) -> Path:
+    """A .npy file of one normalised image."""
+    np.save(tmp_path / "one.npy", normalised(DIGITS.test.images[:1]).numpy())
+    return tmp_path / "one.npy"
+
+
+@pytest.fixture(autouse=True)
+def _logging_as_before() -> Iterator[None]:
+    root = logging.getLogger()
+    handlers, level = list(root.handlers), root.level
+    yield
+    root.handlers[:] = handlers
+    root.setLevel(level)
+
+
+def run(*argv: Any, capsys: pytest.CaptureFixture[str]) -> tuple[int, str, str]:
+    """Exit code, stdout and stderr of eval.py in this process."""
+    code = program.main(["--no_cuda", "--workers", "0", *map(str, argv)])
+    captured = capsys.readouterr()
+    return code, captured.out, captured.err
+
+
+def succeed(*argv: Any, capsys: pytest.CaptureFixture[str]) -> dict[str, Any]:
+    code, out, err = run(*argv, capsys=capsys)
+    assert code == 0, err
+    return json.loads(out.splitlines()[-1])
+
+
+def refuse(*argv: Any, capsys: pytest.CaptureFixture[str], code: int = 2) -> str:
+    got, out, err = run(*argv, capsys=capsys)
+    assert got == code
+    assert out == ""
+    line = err.splitlines()[-1]
+    assert line.startswith("eval.py: ")
+    assert "Traceback" not in err
+    return line
+
+
+def command_line(*argv: Any, launcher: tuple[str, ...] = ()) -> subprocess.CompletedProcess[str]:
+    """eval.py in a process of its own."""
+    command = [sys.executable, *launcher, "eval.py", "--no_cuda", "--workers", "0", *map(str, argv)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+
+
+def read_csv(path: Path) -> list[dict[str, str]]:
+    with path.open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+# ---- evaluation ------------------------------------------------------------------------------------------------------
+
+
+def test_evaluation(run_dir, test_logits_SNK, tmp_path, capsys):
+    code, out, err = run("--resume", run_dir / "checkpoint_1.pth.tar", "--model_dir", tmp_path, capsys=capsys)
+    assert code == 0, err
+    results = json.loads(out.splitlines()[-1])
+    assert results == json.loads((tmp_path / "results.json").read_text())
+    correct_SN = test_logits_SNK.argmax(-1) == DIGITS.test.targets
+    assert results["acc1"] == pytest.approx((100 * correct_SN.double().mean(1)).tolist(), abs=1e-9)
+    assert [row["acc1"] for row in results["networks"]] == results["acc1"]
+    ensemble_N = test_logits_SNK.mean(0).argmax(-1) == DIGITS.test.targets
+    assert results["ensemble_acc1"] == pytest.approx(100 * float(ensemble_N.double().mean()), abs=1e-9)
+    assert results["ensembles"]["mean_logits"]["acc1"] == results["ensemble_acc1"]
+    assert set(results["ensembles"]) == {"mean_logits", "mean_softmax", "max_logits", "max_softmax", "geometric_mean"}
+    differ = (test_logits_SNK[0].argmax(-1) != test_logits_SNK[1].argmax(-1)).double().mean()
+    assert results["disagreement"] == pytest.approx(float(differ), abs=1e-9)
+    threes = DIGITS.test.targets == 3
+    assert results["per_class_acc"]["3"] == pytest.approx(100 * float(ensemble_N[threes].double().mean()), abs=1e-9)
+    assert (results["images"], results["skipped"], results["precision"]) == (359, 0, "fp32")
+    assert "network 2" in out
+    assert "mean_logits (reported)" in (tmp_path / "table.md").read_text()
+    assert sum(int(row["images"]) for row in read_csv(tmp_path / "per_class.csv")) == 359
+    with Image.open(tmp_path / "confusion.png") as confusion:
+        assert confusion.size[0] > 300
+
+
+def test_results_of_a_training_run_stay(run_dir, one_image, capsys):
+    for arguments in ((), ("--model_dir", run_dir)):
+        command = ("--resume", run_dir / "checkpoint_1.pth.tar", "--predict", one_image, *arguments)
+        assert succeed(*command, capsys=capsys)["results_dir"] == str(run_dir / "eval")
+        assert (run_dir / "results.json").read_text() == "of the training run"
+    auto = succeed("--resume", "auto", "--model_dir", run_dir, "--predict", one_image, capsys=capsys)
+    assert auto["checkpoint"] == str(run_dir / "checkpoint_1.pth.tar")
+
+
+@pytest.mark.parametrize("after_softmax", [0, 1])
+def test_reported_rule(after_softmax, run_dir, one_image, tmp_path, capsys):
+    flags = ("--is_ensembled_after_softmax", after_softmax, "--is_max_ensemble", 1, "--model_dir", tmp_path)
+    results = succeed("--resume", run_dir / "checkpoint_1.pth.tar", "--predict", one_image, *flags, capsys=capsys)
+    assert results["rule"] == ("max_softmax" if after_softmax else "max_logits")
+    arrays = np.load(tmp_path / "logits.npz")
+    logits_SNK = torch.from_numpy(arrays["logits"])
+    expected_NK = (logits_SNK.log_softmax(-1) if after_softmax else logits_SNK).amax(0)
+    np.testing.assert_allclose(arrays["ensemble"], expected_NK, rtol=1e-6)
+
+
+def test_moving_average_is_said(run_dir, one_image, tmp_path, capsys):
+    content = torch.load(run_dir / "checkpoint_1.pth.tar", weights_only=True)
+    content["ema"] = published_keys(build_splitnet(REQUEST, seed=5).state_dict())
+    save_checkpoint(content, tmp_path / "both.pth.tar")
+    logits = {}
+    for weights, taken in (("auto", "ema"), ("ema", "ema"), ("raw", "raw")):
+        command = ("--resume", tmp_path / "both.pth.tar", "--weights", weights, "--predict", one_image)
+        assert succeed(*command, capsys=capsys)["weights"] == taken
+        logits[weights] = np.load(tmp_path / "eval" / "logits.npz")["logits"]
+    assert (logits["auto"] == logits["ema"]).all()
+    assert (logits["auto"] != logits["raw"]).any()
+
+
+def test_torchrun_agrees_with_one_process(run_dir, tmp_path, capsys):
+    resume = ("--resume", run_dir / "checkpoint_1.pth.tar")
+    alone = succeed(*resume, "--model_dir", tmp_path / "one", capsys=capsys)
+    torchrun = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2")
+    done = command_line(*resume, "--model_dir", tmp_path / "two", launcher=torchrun)
+    assert done.returncode == 0, done.stderr
+    results = json.loads(done.stdout.splitlines()[-1])
+    for name in ("acc1", "ensemble_acc1", "images", "disagreement", "per_class_acc"):
+        assert results[name] == alone[name]
+    assert results["ensemble_nll"] == pytest.approx(alone["ensemble_nll"], rel=1e-6)
+
+
+# ---- prediction ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("name", "flags"),
+    [
+        ("resnet110_s2_cifar100", ()),
+        ("efficientnetb0_s2_cifar100", ("--is_efficientnet_user_crop", 1)),
+    ],
+)
+def test_released_checkpoints_give_the_published_logits(name, flags, tmp_path, capsys):
+    golden = json.loads(gzip.decompress((GOLDEN / "checkpoints" / f"{name}.json.gz").read_bytes()))
+    state = {key: torch.from_numpy(fill(key, shape, golden["fill_rules"])) for key, shape, _ in golden["state"]}
+    released = {"epoch": 300, "arch": golden["arch"], "state_dict": state, "best_acc1": 80.0, "optimizer": {}}
+    torch.save(released, tmp_path / "released.pth.tar")
+    np.save(tmp_path / "images.npy", image(golden["input_shape"], golden["input_key"]))
+    command = ("--resume", tmp_path / "released.pth.tar", "--predict", tmp_path / "images.npy")
+    command += ("--dataset", golden["dataset"], "--crop_size", golden["image_size"], *flags)
+    for precision, tolerance, key in (("", 1e-5, "f32"), ("fp64", 1e-8, "f64")):
+        chosen = ("--amp_dtype", precision) if precision else ()
+        results = succeed(*command, *chosen, "--model_dir", tmp_path / "out", capsys=capsys)
+        assert (results["arch"], results["split_factor"]) == (golden["arch"], golden["split_factor"])
+        arrays = np.load(tmp_path / "out" / "logits.npz")
+        scale = tolerance * golden["logits_abs_max_f64"]
+        assert arrays["logits"].shape == (golden["split_factor"], len(arrays["ensemble"]), golden["num_classes"])
+        assert np.abs(arrays["logits"][..., :10] - np.array(golden[f"logits_{key}"])).max() <= scale
+        assert np.abs(arrays["ensemble"][..., :10] - np.array(golden[f"ensemble_{key}"])).max() <= scale
+        assert arrays["ensemble"].argmax(-1).tolist() == golden["ensemble_argmax_f64"]
+
+
+def write_digits(folder: Path, count: int) -> None:
+    folder.mkdir()
+    for i in range(count):
+        pixels = DIGITS.test.images[i].permute(1, 2, 0).numpy()
+        target = folder / ("sub" if i % 2 else ".") / f"{i:02d}.png"
+        target.parent.mkdir(exist_ok=True)
+        Image.fromarray(pixels).save(target)
+
+
+def test_prediction_of_a_folder_equals_evaluation(run_dir, test_logits_SNK, tmp_path, capsys):
+    write_digits(tmp_path / "images", 6)
+    resume = ("--resume", run_dir / "checkpoint_1.pth.tar", "--predict", tmp_path / "images")
+    results = succeed(*resume, "--model_dir", tmp_path / "out", capsys=capsys)
+    order = [0, 2, 4, 1, 3, 5]
+    logits = np.load(tmp_path / "out" / "logits.npz")["logits"]
+    np.testing.assert_allclose(logits, test_logits_SNK[:, order].numpy(), rtol=1e-4, atol=1e-5)
+    assert results["images"] == 6
+    rows = read_csv(tmp_path / "out" / "predictions.csv")
+    assert [row["file"] for row in rows] == ["00.png", "02.png", "04.png", "sub/01.png", "sub/03.png", "sub/05.png"]
+    probs_NK = test_logits_SNK[:, order].mean(0).softmax(-1)
+    for row, probs_K, choices_S in zip(rows, probs_NK, test_logits_SNK[:, order].argmax(-1).T, strict=True):
+        best = probs_K.topk(5)
+        assert [int(row[f"class_{k}"]) for k in range(1, 6)] == best.indices.tolist()
+        assert [row[f"name_{k}"] for k in range(1, 6)] == [DIGITS.classes[i] for i in best.indices]
+        assert [float(row[f"probability_{k}"]) for k in range(1, 6)] == pytest.approx(best.values.tolist(), abs=1e-5)
+        assert float(row["disagreement"]) == float(choices_S[0] != choices_S[1])
+    shares = [float(row["disagreement"]) for row in rows]
+    assert results["disagreement"] == pytest.approx(sum(shares) / len(shares))
+
+    done = command_line(
+        *resume, "--model_dir", tmp_path / "two", "--multiprocessing_distributed", "--nproc_per_node", 2
+    )
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout.splitlines()[-1])["images"] == 6
+    np.testing.assert_allclose(np.load(tmp_path / "two" / "logits.npz")["logits"], logits, rtol=1e-4, atol=1e-4)
+    assert [row["file"] for row in read_csv(tmp_path / "two" / "predictions.csv")] == [row["file"] for row in rows]
+
+
+def test_prediction_of_one_image_of_another_size(run_dir, tmp_path, capsys):
+    grey = Image.fromarray(np.arange(40 * 60, dtype=np.uint8).reshape(40, 60))
+    grey.save(tmp_path / "wide.png")
+    expected = grey.resize((24, 16), Image.Resampling.BICUBIC).crop((4, 0, 20, 16)).convert("RGB")
+    command = ("--resume", run_dir / "checkpoint_1.pth.tar", "--model_dir", tmp_path / "out")
+    succeed(*command, "--predict", tmp_path / "wide.png", capsys=capsys)
+    from_file = np.load(tmp_path / "out" / "logits.npz")["logits"]
+    np.save(tmp_path / "wide.npy", normalised(torch.from_numpy(np.array(expected)).permute(2, 0, 1)[None]).numpy())
+    succeed(*command, "--predict", tmp_path / "wide.npy", capsys=capsys)
+    np.testing.assert_allclose(np.load(tmp_path / "out" / "logits.npz")["logits"], from_file, rtol=1e-4, atol=1e-2)
+
+
+def test_unreadable_images(run_dir, tmp_path, capsys):
+    write_digits(tmp_path / "images", 3)
+    (tmp_path / "images" / "01broken.png").write_bytes(b"no image")
+    command = (
+        "--resume",
+        run_dir / "checkpoint_1.pth.tar",
+        "--predict",
+        tmp_path / "images",
+        "--model_dir",
+        tmp_path / "out",
+    )
+    assert "01broken.png" in refuse(*command, capsys=capsys, code=1)
+    results = succeed(*command, "--on_bad_image", "skip", capsys=capsys)
+    assert (results["images"], results["skipped"]) == (3, 1)
+    rows = read_csv(tmp_path / "out" / "predictions.csv")
+    assert [row["file"] for row in rows] == ["00.png", "02.png", "sub/01.png"]
+    for file in (tmp_path / "images").rglob("*.png"):
+        file.write_bytes(b"")
+    assert "not one image" in refuse(*command, "--on_bad_image", "skip", capsys=capsys, code=1)
+
+
+def test_few_classes_and_one_network(tmp_path, capsys):
+    request = BackboneRequest(arch="resnet20", num_classes=3, dataset="synthetic", crop_size=8)
+    torch.save({"arch": "resnet20", "state_dict": build_splitnet(request, seed=0).state_dict()}, tmp_path / "x.pth.tar")
+    command = (
+        "--resume",
+        tmp_path / "x.pth.tar",
+        "--dataset",
+        "synthetic",
+        "--crop_size",
+        8,
+        "--model_dir",
+        tmp_path / "out",
+    )
+    results = succeed(*command, capsys=capsys)
+    assert results["disagreement"] == 0
+    assert results["ensemble_acc5"] == 100
+    np.save(tmp_path / "x.npy", np.zeros((2, 3, 32, 32), dtype=np.float16))
+    succeed(*command, "--predict", tmp_path / "x.npy", capsys=capsys)
+    rows = read_csv(tmp_path / "out" / "predictions.csv")
+    assert [name for name in rows[0] if name.startswith("name")] == ["name_1", "name_2", "name_3"]
+
+
+# ---- what is refused -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("array", "found"),
+    [
+        (np.zeros((2, 3, 8, 8), dtype=np.uint8), "found uint8 [2, 3, 8, 8]"),
+        (np.zeros((2, 1, 8, 8), dtype=np.float32), "found float32 [2, 1, 8, 8]"),
+        (np.zeros((3, 8, 8), dtype=np.float32), "found float32 [3, 8, 8]"),
+        (np.zeros((0, 3, 8, 8), dtype=np.float32), "found float32 [0, 3, 8, 8]"),
+        (np.array([{"a": 1}]), "expected a .npy array"),
+        (b"\x93NUMPY\x01\x00", "expected a .npy array"),
+        (None, "does not exist"),
+    ],
+)
+def test_arrays_of_another_kind(array, found, run_dir, tmp_path, capsys):
+    path = tmp_path / "x.npy"
+    if isinstance(array, bytes):
+        path.write_bytes(array)
+    elif array is not None:
+        np.save(path, array, allow_pickle=True)
+    line = refuse("--resume", run_dir / "checkpoint_1.pth.tar", "--predict", path, capsys=capsys)
+    assert str(path) in line
+    assert found in line
+
+
+def test_wrong_input(run_dir, tmp_path, capsys):
+    good = run_dir / "checkpoint_1.pth.tar"
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "text.pth.tar").write_text("no checkpoint")
+    cases = {
+        (): "--resume PATH is missing",
+        ("--resume", tmp_path / "none.pth.tar"): "does not exist",
+        ("--resume", tmp_path / "text.pth.tar"): "text.pth.tar",
+        ("--resume", "auto", "--model_dir", tmp_path / "empty"): "holds no checkpoint",
+        ("--resume", good, "--split_factor", 3): "--split_factor 3 contradicts",
+        ("--resume", good, "--arch", "resnet32"): "--arch resnet32 contradicts",
+        ("--resume", good, "--num_classes", 7): "--num_classes 7 contradicts",
+        ("--resume", good, "--weights", "ema"): "no moving average",
+        ("--resume", good, "--weights", "best"): "--weights",
+        ("--resume", good, "--dataset", "cifar10", "--data", tmp_path / "empty"): str(tmp_path / "empty"),
+        ("--resume", good, "--predict", tmp_path / "none"): "does not exist",
+        ("--resume", good, "--predict", tmp_path / "empty"): "holds no image",
+        ("--resume", good, "--is_test_on_multigpus", 1): "--is_test_on_multigpus 1 needs a GPU",
+        ("--resume", good, "--is_test_with_multistreams", 1): "--is_test_with_multistreams 1 needs a GPU",
+        ("--resume", good, "--amp_dtype", "fp16"): "--amp_dtype fp16",
+        ("--resume", good, "--predit", "x"): "Did you mean 'predict'?",
+    }
+    for arguments, expected in cases.items():
+        assert expected in refuse(*arguments, capsys=capsys)
+
+
+def test_data_with_other_classes(run_dir, tmp_path, capsys):
+    for name in "0123456789"[:9] + "a":
+        (tmp_path / "val" / name).mkdir(parents=True)
+        Image.new("RGB", (16, 16)).save(tmp_path / "val" / name / "1.png")
+    command = ("--resume", run_dir / "checkpoint_1.pth.tar", "--dataset", "folder", "--data", tmp_path)
+    line = refuse(*command, capsys=capsys)
+    assert "class 9 is 'a' in the data and '9' in the checkpoint" in line
+    (tmp_path / "val" / "a").rename(tmp_path / "val" / "9")
+    assert succeed(*command, "--model_dir", tmp_path / "out", capsys=capsys)["images"] == 10
+    (tmp_path / "val" / "9").rename(tmp_path / "9")
+    assert "has 9 classes and the networks of --resume have 10" in refuse(*command, capsys=capsys)
+
+
+def test_images_that_the_networks_cannot_take(run_dir, one_image, monkeypatch, capsys):
+    def too_small(self: SplitNet, images: torch.Tensor) -> torch.Tensor:
+        raise RuntimeError("kernel larger than input\nsecond line")
+
+    monkeypatch.setattr(SplitNet, "forward", too_small)
+    line = refuse("--resume", run_dir / "checkpoint_1.pth.tar", "--predict", one_image, capsys=capsys, code=1)
+    assert "the networks fail on a batch 1 x 3 x 16 x 16: kernel larger than input second line" in line

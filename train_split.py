@@ -343,6 +343,7 @@ class Trainer:
 
     def save(self, name: str) -> None:
         """Write a checkpoint of this name (process 0), and drop the oldest ones beyond --max_ckpt_nums."""
+        self.method.synchronise()
         if not self.world.is_main:
             return
         path = self.folder / name
@@ -539,7 +540,7 @@ class Trainer:
 
     def evaluate_epoch(self) -> None:
         """Evaluate, log the figures and keep the best; every process takes part."""
-        distributed.broadcast_buffers(self.network)
+        self.method.synchronise()
         self.method.eval()
         with self.clock.evaluating():
             figures = {name: self._evaluate(name) for name in self.eval_loaders}
@@ -618,12 +619,20 @@ class Trainer:
                         self._save_and_stop()
                 within = "" if complete else f"_{self.step}"
                 self.save(f"checkpoint_{self.epoch}{within}.pth.tar")
+                self._write_method_files(final=False)
         return self.finish()
+
+    def _write_method_files(self, *, final: bool) -> None:
+        """What the method wants to have in the run directory, such as an architecture that it found."""
+        for name, text in self.method.run_files(final=final).items():
+            if self.world.is_main:
+                ckpt.write_file(self.folder / name, text)
 
     def finish(self) -> dict[str, Any]:
         """Final figures: results.json, curves.png, TensorBoard's hparams."""
         if self.report.last is None or self.report.last["step"] != self.step:  # it was stopped within its evaluation
             self.evaluate_epoch()
+        self._write_method_files(final=True)
         results = self.results()
         if self.world.is_main:
             ckpt.write_file(self.folder / RESULTS, as_json(results))

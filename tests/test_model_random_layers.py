@@ -149,10 +149,18 @@ def test_dropblock_drops_its_share_and_rescales_over_the_batch():
     assert layer.eval()(x_BCHW) is x_BCHW
 
 
-def test_dropblock_survives_small_maps_and_total_loss():
+@pytest.mark.parametrize(("height", "width"), [(4, 4), (2, 7), (1, 1)])
+def test_a_block_larger_than_the_map_shrinks_to_it(height, width):
+    x_BCHW, masks = features(64, 3, height, width), []
+    for block_size in (5, min(height, width)):
+        torch.manual_seed(0)
+        masks.append(DropBlock(0.2, block_size).draw(x_BCHW))
+    assert torch.equal(*masks)
+    assert 0 < masks[0].sum() < masks[0].numel()
+
+
+def test_dropblock_survives_the_loss_of_everything():
     x_BCHW = features(2, 3, 2, 2)
-    y_BCHW = DropBlock(0.1, 5)(x_BCHW)
-    assert y_BCHW.shape == x_BCHW.shape
     torch.testing.assert_close(DropBlock(1.0, 1)(x_BCHW), torch.zeros_like(x_BCHW))
 
 

@@ -229,6 +229,7 @@ class Cream(Method):
                 f"--pre_prob has {len(options.pre_prob)} numbers and the search space {count} operators: "
                 "give one per operator, or --how_to_prob even."
             )
+        network.requires_grad_(True)  # a trainer may have frozen what the supernet's default path leaves unused
         self.board = PathBoard(options.pool_size, options.acc_gap, options.meta_sta_epoch)
         self.history: list[dict[str, Any]] = []
         self.meta_optimizer = torch.optim.SGD(

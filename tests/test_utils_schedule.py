@@ -8,9 +8,11 @@ from pathlib import Path
 import pytest
 
 from utils.errors import UserError
-from utils.schedule import MODES, Schedule
+from utils.schedule import EPOCH_MODES, ITERATION_MODES, Schedule
 
-GOLDEN = json.loads((Path(__file__).parent / "golden" / "lr.json").read_text())["cases"]
+FOLDER = Path(__file__).parent / "golden"
+GOLDEN = json.loads((FOLDER / "lr.json").read_text())["cases"]
+CREAM = json.loads((FOLDER / "cream.json").read_text())["retrain_schedule"]
 OUR_NAMES = {
     "init_lr": "base_lr",
     "num_epochs": "epochs",
@@ -32,7 +34,7 @@ def make(mode: str, **settings: object) -> Schedule:
     return Schedule(**{"mode": mode, "base_lr": 0.1, "epochs": 10, "steps_per_epoch": 7, **settings})
 
 
-@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("mode", ITERATION_MODES)
 def test_warm_up_rises_to_the_base_rate_and_what_follows_never_rises(mode: str) -> None:
     schedule = make(mode, slow_start_epochs=2, slow_start_lr=0.01, milestones=(3, 5), end_lr=1e-3)
     rates = [schedule(step) for step in range(71)]
@@ -42,7 +44,7 @@ def test_warm_up_rises_to_the_base_rate_and_what_follows_never_rises(mode: str) 
     assert rates[-1] == schedule(1000) or mode == "exponential"
 
 
-@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("mode", ITERATION_MODES)
 @pytest.mark.parametrize("slow_start_epochs", [0, -1])
 def test_no_warm_up(mode: str, slow_start_epochs: int) -> None:
     schedule = make(mode, slow_start_epochs=slow_start_epochs, slow_start_lr=0.01)
@@ -76,6 +78,33 @@ def test_exponential_with_and_without_staircase() -> None:
 def test_linear_ends_at_zero() -> None:
     schedule = make("linear")
     assert [schedule(step) for step in (0, 35, 70, 71)] == pytest.approx([0.1, 0.05, 0.0, 0.0])
+
+
+@pytest.mark.parametrize("selection", CREAM)
+def test_published_retraining_of_cream(selection: str) -> None:
+    row = CREAM[selection]
+    decay = {"decay_factor": 0.973, "decay_epochs": 2.4} if row["sched"] == "step" else {"decay_epochs": 500.0}
+    schedule = make(
+        {"step": "epoch_step", "cosine": "epoch_cos"}[row["sched"]],
+        base_lr=0.064,
+        epochs=row["total_epochs"],
+        slow_start_epochs=3,
+        slow_start_lr=1e-6,
+        end_lr=0.0 if row["sched"] == "step" else 1e-5,
+        **decay,
+    )
+    for epoch, rate in row["lr_by_epoch"].items():
+        for batch in (0, 6):
+            assert schedule(7 * int(epoch) + batch) == pytest.approx(rate, rel=1e-9), epoch
+
+
+@pytest.mark.parametrize("mode", EPOCH_MODES)
+def test_epoch_modes_need_no_warm_up_and_never_fall_below_the_floor(mode: str) -> None:
+    schedule = make(mode, slow_start_epochs=-1, decay_factor=0.1, decay_epochs=2.0, end_lr=1e-3)
+    rates = [schedule(step) for step in range(0, 700, 7)]
+    assert rates[0] == pytest.approx(0.1)
+    assert all(after <= before for before, after in itertools.pairwise(rates))
+    assert rates[-1] == 1e-3
 
 
 def test_a_warm_up_as_long_as_training_is_no_error() -> None:

@@ -6,7 +6,9 @@ from dataclasses import dataclass
 from utils.errors import UserError
 from utils.registry import nearest_name
 
-MODES = ("cos", "step", "poly", "HTD", "exponential", "linear")
+ITERATION_MODES = ("cos", "step", "poly", "HTD", "exponential", "linear")
+EPOCH_MODES = ("epoch_cos", "epoch_step")
+MODES = ITERATION_MODES + EPOCH_MODES
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,6 +25,12 @@ class Schedule:
         step         base_lr · step_multiplier^(milestones passed), counted from epoch 0, warm-up included
         exponential  base_lr · decay_factor^((t - W) / (decay_epochs · steps_per_epoch)), exponent rounded down
 
+    The epoch modes are those of Cream's retraining (Peng et al., NeurIPS 2020): constant within an epoch e, decaying from
+    epoch 0 on, with a warm-up over e < slow_start_epochs that the floor does not touch:
+
+        epoch_cos    end_lr + (base_lr - end_lr) · (1 + cos(π · min(e / decay_epochs, 1))) / 2
+        epoch_step   base_lr · decay_factor^(e / decay_epochs), exponent rounded down
+
     Attributes:
         mode: one of MODES.
         base_lr: learning rate at the end of the warm-up.
@@ -31,7 +39,9 @@ class Schedule:
         slow_start_lr: where the warm-up starts.
         end_lr: floor at every iteration, those of the warm-up included.
         milestones, step_multiplier: epochs and factor of `step`.
-        decay_factor, decay_epochs, staircase: of `exponential`; without `staircase` its exponent is not rounded.
+        decay_factor, decay_epochs: of `exponential` and `epoch_step`; of `epoch_cos` the length in epochs, after
+            which the rate stays at end_lr.
+        staircase: without it the exponent of `exponential` is not rounded.
 
     Raises:
         UserError: unknown mode, or a length or interval that is not positive.
@@ -66,12 +76,23 @@ class Schedule:
 
     def __call__(self, step: int) -> float:
         """Learning rate of iteration `step`, counted from 0 over the whole training."""
+        if self.mode in EPOCH_MODES:
+            return self._of_epoch(step // self.steps_per_epoch)
         warm_up = max(self.slow_start_epochs, 0) * self.steps_per_epoch
         if step <= warm_up and warm_up > 0:
             rate = self.slow_start_lr + (self.base_lr - self.slow_start_lr) * step / warm_up
         else:
             rate = self.base_lr * self._decay(step, warm_up)
         return max(rate, self.end_lr)
+
+    def _of_epoch(self, epoch: int) -> float:
+        """Learning rate of all iterations of an epoch, in the epoch modes."""
+        if epoch < self.slow_start_epochs:
+            return self.slow_start_lr + epoch * (self.base_lr - self.slow_start_lr) / self.slow_start_epochs
+        if self.mode == "epoch_step":
+            return max(self.base_lr * self.decay_factor ** math.floor(epoch / self.decay_epochs), self.end_lr)
+        x = min(epoch / self.decay_epochs, 1.0)
+        return self.end_lr + 0.5 * (self.base_lr - self.end_lr) * (1 + math.cos(math.pi * x))
 
     def _decay(self, step: int, warm_up: int) -> float:
         """Factor on the base rate after the warm-up."""

@@ -10,10 +10,10 @@ from typing import Any
 
 import pytest
 import torch
-from golden.fill import fill, image
 
 from model import BackboneRequest, backbones, build_network, build_splitnet, image_shape
 from model.splitnet import SplitNet
+from tests.golden.fill import fill, image
 from utils.macs import count_macs, count_params
 
 GOLDEN = Path(__file__).parent / "golden"

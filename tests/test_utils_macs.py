@@ -36,6 +36,21 @@ def test_matrix_products_count():
     assert count_macs(Attention(), (7, 3)) == 7 * 7 * 3
 
 
+def test_what_only_training_runs_does_not_count():
+    class Auxiliary(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.main, self.auxiliary = nn.Linear(3, 5), nn.Linear(3, 7)
+
+        def forward(self, features_BD):
+            logits_BK = self.main(features_BD)
+            return logits_BK + self.auxiliary(features_BD).sum() if self.training else logits_BK
+
+    network = Auxiliary()
+    assert count_params(network) == 4 * 12
+    assert count_macs(network, (3,)) == 3 * 5
+
+
 def test_counting_leaves_the_module_alone():
     network = make_network()
     network[1].eval()

@@ -40,7 +40,8 @@ def read_curves(run_dir: Path) -> RunCurves:
             rows = list(csv.DictReader(file))
     records: list[dict[str, Any]] = []
     if (run_dir / "metrics.jsonl").exists():
-        lines = (run_dir / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+        # a killed run leaves a last line without its end
+        lines = (run_dir / "metrics.jsonl").read_text(encoding="utf-8").split("\n")[:-1]
         records = [record for record in map(json.loads, lines) if record["kind"] == "train"]
     columns = [name for name in (rows[0] if rows else ()) if name.startswith("acc1_")]
     names = sorted({name for record in records for name in record if name == "loss" or name.startswith("loss_")})

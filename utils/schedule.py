@@ -25,8 +25,8 @@ class Schedule:
         step         base_lr · step_multiplier^(milestones passed), counted from epoch 0, warm-up included
         exponential  base_lr · decay_factor^((t - W) / (decay_epochs · steps_per_epoch)), exponent rounded down
 
-    The epoch modes are those of Cream's retraining (Peng et al., NeurIPS 2020): constant within an epoch e, decaying from
-    epoch 0 on, with a warm-up over e < slow_start_epochs that the floor does not touch:
+    The epoch modes are those of Cream's retraining (Peng et al., NeurIPS 2020): constant within an epoch e, decaying
+    from epoch 0 on, with a warm-up over e < slow_start_epochs that the floor does not touch:
 
         epoch_cos    end_lr + (base_lr - end_lr) · (1 + cos(π · min(e / decay_epochs, 1))) / 2
         epoch_step   base_lr · decay_factor^(e / decay_epochs), exponent rounded down

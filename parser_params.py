@@ -555,13 +555,13 @@ def resolve_config(config: Config, *, data_recipe: str, crop_size: int | None = 
         data_recipe=data_recipe,
         dataset=config.dataset,
         arch=config.archs()[0],
-        split_factor=config.split_factor,
+        split_factor=config.split_factor if len(config.archs()) == 1 else 1,
         epochs=supplied.get("epochs"),
         batch_size=supplied.get("batch_size"),
         given=supplied,
     )
-    if crop_size is not None and config.dataset in ("folder", "synthetic"):
-        defaults["crop_size"] = crop_size
+    if crop_size is not None:
+        defaults.setdefault("crop_size", crop_size)  # open data sets know their size, the recipe does not
     values = {**defaults, **from_method, **given, **adjusted}
     origins = dict.fromkeys((*defaults, *from_method), "recipe") | dict(config.origins)
     origins |= {name: f"{origins.get(name, 'default')}, adjusted" for name in adjusted if name in given}

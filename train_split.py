@@ -9,7 +9,7 @@ import os
 import signal
 import sys
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -579,18 +579,9 @@ class Trainer:
                 raise Stopped(self.stop.number)
             yield batch
 
-    @contextmanager
-    def _evaluated_weights(self) -> Iterator[None]:
+    def _evaluated_weights(self) -> AbstractContextManager[Any]:
         """The moving average of the weights in place of the weights, where there is one."""
-        if self.average is None:
-            yield
-            return
-        raw = {name: value.clone() for name, value in self.network.state_dict().items()}
-        self.network.load_state_dict(self.average.state_dict())
-        try:
-            yield
-        finally:
-            self.network.load_state_dict(raw)
+        return nullcontext() if self.average is None else self.average.applied_to(self.network)
 
     # ---- the run -----------------------------------------------------------------------------------------------------
 

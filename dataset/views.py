@@ -291,7 +291,7 @@ class ViewMaker:
         spec, device = self.spec, images.device
         num_views, batch, _, size, _ = views_VBCHW.shape
         upload = Upload()
-        statistics = upload.add(np.array([spec.mean, spec.std]))
+        scale = upload.add(self._scale())
         plans, order_K = self._plan(parameters, part, upload)
         regroup = [upload.add(plan.order) for plan in plans[1:]]
         in_order = upload.add(np.argsort(order_K))
@@ -316,7 +316,7 @@ class ViewMaker:
         exact = torch.promote_types(views_VBCHW.dtype, torch.float32)
         values = views_VBCHW if exact == views_VBCHW.dtype else torch.empty_like(views_VBCHW, dtype=exact)
         values.copy_(pixels_KCHW.view(values.shape))
-        _normalise(values, *tensors[statistics].to(exact))
+        _normalise(values, tensors[scale])
         if len(erased):
             inside = erasing.inside_boxes(tensors[boxes], size, size, exact)
             values.mul_((1 - inside).view(num_views, batch, 1, size, size))
@@ -363,13 +363,15 @@ class ViewMaker:
         memory_format: torch.memory_format = torch.contiguous_format,
     ) -> Tensor:
         """Images without augmentation: uint8 [B, C, H, W] -> normalised float [B, C, H, W]."""
-        exact = torch.promote_types(dtype, torch.float32)
-        statistics = torch.tensor([self.spec.mean, self.spec.std], dtype=exact)
-        if images.device.type == "cuda":
-            statistics = statistics.pin_memory()
-        values = images.to(exact, memory_format=memory_format)
-        _normalise(values, *statistics.to(images.device, non_blocking=True))
+        upload = Upload()
+        scale = upload.add(self._scale())
+        values = images.to(torch.promote_types(dtype, torch.float32), memory_format=memory_format)
+        _normalise(values, upload.send(images.device)[scale])
         return values.to(dtype)
+
+    def _scale(self) -> np.ndarray:
+        """Largest pixel value, mean and std of each channel: float64 [3, C]."""
+        return np.array([[255.0] * len(self.spec.mean), self.spec.mean, self.spec.std])
 
     def make(
         self,
@@ -387,6 +389,10 @@ class ViewMaker:
         return self.apply(images, parameters, dtype=dtype, memory_format=memory_format)
 
 
-def _normalise(values: Tensor, mean_C: Tensor, std_C: Tensor) -> None:
-    """In place, [..., C, H, W]: from 0 to 255 to torchvision's ToTensor and Normalize."""
-    values.div_(255).sub_(mean_C.view(-1, 1, 1)).div_(std_C.view(-1, 1, 1))
+def _normalise(values: Tensor, scale_3C: Tensor) -> None:
+    """In place, [..., C, H, W]: from 0 to 255 to torchvision's ToTensor and Normalize.
+
+    255 is a tensor because a GPU multiplies by the reciprocal of a number, which rounds twice.
+    """
+    top, mean, std = scale_3C.to(values.dtype).unsqueeze(-1).unsqueeze(-1)
+    values.div_(top).sub_(mean).div_(std)

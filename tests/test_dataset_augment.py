@@ -13,7 +13,7 @@ from scipy import stats
 from timm.data import auto_augment as timm_augment
 from torchvision import transforms
 
-from dataset.augment import erasing, geometry
+from dataset.augment import color, erasing, geometry
 from dataset.augment.plan import Upload, plan_step
 from dataset.augment.policy import (
     AUTOAUGMENT_POLICIES,
@@ -173,6 +173,12 @@ def test_reflection_padding_is_numpys():
     padded = geometry.pad_images(to_tensor(images), 4, "reflect")
     expected = np.pad(images, ((0, 0), (4, 4), (4, 4), (0, 0)), mode="reflect")
     np.testing.assert_array_equal(np.moveaxis(padded.numpy(), 1, -1), expected)
+
+
+def test_counting_on_gpus_is_bincount():
+    bins = torch.from_numpy(np.random.default_rng(0).integers(0, 700, 5000)).int()
+    counts = color.count_without_waiting(bins, 768)
+    assert torch.equal(counts.long(), torch.bincount(bins, minlength=768))
 
 
 # --- AutoAugment ---

@@ -29,12 +29,14 @@ def histograms(images_KCHW: Tensor) -> Tensor:
     """How often each value occurs: integers [K, C, 256]."""
     count, channels = images_KCHW.shape[:2]
     bins, size = _bins(images_KCHW), count * channels * 256
-    if bins.device.type == "cpu":
-        counts = torch.bincount(bins, minlength=size)
-    else:  # bincount would read its largest value back to the host
-        ones = torch.ones(1, dtype=torch.int32, device=bins.device).expand_as(bins)
-        counts = torch.zeros(size, dtype=torch.int32, device=bins.device).scatter_add_(0, bins.long(), ones)
+    counts = torch.bincount(bins, minlength=size) if bins.is_cpu else count_without_waiting(bins, size)
     return counts.view(count, channels, 256)
+
+
+def count_without_waiting(bins: Tensor, size: int) -> Tensor:
+    """torch.bincount for GPUs, where that would read its largest value back to the host: int32 [size]."""
+    ones = torch.ones(1, dtype=torch.int32, device=bins.device).expand_as(bins)
+    return torch.zeros(size, dtype=torch.int32, device=bins.device).scatter_add_(0, bins.long(), ones)
 
 
 def grey(images_KCHW: Tensor) -> Tensor:
@@ -87,7 +89,8 @@ def value_tables(op: Op, values_K: np.ndarray) -> np.ndarray:
 def contrast_tables(images_KCHW: Tensor, factors_K: Tensor) -> Tensor:
     """ImageEnhance.Contrast, towards or away from the mean luminance, rounded half up: uint8 [K, 1, 256]."""
     grey_KP = grey(images_KCHW).flatten(1)
-    means_K = grey_KP.sum(1).double().div_(grey_KP.shape[1]).add_(0.5).floor_()
+    pixels = grey_KP.shape[1]
+    means_K = (grey_KP.sum(1) * 2 + pixels) // (2 * pixels)
     levels = torch.arange(256, device=images_KCHW.device).float()
     return blend(means_K.float().view(-1, 1, 1), levels, factors_K.float().view(-1, 1, 1))
 
@@ -97,7 +100,7 @@ def autocontrast_tables(images_KCHW: Tensor) -> Tensor:
     low_KC1 = images_KCHW.flatten(2).amin(-1, keepdim=True).double()
     high_KC1 = images_KCHW.flatten(2).amax(-1, keepdim=True).double()
     constant = high_KC1 == low_KC1  # left as it is
-    # torch would make a number / a tensor of a reciprocal, which rounds twice
+    # a tensor over a tensor: with a number on either side torch may multiply by a reciprocal, which rounds twice
     scale_KC1 = torch.where(constant, 1.0, torch.full_like(low_KC1, 255).div_(high_KC1 - low_KC1))
     offset_KC1 = torch.where(constant, 0.0, -low_KC1 * scale_KC1)
     levels = torch.arange(256, device=images_KCHW.device).double()
@@ -106,12 +109,12 @@ def autocontrast_tables(images_KCHW: Tensor) -> Tensor:
 
 def equalize_tables(images_KCHW: Tensor) -> Tensor:
     """ImageOps.equalize: uint8 [K, C, 256]."""
-    counts = histograms(images_KCHW).double()
+    counts = histograms(images_KCHW)
     highest = images_KCHW.flatten(2).amax(-1, keepdim=True).long()
-    step = ((images_KCHW[0, 0].numel() - counts.gather(-1, highest)) / 255).floor_()
+    step = (images_KCHW[0, 0].numel() - counts.gather(-1, highest)) // 255
     below = counts.cumsum(-1).sub_(counts)
     # too few pixels besides the brightest: left as it is
-    unchanged = (step == 0).double()
-    levels = torch.arange(256, device=images_KCHW.device).double()
-    numerator = below.add_((step / 2).floor_()).mul_(1 - unchanged).add_(levels * unchanged)
-    return numerator.div_(step + unchanged).clamp_(max=255).int().to(torch.uint8)
+    unchanged = (step == 0).long()
+    levels = torch.arange(256, device=images_KCHW.device)
+    numerator = below.add_(step // 2).mul_(1 - unchanged).add_(levels * unchanged)
+    return numerator.double().div_(step + unchanged).clamp_(max=255).int().to(torch.uint8)

@@ -1,6 +1,7 @@
 """Heads beside the networks: sizes from the tables, what they copy, what they drop, how they start."""
 
 import json
+from functools import lru_cache
 from pathlib import Path
 
 import pytest
@@ -102,11 +103,17 @@ def build(arch: str, **changes) -> nn.Module:
     return build_network(request_of(arch, **changes))
 
 
-@pytest.mark.parametrize("arch", WITH_EXITS)
-def test_sizes_with_exits(arch):
+@lru_cache
+def with_exits(arch: str) -> WithHeads:
+    """A network and its exits without storage."""
     with torch.device("meta"):
         network = build(arch)
-        whole = WithHeads(network, exit_heads(network))
+        return WithHeads(network, exit_heads(network))
+
+
+@pytest.mark.parametrize("arch", WITH_EXITS)
+def test_sizes_with_exits(arch):
+    whole = with_exits(arch)
     side = request_of(arch).crop_size
     params, macs = WITH_EXITS[arch]
     assert count_params(whole) == params
@@ -116,17 +123,15 @@ def test_sizes_with_exits(arch):
 @pytest.mark.parametrize("name", PAIRS)
 def test_sizes_of_pairs(name):
     l_mcl = methods.get("l_mcl")
-    archs = l_mcl.backbone_names(name, l_mcl.Options())
+    wholes = [with_exits(arch) for arch in l_mcl.backbone_names(name, l_mcl.Options())]
     with torch.device("meta"):
-        networks = [build(arch) for arch in archs]
-        exits = [exit_heads(network) for network in networks]
-        sizes = [embedding_size(network) for network in networks]
-        counts = [len(own) + 1 for own in exits]
+        sizes = [embedding_size(whole.network) for whole in wholes]
+        counts = [len(whole.heads) + 1 for whole in wholes]
         per_exit = [size for size, count in zip(sizes, counts, strict=True) for _ in range(count)]
         heads = [ProjectionHead(size, 128) for size in per_exit]
         gates = [Gate(count, size) for count, size in zip(counts, sizes, strict=True)]
         weight_net = PairWeights(per_exit)
-    found = [sum(map(count_params, group)) for group in ((*networks, *exits), heads, gates, (weight_net,))]
+    found = [sum(map(count_params, group)) for group in (wholes, heads, gates, (weight_net,))]
     assert tuple(found) == PAIRS[name]
 
 

@@ -18,6 +18,9 @@ from dataset.augment.policy import Op, Resample
 
 _REACH = 2  # the furthest neighbour that cubic interpolation reads, in pixels
 _FIXED_BITS = 16  # PIL's nearest-neighbour affine counts in 1/65536 of a pixel
+# Where an op's value stands in its matrix; a rotation fills the whole of it.
+_MATRIX_PLACE = np.zeros(len(Op), dtype=np.int64)
+_MATRIX_PLACE[[Op.SHEAR_X, Op.TRANSLATE_X, Op.SHEAR_Y, Op.TRANSLATE_Y]] = [1, 2, 3, 5]
 
 
 def pad_images(images_NCHW: Tensor, padding: int, mode: str) -> Tensor:
@@ -69,15 +72,10 @@ def mirror(images_KCHW: Tensor) -> Tensor:
 
 def affine_matrices(ops_K: np.ndarray, values_K: np.ndarray, height: int, width: int) -> np.ndarray:
     """PIL's matrices of geometric ops: float64 [K, 6]. Values as `dataset.augment.policy.Op` says."""
-    matrices_K6 = np.tile(np.array([1.0, 0.0, 0.0, 0.0, 1.0, 0.0]), (len(ops_K), 1))
-    for op, column, scale in (
-        (Op.SHEAR_X, 1, 1),
-        (Op.SHEAR_Y, 3, 1),
-        (Op.TRANSLATE_X, 2, width),
-        (Op.TRANSLATE_Y, 5, height),
-    ):
-        chosen = ops_K == op
-        matrices_K6[chosen, column] = values_K[chosen] * scale
+    matrices_K6 = np.zeros((len(ops_K), 6))
+    matrices_K6[:, [0, 4]] = 1
+    scales = np.where(ops_K == Op.TRANSLATE_X, width, np.where(ops_K == Op.TRANSLATE_Y, height, 1))
+    matrices_K6[np.arange(len(ops_K)), _MATRIX_PLACE[ops_K]] = values_K * scales
     for k in np.flatnonzero(ops_K == Op.ROTATE):
         matrices_K6[k] = _rotation(float(values_K[k]), height, width)
     return matrices_K6

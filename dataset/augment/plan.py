@@ -18,7 +18,11 @@ from torch import Tensor
 from dataset.augment import color, geometry
 from dataset.augment.policy import Op, Resample
 
-_TORCH_TYPES = {"int64": torch.int64, "float64": torch.float64, "uint8": torch.uint8}
+_TORCH_TYPES = {
+    np.dtype(np.int64): torch.int64,
+    np.dtype(np.float64): torch.float64,
+    np.dtype(np.uint8): torch.uint8,
+}
 
 
 class Upload:
@@ -39,7 +43,7 @@ class Upload:
             host = host.pin_memory()
         parts = host.to(device, non_blocking=True).split([array.nbytes // 8 for array in self._arrays])
         return [
-            part.view(_TORCH_TYPES[array.dtype.name]).view(array.shape)
+            part.view(_TORCH_TYPES[array.dtype]).view(array.shape)
             for part, array in zip(parts, self._arrays, strict=True)
         ]
 

@@ -106,7 +106,7 @@ class Trainer:
         self.macs_total = count_macs(self.network, (3, config.crop_size, config.crop_size))
         new_heads = self._load_pretrained() if config.pretrained is not None and resumed is None else ()
         self.method.to(world.device, self.precision.weights)
-        self.method.to(memory_format=self.precision.memory_format)  # type: ignore[call-overload]
+        self.method.to(memory_format=self.precision.memory_format)
         if config.is_syncbn and world.world_size > 1:
             distributed.synchronise_batchnorm(self.method, world.device)
 
@@ -238,8 +238,8 @@ class Trainer:
             archs=names if len(names) > 1 else None,
         )
         for one in network.models:
-            unused = one.unused_parameter_names() if hasattr(one, "unused_parameter_names") else ()
-            for name in unused:  # kept for released checkpoints; no forward pass uses them
+            # kept for released checkpoints; no forward pass uses them
+            for name in getattr(one, "unused_parameter_names", tuple)():
                 one.get_parameter(name).requires_grad_(False)
         smoothing = LABEL_SMOOTHING if config.is_label_smoothing else 0.0
         with torch.random.fork_rng(devices=[]):

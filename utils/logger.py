@@ -65,7 +65,7 @@ class LineFile:
     def rewind(self, lines: int) -> None:
         """Keep the first `lines` lines (header included) and drop the rest, half-written ones too."""
         self.close()
-        kept = []
+        kept: list[bytes] = []
         if self.path.exists():
             with self.path.open("rb") as file:
                 for line in file:

@@ -108,6 +108,19 @@ def test_split_factors_that_do_not_divide_the_groups(arch, split_factor):
     assert network(torch.empty(2, 3, 64, 64, device="meta")).shape == (2, 10)
 
 
+@pytest.mark.parametrize(
+    "arch", ["senet113", "resnexst50_4x16d", "shake_resnet26_2x96d", "pyramidnet164", "densenet190"]
+)
+def test_a_last_stage_of_the_halved_depth_fits_the_tail(arch):
+    shape = next(iter(LEGAL[arch]))
+    network = build(arch, 4, shape)
+    *early, last = network.stages
+    features = network.stem(torch.empty(2, 3, 64, 64, device="meta"))
+    for stage in early:
+        features = stage(features)
+    assert network.classify(network.tail(last[: network.halved_depth()](features))).shape == (2, 10)
+
+
 # ---- SE-ResNet, SE-ResNeXt, SENet, ResNeXSt --------------------------------------------------------------------------
 
 

@@ -25,7 +25,7 @@ from method import Method, Progress, StepOutput, Targets, average_over_processes
 from model.backbone.base import StagedBackbone
 from model.heads import Gate, PairWeights, ProjectionHead, embedding_size, exit_heads, require_stages
 from model.splitnet import SplitNet
-from utils.distributed import ProcessSyncBatchNorm, all_gather_rows
+from utils.distributed import ProcessSyncBatchNorm, all_gather_rows, broadcast_buffers
 from utils.errors import UserError
 from utils.meta import VirtualSGD, buffers_restored, meta_gradient
 from utils.options import option
@@ -205,6 +205,7 @@ class LMCL(Method):
         self.register_buffer("banks_NRD", None)
         self.table: ClassTable | None = None
         self.seed = 0
+        self._meta_due = False
         self.weight_optimizer = torch.optim.SGD(
             self.weight_net.parameters(), lr=0.0, momentum=META_MOMENTUM, nesterov=True
         )
@@ -293,7 +294,12 @@ class LMCL(Method):
             size, bound = self.options.feat_dim, 1 / math.sqrt(self.options.feat_dim / 3)
             generator = torch_generator(seed, STREAM_METHOD)
             banks_NRD = torch.rand(self.network.split_factor, len(labels_N), size, generator=generator)
-            self.banks_NRD = banks_NRD.mul_(2 * bound).sub_(bound).to(device)
+            dtype = torch.promote_types(next(self.heads.parameters()).dtype, torch.float32)
+            self.banks_NRD = banks_NRD.mul_(2 * bound).sub_(bound).to(device, dtype)
+
+    def before_step(self, views_SBCHW: Tensor, targets: Targets, progress: Progress) -> None:
+        """Note that a meta round is due: where batches are accumulated, the update comes some batches later."""
+        self._meta_due |= progress.batch % self.options.meta_freq == 0
 
     def forward(self, views_SBCHW: Tensor, targets: Targets, progress: Progress) -> StepOutput:
         """Views [1, B, C, H, W] -> loss, metrics, logits [N, B, K] of the networks themselves.
@@ -321,8 +327,9 @@ class LMCL(Method):
 
     def after_step(self, views_SBCHW: Tensor, targets: Targets, output: StepOutput, progress: Progress) -> None:
         """Every --meta_freq batches of an epoch, train the pair weights on the same batch."""
-        if progress.batch % self.options.meta_freq:
+        if not self._meta_due:
             return
+        self._meta_due = False
         view_BCHW = _single(views_SBCHW)
         with (
             buffers_restored(self.network, self.exits),
@@ -338,6 +345,11 @@ class LMCL(Method):
             group.update(lr=progress.learning_rate, weight_decay=progress.weight_decay)
         self.weight_optimizer.step()
         self.weight_optimizer.zero_grad()
+
+    def synchronise(self) -> None:
+        """Make the networks' and exits' buffers those of process 0; the banks are the same everywhere as they are."""
+        broadcast_buffers(self.network)
+        broadcast_buffers(self.exits)
 
     def trained_parameters(self) -> list[tuple[str, nn.Parameter]]:
         """All but the pair weights, which the meta rounds train."""

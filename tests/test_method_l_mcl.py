@@ -50,6 +50,7 @@ def train(method: LMCL, steps: range, optimizer: torch.optim.Optimizer | None = 
     for step in steps:
         views, targets = batch(seed=step)
         progress = progress_of(step)
+        method.before_step(views, targets, progress)
         output = method(views, targets, progress)
         optimizer.zero_grad()
         output.loss.backward()
@@ -266,6 +267,12 @@ def test_meta_gradient_is_that_of_the_unrolled_chain(times, options):
     assert max(one.abs().max() for one in found) > 1e-8
 
 
+def around_step(method: LMCL, views: Tensor, targets: Targets, progress: Progress) -> None:
+    """What the trainer calls before and after a step, without the step."""
+    method.before_step(views, targets, progress)
+    method.after_step(views, targets, None, progress)
+
+
 @pytest.mark.parametrize("options", [{}, BANK], ids=["batch", "bank"])
 def test_meta_round_changes_the_pair_weights_and_nothing_else(options):
     method = make(meta_freq=3, **options)
@@ -275,14 +282,24 @@ def test_meta_round_changes_the_pair_weights_and_nothing_else(options):
     method.zero_grad()
     before = {name: value.clone() for name, value in method.state_dict().items()}
     for step, changes in ((1, False), (2, False), (3, True)):
-        output = method(views, targets, progress_of(step)) if step == 0 else None
-        method.after_step(views, targets, output, progress_of(step))
+        around_step(method, views, targets, progress_of(step))
         for name, value in method.state_dict().items():
             moved = not torch.equal(value, before[name])
             assert moved == (changes and name.startswith("weight_net.")), name
     assert all(p.grad is None for p in method.parameters())
     assert all(torch.equal(optimizer.state[p]["momentum_buffer"], saved) for p, saved in momentum.items())
     assert method.training
+
+
+def test_a_round_that_falls_between_updates_is_made_at_the_next_one():
+    method = make(meta_freq=3)
+    views, targets = batch()
+    before = method.weight_net.layers[0].weight.detach().clone()
+    method.before_step(views, targets, progress_of(3))  # the first of two accumulated batches
+    for step, changes in ((4, True), (5, False)):
+        around_step(method, views, targets, progress_of(step))
+        assert torch.equal(method.weight_net.layers[0].weight, before) != changes
+        before = method.weight_net.layers[0].weight.detach().clone()
 
 
 def test_pair_weights_step_by_nesterov_with_lasting_momentum():
@@ -297,7 +314,7 @@ def test_pair_weights_step_by_nesterov_with_lasting_momentum():
             g = g + 0.01 * p.detach()
             v.mul_(0.9).add_(g)
             expected.append(p.detach() - rate * (g + 0.9 * v))
-        method.after_step(views, targets, None, progress)
+        around_step(method, views, targets, progress)
         for p, wanted in zip(method.weight_net.parameters(), expected, strict=True):
             torch.testing.assert_close(p.detach(), wanted)
 
@@ -308,7 +325,7 @@ def test_meta_round_is_full_precision_under_autocast():
     for enabled in (False, True):
         method = make(meta_freq=1)
         with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
-            method.after_step(views.bfloat16().float(), targets, None, progress_of())
+            around_step(method, views, targets, progress_of())
         results.append([p.detach().clone() for p in method.weight_net.parameters()])
     assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
 
@@ -317,7 +334,7 @@ def test_a_round_that_is_not_finite_is_skipped():
     method = make(meta_freq=1)
     before = [p.detach().clone() for p in method.weight_net.parameters()]
     views, targets = batch()
-    method.after_step(views * float("nan"), targets, None, progress_of())
+    around_step(method, views * float("nan"), targets, progress_of())
     assert all(torch.equal(p, saved) for p, saved in zip(method.weight_net.parameters(), before, strict=True))
 
 
@@ -325,7 +342,7 @@ def test_synchronised_batch_norm_is_refused():
     method = make()
     method.network = nn.SyncBatchNorm.convert_sync_batchnorm(method.network)
     with pytest.raises(UserError, match="--is_syncbn"):
-        method.after_step(*batch(), None, progress_of())
+        around_step(method, *batch(), progress_of())
 
 
 # ---- memory banks ---------------------------------------------------------------------------------------------------
@@ -379,6 +396,7 @@ def test_banks_start_uniform_and_follow_the_final_embeddings():
     assert make().sampler == "class_balanced"
     banks = method.banks_NRD.clone()
     assert banks.shape == (2, 40, 48)
+    assert banks.dtype == torch.float32
     assert banks.abs().max() <= 0.25
     assert banks.std().item() == pytest.approx(0.25 / 3**0.5, rel=0.05)
 
@@ -536,6 +554,7 @@ def _train_on_own_images(rank: int, options: dict) -> dict[str, Tensor]:
     for step in range(3):
         views, targets = batch(seed=10 * step + rank)
         progress = progress_of(step, indices=torch.tensor([0, 1, 4, 5, 2, 3, 6, 7]) + 8 * rank)
+        method.before_step(views, targets, progress)
         output = method(views, targets, progress)
         optimizer.zero_grad()
         output.loss.backward()

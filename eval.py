@@ -579,7 +579,7 @@ def run(config: Config) -> dict[str, Any]:
         predict = session.config.extra_options.predict
         return run_evaluation(session) if predict is None else run_prediction(session, Path(predict))
     finally:
-        distributed.leave()
+        distributed.leave(world)
 
 
 def evaluate_arguments(argv: list[str]) -> dict[str, Any]:

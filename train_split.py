@@ -200,6 +200,7 @@ class Trainer:
         self.clock = RunClock()
         self.meter = MeanMeter(world.device)
         self.epoch_meter = MeanMeter(world.device)
+        self.bad_images: dict[Path, str] = {}
         self.stop = StopRequest()
         self.stopping = False  # what all processes have agreed on
         self.log = RunLog(self.folder, self.num_networks, active=world.is_main)
@@ -611,7 +612,21 @@ class Trainer:
                 within = "" if complete else f"_{self.step}"
                 self.save(f"checkpoint_{self.epoch}{within}.pth.tar")
                 self._write_method_files(final=False)
+                self._list_bad_images()
         return self.finish()
+
+    def _list_bad_images(self) -> None:
+        """Name the images that --on_bad_image skip has left out so far, in the log and in bad_images.txt."""
+        found = dict(self.loader.bad_images)
+        for loader in self.eval_loaders.values():
+            found.update(loader.bad_images)
+        new = {path: why for path, why in found.items() if path not in self.bad_images}
+        for path, why in new.items():
+            logger.warning("left out: %s: %s", path, why)
+        self.bad_images.update(new)
+        if new:
+            name = "bad_images.txt" if self.world.is_main else f"bad_images_{self.world.rank}.txt"
+            ckpt.write_file(self.folder / name, "".join(f"{p}: {why}\n" for p, why in sorted(self.bad_images.items())))
 
     def _write_method_files(self, *, final: bool) -> None:
         """What the method wants to have in the run directory, such as an architecture that it found."""
@@ -715,11 +730,12 @@ def run(config: Config) -> dict[str, Any]:
         if world.is_main:
             ckpt.write_file(folder / "hparams_train.json", as_json(config.described()))
             ckpt.write_file(folder / "env.json", as_json(describe_environment(world)))
-        trainer = Trainer(config, world, source, resumed)
-        announce(trainer)
-        return trainer.run()
+        with distributed.naming_lost_processes(world):
+            trainer = Trainer(config, world, source, resumed)
+            announce(trainer)
+            return trainer.run()
     finally:
-        distributed.leave()
+        distributed.leave(world)
 
 
 def finished_results(folder: Path, config: Config, resumed: Mapping[str, Any] | None) -> dict[str, Any] | None:

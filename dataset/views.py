@@ -142,6 +142,7 @@ class ViewParameters:
     """Everything random about V views of B images.
 
     Attributes:
+        image_size: height and width of the images, in pixels.
         tops_VB, lefts_VB: int64 [V, B], corner of the crop in the padded image, in pixels.
         flips_VB: bool [V, B], mirror the crop.
         steps: ops in sequence with the colour that their geometric ops fill with, one entry for each source of ops
@@ -150,17 +151,13 @@ class ViewParameters:
         noise_keys_VB: int64 [V, B], keys of the noise of erase_mode "pixel".
     """
 
+    image_size: tuple[int, int]
     tops_VB: np.ndarray
     lefts_VB: np.ndarray
     flips_VB: np.ndarray
     steps: tuple[tuple[Steps, tuple[int, int, int]], ...]
     boxes_VB4: np.ndarray
     noise_keys_VB: np.ndarray
-
-    @property
-    def num_views(self) -> int:
-        """V."""
-        return len(self.tops_VB)
 
 
 _CROP_SLOTS = 4  # top, left, flip, noise key
@@ -229,6 +226,7 @@ class ViewMaker:
             more = counter_uniform(key, np.asarray(positions_B)[again], views_V, num_slots + _RETRY_SLOTS)
             boxes_VB4[:, again] = boxes(more)[0]
         return ViewParameters(
+            image_size=image_size,
             tops_VB=(uniforms[..., 0] * (room_y + 1)).astype(np.int64),
             lefts_VB=(uniforms[..., 1] * (room_x + 1)).astype(np.int64),
             flips_VB=(uniforms[..., 2] < 0.5) & spec.flip,
@@ -240,8 +238,8 @@ class ViewMaker:
     def _room(self, image_size: tuple[int, int]) -> tuple[int, int]:
         """How far a crop can move in the padded image, down and to the right, in pixels."""
         spec = self.spec
-        if spec.random_resized_crop:
-            return 0, 0
+        if spec.random_resized_crop and image_size != (spec.crop_size, spec.crop_size):
+            raise ValueError(f"views must come cropped to {spec.crop_size}x{spec.crop_size} pixels, got {image_size}")
         room_y, room_x = (size + 2 * spec.padding - spec.crop_size for size in image_size)
         if min(room_y, room_x) < 0:
             raise UserError(
@@ -272,10 +270,17 @@ class ViewMaker:
         """
         num_views, batch = parameters.tops_VB.shape
         size, channels = self.spec.crop_size, images.shape[-3]
-        if images.dtype != torch.uint8 or images.dim() not in (4, 5) or images.shape[-4] != batch:
-            raise ValueError(f"images must be uint8 [{batch}, C, H, W], got {images.dtype} {list(images.shape)}")
-        if images.dim() == 5 and not self.spec.random_resized_crop:
-            raise ValueError(f"only with random_resized_crop do images come as views, got {list(images.shape)}")
+        leading = [(batch,), (num_views, batch)] if self.spec.random_resized_crop else [(batch,)]
+        if (
+            images.dtype != torch.uint8
+            or tuple(images.shape[:-3]) not in leading
+            or tuple(images.shape[-2:]) != parameters.image_size
+        ):
+            height, width = parameters.image_size
+            raise ValueError(
+                f"the parameters are of uint8 images [{batch}, C, {height}, {width}]"
+                f"{' or views of them' * self.spec.random_resized_crop}, got {images.dtype} {list(images.shape)}"
+            )
         views = torch.empty(
             (num_views * batch, channels, size, size), dtype=dtype, device=images.device, memory_format=memory_format
         ).view(num_views, batch, channels, size, size)

@@ -316,11 +316,25 @@ def test_a_crop_larger_than_the_images_is_refused():
 def test_wrong_images_are_refused():
     maker = ViewMaker(cifar_spec(), seed=0)
     parameters = maker.draw(0, np.arange(4), 2, (32, 32))
-    for images in (torch.zeros(4, 3, 32, 32), torch.zeros(5, 3, 32, 32, dtype=torch.uint8)):
+    byte = torch.uint8
+    wrong = [
+        torch.zeros(4, 3, 32, 32),
+        torch.zeros(5, 3, 32, 32, dtype=byte),
+        torch.zeros(4, 3, 32, 33, dtype=byte),
+        torch.zeros(2, 4, 3, 32, 32, dtype=byte),
+        torch.zeros(3, 32, 32, dtype=byte),
+    ]
+    for images in wrong:
         with pytest.raises(ValueError, match="uint8"):
             maker.apply(images, parameters)
-    with pytest.raises(ValueError, match="random_resized_crop"):
-        maker.apply(torch.zeros(2, 4, 3, 32, 32, dtype=torch.uint8), parameters)
+
+
+def test_views_that_should_come_cropped_are_not_cropped_again():
+    maker = ViewMaker(view_spec("imagenet", **FLAGS), seed=0)
+    with pytest.raises(ValueError, match="32x32"):
+        maker.draw(0, np.arange(4), 2, (40, 40))
+    with pytest.raises(ValueError, match="views"):
+        maker.apply(torch.zeros(3, 4, 3, 32, 32, dtype=torch.uint8), maker.draw(0, np.arange(4), 2, (32, 32)))
 
 
 @pytest.mark.gpu

@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from enum import IntEnum
 from functools import partial
-from itertools import pairwise
+from itertools import pairwise, product
 
 import numpy as np
 import torch
@@ -105,7 +105,9 @@ def _kind(op: Op, resample: Resample) -> _Kind:
     return _Kind(first + (resample is Resample.BICUBIC))
 
 
-_KINDS = np.array([[_kind(op, Resample(number or 0)) for number in (0, None, 2, 3)] for op in Op], dtype=np.int16)
+_KINDS = np.zeros((len(Op), max(Resample) + 1), dtype=np.int16)  # by op and interpolation
+for _op, _resample in product(Op, Resample):
+    _KINDS[_op, _resample] = _kind(_op, _resample)
 
 
 def plan_step(

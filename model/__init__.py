@@ -1,8 +1,8 @@
 """Backbone registry and the one function that builds a (divided) network from its name."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
-from typing import Any, Protocol
+from dataclasses import dataclass, field, fields, replace
+from typing import Any, Protocol, TypeVar
 
 import torch
 from torch import nn
@@ -12,6 +12,8 @@ from model.splitnet import SplitNet
 from utils.errors import UserError
 from utils.registry import Registry
 from utils.seed import STREAM_INIT, fold_in
+
+T = TypeVar("T")
 
 SMALL = "small"  # CIFAR-shaped: 3x3 stem, three stages, 32x32-like images
 LARGE = "large"  # ImageNet-shaped: stride-2 stem, four stages, 224-like images
@@ -28,7 +30,7 @@ class BackboneRequest:
         shape: SMALL or LARGE, see `image_shape`.
         dataset: name of the data set; a few published dropout rates depend on it.
         crop_size: side of the square input in pixels.
-        options: values of the family's own flags (its registered `Options`), by field name.
+        options: values of the family's own flags by field name, beside those of others: see `family_options`.
     """
 
     arch: str
@@ -106,6 +108,12 @@ def check_request(request: BackboneRequest) -> Backbone:
             f"({request.shape} images): use {shown}."
         )
     return entry
+
+
+def family_options(kind: type[T], request: BackboneRequest) -> T:
+    """A family's own options out of those of all families; what is not said keeps its default."""
+    own = {item.name for item in fields(kind)} & request.options.keys()  # type: ignore[arg-type]
+    return kind(**{name: request.options[name] for name in own})
 
 
 def build_network(request: BackboneRequest) -> nn.Module:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from model import SMALL, Backbone, BackboneRequest, backbones
+from model import SMALL, Backbone, BackboneRequest, backbones, family_options
 from model.backbone.base import StagedBackbone
 from model.division import ANY_SPLIT, densenet_growth, densenet_shake_drop_rates
 from model.layers.resnet_parts import conv_bn
@@ -217,7 +217,7 @@ def _transition(channels: int, official: bool) -> nn.Sequential:
 
 def build(request: BackboneRequest) -> nn.Module:
     """One of the S networks of DenseNet-BC-190."""
-    options = DenseNetOptions(**request.options)
+    options = family_options(DenseNetOptions, request)
     split_factor = request.split_factor
     return DenseNet(
         densenet_growth(split_factor),

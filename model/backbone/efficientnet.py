@@ -13,7 +13,7 @@ from typing import NamedTuple
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from model import LARGE, SMALL, Backbone, BackboneRequest, backbones
+from model import LARGE, SMALL, Backbone, BackboneRequest, backbones, family_options
 from model.backbone.base import StagedBackbone
 from model.division import EFFICIENTNET_CHANNELS, divided_rate, efficientnet_channels
 from model.layers.squeeze_excitation import squeeze_excite
@@ -360,7 +360,7 @@ def build(request: BackboneRequest) -> nn.Module:
     Raises:
         UserError: the lukemelas implementation was asked for and the images are small.
     """
-    options = EfficientNetOptions(**request.options)
+    options = family_options(EfficientNetOptions, request)
     width, depth, image_size, dropout = COEFFICIENTS[request.arch]
     structure = efficientnet_structure(width, depth, request.split_factor, request.shape)
     dropout = divided_rate(dropout, request.split_factor)

@@ -10,7 +10,7 @@ from functools import partial
 
 from torch import Tensor, nn
 
-from model import SMALL, Backbone, BackboneRequest, backbones
+from model import SMALL, Backbone, BackboneRequest, backbones, family_options
 from model.backbone.base import StagedBackbone
 from model.layers.resnet_parts import make_stage
 from utils.errors import UserError
@@ -110,7 +110,7 @@ class WideResNet(StagedBackbone):
 
 
 def _build(depth: int, widen_factor: int, last_width: int, fan_in: bool, request: BackboneRequest) -> WideResNet:
-    options = WrnOptions(**{k: v for k, v in request.options.items() if k == "wrn_dropout"})
+    options = family_options(WrnOptions, request)
     network = WideResNet(depth, widen_factor, request.num_classes, last_width=last_width, dropout=options.wrn_dropout)
     for module in network.modules():
         if isinstance(module, nn.Conv2d):

@@ -1,0 +1,110 @@
+"""Parameters and MACs from flags alone, equal to the published networks' counts."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+import summary
+import train_split
+from script.summarise_zoo import zoo_rows
+
+ROWS = json.loads((Path(__file__).parent / "golden" / "params_macs.json").read_text())
+
+
+def run(*argv: object, capsys: pytest.CaptureFixture[str], program=summary.main) -> tuple[int, str, str]:
+    code = program([str(word) for word in argv])
+    captured = capsys.readouterr()
+    return code, captured.out, captured.err
+
+
+def row_of(arch: str, dataset: str, split_factor: int, variant: str | None = None) -> dict[str, int]:
+    wanted = {"arch": arch, "dataset": dataset, "split_factor": split_factor}
+    (row,) = [r for r in ROWS if wanted.items() <= r.items() and r.get("variant") == variant]
+    return row
+
+
+@pytest.mark.parametrize(
+    ("arch", "dataset", "split_factor", "variant", "flags"),
+    [
+        ("resnet110", "cifar100", 4, None, ()),
+        ("wide_resnet50_2", "imagenet", 2, None, ()),
+        ("efficientnetb1", "imagenet", 2, "lightnet", ()),
+        ("densenet190", "cifar100", 1, "densenet3", ("--is_official_densenet", 0)),
+    ],
+)
+def test_golden_counts(arch, dataset, split_factor, variant, flags, capsys):
+    row = row_of(arch, dataset, split_factor, variant)
+    command = ("--arch", arch, "--dataset", dataset, "--split_factor", split_factor, *flags)
+    code, out, _ = run(*command, capsys=capsys)
+    assert code == 0
+    result = json.loads(out.splitlines()[-1])
+    for name in ("params_one", "params_total", "macs_total", "crop"):
+        assert result[name] == row[name]
+    assert result["macs_one"] * split_factor == row["macs_total"]
+    # thop counts batch norm and pooling too
+    assert row["macs_total"] < result["thop_macs_total"] < 1.2 * row["macs_total"]
+    assert f"{row['params_total'] / 1e6:.3f}" in out.splitlines()[-2]
+
+
+def test_the_trainer_prints_the_same(capsys):
+    command = ("--arch", "resnet20", "--dataset", "digits", "--split_factor", 2)
+    expected = run(*command, capsys=capsys)
+    assert run("--is_summary", 1, *command, capsys=capsys, program=train_split.main) == expected
+    assert json.loads(expected[1].splitlines()[-1])["crop"] == 16
+
+
+def test_several_networks_and_one_of_them(capsys):
+    def size(*flags: object) -> dict[str, int]:
+        code, out, err = run("--dataset", "cifar10", *flags, capsys=capsys)
+        assert code == 0, err
+        return json.loads(out.splitlines()[-1])
+
+    small, large = size("--arch", "resnet20"), size("--arch", "resnet32")
+    both = size("--method", "dml", "--arch", "resnet20,resnet32")
+    assert both["params_one"] == small["params_one"]
+    assert both["params_total"] == small["params_total"] + large["params_total"]
+    assert both["macs_total"] == small["macs_total"] + large["macs_total"]
+    assert both["split_factor"] == 2
+    alone = size("--arch", "resnet20", "--split_factor", 4, "--is_train_sep", 1)
+    assert alone["params_total"] == alone["params_one"] == size("--arch", "resnet20", "--split_factor", 4)["params_one"]
+
+
+def test_open_data_sets_need_the_number_of_classes(capsys):
+    for dataset in ("synthetic", "folder"):
+        code, _, err = run("--arch", "resnet50", "--dataset", dataset, capsys=capsys)
+        assert code == 2
+        assert err.startswith("summary.py: --is_summary opens no data")
+        assert "--num_classes" in err
+        command = ("--arch", "resnet50", "--dataset", dataset, "--num_classes", 1000, "--crop_size", 224)
+        code, out, _ = run(*command, capsys=capsys)
+        assert json.loads(out.splitlines()[-1])["params_one"] == row_of("resnet50", "imagenet", 1)["params_one"]
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (("--arch", "resnet111"), "--arch 'resnet111' is not a known backbone"),
+        (("--arch", "resnet110", "--dataset", "imagenet"), "exists for small images only"),
+        (("--arch", "resnet110", "--split_factor", 3), "--split_factor 3 is not possible"),
+        (("--arch", "resnet110", "--num_classes", 7), "--num_classes 7: --dataset cifar10 has 10 classes"),
+    ],
+)
+def test_mistakes(flags, message, capsys):
+    code, out, err = run(*flags, capsys=capsys)
+    assert code == 2
+    assert out == ""
+    assert message in err
+
+
+def test_zoo():
+    rows = zoo_rows(["resnet20", "wide_resnet50_2"], [1, 2, 3])
+    assert [row[:4] for row in rows] == [
+        ("resnet20", "cifar100", "1", "32"),
+        ("resnet20", "cifar100", "2", "32"),
+        ("wide_resnet50_2", "imagenet", "1", "224"),
+        ("wide_resnet50_2", "imagenet", "2", "224"),
+    ]
+    golden = row_of("wide_resnet50_2", "imagenet", 2)
+    assert rows[-1][5] == f"{golden['params_total'] / 1e6:,.3f}"
+    assert rows[-1][7] == f"{golden['macs_total'] / 1e6:,.3f}"

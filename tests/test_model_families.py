@@ -317,7 +317,7 @@ def small_densenet(*, official: bool = True, recompute: bool = False, drop_prob:
 
 
 def test_densenet_growth():
-    assert [densenet_growth(s) for s in (1, 2, 3, 4, 8, 16, 64)] == [40, 28, 23, 20, 14, 10, 5]
+    assert [densenet_growth(s) for s in (1, 2, 3, 4, 5, 8, 16, 64)] == [40, 28, 23, 20, 17, 14, 10, 5]
 
 
 def test_densenet_shake_drop_rates():

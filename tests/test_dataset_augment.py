@@ -352,6 +352,20 @@ def test_randaugment_op_at_a_level_is_timms(level, increasing):
             np.testing.assert_array_equal(got, theirs, err_msg=op.name)
 
 
+def test_levels_are_normal_and_clipped():
+    uniforms = np.random.default_rng(9).random((1, 60_000, 12))
+    steps = RandAugment(magnitude=5, std=1).draw(uniforms)
+    tops = {Op.ROTATE: 30.0, Op.SHEAR_X: 0.3, Op.SHEAR_Y: 0.3, Op.TRANSLATE_X: 0.45, Op.TRANSLATE_Y: 0.45}
+    levels = np.concatenate([np.abs(steps.values_NVB[steps.ops_NVB == op]) / top * 10 for op, top in tops.items()])
+    assert stats.kstest(levels, "norm", (5, 1)).pvalue > 1e-3
+    for magnitude, share in ((0, 0.5), (10, 0.5), (9, stats.norm.cdf(-2))):
+        steps = RandAugment(magnitude=magnitude, std=0.5).draw(uniforms)
+        levels = np.abs(steps.values_NVB[steps.ops_NVB == Op.ROTATE]) / 3
+        clipped = np.isclose(levels, 0 if magnitude == 0 else 10, atol=1e-12)
+        assert levels.max() < 10 + 1e-12
+        assert stats.binomtest(int(clipped.sum()), len(levels), share).pvalue > 1e-3
+
+
 def test_zero_bits_are_black():
     images = make_images(8, 8)
     assert not run_ops(to_tensor(images), [Op.POSTERIZE] * len(images), [0] * len(images), [0] * len(images)).any()

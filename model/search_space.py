@@ -484,9 +484,7 @@ def size_supernet(minimum: float, maximum: float, space: SearchSpace = PUBLISHED
     if lowest / 1e6 > maximum:
         while lowest / 1e6 > maximum and steps >= 2:
             steps -= 1
-            # the factors compound, as published
-            minimum *= full / steps
-            maximum *= full / steps
+            maximum *= full / steps  # the factors compound, as published
         if steps < 2:
             raise invalid
     elif highest / 1e6 < minimum:

@@ -1,6 +1,7 @@
 """The Cream search: teacher, gate and meta gradient against worked numbers; whole steps on a tiny space."""
 
 import copy
+import dataclasses
 import json
 import logging
 import os
@@ -121,8 +122,8 @@ class Toy(nn.Module):
         return [self.stem, self.head, self.blocks[path[0]]]
 
 
-@pytest.fixture
-def toy():
+def make_toy():
+    """Golden values, network, board entries, images, labels."""
     golden = GOLDEN["teacher_and_meta_toy"]
     inputs = golden["inputs"]
 
@@ -134,6 +135,11 @@ def toy():
         for row in inputs["board"]
     ]
     return golden, Toy(inputs), entries, tensor(inputs["X"]), torch.tensor(inputs["Y"])
+
+
+@pytest.fixture
+def toy():
+    return make_toy()
 
 
 def close(actual, expected):
@@ -415,6 +421,17 @@ def test_a_non_finite_batch_does_not_reach_the_meta_layer():
     assert equal_states(method.supernet.meta_layer.state_dict(), before)
 
 
+def test_what_a_trainer_froze_learns_again():
+    request = BackboneRequest(
+        arch="cream_supernet", num_classes=K, shape=SMALL, options={"search_space": SPACE, "sta_num": (2, 2)}
+    )
+    network = build_splitnet(request, seed=0)
+    for name in network.models[0].unused_parameter_names():
+        network.models[0].get_parameter(name).requires_grad_(False)
+    method = Cream(network, Cream.Options(how_to_prob="even"))
+    assert len(method.trained_parameters()) == len(list(method.parameters())) - 2
+
+
 def test_the_meta_layer_is_not_in_the_main_optimiser():
     method = tiny_method()
     names = {name for name, _ in method.trained_parameters()}
@@ -616,10 +633,27 @@ def test_recipe():
 # ---- processes -------------------------------------------------------------------------------------------------------
 
 
+def toy_gradient(rank):
+    """Meta gradient of the toy where every process has its own slices, and its own images on the board."""
+    golden, network, entries, images, labels = make_toy()
+    entries = [dataclasses.replace(e, images=e.images * (1 + rank / 2)) for e in entries]
+    own, outer = [rank], [2 + rank]
+    return meta_gradient(
+        network,
+        golden["inputs"]["student_path"],
+        entries,
+        images[own],
+        images[outer],
+        lambda logits_BK: cross_entropy(logits_BK, labels[outer]).mean(),
+        golden["inputs"]["lr"],
+    )
+
+
 def _search_in_a_process(rank, world_size, port, folder):
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
     torch.set_num_threads(1)
     dist.init_process_group("gloo", rank=rank, world_size=world_size)
+    toy = toy_gradient(rank)
     method = tiny_method()
     size = BATCH // world_size
     steps = range(STEPS - 2, STEPS + 48)
@@ -629,6 +663,7 @@ def _search_in_a_process(rank, world_size, port, folder):
     method.synchronise()
     torch.save(
         {
+            "toy": {"teacher": toy.teacher, "gate": toy.gate, "dot": toy.dot, "weight": toy.weight, "bias": toy.bias},
             "paths": paths,
             "parameters": local,
             "buffers": dict(method.named_buffers()),
@@ -641,9 +676,40 @@ def _search_in_a_process(rank, world_size, port, folder):
     dist.destroy_process_group()
 
 
+def check_toy_of_two(first, second):
+    """G, V, scores and the result are means over processes: worked out here with both processes' data at hand."""
+    golden, network, entries, images, labels = make_toy()
+    path, rate = golden["inputs"]["student_path"], golden["inputs"]["lr"]
+    features = torch.stack(
+        [
+            match_features(network, path, [dataclasses.replace(e, images=e.images * (1 + share)) for e in entries])
+            for share in (0.0, 0.5)
+        ]
+    )
+    scores = network.meta_layer(features).squeeze(2).mean(0)
+    teacher, gate = int(scores.argmax()), scores.max().sigmoid()
+    weights = network.active_parameters(path)
+    probs = network(images[:2], entries[teacher].arch).softmax(1).detach()
+    inner = torch.autograd.grad(soft_cross_entropy(network(images[:2], path), probs).mean(), weights)
+    with torch.no_grad():
+        for weight, gradient in zip(weights, inner, strict=True):
+            weight.sub_(rate * gate * gradient)
+    outer = torch.autograd.grad(cross_entropy(network(images[2:4], path), labels[2:4]).mean(), weights)
+    dot = sum((g * v).sum() for g, v in zip(inner, outer, strict=True))
+    slope = -rate * dot * gate * (1 - gate)
+    for found in (first, second):
+        assert found["teacher"] == teacher
+        close(found["gate"], gate.detach())
+        close(found["dot"], dot.detach())
+        close(found["weight"], (slope * features[:, teacher].mean(0))[None].detach())
+        close(found["bias"], slope[None].detach())
+        assert torch.equal(found["weight"], first["weight"])
+
+
 def test_two_processes_stay_one_search(tmp_path):
     torch.multiprocessing.spawn(_search_in_a_process, (2, free_port(), str(tmp_path)), nprocs=2)
     first, second = (torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in (0, 1))
+    check_toy_of_two(first["toy"], second["toy"])
     assert first["paths"] == second["paths"]
     assert len(first["paths"]) == 50
     assert equal_states(first["parameters"], second["parameters"])

@@ -140,6 +140,7 @@ class TrainLoader:
         whole, rest = divmod(len(train), batch_size)
         keeps_rest = rest >= world_size and (not drop_last or not whole)
         self.steps_per_epoch = whole + keeps_rest
+        self._positions = min(self.steps_per_epoch * batch_size, len(train))
         self._batch_size, self._rank, self._world_size = batch_size, rank, world_size
         self._sampler = sampler or _Shuffled(len(train), seed)
         cut = None if crop is None else _RandomCrops(crop, num_views, seed)
@@ -160,6 +161,8 @@ class TrainLoader:
             RunError: an unreadable image under "fail", or a batch without a single readable one.
         """
         order = self._sampler(epoch)
+        if len(order) < self._positions:
+            raise ValueError(f"the sampler gave {len(order)} indices, an epoch takes {self._positions}")
         requests = [self._request(epoch, step, order) for step in range(start_batch, self.steps_per_epoch)]
         for batch in self._feed.batches(requests):
             if not len(batch.labels_B):
@@ -410,9 +413,8 @@ class _Feed:
         self.bad_images: dict[Path, str] = {}
         self._device, self._workers, self._on_bad_image = device, workers, on_bad_image
         self._labels_N = split.targets.to(device)
-        self._images = split.images
-        if split.images is not None and _fits(device, split.images.nbytes):
-            self._images = split.images.to(device)
+        self._is_resident = split.images is not None and _fits(device, split.images.nbytes)
+        self._images = split.images.to(device) if split.images is not None and self._is_resident else split.images
         self._files = _Files(split.paths, cut) if cut is not None else None
         self._plan: list[Request] = []
 
@@ -434,8 +436,8 @@ class _Feed:
 
     def _gathered(self, request: Request, indices_B: Tensor) -> Batch:
         assert self._images is not None
-        if self._images.device == indices_B.device:
-            images = self._images[indices_B]
+        if self._is_resident:
+            images = self._images.index_select(0, indices_B)
         else:
             shape = (len(indices_B), *self._images.shape[1:])
             images = torch.empty(shape, dtype=torch.uint8, pin_memory=self._device.type == "cuda")

@@ -304,14 +304,23 @@ def test_a_training_batch_without_any_readable_image_is_an_error(damaged):
         list(train_loader(split, on_bad_image="skip").epoch(0))
 
 
-def test_time_is_counted_only_while_waiting(monkeypatch):
-    clock = iter([0.0, 2.0, 100.0, 103.0, 200.0, 204.0])
-    loader = train_loader(in_memory(12))
-    monkeypatch.setattr("time.perf_counter", lambda: next(clock))
-    assert loader.time_waiting == 0
-    list(loader.epoch(0))
-    assert loader.time_waiting == 9
-    assert eval_loader(in_memory(1)).time_waiting == 0
+def test_time_is_counted_only_while_waiting(files, monkeypatch):
+    clock = [0.0]
+
+    def read_in_one_second(path):
+        clock[0] += 1
+        return read_rgb(path)
+
+    monkeypatch.setattr("time.perf_counter", lambda: clock[0])
+    monkeypatch.setattr("dataset.loader.read_rgb", read_in_one_second)
+    for loader, batches, seconds in (
+        (train := train_loader(files), train.epoch(0), 12),
+        (test := eval_loader(files), test, 13),
+    ):
+        assert loader.time_waiting == 0
+        for _ in batches:
+            clock[0] += 100  # the step
+        assert loader.time_waiting == seconds
 
 
 def test_constructors_refuse_what_cannot_work(files):
@@ -323,6 +332,8 @@ def test_constructors_refuse_what_cannot_work(files):
         eval_loader(files, resize=None)
     with pytest.raises(ValueError, match="in memory take none"):
         train_loader(in_memory(5), crop=CROP)
+    with pytest.raises(ValueError, match="the sampler gave 7 indices, an epoch takes 8"):
+        list(train_loader(in_memory(9), sampler=lambda epoch: np.arange(7)).epoch(0))
     assert list(eval_loader(ImageSet.empty(), resize=8, crop=8)) == []
 
 
@@ -400,9 +411,10 @@ def test_the_published_sampler_has_one_positive_for_each_anchor():
 
 
 def test_images_in_memory_stay_on_the_host_where_the_device_is_full(monkeypatch):
-    monkeypatch.setattr("dataset.loader._fits", lambda device, num_bytes: False)
     split = in_memory(9)
-    assert_same(train_loader(split).epoch(0), train_loader(split).epoch(0))
+    expected = list(train_loader(split).epoch(0))
+    monkeypatch.setattr("dataset.loader._fits", lambda device, num_bytes: False)
+    assert_same(train_loader(split).epoch(0), expected)
 
 
 @pytest.mark.gpu

@@ -112,7 +112,7 @@ def cifar_batches(dataset, count=4):
         labels = np.random.default_rng(seed).integers(0, num_classes, count).tolist()
         files[name] = {
             "data": noise(seed, count, 3072),
-            **dict.fromkeys(keys, labels),
+            **{key: labels if "coarse" not in key else [0] * count for key in keys},
             "filenames": [b"x.png"] * count,
         }
     return files
@@ -453,6 +453,13 @@ def test_a_split_that_is_not_needed_may_be_missing(tmp_path):
         assert (len(source.train), len(source.test)) == (0, 3)
 
 
+def test_a_split_that_is_not_needed_may_be_of_any_kind(tmp_path):
+    write_images(tmp_path, {"train/c": 1, "val/a": 1, "val/b": 2})
+    (tmp_path / "train" / "c" / "0.png").write_bytes(b"")
+    for dataset in ("imagenet", "folder"):
+        assert open_source(request(dataset, tmp_path, splits=("test",))).classes == ("a", "b")
+
+
 def test_a_folder_takes_test_where_there_is_no_val(tmp_path):
     write_images(tmp_path, {"train/a": 1, "test/a": 2}, size=(100, 100))
     assert [p.parts[-3] for p in open_source(request("folder", tmp_path)).test.paths] == ["test", "test"]
@@ -491,6 +498,12 @@ def test_small_folders_are_brought_to_the_median_or_the_crop_size(tmp_path):
     assert (source.train.images, source.crop_size, source.recipe) == (None, 96, "imagenet")
 
 
+def test_of_two_middle_sides_the_lower_counts(tmp_path):
+    write_images(tmp_path, {"train/a": 1}, size=(30, 40))
+    write_images(tmp_path, {"train/b": 1}, size=(50, 45))
+    assert open_source(request("folder", tmp_path, splits=("train",))).crop_size == 30
+
+
 @pytest.mark.parametrize(("side", "recipe"), [(64, "cifar10"), (65, "imagenet")])
 def test_sixty_four_pixels_are_the_last_small_ones(tmp_path, side, recipe):
     write_images(tmp_path, {"train/a": 2, "val/a": 1}, size=(side + 20, side))
@@ -514,6 +527,8 @@ def test_statistics_of_large_images_are_measured_once_and_kept_out_of_the_data(t
     again = open_source(request("folder", data, cache_dir=cache, crop_size=66))
     assert again.mean == (0.1, 0.2, 0.3)  # proof that the file was used
     assert again.std == first.std
+    other = open_source(request("folder", data, cache_dir=cache, crop_size=70))
+    assert other.mean not in (first.mean, again.mean)  # another cut of the same files
 
     Image.fromarray(noise(99, 70, 90, 3)).save(paths[0])  # same name, other pixels
     changed = open_source(request("folder", data, cache_dir=cache, crop_size=66))

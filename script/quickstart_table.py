@@ -36,7 +36,7 @@ def main(folders: list[str]) -> int:
     picture = plot_curves([(run.name, run) for run in runs], runs[0].parent / "curves.png")
     print(table(results))
     print(f"\nCurves: {picture}")
-    print(f"TensorBoard: script/tensorboard.sh {runs[0].parent}")
+    print(f"TensorBoard logs: {runs[0].parent} (script/tensorboard.sh {runs[0].parent})")
     return 0
 
 

@@ -42,9 +42,8 @@ def ensemble_kl(logits_SBK: Tensor) -> Tensor:
     """Σ_i KL(constant mean of the other networks' predictions ‖ prediction i): (S, B, K) -> (B,)."""
     log_probs_SBK = at_least_float32(logits_SBK).log_softmax(dim=-1)
     num_networks = len(log_probs_SBK)
-    others_SBK = torch.stack([log_probs_SBK.roll(shift, dims=0) for shift in range(1, num_networks)]).logsumexp(
-        dim=0
-    ) - math.log(num_networks - 1)
+    peers = [log_probs_SBK.roll(shift, dims=0) for shift in range(1, num_networks)]
+    others_SBK = torch.stack(peers).logsumexp(dim=0) - math.log(num_networks - 1)
     return distillation_kl(log_probs_SBK, others_SBK).sum(dim=0)
 
 

@@ -314,9 +314,11 @@ def test_randaugment_draws_as_timm(text):
         bilinear = resamples[np.isin(ops, GEOMETRIC)] == Resample.BILINEAR
         assert set(resamples[np.isin(ops, GEOMETRIC)]) == {Resample.BILINEAR, Resample.BICUBIC}
         p_values.append(stats.binomtest(int(bilinear.sum()), len(bilinear)).pvalue)
+        positive = steps.values_NVB[i, 0][np.isin(ops, GEOMETRIC)] > 0
+        p_values.append(stats.chi2_contingency(np.histogram2d(positive, bilinear, bins=2)[0]).pvalue)
     for op, values in timm_levels(theirs.ops, 1500).items():
         p_values.append(stats.ks_2samp(steps.values_NVB[0, 0][steps.ops_NVB[0, 0] == op], values).pvalue)
-    assert len(p_values) == 2 * ours.num_ops + 15
+    assert len(p_values) == 3 * ours.num_ops + 15
     assert min(p_values) > 1e-4
 
 

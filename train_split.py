@@ -26,8 +26,8 @@ from dataset.views import ViewMaker, view_spec
 from method import Method, Progress, StepOutput, methods
 from model import backbone_request, build_splitnet
 from model.restore import load_pretrained
+from model.summary import NUM_CLASSES, format_table, network_sizes
 from parser_params import Config, parse_config, resolve_config
-from summary import summarise
 from utils import checkpoint as ckpt
 from utils import distributed
 from utils.distributed import World
@@ -799,6 +799,40 @@ def announce(trainer: Trainer) -> None:
         "held-out" if "val" in trainer.eval_loaders else "test",
     )
     logger.info("from the recipe: %s", ", ".join(supplied))
+
+
+def summarise(config: Config) -> dict[str, Any]:
+    """Count what `config` stands for and print it as a table.
+
+    Raises:
+        UserError: a network that cannot be built, or a data set whose number of classes only --num_classes can say.
+    """
+    num_classes = NUM_CLASSES.get(config.dataset, config.num_classes)
+    if num_classes is None:
+        raise UserError(
+            f"--is_summary opens no data, and --dataset {config.dataset} has any number of classes: add --num_classes."
+        )
+    if config.num_classes not in (None, num_classes):
+        raise UserError(f"--num_classes {config.num_classes}: --dataset {config.dataset} has {num_classes} classes.")
+    open_recipe = "cifar10" if config.crop_size <= 64 else "imagenet"
+    recipe = config.dataset if config.dataset in NUM_CLASSES else open_recipe
+    config = resolve_config(config, data_recipe=recipe, crop_size=config.crop_size)
+    request = backbone_request(config, num_classes=num_classes)
+    names = methods.get(config.method).backbone_names(config.arch, config.method_options)
+    if len(names) > 1:
+        requests = [replace(request, arch=name, split_factor=1) for name in names]
+    else:
+        requests = [replace(request, arch=names[0])] * (1 if config.is_train_sep else config.split_factor)
+    result = {
+        "arch": config.arch,
+        "dataset": config.dataset,
+        "split_factor": config.split_factor if len(names) == 1 else len(names),
+        "num_classes": num_classes,
+        "crop": config.crop_size,
+        **network_sizes(requests),
+    }
+    print(format_table([result]), flush=True)
+    return result
 
 
 def worker(argv: list[str]) -> None:

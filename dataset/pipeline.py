@@ -23,7 +23,7 @@ def build_train_loader(
     sampler: str = "shuffled",
     on_bad_image: str = "fail",
 ) -> TrainLoader:
-    """Training batches: images in memory come whole, files as `num_views` random resized crops (area 0.1 to 1, bicubic).
+    """Training batches: images in memory come whole, files as random resized crops, one per view (area 0.1 to 1).
 
     Args:
         source: the data set.

@@ -4,7 +4,7 @@ import argparse
 import sys
 
 from model import LARGE, SMALL, BackboneRequest, backbones
-from summary import network_sizes
+from model.summary import network_sizes
 from utils.errors import UserError
 
 # the data set that stands for a form of the networks: name, K, crop

@@ -1,22 +1,12 @@
-"""Parameters and MACs of the networks that flags stand for, without data and without computing anything.
+"""Parameters and MACs of the networks that flags stand for, without data and without computing anything."""
 
-`python summary.py --arch wide_resnet28_10 --dataset cifar100 --split_factor 4`, or `train_split.py --is_summary 1`.
-The last line of stdout is one JSON object.
-"""
-
-import json
-import sys
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import Any
 
 import torch
 
-from method import methods
-from model import BackboneRequest, backbone_request, build_network
+from model import BackboneRequest, build_network
 from model.splitnet import SplitNet
-from parser_params import Config, parse_config, resolve_config
-from utils.errors import UserError
 from utils.macs import count_macs, count_params, thop_macs
 
 # K of the data sets whose classes are fixed; needed here because a summary opens no data
@@ -56,42 +46,12 @@ def network_sizes(requests: Sequence[BackboneRequest], *, with_thop: bool = True
     }
 
 
-def summarise(config: Config) -> dict[str, Any]:
-    """Count what `config` stands for and print it as a table.
-
-    Raises:
-        UserError: a network that cannot be built, or a data set whose number of classes only --num_classes can say.
-    """
-    num_classes = NUM_CLASSES.get(config.dataset, config.num_classes)
-    if num_classes is None:
-        raise UserError(
-            f"--is_summary opens no data, and --dataset {config.dataset} has any number of classes: add --num_classes."
-        )
-    if config.num_classes not in (None, num_classes):
-        raise UserError(f"--num_classes {config.num_classes}: --dataset {config.dataset} has {num_classes} classes.")
-    open_recipe = "cifar10" if config.crop_size <= 64 else "imagenet"
-    recipe = config.dataset if config.dataset in NUM_CLASSES else open_recipe
-    config = resolve_config(config, data_recipe=recipe, crop_size=config.crop_size)
-    request = backbone_request(config, num_classes=num_classes)
-    names = methods.get(config.method).backbone_names(config.arch, config.method_options)
-    if len(names) > 1:
-        requests = [replace(request, arch=name, split_factor=1) for name in names]
-    else:
-        requests = [replace(request, arch=names[0])] * (1 if config.is_train_sep else config.split_factor)
-    result = {
-        "arch": config.arch,
-        "dataset": config.dataset,
-        "split_factor": config.split_factor if len(names) == 1 else len(names),
-        "num_classes": num_classes,
-        "crop": config.crop_size,
-        **network_sizes(requests),
-    }
-    print(format_table([result]), flush=True)
-    return result
-
-
 def format_table(rows: Sequence[dict[str, Any]]) -> str:
-    """Results of `summarise` as a table: parameters in millions, multiply-adds in millions."""
+    """Sizes as a table, parameters and multiply-adds in millions.
+
+    Args:
+        rows: `network_sizes` of each, with its arch, dataset, split_factor and crop.
+    """
     titles = ("arch", "dataset", "S", "crop", "params one M", "params all M", "MACs one M", "MACs all M", "thop all M")
     lines = [titles]
     for row in rows:
@@ -116,18 +76,3 @@ def format_table(rows: Sequence[dict[str, Any]]) -> str:
         )
         for line in lines
     )
-
-
-def main(argv: list[str] | None = None) -> int:
-    """The command line; returns the exit code: 0, or 2 for the user's mistake."""
-    try:
-        result = summarise(parse_config(argv, program="summary.py"))
-    except UserError as error:
-        print(f"summary.py: {error}", file=sys.stderr)
-        return error.exit_code
-    print(json.dumps(result), flush=True)
-    return 0
-
-
-if __name__ == "__main__":
-    raise SystemExit(main())

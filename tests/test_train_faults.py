@@ -1,0 +1,83 @@
+"""What goes wrong while a run goes on: a full disk, a folder that cannot be written, images that cannot be read."""
+
+import functools
+import os
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from tests.runs import TINY, train
+from utils import checkpoint as ckpt
+
+
+def no_space_from_call(number: int) -> None:
+    """From the `number`-th checkpoint on, the disk is full when it is flushed."""
+    original, calls = os.fsync, 0
+
+    def full(fd: int) -> None:
+        nonlocal calls
+        name = os.readlink(f"/proc/self/fd/{fd}")
+        if ".pth.tar" in name:
+            calls += 1
+            if calls >= number:
+                raise OSError(28, "No space left on device")
+        original(fd)
+
+    os.fsync = full  # type: ignore[assignment]
+
+
+@pytest.mark.parametrize("policy", ["warn", "stop"])
+def test_a_full_disk_keeps_the_checkpoint_before(policy: str, tmp_path: Path) -> None:
+    folder = tmp_path / "m"
+    argv = [*TINY, "--epochs", 2, "--seed", 1, "--model_dir", folder, "--on_save_error", policy]
+    # an epoch writes the best checkpoint and its own: the third write is the second epoch's
+    run = train(argv, tmp_path, before=functools.partial(no_space_from_call, 3))
+    assert run.code == (0 if policy == "warn" else 1), run.stderr
+    assert "No space left on device" in run.stderr
+    assert "Traceback" not in run.stderr
+    assert [path.name for path in ckpt.list_checkpoints(folder)] == ["checkpoint_1.pth.tar"]
+    assert ckpt.load_checkpoint(folder / "checkpoint_1.pth.tar")["epoch"] == 1
+    assert not list(folder.glob("*.partial"))
+    again = train([*argv, "--resume", "auto"], tmp_path)
+    assert again.code == 0
+    whole = train([*TINY, "--epochs", 2, "--seed", 1, "--model_dir", tmp_path / "w"], tmp_path)
+    assert again.result["state_sha256"] == whole.result["state_sha256"]
+
+
+def test_a_model_dir_that_cannot_be_made(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("in the way")
+    run = train([*TINY, "--model_dir", tmp_path / "file" / "m"], tmp_path)
+    assert run.code == 2
+    assert "--model_dir" in run.stderr
+    assert "Traceback" not in run.stderr
+
+
+@pytest.fixture
+def folder_with_a_bad_image(tmp_path: Path) -> Path:
+    data = tmp_path / "data"
+    for split in ("train", "val"):
+        for name in ("a", "b"):
+            (data / split / name).mkdir(parents=True)
+            for i in range(8):
+                pixels = np.full((70, 70, 3), 40 + 100 * (name == "b"), dtype=np.uint8)
+                Image.fromarray(pixels).save(data / split / name / f"{i}.png")
+    (data / "train" / "a" / "3.png").write_bytes(b"not a picture")
+    return data
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_bad_images_fail_or_are_listed(folder_with_a_bad_image: Path, workers: int, tmp_path: Path) -> None:
+    argv: list[Any] = ["--dataset", "folder", "--data", folder_with_a_bad_image, "--arch", "resnet20"]
+    argv += ["--crop_size", 32, "--epochs", 1, "--batch_size", 8, "--workers", workers, "--no_cuda"]
+    failed = train([*argv, "--model_dir", tmp_path / "f"], tmp_path)
+    assert failed.code == 1, failed.stderr
+    last = failed.stderr.strip().splitlines()[-1]
+    assert "3.png" in last
+    assert "--on_bad_image skip" in last
+    assert "Traceback" not in failed.stderr
+    skipped = train([*argv, "--model_dir", tmp_path / "s", "--on_bad_image", "skip"], tmp_path)
+    assert skipped.code == 0, skipped.stderr
+    assert "3.png" in (tmp_path / "s" / "bad_images.txt").read_text()

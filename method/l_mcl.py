@@ -214,9 +214,10 @@ class LMCL(Method):
     def recipe(cls, dataset_recipe: str, epochs: int | None) -> Mapping[str, Any]:
         """CIFAR and ImageNet: the published recipes (milestones scaled with the epochs); elsewhere what is left out.
 
-        The published augmentation is crop and flip, without policy, erasing and mixup.
+        The published augmentation is crop and flip, without policy, erasing and mixup; the precision is fp32.
         """
-        plain = {"is_mixup": False, "is_autoaugment": False, "is_cutout": False, "is_label_smoothing": False}
+        left_out = ("is_mixup", "is_autoaugment", "is_cutout", "is_label_smoothing", "is_amp")
+        plain: dict[str, Any] = dict.fromkeys(left_out, False)
         published = plain | {
             "optimizer": "SGD",
             "lr": 0.1,
@@ -226,7 +227,6 @@ class LMCL(Method):
             "end_lr": 0.0,
             "is_wd_all": True,
             "is_div_wd": False,
-            "is_amp": False,
         }
         if dataset_recipe.startswith("cifar"):
             return published | {

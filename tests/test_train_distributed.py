@@ -60,7 +60,7 @@ def test_any_number_of_processes_gives_the_weights_and_metrics_of_one(world_size
     for one, many in zip(*lines, strict=True):
         if one["kind"] == "train":
             assert many["loss"] == pytest.approx(one["loss"], abs=1e-10)
-            assert many["acc1"] == one["acc1"]
+            assert many["acc1"] == pytest.approx(one["acc1"], abs=1e-9)
 
 
 def test_two_processes_resume_bit_for_bit(tmp_path: Path) -> None:

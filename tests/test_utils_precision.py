@@ -1,0 +1,35 @@
+"""One decision about precision, from the flags and the hardware."""
+
+import pytest
+import torch
+
+from utils import precision
+from utils.errors import UserError
+from utils.precision import choose_precision
+
+CPU = torch.device("cpu")
+
+
+@pytest.mark.parametrize(("fast", "name", "autocast"), [(True, "bf16", torch.bfloat16), (False, "fp32", None)])
+def test_auto_follows_the_hardware(
+    monkeypatch: pytest.MonkeyPatch, fast: bool, name: str, autocast: torch.dtype | None
+) -> None:
+    monkeypatch.setattr(precision, "has_fast_bf16", lambda device: fast)
+    chosen = choose_precision(CPU, is_amp=True, amp_dtype="auto")
+    assert (chosen.name, chosen.autocast, chosen.scaler) == (name, autocast, False)
+    assert chosen.memory_format == (torch.channels_last if fast else torch.contiguous_format)
+
+
+def test_amp_off_is_fp32_and_fp64_is_itself() -> None:
+    assert choose_precision(CPU, is_amp=False, amp_dtype="bf16").name == "fp32"
+    chosen = choose_precision(CPU, is_amp=True, amp_dtype="fp64")
+    assert (chosen.weights, chosen.autocast) == (torch.float64, None)
+
+
+def test_fp16_needs_a_gpu() -> None:
+    with pytest.raises(UserError, match="--amp_dtype fp16 needs a GPU"):
+        choose_precision(CPU, is_amp=True, amp_dtype="fp16")
+
+
+def test_what_this_cpu_has_is_known() -> None:
+    assert precision.has_fast_bf16(CPU) in (True, False)

@@ -210,8 +210,10 @@ def _backbone_names(config: Config, trained: Mapping[str, Any]) -> Callable[[str
     if config.method not in methods:
         return split_list
     kind = methods.get(config.method)
-    known = {field.name: trained[field.name] for field in dataclasses.fields(kind.Options) if field.name in trained}
-    options = kind.Options(**known) if trained else config.method_options
+    options = config.method_options
+    if trained:
+        defaults = dataclasses.asdict(kind.Options())
+        options = kind.Options(**{k: trained[k] for k, v in defaults.items() if isinstance(trained.get(k), type(v))})
     return lambda arch: kind.backbone_names(arch, options)
 
 

@@ -3,7 +3,7 @@
 import re
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,7 +13,6 @@ from model.splitnet import SplitNet
 from utils.checkpoint import plain_keys
 from utils.errors import UserError
 
-T = TypeVar("T")
 WEIGHTS = ("auto", "raw", "ema")
 _NETWORK_KEY = re.compile(r"^models\.(\d+)\.")
 
@@ -89,28 +88,26 @@ def restore_splitnet(
     numbers = sorted({int(match[1]) for key in state if (match := _NETWORK_KEY.match(key))})
     if not numbers or numbers != list(range(len(numbers))):
         raise UserError(f"{source}: holds no networks: expected weights named models.0.*, models.1.*, …")
-    config = content.get("config") or {}
-    if not isinstance(config, Mapping):
-        raise UserError(f"{source}: its 'config' is damaged: expected values by flag name.")
+    config = _entry(content, "config", dict, source) or {}
 
-    arch = _agreed("arch", arch, config.get("arch", content.get("arch")), source)
-    if not isinstance(arch, str):
+    arch = _agreed("arch", arch, _entry(config, "arch", str, source) or _entry(content, "arch", str, source), source)
+    if arch is None:
         raise UserError(f"{source}: does not say which backbone it holds: add --arch NAME.")
     names = tuple(backbone_names(arch))
-    train_separately = bool(config.get("is_train_sep", train_separately))
+    train_separately = train_separately or bool(config.get("is_train_sep"))
     if len(names) > 1:
         found, factor = len(names), 1
     else:
-        in_file = config.get("split_factor") if train_separately else len(numbers)
+        in_file = _entry(config, "split_factor", int, source) if train_separately else len(numbers)
         factor = _agreed("split_factor", split_factor, in_file, source) or 1
         found = 1 if train_separately else factor
     if found != len(numbers):
         raise UserError(f"{source}: holds {len(numbers)} networks, and --arch {arch} is {found}.")
 
-    made_for = config.get("dataset", dataset)
-    if not isinstance(made_for, str):
+    made_for = _entry(config, "dataset", str, source) or dataset
+    if made_for is None:
         raise UserError(f"{source}: does not say which data set its networks are for: add --dataset NAME.")
-    size_in_file = content.get("crop_size", config.get("crop_size"))
+    size_in_file = _entry(content, "crop_size", int, source) or _entry(config, "crop_size", int, source)
     shape = image_shape(made_for, size_in_file or crop_size or 32)
     usual_size = (backbones.get(names[0]).crop_size or 224) if shape == LARGE else 32
     request = BackboneRequest(
@@ -126,26 +123,23 @@ def restore_splitnet(
     several = names if len(names) > 1 else None
     network = build_splitnet(request, seed=0, archs=several, train_separately=train_separately)
     _load(network, state, f"{source}: not the weights of --arch {arch} --dataset {made_for} --split_factor {factor}")
-    try:
-        info = NetworkInfo(
-            archs=names,
-            num_networks=len(numbers),
-            split_factor=factor,
-            num_classes=request.num_classes,
-            dataset=made_for,
-            crop_size=request.crop_size,
-            weights=taken,
-            classes=_optional(content, "classes", lambda names: tuple(map(str, names))),
-            mean=_optional(content, "mean", _per_channel),
-            std=_optional(content, "std", _per_channel),
-            data_recipe=_optional(content, "data_recipe", str),
-            epoch=_optional(content, "epoch", int),
-            best_acc1=_optional(content, "best_acc1", float),
-        )
-    except (TypeError, ValueError):
-        raise UserError(
-            f"{source}: its entries 'classes', 'mean', 'std', 'epoch' or 'best_acc1' are damaged."
-        ) from None
+    classes = _entry(content, "classes", list, source)
+    best_acc1 = _entry(content, "best_acc1", (float, int, Tensor), source)
+    info = NetworkInfo(
+        archs=names,
+        num_networks=len(numbers),
+        split_factor=factor,
+        num_classes=request.num_classes,
+        dataset=made_for,
+        crop_size=request.crop_size,
+        weights=taken,
+        classes=None if classes is None else tuple(map(str, classes)),
+        mean=_per_channel(content, "mean", source),
+        std=_per_channel(content, "std", source),
+        data_recipe=_entry(content, "data_recipe", str, source),
+        epoch=_entry(content, "epoch", int, source),
+        best_acc1=None if best_acc1 is None else float(best_acc1),
+    )
     if info.classes is not None and len(info.classes) != info.num_classes:
         raise UserError(f"{source}: names {len(info.classes)} classes, and its networks have {info.num_classes}.")
     return network.eval(), info
@@ -218,10 +212,16 @@ def _load(network: SplitNet, state: Mapping[str, Tensor], complaint: str, *, hea
     return list(renewed)
 
 
-def _optional(content: Mapping[str, Any], key: str, convert: Callable[[Any], T]) -> T | None:
-    return None if content.get(key) is None else convert(content[key])
+def _entry(values: Mapping[str, Any], key: str, kind: Any, source: str) -> Any:
+    """An entry of the file, None where it is missing."""
+    value = values.get(key)
+    if value is not None and not isinstance(value, kind):
+        raise UserError(f"{source}: its entry {key!r} is damaged: {str(value)[:40]!r}.")
+    return value
 
 
-def _per_channel(values: Any) -> tuple[float, ...]:
-    red, green, blue = map(float, values)
-    return red, green, blue
+def _per_channel(content: Mapping[str, Any], key: str, source: str) -> tuple[float, ...] | None:
+    values = _entry(content, key, list, source)
+    if values is not None and not (len(values) == 3 and all(isinstance(value, float | int) for value in values)):
+        raise UserError(f"{source}: its entry {key!r} is damaged: expected three numbers.")
+    return None if values is None else tuple(map(float, values))

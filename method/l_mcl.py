@@ -179,6 +179,7 @@ class LMCL(Method):
     reduces_own_gradients = True
     pairs_2P: Tensor
     network_M: Tensor
+    finals_N: Tensor
     banks_NRD: Tensor | None
 
     def __init__(self, network: SplitNet, options: Any, *, label_smoothing: float = 0.0) -> None:
@@ -194,7 +195,6 @@ class LMCL(Method):
         exits_per_network = [len(heads) + 1 for heads in exits]
         ends = list(accumulate(exits_per_network))
         self.exits_of = [slice(end - count, end) for end, count in zip(ends, exits_per_network, strict=True)]
-        self.finals = [end - 1 for end in ends]
         network_M = [i for i, count in enumerate(exits_per_network) for _ in range(count)]
         sizes = [embedding_size(one) for one in self._networks()]
         self.heads = nn.ModuleList(ProjectionHead(sizes[i], options.feat_dim) for i in network_M)
@@ -202,6 +202,7 @@ class LMCL(Method):
         self.weight_net = PairWeights([sizes[i] for i in network_M])
         self.register_buffer("pairs_2P", exit_pairs(exits_per_network), persistent=False)
         self.register_buffer("network_M", torch.tensor(network_M), persistent=False)
+        self.register_buffer("finals_N", torch.tensor(ends) - 1, persistent=False)
         self.register_buffer("banks_NRD", None)
         self.table: ClassTable | None = None
         self.seed = 0
@@ -310,7 +311,7 @@ class LMCL(Method):
         outputs = self._outputs(_single(views_SBCHW))
         aggregated_NBK = self._aggregated(outputs)
         loss_ce = self._cross_entropy(outputs.logits_MBK, targets) + self._cross_entropy(aggregated_NBK, targets)
-        finals_NBK = outputs.logits_MBK[self.finals]
+        finals_NBK = outputs.logits_MBK[self.finals_N]
         kd_NNB = distillation_kl(finals_NBK[:, None], aggregated_NBK[None], temperature=self.options.kd_T)
         loss_kd = kd_NNB.mean(dim=-1).sum()
         projected_MBD = self._projected(outputs)
@@ -439,7 +440,7 @@ class LMCL(Method):
         """Move the entries of this step's images, on all processes, towards the networks' own embeddings."""
         assert self.banks_NRD is not None
         indices_B = all_gather_rows(progress.indices_B)
-        finals_BND = all_gather_rows(projected_MBD[self.finals].transpose(0, 1).contiguous())
+        finals_BND = all_gather_rows(projected_MBD[self.finals_N].transpose(0, 1).contiguous())
         for bank_RD, final_BD in zip(self.banks_NRD, finals_BND.transpose(0, 1), strict=True):
             update_bank(bank_RD, indices_B, final_BD, momentum=self.options.nce_m)
 

@@ -402,7 +402,7 @@ def test_banks_start_uniform_and_follow_the_final_embeddings():
 
     views, targets = batch()
     indices = torch.tensor([0, 1, 4, 5, 2, 3, 6, 7])
-    projected = method._projected(method._outputs(views[0]))[method.finals].detach()
+    projected = method._projected(method._outputs(views[0]))[method.finals_N].detach()
     method(views, targets, progress_of(indices=indices))
     expected = banks.clone()
     moved = 0.25 * banks[:, indices] + 0.75 * projected

@@ -213,7 +213,8 @@ def _backbone_names(config: Config, trained: Mapping[str, Any]) -> Callable[[str
     options = config.method_options
     if trained:
         defaults = dataclasses.asdict(kind.Options())
-        options = kind.Options(**{k: trained[k] for k, v in defaults.items() if isinstance(trained.get(k), type(v))})
+        known = {k: trained[k] for k, v in defaults.items() if k in trained and isinstance(trained[k], type(v))}
+        options = kind.Options(**known)
     return lambda arch: kind.backbone_names(arch, options)
 
 

@@ -337,6 +337,18 @@ def test_few_classes_and_one_network(tmp_path, capsys):
     assert [name for name in rows[0] if name.startswith("name")] == ["name_1", "name_2", "name_3"]
 
 
+def test_names_that_a_method_has_for_several_backbones(one_image, tmp_path, capsys):
+    """`--arch lmcl_resnet32_cifar --number_net 3` is three networks, which only the method knows."""
+    request = BackboneRequest(arch="resnet32_cifar", num_classes=10, dataset="digits", crop_size=16)
+    content = content_of(build_splitnet(request, seed=0, archs=["resnet32_cifar"] * 3))
+    content["arch"] = "lmcl_resnet32_cifar"
+    content["config"] |= {"arch": content["arch"], "split_factor": 1, "method": "l_mcl", "number_net": 3}
+    save_checkpoint(content, tmp_path / "x.pth.tar")
+    results = succeed("--resume", tmp_path / "x.pth.tar", "--predict", one_image, capsys=capsys)
+    assert results["arch"] == "resnet32_cifar,resnet32_cifar,resnet32_cifar"
+    assert np.load(tmp_path / "eval" / "logits.npz")["logits"].shape == (3, 1, 10)
+
+
 # ---- what is refused -------------------------------------------------------------------------------------------------
 
 

@@ -167,16 +167,19 @@ class RunLog:
         return self._boards[name]
 
     def scalars(self, name: str, values: Mapping[str, Any], index: int) -> None:
-        """Scalars by tag; vectors become `1_<tag>` ... `S_<tag>`, as in the published logs."""
+        """Scalars by tag; vectors become `1_<tag>` ... `S_<tag>`, as in the published logs.
+
+        Tags of "train" stand under `train/`, because its axis counts steps and that of "val" epochs.
+        """
         if not self.active:
             return
-        board = self._board(name)
+        board, group = self._board(name), "train/" if name == "train" else ""
         for tag, value in values.items():
             if isinstance(value, list | tuple):
                 for i, item in enumerate(value):
-                    board.add_scalar(f"{i + 1}_{tag}", item, index)
+                    board.add_scalar(f"{group}{i + 1}_{tag}", item, index)
             elif isinstance(value, int | float):
-                board.add_scalar(tag, value, index)
+                board.add_scalar(group + tag, value, index)
 
     def views(self, views_SBCHW: Tensor, mean: Sequence[float], std: Sequence[float], index: int) -> None:
         """A picture of the S views of the first images: one column an image, one row a view."""

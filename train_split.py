@@ -470,8 +470,10 @@ class Trainer:
                 self.method.reduce_gradients()
             self._update(output, snapshot)
             self.method.after_step(views, targets, output, progress)
-        correct_SB = output.logits_SBK.argmax(dim=-1) == batch.labels_B
-        metrics = {"loss": output.loss, "acc1": 100.0 * correct_SB.double().mean(dim=1), **output.metrics}
+        guesses_SB = output.logits_SBK.argmax(dim=-1)
+        hits_S, others_S = ((guesses_SB == labels_B).double().mean(dim=1) for labels_B in targets[:2])
+        metrics = {"loss": output.loss, "acc1": 100.0 * torch.lerp(others_S, hits_S, targets.lam.double())}
+        metrics |= output.metrics
         self.meter.update(metrics, count)
         self.epoch_meter.update(metrics, count)
 

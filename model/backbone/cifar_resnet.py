@@ -30,8 +30,9 @@ def _build(depth: int, bottleneck: bool, last_width: int, request: BackboneReque
     return CifarResNet(planes, (depth,) * 3, bottleneck=bottleneck, num_classes=request.num_classes)
 
 
-# name: blocks per stage, bottleneck
+# name: blocks per stage, bottleneck; resnet20_cifar is ours, for first tries
 for _name, _depth, _bottleneck in (
+    ("resnet20_cifar", 3, False),
     ("resnet32_cifar", 5, False),
     ("resnet56_cifar", 9, False),
     ("resnet110_cifar", 12, True),

@@ -150,6 +150,9 @@ def test_odd_metadata_do_not_spoil_an_image(tmp_path):
     assert decode_image(path).shape == (24, 48, 3)
     Image.fromarray(GRADIENT).save(path, exif=b"Exif\0\0not a header")
     assert decode_image(path).shape == (24, 48, 3)
+    text_for_a_number = b"\0\x01" + struct.pack(">HHI4sI", 0x0112, 2, 4, b"abc\0", 0)
+    Image.fromarray(GRADIENT).save(path, exif=b"Exif\0\0MM\0*\0\0\0\x08" + text_for_a_number)
+    assert decode_image(path).shape == (24, 48, 3)
 
 
 def test_the_first_frame_of_an_animation_counts(tmp_path):

@@ -5,6 +5,7 @@ The device is decided here, once (`join`), and passed down.
 
 import contextlib
 import datetime
+import logging
 import os
 import socket
 from collections.abc import Callable, Iterator
@@ -202,6 +203,8 @@ def spawn(
         "LOCAL_WORLD_SIZE": str(processes),
         "FIRST_RANK": str(node * processes),
     }
+    # it would warn of ending the others, when the one that failed has said why
+    logging.getLogger("torch.multiprocessing.spawn").setLevel(logging.ERROR)
     context = torch.multiprocessing.spawn(
         _spawned, args=(target, arguments, settings), nprocs=processes, join=False, start_method="spawn"
     )

@@ -217,10 +217,7 @@ class Trainer:
         # last, because DDP copies process 0's weights to the others
         self.model: nn.Module = self.method
         if world.world_size > 1 and not self.method.reduces_own_gradients:
-            ids = [world.device.index] if world.device.type == "cuda" else None
-            self.model = DistributedDataParallel(
-                self.method, device_ids=ids, broadcast_buffers=False, gradient_as_bucket_view=True
-            )
+            self.model = distributed.wrap(self.method, world)
 
     # ---- building ----------------------------------------------------------------------------------------------------
 

@@ -5,6 +5,7 @@ The device is decided here, once (`join`), and passed down.
 
 import contextlib
 import datetime
+import inspect
 import logging
 import os
 import socket
@@ -15,6 +16,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
 from utils.errors import RunError, UserError, reason
 from utils.heartbeat import Heartbeat
@@ -245,6 +247,15 @@ def place_among_processes(count: int, world: World) -> tuple[int, int]:
     dist.all_reduce(counts)
     numbers = counts.tolist()
     return sum(numbers[: world.rank]), sum(numbers)
+
+
+def wrap(module: nn.Module, world: World) -> DistributedDataParallel:
+    """`module` with gradients averaged over the processes; buffers stay each process's own."""
+    # torch before 2.12 knows the option by its old name only
+    known = inspect.signature(DistributedDataParallel).parameters
+    own_buffers: dict[str, Any] = {"forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers": False}
+    ids = [world.device.index] if world.device.type == "cuda" else None
+    return DistributedDataParallel(module, device_ids=ids, gradient_as_bucket_view=True, **own_buffers)
 
 
 def broadcast_buffers(module: nn.Module) -> None:

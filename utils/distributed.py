@@ -253,7 +253,8 @@ def wrap(module: nn.Module, world: World) -> DistributedDataParallel:
     """`module` with gradients averaged over the processes; buffers stay each process's own."""
     # torch before 2.12 knows the option by its old name only
     known = inspect.signature(DistributedDataParallel).parameters
-    own_buffers: dict[str, Any] = {"forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers": False}
+    name = "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"
+    own_buffers: dict[str, Any] = {name: False}
     ids = [world.device.index] if world.device.type == "cuda" else None
     return DistributedDataParallel(module, device_ids=ids, gradient_as_bucket_view=True, **own_buffers)
 

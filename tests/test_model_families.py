@@ -33,6 +33,7 @@ from model.division import (
 from model.layers.dropblock import DropBlock
 from model.layers.shake import ShakeDrop
 from model.layers.split_attention import SplitAttentionConv
+from model.layers.squeeze_excitation import SqueezeExcitation
 from utils.errors import UserError
 
 ONE_TO_64 = tuple(range(1, 65))
@@ -143,6 +144,15 @@ def test_widths_of_the_first_se_bottleneck(arch, shape, split_factor, first_widt
     assert tuple(conv.out_channels for conv in convs) == first_widths
     assert block.se_module.fc2.out_channels == first_widths[2]
     assert block.se_module.fc1.bias is not None
+
+
+def test_squeeze_excitation_by_its_definition():
+    torch.manual_seed(0)
+    layer = SqueezeExcitation(6, 3).double()
+    x_BCHW = torch.randn(2, 6, 4, 5, dtype=torch.float64)
+    hidden = F.linear(x_BCHW.mean((2, 3)), layer.fc1.weight[:, :, 0, 0], layer.fc1.bias).relu()
+    weights = F.linear(hidden, layer.fc2.weight[:, :, 0, 0], layer.fc2.bias).sigmoid()
+    torch.testing.assert_close(layer(x_BCHW), x_BCHW * weights[:, :, None, None])
 
 
 def test_stems_differ_in_their_last_width_and_pool():

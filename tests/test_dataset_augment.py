@@ -474,7 +474,7 @@ def test_resized_crops_are_distributed_as_torchvisions(size, area):
         assert stats.ks_2samp(ours[..., column].ravel(), theirs[:, column]).pvalue > 1e-3
 
 
-@pytest.mark.parametrize("size", [(20, 300), (301, 20), (37, 37), (100, 130), (3, 4), (4, 3)])
+@pytest.mark.parametrize("size", [(20, 300), (300, 20), (301, 20), (37, 37), (100, 130), (3, 4), (4, 3)])
 def test_resized_crop_falls_back_to_the_centre_as_torchvision(size):
     area = (1.5, 2.0)  # never fits
     expected = transforms.RandomResizedCrop.get_params(torch.empty(3, *size), area, (3 / 4, 4 / 3))

@@ -557,6 +557,8 @@ def test_constant_images_do_not_give_a_zero_deviation():
     mean, std = pixel_statistics([torch.full((2, 3, 4, 4), 51, dtype=torch.uint8)])
     assert mean == pytest.approx((0.2, 0.2, 0.2))
     assert std == (1 / 255,) * 3
+    with pytest.raises(UserError, match="No training image"):
+        pixel_statistics([])
 
 
 @pytest.mark.parametrize("side", [20, 100])

@@ -766,6 +766,7 @@ def open_shared_source(config: Config, world: World) -> DataSource:
         seed=config.seed or 0,
         val_fraction=config.val_fraction,
         on_bad_image=config.on_bad_image,
+        workers=config.workers,
     )
     source = open_source(request) if world.is_main else None
     distributed.barrier()

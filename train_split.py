@@ -802,7 +802,9 @@ def announce(trainer: Trainer) -> None:
 
 
 def summarise(config: Config) -> dict[str, Any]:
-    """Count what `config` stands for and print it as a table.
+    """Count what `config` stands for, print it as a table, and keep it in results.json of a --model_dir that was given.
+
+    The results of a training run in that folder are left alone.
 
     Raises:
         UserError: a network that cannot be built, or a data set whose number of classes only --num_classes can say.
@@ -832,6 +834,10 @@ def summarise(config: Config) -> dict[str, Any]:
         **network_sizes(requests),
     }
     print(format_table([result]), flush=True)
+    folder = Path(config.model_dir)
+    if "model_dir" in config.given and not (folder / "hparams_train.json").exists():
+        make_folder(folder)
+        ckpt.write_file(folder / RESULTS, as_json(result))
     return result
 
 

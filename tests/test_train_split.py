@@ -244,7 +244,7 @@ def test_summary_needs_no_data(tmp_path: Path) -> None:
         "macs_total": 5150006784,
         "crop": 32,
     }
-    assert not (tmp_path / "m").exists()
+    assert json.loads((tmp_path / "m" / "results.json").read_text()) == run.result
 
 
 def test_nonfinite_loss_stops_the_run_and_names_step_and_network(tmp_path: Path) -> None:

@@ -30,8 +30,9 @@ from dataset.pipeline import RESIZE_FACTOR
 from dataset.source import cifar, imagenet
 from dataset.views import ViewMaker, view_spec
 from method import methods
+from model import split_list
 from model.concurrent import ConcurrentNetworks
-from model.restore import WEIGHTS, NetworkInfo, restore_splitnet, split_list
+from model.restore import WEIGHTS, NetworkInfo, restore_splitnet
 from model.splitnet import SplitNet
 from parser_params import Config, parse_config
 from utils import checkpoint as ckpt

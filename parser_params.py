@@ -19,7 +19,7 @@ import yaml
 
 from dataset import sources
 from method import methods
-from model import backbones
+from model import backbones, split_list
 from utils.errors import UserError
 from utils.optim import OPTIMIZERS
 from utils.options import option
@@ -219,7 +219,7 @@ class Config(DeviceOptions, EvaluationOptions, OptimizerOptions, ModelOptions, D
 
     def archs(self) -> list[str]:
         """The backbones named by --arch, one entry unless it is a comma list."""
-        return [name.strip() for name in self.arch.split(",") if name.strip()]
+        return split_list(self.arch)
 
 
 # ---- values from text ------------------------------------------------------------------------------------------------

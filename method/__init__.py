@@ -9,6 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from model import split_list
 from model.splitnet import SplitNet
 from utils.distributed import broadcast_buffers
 from utils.registry import Registry
@@ -88,7 +89,7 @@ class Method(nn.Module):
     @classmethod
     def backbone_names(cls, arch: str, options: Any) -> list[str]:
         """The backbones that `--arch` stands for: the entries of a comma list, unless a method knows more names."""
-        return [name.strip() for name in arch.split(",") if name.strip()]
+        return split_list(arch)
 
     def prepare(self, labels_N: Tensor, seed: int) -> None:
         """Called once before training with the int64 labels [N] of the training set, in the order of its indices."""

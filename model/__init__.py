@@ -168,6 +168,11 @@ def build_splitnet(
     return SplitNet(networks)
 
 
+def split_list(arch: str) -> list[str]:
+    """The entries of a comma list of backbones."""
+    return [name.strip() for name in arch.split(",") if name.strip()]
+
+
 class NetworkConfig(Protocol):
     """The part of a configuration that decides the structure of the networks."""
 

@@ -8,18 +8,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from model import LARGE, BackboneRequest, backbones, build_network, build_splitnet, image_shape
+from model import LARGE, BackboneRequest, backbones, build_network, build_splitnet, image_shape, split_list
 from model.splitnet import SplitNet
 from utils.checkpoint import plain_keys
 from utils.errors import UserError
 
 WEIGHTS = ("auto", "raw", "ema")
 _NETWORK_KEY = re.compile(r"^models\.(\d+)\.")
-
-
-def split_list(arch: str) -> list[str]:
-    """The entries of a comma list of backbones."""
-    return [name.strip() for name in arch.split(",") if name.strip()]
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -20,7 +20,7 @@ import yaml
 from dataset import sources
 from method import methods
 from model import backbones, split_list
-from utils.errors import UserError
+from utils.errors import UserError, reason
 from utils.optim import OPTIMIZERS
 from utils.options import option
 from utils.recipe import RECIPES, recipe_defaults
@@ -421,8 +421,7 @@ def _read_yaml(path: str) -> dict[str, Any]:
     except OSError as error:
         raise UserError(f"--config {path}: cannot be read: {error.strerror or error}.") from None
     except (yaml.YAMLError, UnicodeDecodeError, ValueError, RecursionError) as error:
-        reason = " ".join(str(error).split()) or type(error).__name__
-        raise UserError(f"--config {path}: is not valid YAML: {reason}") from None
+        raise UserError(f"--config {path}: is not valid YAML: {reason(error)}") from None
     if content is None:
         return {}
     if not isinstance(content, dict) or not all(isinstance(key, str) for key in content):

@@ -235,10 +235,6 @@ class Trainer:
             train_separately=config.is_train_sep,
             archs=names if len(names) > 1 else None,
         )
-        for one in network.models:
-            # kept for released checkpoints; no forward pass uses them
-            for name in getattr(one, "unused_parameter_names", tuple)():
-                one.get_parameter(name).requires_grad_(False)
         smoothing = LABEL_SMOOTHING if config.is_label_smoothing else 0.0
         with torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(fold_in(self.seed, STREAM_INIT, METHOD_INIT))

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from utils.ensemble import RULES, ensemble_log_probs
 from utils.errors import UserError
-from utils.metrics import NUM_BINS, EvaluationCounts, correct_counts, label_ranks
+from utils.metrics import NUM_BINS, EvaluationCounts, label_ranks
 
 
 def draw(num_networks: int, images: int, num_classes: int, seed: int = 0) -> tuple[Tensor, Tensor]:
@@ -159,10 +159,3 @@ def test_wrong_shapes_and_rules_are_refused() -> None:
         counts.update(torch.zeros(1, 4, 3), torch.zeros(4, dtype=torch.int64))
     with pytest.raises(UserError, match="Ensemble rule 'median' is not known"):
         EvaluationCounts(2, 3, "median")
-
-
-def test_training_counts() -> None:
-    logits_SBK, labels_B = draw(3, 30, 4)
-    expected = [int((logits_BK.argmax(dim=-1) == labels_B).sum()) for logits_BK in logits_SBK]
-    expected.append(int((logits_SBK.mean(dim=0).argmax(dim=-1) == labels_B).sum()))
-    assert correct_counts(logits_SBK, labels_B).tolist() == expected

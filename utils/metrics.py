@@ -27,12 +27,6 @@ def label_ranks(scores_RBK: Tensor, labels_B: Tensor) -> Tensor:
     return before_RBK.sum(dim=-1)
 
 
-def correct_counts(logits_SBK: Tensor, labels_B: Tensor) -> Tensor:
-    """Images that each network, and last their mean of logits, classifies right: (S, B, K), (B,) -> int64 (S + 1,)."""
-    scores_RBK = torch.cat([logits_SBK, logits_SBK.mean(dim=0, keepdim=True)])
-    return (label_ranks(scores_RBK, labels_B) == 0).sum(dim=1)
-
-
 class EvaluationCounts:
     """What an evaluation adds up; `update` never waits for the device, `result` divides once at the end.
 

@@ -166,11 +166,6 @@ def clip_gradients(parameters: Iterable[nn.Parameter], max_norm: float | None = 
     return norm
 
 
-def nonfinite_flag(*values: Tensor) -> Tensor:
-    """1 if any of the scalars is NaN or infinite, else 0: a float32 scalar on their device, for `guarded_step`."""
-    return 1.0 - torch.stack([value.isfinite().to(torch.float32) for value in values]).amin()
-
-
 def guarded_step(optimizer: Optimizer, found_nonfinite: Tensor) -> None:
     """`optimizer.step()` that leaves weights and state bit for bit as they are where the flag is 1.
 

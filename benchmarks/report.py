@@ -1,0 +1,272 @@
+"""What every benchmark shares: timing in turns, rows with both sides of a ratio, hardware, versions, tables."""
+
+import json
+import math
+import os
+import platform
+import statistics
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from datetime import date
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from utils.checkpoint import write_file
+from utils.logger import plain_json
+from utils.precision import has_fast_bf16
+
+PACKAGES = ("torch", "torchvision", "numpy", "pillow", "timm", "triton")
+CLEAR_PEAK = "/proc/self/clear_refs"  # writing 5 resets the peak of a Linux process's resident memory
+PEAK_LINE = "VmHWM:"
+
+
+def hardware(device: torch.device) -> dict[str, Any]:
+    """The machine that measures: processor, cores, threads, load, GPU."""
+    facts: dict[str, Any] = {
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else _cpu_name(),
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "fast_bf16": has_fast_bf16(device),
+        "load_1_min": round(os.getloadavg()[0], 1) if hasattr(os, "getloadavg") else None,
+    }
+    if device.type == "cuda":
+        facts["device_memory_gib"] = round(torch.cuda.get_device_properties(device).total_memory / 2**30, 1)
+        facts["cudnn"] = torch.backends.cudnn.version()
+    return facts
+
+
+def _cpu_name() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+        return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor() or platform.machine()
+
+
+def versions() -> dict[str, str]:
+    """Python's, CUDA's, and those of the packages that are installed out of PACKAGES."""
+    found = {"python": platform.python_version()}
+    for name in PACKAGES:
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            continue
+    if torch.version.cuda:
+        found["cuda"] = torch.version.cuda
+    return found
+
+
+# ---- timing ----------------------------------------------------------------------------------------------------------
+
+
+def seconds_of(call: Callable[[], object], device: torch.device) -> float:
+    """Seconds that one call takes on its device: CUDA events there, the clock on a CPU."""
+    if device.type == "cuda":
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        call()
+        end.record()
+        end.synchronize()
+        return float(start.elapsed_time(end)) / 1000
+    started = time.perf_counter()
+    call()
+    return time.perf_counter() - started
+
+
+def interleave(
+    cases: Mapping[str, Callable[[], object]],
+    device: torch.device,
+    *,
+    warmup: int = 3,
+    rounds: int = 20,
+    seconds: float = math.inf,
+) -> dict[str, list[float]]:
+    """Time all cases in turns, so that whatever else the machine does hits all alike.
+
+    Every round calls each case once, and begins with another one than the round before.
+
+    Args:
+        cases: name -> what is timed.
+        warmup: untimed calls of each case before.
+        rounds: timed calls of each case, at most.
+        seconds: no new round begins after so long, but there are at least three.
+
+    Returns:
+        name -> seconds of each round; the i-th entries of all cases were measured one after the other.
+    """
+    for call in cases.values():
+        for _ in range(warmup):
+            call()
+    names, times = list(cases), {name: list[float]() for name in cases}
+    started = time.perf_counter()
+    for number in range(max(rounds, 1)):
+        if number >= 3 and time.perf_counter() - started > seconds:
+            break
+        first = number % len(names)
+        for name in names[first:] + names[:first]:
+            times[name].append(seconds_of(cases[name], device))
+    return times
+
+
+def peak_memory_mib(call: Callable[[], object], device: torch.device) -> float | None:
+    """Peak memory in MiB during one call: what torch allocated on a GPU, the process's resident memory on Linux CPUs.
+
+    None where the system does not tell.
+    """
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        call()
+        torch.cuda.synchronize(device)
+        return round(torch.cuda.max_memory_allocated(device) / 2**20, 1)
+    try:
+        Path(CLEAR_PEAK).write_text("5", encoding="ascii")
+        call()
+        status = Path("/proc/self/status").read_text(encoding="ascii").splitlines()
+        return round(int(next(line.split()[1] for line in status if line.startswith(PEAK_LINE))) / 1024, 1)
+    except (OSError, StopIteration):
+        return None
+
+
+def quantile(values: Sequence[float], part: float) -> float:
+    """Linearly interpolated quantile, 0 <= part <= 1."""
+    ordered = sorted(values)
+    place = part * (len(ordered) - 1)
+    low = math.floor(place)
+    high = min(low + 1, len(ordered) - 1)
+    return ordered[low] + (place - low) * (ordered[high] - ordered[low])
+
+
+# ---- rows ------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, kw_only=True)
+class Side:
+    """One side of a ratio: what ran, in which type and layout, and how long each round took.
+
+    Attributes:
+        name: as the table shows it.
+        dtype, layout: of the arithmetic and of the images ("NCHW", "NHWC").
+        seconds: of each round.
+        memory_mib: peak, or None where it was not measured.
+    """
+
+    name: str
+    dtype: str
+    layout: str
+    seconds: Sequence[float]
+    memory_mib: float | None = None
+
+
+def row(
+    goal: str | None,
+    subject: str,
+    case: Side,
+    baseline: Side | None,
+    *,
+    work: float = 1.0,
+    baseline_work: float | None = None,
+    commit: float | None = None,
+    **facts: Any,
+) -> dict[str, Any]:
+    """One result. `ratio` is the median over the rounds of baseline / case per unit of work: more than 1 is faster.
+
+    Args:
+        goal: "G1" to "G12", or None for a row that decides nothing.
+        subject: what is timed, as "resnet110 S=4, batch 128".
+        work, baseline_work: units (images, views, steps) in one call of either side; by default the same.
+        commit: the ratio that the goal promises; `met` says whether it was reached.
+        facts: further columns of the JSON.
+    """
+    middle = statistics.median(case.seconds)
+    result: dict[str, Any] = {
+        "goal": goal,
+        "subject": subject,
+        "case": case.name,
+        "dtype": case.dtype,
+        "layout": case.layout,
+        "seconds": middle,
+        "seconds_p10": quantile(case.seconds, 0.1),
+        "seconds_p90": quantile(case.seconds, 0.9),
+        "per_second": work / middle,
+        "memory_mib": case.memory_mib,
+        "rounds": len(case.seconds),
+        "baseline": baseline and baseline.name,
+        "baseline_dtype": baseline and baseline.dtype,
+        "baseline_layout": baseline and baseline.layout,
+        "ratio": None,
+    }
+    if baseline is not None:
+        unit = work / (baseline_work or work)
+        pairs = [unit * base / own for base, own in zip(baseline.seconds, case.seconds, strict=True)]
+        result |= {
+            "baseline_seconds": statistics.median(baseline.seconds),
+            "baseline_memory_mib": baseline.memory_mib,
+            "ratio": statistics.median(pairs),
+            "ratio_min": min(pairs),
+            "ratio_max": max(pairs),
+        }
+    if commit is not None:
+        result |= {"commit": commit, "met": result["ratio"] is not None and result["ratio"] >= commit}
+    return result | facts
+
+
+def markdown(rows: Sequence[Mapping[str, Any]]) -> str:
+    """The rows as a Markdown table; times in ms."""
+    lines = [
+        "| goal | subject | case | baseline | ratio (min – max) | promised | ms (p10 – p90) | per second | peak MiB |",
+        "| --- | --- | --- | --- | ---: | ---: | ---: | ---: | ---: |",
+    ]
+    for one in rows:
+        ratio = base = promised = "–"
+        if one.get("ratio") is not None:
+            ratio = f"{one['ratio']:.2f} ({one['ratio_min']:.2f} – {one['ratio_max']:.2f})"
+            base = f"{one['baseline']}, {one['baseline_dtype']} {one['baseline_layout']}"
+        if one.get("commit") is not None:
+            promised = f"≥ {one['commit']:g}: {'met' if one['met'] else 'missed'}"
+        times = " – ".join(_number(1000 * one[name]) for name in ("seconds_p10", "seconds_p90"))
+        cells = [
+            one["goal"] or "–",
+            one["subject"],
+            f"{one['case']}, {one['dtype']} {one['layout']}".rstrip(),
+            base,
+            ratio,
+            promised,
+            f"{_number(1000 * one['seconds'])} ({times})",
+            _number(one["per_second"]),
+            "–" if one.get("memory_mib") is None else f"{one['memory_mib']:,.0f}",
+        ]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def _number(value: float) -> str:
+    return f"{value:,.0f}" if value >= 1000 else f"{value:.3g}"
+
+
+def write(path: Path, rows: Sequence[Mapping[str, Any]], *, device: torch.device, command: str) -> None:
+    """Write the rows as a JSON list, each with hardware, versions, command and date.
+
+    Raises:
+        OSError: the file cannot be written.
+    """
+    common = {
+        "hardware": hardware(device),
+        "versions": versions(),
+        "command": command,
+        "date": date.today().isoformat(),
+    }
+    write_file(path, json.dumps([plain_json({**one, **common}) for one in rows], indent=2) + "\n")
+
+
+def describe(device: torch.device, command: str) -> str:
+    """Command, hardware and versions in three lines of Markdown, to stand above a table."""
+    facts = hardware(device)
+    packages = ", ".join(f"{name} {number}" for name, number in versions().items())
+    return (
+        f"`{command}`, {date.today().isoformat()}\n\n{facts['device']}, {facts['cores']} cores, "
+        f"{facts['threads']} thread(s), 1-minute load {facts['load_1_min']}; {packages}"
+    )

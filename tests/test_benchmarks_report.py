@@ -1,0 +1,88 @@
+"""What the benchmarks share: turns, ratios of pairs, and what a row and its table say. Nothing here judges a time."""
+
+import json
+import math
+
+import pytest
+import torch
+
+from benchmarks.report import Side, describe, interleave, markdown, peak_memory_mib, quantile, row, write
+
+CPU = torch.device("cpu")
+
+
+def side(name, seconds, **more):
+    return Side(name=name, dtype="float32", layout="NCHW", seconds=seconds, **more)
+
+
+def test_cases_take_turns_and_every_round_begins_with_another_one():
+    calls = []
+    cases = {name: (lambda name=name: calls.append(name)) for name in "abc"}
+    times = interleave(cases, CPU, warmup=1, rounds=4)
+    assert "".join(calls) == "abc" + "abc" + "bca" + "cab" + "abc"
+    assert {name: len(values) for name, values in times.items()} == dict.fromkeys("abc", 4)
+    assert all(value >= 0 for values in times.values() for value in values)
+
+
+def test_a_budget_of_seconds_still_gives_three_rounds():
+    assert [len(values) for values in interleave({"a": list}, CPU, warmup=0, rounds=50, seconds=0).values()] == [3]
+
+
+def test_quantiles_are_numpys():
+    values = [3.0, 1.0, 7.0, 4.0]
+    for part in (0, 0.1, 0.5, 0.9, 1):
+        assert quantile(values, part) == pytest.approx(torch.tensor(values).quantile(part).item())
+    assert quantile([2.0], 0.9) == 2.0
+
+
+def test_the_ratio_is_the_median_of_pairs_per_unit_of_work():
+    # pairs: 4, 1, 3; the ratio of medians would be 3
+    result = row("G5", "views", side("ours", [1.0, 4.0, 2.0]), side("PIL", [4.0, 4.0, 6.0]), work=10, commit=3.5)
+    assert (result["ratio"], result["ratio_min"], result["ratio_max"]) == (3.0, 1.0, 4.0)
+    assert (result["met"], result["baseline_dtype"], result["seconds"], result["per_second"]) == (
+        False,
+        "float32",
+        2.0,
+        5.0,
+    )
+    # the baseline made a tenth of the views in a call
+    scaled = row("G5", "views", side("ours", [2.0]), side("PIL", [1.0]), work=100, baseline_work=10, commit=5.0)
+    assert (scaled["ratio"], scaled["met"]) == (5.0, True)
+
+
+def test_a_row_without_a_baseline_has_no_ratio_and_meets_nothing():
+    result = row(None, "matmul", side("bf16", [0.5, 0.5]), None, work=3.0)
+    assert result["ratio"] is None
+    assert result["baseline"] is None
+    assert "met" not in result
+    assert "| – | matmul | bf16, float32 NCHW | – | – | – | 500 (500 – 500) | 6 | – |" in markdown([result])
+
+
+def test_table_and_json_hold_every_side(tmp_path):
+    rows = [
+        row("G5", "v", side("ours", [0.5, 0.5], memory_mib=1234.4), side("PIL", [1.0, 2.0]), work=8, commit=2, extra=7)
+    ]
+    table = markdown(rows)
+    assert (
+        "| G5 | v | ours, float32 NCHW | PIL, float32 NCHW | 3.00 (2.00 – 4.00) | ≥ 2: met | 500 (500 – 500) "
+        "| 16 | 1,234 |" in table
+    )
+    rows[0]["seconds_p90"] = math.nan
+    write(tmp_path / "r.json", rows, device=CPU, command="python -m benchmarks views")
+    (found,) = json.loads((tmp_path / "r.json").read_text())
+    assert found["goal"] == "G5"
+    assert found["extra"] == 7
+    assert found["seconds_p90"] is None
+    assert found["hardware"]["cores"] >= 1
+    assert found["versions"]["torch"] == torch.__version__.split("+")[0] or "torch" in found["versions"]
+    assert found["command"] == "python -m benchmarks views"
+    assert describe(CPU, "some command").startswith("`some command`, 20")
+
+
+def test_peak_memory_sees_what_a_call_holds():
+    small = peak_memory_mib(lambda: None, CPU)
+    if small is None:
+        pytest.skip("this system does not tell a process's peak memory")
+    large = peak_memory_mib(lambda: torch.ones(64 << 20, dtype=torch.uint8), CPU)
+    assert large is not None
+    assert large > small + 50

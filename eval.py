@@ -4,31 +4,27 @@ Backbone, S, classes and normalisation come from the checkpoint; flags fill in w
 last line of stdout is one JSON object, also in results.json of --model_dir, by default `eval/` beside the checkpoint.
 """
 
-import csv
 import dataclasses
-import io
 import json
 import logging
-import math
 import os
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
 from dataset import DataSource, ImageSet, SourceRequest, open_source
-from dataset.class_folders import iterate_images
-from dataset.loader import EvalLoader, shard
-from dataset.pipeline import RESIZE_FACTOR
+from dataset.loader import EvalLoader
+from dataset.pipeline import build_eval_loader
 from dataset.source import cifar, imagenet
-from dataset.views import ViewMaker, view_spec
+from dataset.unlabelled import Inputs, array_inputs, file_inputs
+from dataset.views import ViewMaker, plain_spec
 from method import methods
 from model import split_list
 from model.concurrent import ConcurrentNetworks
@@ -38,21 +34,20 @@ from parser_params import Config, parse_config
 from utils import checkpoint as ckpt
 from utils import distributed
 from utils.distributed import World
-from utils.ensemble import ensemble_log_probs, ensemble_rule, ensemble_scores
+from utils.ensemble import ensemble_rule
 from utils.errors import RunError, UserError, reason
+from utils.eval_files import FIGURES, write_evaluation, write_output
 from utils.evaluation import evaluate
 from utils.logger import plain_json, set_up_text_log
 from utils.options import option
-from utils.plots import plot_confusion
 from utils.precision import Precision, choose_precision
+from utils.prediction import predict, write_prediction
+from utils.run_folder import RESULTS, as_json
 
 logger = logging.getLogger("eval")
 
 # flags that are those of the training run unless they are given
 INHERITED = ("dataset", "data", "method", "is_ensembled_after_softmax", "is_max_ensemble")
-FIGURES = ("acc1", "acc5", "nll", "brier", "ece")
-TOP = 5  # classes listed per image
-SHOWN = 10  # predictions that are printed
 SMALL_SIDE = 64  # pixels; larger crops are evaluated as on ImageNet where a checkpoint does not say
 
 # mean and standard deviation of released checkpoints, where the data itself is not there
@@ -114,33 +109,20 @@ class Session:
 
     def prepare(self, mean: Sequence[float], std: Sequence[float]) -> Callable[[Tensor], Tensor]:
         """uint8 images -> normalised floats as the networks take them."""
-        plain = view_spec(
-            "digits",  # a row without any augmentation
-            crop_size=self.info.crop_size,
-            padding=0,
-            is_autoaugment=False,
-            randaa=None,
-            is_cutout=False,
-            erase_p=0.0,
-            mean=(mean[0], mean[1], mean[2]),
-            std=(std[0], std[1], std[2]),
-        )
-        views, precision = ViewMaker(plain, seed=0), self.precision
+        views, precision = ViewMaker(plain_spec(self.info.crop_size, mean, std), seed=0), self.precision
         return lambda images: views.evaluate(images, precision.weights, memory_format=precision.memory_format)
 
     def loader(self, split: ImageSet, recipe: str) -> EvalLoader:
         """This process's part of a split, cut as the recipe evaluates: large images at 1.15 times the crop."""
-        crop = self.info.crop_size
-        files = split.images is None
-        return EvalLoader(
+        return build_eval_loader(
             split,
+            crop_size=self.info.crop_size,
+            enlarge=recipe == "imagenet",
             batch_size=self.config.eval_batch_size,
             rank=self.world.rank,
             world_size=self.world.world_size,
             device=self.world.device,
             workers=self.config.workers,
-            resize=(int(RESIZE_FACTOR * crop) if recipe == "imagenet" else crop) if files else None,
-            crop=crop if files else None,
             on_bad_image=self.config.on_bad_image,
         )
 
@@ -349,72 +331,14 @@ def run_evaluation(session: Session) -> dict[str, Any]:
     for path, why in loader.bad_images.items():
         logger.warning("left out: %s: %s", path, why)
     if session.world.is_main:
-        table = format_table(results)
-        rows = [(i, name, int(confusion_KK[i].sum()), f"{float(per_class_K[i]):.4f}") for i, name in enumerate(classes)]
-        _write(folder / "results.json", json.dumps(plain_json(results), indent=2) + "\n")
-        _write(folder / "table.md", table + "\n")
-        _write(folder / "per_class.csv", _csv_text(("class", "name", "images", "acc1"), rows))
-        plot_confusion(confusion_KK.numpy(), classes, folder / "confusion.png")
-        print(table, flush=True)
+        print(write_evaluation(plain_json(results), confusion_KK, classes, folder), flush=True)
     return results
-
-
-def format_table(results: Mapping[str, Any]) -> str:
-    """Every network and every ensemble rule as a Markdown table; the reported rule is marked."""
-    rows = [(f"network {row['network']}", row) for row in results["networks"]]
-    for rule, row in results["ensembles"].items():
-        rows.append((f"{rule} (reported)" if rule == results["rule"] else rule, row))
-    lines = ["| | top-1 % | top-5 % | NLL | Brier | ECE |", "|---|---:|---:|---:|---:|---:|"]
-    for name, row in rows:
-        cells = [_cell(row[figure], 2 if figure.startswith("acc") else 4) for figure in FIGURES]
-        lines.append(f"| {name} | {' | '.join(cells)} |")
-    disagreement, js = results["disagreement"], results["mean_pairwise_js"]
-    lines += [
-        "",
-        f"{results['images']} images; two networks disagree on {_cell(disagreement and 100 * disagreement, 2)} % of "
-        f"them, their mean JS divergence is {_cell(js, 4)} nats.",
-    ]
-    return "\n".join(lines)
-
-
-def _cell(value: float | None, digits: int) -> str:
-    return "not finite" if value is None else f"{value:.{digits}f}"
-
-
-def _csv_text(titles: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
-    text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(titles)
-    writer.writerows(rows)
-    return text.getvalue()
-
-
-def _write(path: Path, content: bytes | str) -> None:
-    try:
-        ckpt.write_file(path, content)
-    except OSError as error:
-        raise RunError(f"{path}: cannot be written: {reason(error)}.") from None
 
 
 # ---- prediction ------------------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class Inputs:
-    """What is to be classified, and this process's part of it, prepared for the networks.
-
-    Attributes:
-        names: of all inputs, N.
-        batches: (int64 indices [B] into `names`, prepared images [B, 3, H, W]).
-        classes: K names.
-    """
-
-    names: Sequence[str]
-    batches: Iterable[tuple[Tensor, Tensor]]
-    classes: Sequence[str]
-
-
-def run_prediction(session: Session, predict: Path) -> dict[str, Any]:
+def run_prediction(session: Session, path: Path) -> dict[str, Any]:
     """Classify images; process 0 writes predictions.csv and logits.npz (`logits` [S, N, K], `ensemble` [N, K]).
 
     Raises:
@@ -422,118 +346,52 @@ def run_prediction(session: Session, predict: Path) -> dict[str, Any]:
         RunError: an unreadable image under --on_bad_image fail, no readable image, a full disk.
     """
     folder = output_folder(session)
-    inputs = array_inputs(session, predict) if predict.suffix.lower() == ".npy" else file_inputs(session, predict)
-    info, device, rule = session.info, session.world.device, session.rule
-    autocast = session.precision.autocast
-    exact = torch.promote_types(session.precision.weights, torch.float32)
-    indices: list[Tensor] = [torch.empty(0, dtype=torch.int64)]
-    logits: list[Tensor] = [torch.empty(0, info.num_networks, info.num_classes, dtype=exact)]
-    with torch.inference_mode(), torch.autocast(device.type, autocast, enabled=autocast is not None):
-        for indices_B, images in inputs.batches:
-            try:
-                logits_SBK = session.network(images)
-            except RuntimeError as error:  # too small for the strides, too large for the memory
-                size = " x ".join(map(str, images.shape))
-                raise RunError(f"--predict {predict}: the networks fail on a batch {size}: {reason(error)}") from None
-            indices.append(indices_B.cpu())
-            logits.append(logits_SBK.to("cpu", exact).transpose(0, 1))
-    indices_N = distributed.all_gather_rows(torch.cat(indices).to(device)).cpu()
-    logits_SNK = distributed.all_gather_rows(torch.cat(logits).to(device)).cpu().transpose(0, 1).contiguous()
-    if not len(indices_N):
-        raise RunError(f"--predict {predict}: not one image can be read.")
-
-    names = [inputs.names[i] for i in indices_N.tolist()]
-    log_probs_NK = ensemble_log_probs(logits_SNK, rule)
-    best_N5 = log_probs_NK.topk(min(TOP, info.num_classes), dim=1)
-    choices_SN = logits_SNK.argmax(dim=-1)
-    pairs = max(info.num_networks * (info.num_networks - 1), 1)
-    disagreement_N = (choices_SN[:, None] != choices_SN).sum(dim=(0, 1)).double() / pairs
+    info, precision = session.info, session.precision
+    classes, mean, std = class_names_and_statistics(session)
+    inputs = _inputs(session, path, mean, std)
+    prediction = predict(
+        session.network,
+        inputs.names,
+        inputs.batches,
+        num_networks=info.num_networks,
+        num_classes=info.num_classes,
+        rule=session.rule,
+        device=session.world.device,
+        dtype=precision.weights,
+        autocast_dtype=precision.autocast,
+        source=f"--predict {path}",
+    )
     results = {
         **session.header(),
-        "images": len(names),
-        "skipped": len(inputs.names) - len(names),
-        "rule": rule,
-        "disagreement": float(disagreement_N.mean()),
+        "images": len(prediction.names),
+        "skipped": len(inputs.names) - len(prediction.names),
+        "rule": session.rule,
+        "disagreement": float(prediction.disagreement_N().mean()),
         "predictions": str(folder / "predictions.csv"),
         "logits": str(folder / "logits.npz"),
         "results_dir": str(folder),
     }
     if session.world.is_main:
-        titles = ["file"]
-        for place in range(1, best_N5.indices.shape[1] + 1):
-            titles += [f"class_{place}", f"name_{place}", f"probability_{place}"]
-        rows: list[list[Any]] = []
-        for n, name in enumerate(names):
-            row: list[Any] = [name]
-            for k, log_prob in zip(best_N5.indices[n].tolist(), best_N5.values[n].tolist(), strict=True):
-                row += [k, inputs.classes[k], f"{math.exp(log_prob):.6f}"]
-            rows.append([*row, f"{float(disagreement_N[n]):.4f}"])
-        arrays = io.BytesIO()
-        np.savez(arrays, logits=logits_SNK.numpy(), ensemble=ensemble_scores(logits_SNK, rule).numpy())
-        _write(folder / "predictions.csv", _csv_text([*titles, "disagreement"], rows))
-        _write(folder / "logits.npz", arrays.getvalue())
-        _write(folder / "results.json", json.dumps(plain_json(results), indent=2) + "\n")
-        for name, row in list(zip(names, rows, strict=True))[:SHOWN]:
-            print(f"{name}: {row[2]} ({100 * float(row[3]):.1f} %)")
-        if len(names) > SHOWN:
-            print(f"… and {len(names) - SHOWN} more in {folder / 'predictions.csv'}", flush=True)
+        print("\n".join(write_prediction(prediction, classes, folder)), flush=True)
+        write_output(folder / RESULTS, as_json(results))
     return results
 
 
-def array_inputs(session: Session, path: Path) -> Inputs:
-    """The rows of a .npy file, taken as they are: normalised floats [N, 3, H, W], any H and W.
-
-    Raises:
-        UserError: not such an array.
-    """
-    wanted = "expected a .npy array [N, 3, H, W] of normalised floats"
-    try:
-        array = np.load(path, mmap_mode="r", allow_pickle=False)
-    except FileNotFoundError:
-        raise UserError(f"--predict {path}: does not exist.") from None
-    except (OSError, ValueError, EOFError) as error:
-        raise UserError(f"--predict {path}: {wanted}: {reason(error)}.") from None
-    if array.ndim != 4 or array.shape[1] != 3 or 0 in array.shape or not np.issubdtype(array.dtype, np.floating):
-        raise UserError(f"--predict {path}: {wanted}, found {array.dtype} {list(array.shape)}.")
-    part = shard(len(array), session.world.rank, session.world.world_size)
-    size, precision, device = session.config.eval_batch_size, session.precision, session.world.device
-
-    def batches() -> Iterator[tuple[Tensor, Tensor]]:
-        for start in range(part.start, part.stop, size):
-            rows = np.array(array[start : min(start + size, part.stop)])  # a copy: the file is mapped read-only
-            images = torch.from_numpy(rows).to(device, precision.weights)
-            yield torch.arange(start, start + len(rows)), images.contiguous(memory_format=precision.memory_format)
-
-    classes, _, _ = class_names_and_statistics(session)
-    return Inputs([f"{path.name}[{i}]" for i in range(len(array))], batches(), classes)
-
-
-def file_inputs(session: Session, path: Path) -> Inputs:
-    """An image, or all images of a folder and its subfolders, cut and normalised as in evaluation.
-
-    Raises:
-        UserError: nothing there.
-    """
-    if path.is_dir():
-        files = list(iterate_images(path))
-        names = [str(file.relative_to(path)) for file in files]
-    else:
-        files, names = [path], [path.name]
-    if not path.exists() or not files:
-        raise UserError(f"--predict {path}: {'holds no image' if path.exists() else 'does not exist'}.")
-    classes, mean, std = class_names_and_statistics(session)
-    split = ImageSet(targets=torch.zeros(len(files), dtype=torch.int64), paths=tuple(files))
-    recipe = session.info.data_recipe or ("imagenet" if session.info.crop_size > SMALL_SIDE else "cifar10")
-    loader = session.loader(split, recipe)
-    prepare = session.prepare(mean, std)
-
-    def batches() -> Iterator[tuple[Tensor, Tensor]]:
-        for batch in loader:
-            yield batch.indices_B, prepare(batch.images)
-        for file, why in loader.bad_images.items():
-            logger.warning("left out: %s: %s", file, why)
-
-    return Inputs(names, batches(), classes)
+def _inputs(session: Session, path: Path, mean: Sequence[float], std: Sequence[float]) -> Inputs:
+    """What --predict names, prepared; files are cut as in evaluation."""
+    info, world, precision = session.info, session.world, session.precision
+    if path.suffix.lower() == ".npy":
+        return array_inputs(
+            path,
+            rank=world.rank,
+            world_size=world.world_size,
+            batch_size=session.config.eval_batch_size,
+            device=world.device,
+            dtype=precision.weights,
+            memory_format=precision.memory_format,
+        )
+    recipe = info.data_recipe or ("imagenet" if info.crop_size > SMALL_SIDE else "cifar10")
+    return file_inputs(path, load=lambda split: session.loader(split, recipe), prepare=session.prepare(mean, std))
 
 
 def class_names_and_statistics(session: Session) -> tuple[Sequence[str], Sequence[float], Sequence[float]]:

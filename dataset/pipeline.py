@@ -63,15 +63,17 @@ def build_eval_loader(
     world_size: int,
     device: torch.device,
     workers: int,
+    enlarge: bool = True,
     on_bad_image: str = "fail",
 ) -> EvalLoader:
-    """Every image of a split once, un-augmented; files are resized to int(1.15 * crop_size) and cut to their centre.
+    """Every image of a split once, un-augmented; files are resized and cut to their central `crop_size` pixels.
 
     Args:
         split: images in memory, or files.
         crop_size: side of the network's input in pixels.
         batch_size: images per step and process.
         rank, world_size, device, workers, on_bad_image: as in `EvalLoader`.
+        enlarge: the short side of a file becomes int(1.15 * crop_size), as on ImageNet; else `crop_size`.
     """
     in_memory = split.images is not None
     return EvalLoader(
@@ -81,7 +83,7 @@ def build_eval_loader(
         world_size=world_size,
         device=device,
         workers=workers,
-        resize=None if in_memory else int(RESIZE_FACTOR * crop_size),
+        resize=None if in_memory else int(RESIZE_FACTOR * crop_size) if enlarge else crop_size,
         crop=None if in_memory else crop_size,
         on_bad_image=on_bad_image,
     )

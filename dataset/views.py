@@ -7,7 +7,7 @@ what PIL and torchvision give for the same parameters, wherever and with whateve
 V views (S of them in training, one for each network), B images, C = 3 channels, H x W image size, N ops in sequence.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
 
@@ -135,6 +135,11 @@ def view_spec(
         fill=(red, green, blue),
         random_resized_crop=row.random_resized_crop,
     )
+
+
+def plain_spec(crop_size: int, mean: Sequence[float], std: Sequence[float]) -> ViewSpec:
+    """No augmentation: what an evaluation takes. mean, std: per channel, on the scale [0, 1]."""
+    return ViewSpec(crop_size=crop_size, mean=(mean[0], mean[1], mean[2]), std=(std[0], std[1], std[2]))
 
 
 @dataclass(frozen=True, kw_only=True)

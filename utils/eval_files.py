@@ -1,0 +1,75 @@
+"""What an evaluation shows and writes: the table, results.json, per_class.csv, confusion.png. K classes."""
+
+import csv
+import io
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from utils.checkpoint import write_file
+from utils.errors import RunError, reason
+from utils.plots import plot_confusion
+from utils.run_folder import RESULTS, as_json
+
+FIGURES = ("acc1", "acc5", "nll", "brier", "ece")
+
+
+def format_table(results: Mapping[str, Any]) -> str:
+    """Every network and every ensemble rule as a Markdown table; the reported rule is marked."""
+    rows = [(f"network {row['network']}", row) for row in results["networks"]]
+    for rule, row in results["ensembles"].items():
+        rows.append((f"{rule} (reported)" if rule == results["rule"] else rule, row))
+    lines = ["| | top-1 % | top-5 % | NLL | Brier | ECE |", "|---|---:|---:|---:|---:|---:|"]
+    for name, row in rows:
+        cells = [_cell(row[figure], 2 if figure.startswith("acc") else 4) for figure in FIGURES]
+        lines.append(f"| {name} | {' | '.join(cells)} |")
+    disagreement, js = results["disagreement"], results["mean_pairwise_js"]
+    lines += [
+        "",
+        f"{results['images']} images; two networks disagree on {_cell(disagreement and 100 * disagreement, 2)} % of "
+        f"them, their mean JS divergence is {_cell(js, 4)} nats.",
+    ]
+    return "\n".join(lines)
+
+
+def _cell(value: float | None, digits: int) -> str:
+    return "not finite" if value is None else f"{value:.{digits}f}"
+
+
+def write_evaluation(results: Mapping[str, Any], confusion_KK: Tensor, classes: Sequence[str], folder: Path) -> str:
+    """Write all files of an evaluation; returns the table.
+
+    Raises:
+        RunError: a file cannot be written.
+    """
+    table = format_table(results)
+    accuracies, counts = results["per_class_acc"], confusion_KK.sum(dim=1).tolist()
+    rows = [(i, name, counts[i], f"{accuracies[name]:.4f}") for i, name in enumerate(classes)]
+    write_output(folder / RESULTS, as_json(results))
+    write_output(folder / "table.md", table + "\n")
+    write_output(folder / "per_class.csv", csv_text(("class", "name", "images", "acc1"), rows))
+    plot_confusion(confusion_KK.numpy(), classes, folder / "confusion.png")
+    return table
+
+
+def csv_text(titles: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
+    """The contents of a CSV file."""
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(titles)
+    writer.writerows(rows)
+    return text.getvalue()
+
+
+def write_output(path: Path, content: bytes | str) -> None:
+    """Write a file as a whole.
+
+    Raises:
+        RunError: it cannot be written.
+    """
+    try:
+        write_file(path, content)
+    except OSError as error:
+        raise RunError(f"{path}: cannot be written: {reason(error)}.") from None

@@ -146,7 +146,7 @@ def train_family(plan: Plan, data: Path, run: Path) -> Outcome:
 def format_table(outcomes: Mapping[str, Outcome]) -> str:
     """One row per family, as Markdown."""
     lines = [
-        "| family | network | S | batch, pixels | steps | first loss | last loss | networks top-1 % | ensemble top-1 % |",
+        "| family | network | S | batch, pixels | steps | first loss | last loss | networks top-1 % | ensemble % |",
         "| --- | --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: |",
     ]
     for family, outcome in outcomes.items():

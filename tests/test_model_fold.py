@@ -1,4 +1,4 @@
-"""Batch norm folded for inference: the same logits, and nothing folded that does not stand alone behind a convolution."""
+"""Batch norm folded for inference: the same logits; what does not stand alone behind a convolution is left as it is."""
 
 import copy
 
@@ -57,7 +57,7 @@ def test_folded_networks_give_the_same_logits(arch, shape, split_factor, left):
 
 
 class Awkward(nn.Module):
-    """A convolution with a bias, one read twice, one run twice, one between two norms, and a norm with a second name."""
+    """Convolutions with a bias, read twice, run twice, changed before their norm; and a norm with a second name."""
 
     def __init__(self) -> None:
         super().__init__()

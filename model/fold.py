@@ -33,11 +33,8 @@ def fold_batch_norm(network: nn.Module, image_shape: Sequence[int]) -> nn.Module
     """
     folded = copy.deepcopy(network).eval().requires_grad_(False)
     for conv_name, norm_name in _pairs(folded, image_shape):
-        conv, norm = folded.get_submodule(conv_name), folded.get_submodule(norm_name)
-        assert isinstance(conv, nn.Conv2d)
-        assert isinstance(norm, nn.BatchNorm2d)
-        assert norm.running_mean is not None
-        assert norm.running_var is not None
+        conv: Any = folded.get_submodule(conv_name)
+        norm: Any = folded.get_submodule(norm_name)
         conv.weight, conv.bias = fuse_conv_bn_weights(
             conv.weight, conv.bias, norm.running_mean, norm.running_var, norm.eps, norm.weight, norm.bias
         )

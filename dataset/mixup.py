@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from dataset.augment.plan import Upload
 from utils.distributed import all_gather_rows
 from utils.seed import STREAM_MIXUP, numpy_generator
 from utils.targets import Targets
@@ -32,9 +33,11 @@ def draw_mix(seed: int, step: int, *, alpha: float, global_batch: int, first: in
 
 def apply_mix(views_SBCHW: Tensor, labels_B: Tensor, mix: Mix) -> tuple[Tensor, Targets]:
     """Mixed views and their targets; with several processes, images come from all of them."""
-    partners = torch.from_numpy(mix.partners).to(labels_B.device, non_blocking=True)
+    upload = Upload()
+    place = upload.add(mix.partners)
+    partners = upload.send(labels_B.device)[place]
     pool_BS = all_gather_rows(views_SBCHW.transpose(0, 1))
     pool_labels = all_gather_rows(labels_B)
     mixed = views_SBCHW.lerp(pool_BS[partners].transpose(0, 1), 1.0 - mix.lam)
-    lam = views_SBCHW.new_tensor(mix.lam, dtype=torch.float32)
+    lam = views_SBCHW.new_full((), mix.lam, dtype=torch.float32)
     return mixed.to(views_SBCHW.dtype), Targets(labels_B, pool_labels[partners], lam)

@@ -30,6 +30,7 @@ from model.splitnet import SplitNet
 from model.supernet import Supernet
 from utils.distributed import all_reduce_sum
 from utils.errors import UserError
+from utils.optim import masked_sgd_step, nonfinite_flag
 from utils.options import option
 from utils.path_board import BoardEntry, PathBoard, PathSampler
 from utils.seed import STREAM_METHOD, fold_in
@@ -362,8 +363,7 @@ class Cream(Method):
         steps = progress.epochs * progress.steps_per_epoch
         for group in self.meta_optimizer.param_groups:
             group["lr"] = self.options.meta_lr * max(0.0, 1 - progress.step / steps)
-        if norm.isfinite():
-            self.meta_optimizer.step()
+        masked_sgd_step(self.meta_optimizer, nonfinite_flag(norm))
         self.meta_optimizer.zero_grad()
 
     def forward(self, views_SBCHW: Tensor, targets: Targets, progress: Progress) -> StepOutput:
@@ -394,7 +394,7 @@ class Cream(Method):
             return
         logits_BK = output.logits_SBK[0]
         correct = (logits_BK.argmax(dim=1) == targets.labels_B).sum()
-        counts = all_reduce_sum(torch.stack([correct, correct.new_tensor(len(logits_BK))])).tolist()
+        counts = all_reduce_sum(torch.stack([correct, torch.full_like(correct, len(logits_BK))])).tolist()
         score = 100.0 * counts[0] / counts[1]
         if self.board.admits(score, step.flops, progress.epoch):
             size = self.supernet.slice_size

@@ -28,6 +28,7 @@ from model.splitnet import SplitNet
 from utils.distributed import ProcessSyncBatchNorm, all_gather_rows, broadcast_buffers
 from utils.errors import UserError
 from utils.meta import VirtualSGD, buffers_restored, meta_gradient
+from utils.optim import masked_sgd_step, nonfinite_flag
 from utils.options import option
 from utils.seed import STREAM_METHOD, counter_uniform_on_device, fold_in, torch_generator
 
@@ -338,13 +339,12 @@ class LMCL(Method):
         ):
             gradients = self._meta_round(view_BCHW, targets, progress)
         average_over_processes(gradients)
-        if not all(bool(gradient.isfinite().all()) for gradient in gradients):
-            return  # the main step was not finite either and reports it
         for parameter, gradient in zip(self.weight_net.parameters(), gradients, strict=True):
             parameter.grad = gradient
         for group in self.weight_optimizer.param_groups:
             group.update(lr=progress.learning_rate, weight_decay=progress.weight_decay)
-        self.weight_optimizer.step()
+        # a round that is not finite changes nothing; the main step was not finite either and reports it
+        masked_sgd_step(self.weight_optimizer, nonfinite_flag(*(gradient.sum() for gradient in gradients)))
         self.weight_optimizer.zero_grad()
 
     def synchronise(self) -> None:

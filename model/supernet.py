@@ -75,7 +75,7 @@ class Supernet(CreamFrame):
     def default_path(self, path: Arch) -> None:
         self.check_path(path)
         self._default_path = [list(stage) for stage in path]
-        self.path.copy_(torch.tensor([index for stage in path for index in stage]))
+        self.path.copy_(torch.tensor([index for stage in path for index in stage]), non_blocking=True)
 
     def check_path(self, path: Arch) -> None:
         """Refuse a path that this supernet does not hold.

@@ -188,6 +188,19 @@ def guarded_step(optimizer: Optimizer, found_nonfinite: Tensor) -> None:
         del optimizer.found_inf  # type: ignore[attr-defined]
 
 
+@torch.no_grad()
+def masked_sgd_step(optimizer: torch.optim.SGD, found_nonfinite: Tensor) -> None:
+    """`guarded_step` for a small SGD with momentum that is not from `build_optimizer`: what changed is put back."""
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    momenta = [optimizer.state[p].get("momentum_buffer") for p in parameters]
+    before = [p.clone() for p in parameters]
+    before += [torch.zeros_like(p) if m is None else m.clone() for p, m in zip(parameters, momenta, strict=True)]
+    optimizer.step()
+    after = parameters + [optimizer.state[p]["momentum_buffer"] for p in parameters]
+    for old, new in zip(before, after, strict=True):
+        new.copy_(torch.where(found_nonfinite > 0, old, new))
+
+
 class RMSprop(Optimizer):
     """RMSprop with momentum and coupled weight decay (Tieleman and Hinton, 2012), in torch's or TensorFlow's form.
 

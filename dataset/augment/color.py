@@ -29,14 +29,14 @@ def histograms(images_KCHW: Tensor) -> Tensor:
     """How often each value occurs: integers [K, C, 256]."""
     count, channels = images_KCHW.shape[:2]
     bins, size = _bins(images_KCHW), count * channels * 256
-    counts = torch.bincount(bins, minlength=size) if bins.is_cpu else count_without_waiting(bins, size)
+    counts = torch.bincount(bins, minlength=size) if bins.is_cpu else count_without_waiting(bins, minlength=size)
     return counts.view(count, channels, 256)
 
 
-def count_without_waiting(bins: Tensor, size: int) -> Tensor:
-    """torch.bincount for GPUs, where that would read its largest value back to the host: int32 [size]."""
+def count_without_waiting(bins: Tensor, *, minlength: int) -> Tensor:
+    """torch.bincount for GPUs, where that would read its largest value back to the host: int32 [minlength]."""
     ones = torch.ones(1, dtype=torch.int32, device=bins.device).expand_as(bins)
-    return torch.zeros(size, dtype=torch.int32, device=bins.device).scatter_add_(0, bins.long(), ones)
+    return torch.zeros(minlength, dtype=torch.int32, device=bins.device).scatter_add_(0, bins.long(), ones)
 
 
 def grey(images_KCHW: Tensor) -> Tensor:

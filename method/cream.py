@@ -30,7 +30,7 @@ from model.splitnet import SplitNet
 from model.supernet import Supernet
 from utils.distributed import all_reduce_sum
 from utils.errors import UserError
-from utils.optim import masked_sgd_step, nonfinite_flag
+from utils.optim import finite_sgd_step
 from utils.options import option
 from utils.path_board import BoardEntry, PathBoard, PathSampler
 from utils.seed import STREAM_METHOD, fold_in
@@ -363,7 +363,7 @@ class Cream(Method):
         steps = progress.epochs * progress.steps_per_epoch
         for group in self.meta_optimizer.param_groups:
             group["lr"] = self.options.meta_lr * max(0.0, 1 - progress.step / steps)
-        masked_sgd_step(self.meta_optimizer, nonfinite_flag(norm))
+        finite_sgd_step(self.meta_optimizer, norm)
         self.meta_optimizer.zero_grad()
 
     def forward(self, views_SBCHW: Tensor, targets: Targets, progress: Progress) -> StepOutput:

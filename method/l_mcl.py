@@ -28,7 +28,7 @@ from model.splitnet import SplitNet
 from utils.distributed import ProcessSyncBatchNorm, all_gather_rows, broadcast_buffers
 from utils.errors import UserError
 from utils.meta import VirtualSGD, buffers_restored, meta_gradient
-from utils.optim import masked_sgd_step, nonfinite_flag
+from utils.optim import finite_sgd_step
 from utils.options import option
 from utils.seed import STREAM_METHOD, counter_uniform_on_device, fold_in, torch_generator
 
@@ -344,7 +344,7 @@ class LMCL(Method):
         for group in self.weight_optimizer.param_groups:
             group.update(lr=progress.learning_rate, weight_decay=progress.weight_decay)
         # a round that is not finite changes nothing; the main step was not finite either and reports it
-        masked_sgd_step(self.weight_optimizer, nonfinite_flag(*(gradient.sum() for gradient in gradients)))
+        finite_sgd_step(self.weight_optimizer, torch.stack([gradient.sum() for gradient in gradients]).sum())
         self.weight_optimizer.zero_grad()
 
     def synchronise(self) -> None:

@@ -178,7 +178,7 @@ def test_reflection_padding_is_numpys():
 
 def test_counting_on_gpus_is_bincount():
     bins = torch.from_numpy(np.random.default_rng(0).integers(0, 700, 5000)).int()
-    counts = color.count_without_waiting(bins, 768)
+    counts = color.count_without_waiting(bins, minlength=768)
     assert torch.equal(counts.long(), torch.bincount(bins, minlength=768))
 
 

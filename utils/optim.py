@@ -189,8 +189,12 @@ def guarded_step(optimizer: Optimizer, found_nonfinite: Tensor) -> None:
 
 
 @torch.no_grad()
-def masked_sgd_step(optimizer: torch.optim.SGD, found_nonfinite: Tensor) -> None:
-    """`guarded_step` for a small SGD with momentum that is not from `build_optimizer`: what changed is put back."""
+def finite_sgd_step(optimizer: torch.optim.SGD, judged: Tensor) -> None:
+    """`guarded_step` for a small SGD with momentum that is not from `build_optimizer`: what changed is put back.
+
+    Args:
+        judged: scalar; the step counts where it is finite.
+    """
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     momenta = [optimizer.state[p].get("momentum_buffer") for p in parameters]
     before = [p.clone() for p in parameters]
@@ -198,7 +202,7 @@ def masked_sgd_step(optimizer: torch.optim.SGD, found_nonfinite: Tensor) -> None
     optimizer.step()
     after = parameters + [optimizer.state[p]["momentum_buffer"] for p in parameters]
     for old, new in zip(before, after, strict=True):
-        new.copy_(torch.where(found_nonfinite > 0, old, new))
+        new.copy_(torch.where(judged.isfinite(), new, old))
 
 
 class RMSprop(Optimizer):

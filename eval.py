@@ -42,7 +42,7 @@ from utils.logger import plain_json, set_up_text_log
 from utils.options import option
 from utils.precision import Precision, choose_precision
 from utils.prediction import predict, write_prediction
-from utils.run_folder import RESULTS, as_json
+from utils.run_folder import HPARAMS, RESULTS, as_json
 
 logger = logging.getLogger("eval")
 
@@ -223,7 +223,7 @@ def output_folder(session: Session) -> Path:
     folder = session.checkpoint.parent / "eval"
     if "model_dir" in session.config.given:
         given = Path(session.config.model_dir)
-        folder = given / "eval" if (given / "hparams_train.json").exists() else given
+        folder = given / "eval" if (given / HPARAMS).exists() else given
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:

@@ -50,7 +50,7 @@ from utils.optim import (
 from utils.plots import plot_curves
 from utils.precision import Precision, choose_precision
 from utils.report import Reporter, RunClock
-from utils.run_folder import RESULTS, as_json, describe_environment, make_folder, open_run, read_results
+from utils.run_folder import HPARAMS, RESULTS, as_json, describe_environment, make_folder, open_run, read_results
 from utils.schedule import Schedule
 from utils.seed import STREAM_INIT, STREAM_STEP, draw_seed, fold_in
 from utils.targets import Targets, plain_targets
@@ -723,7 +723,7 @@ def run(config: Config) -> dict[str, Any]:
             torch.use_deterministic_algorithms(True, warn_only=True)
         torch.backends.cudnn.benchmark = not config.deterministic
         if world.is_main:
-            ckpt.write_file(folder / "hparams_train.json", as_json(config.described()))
+            ckpt.write_file(folder / HPARAMS, as_json(config.described()))
             ckpt.write_file(folder / "env.json", as_json(describe_environment(world)))
         with distributed.naming_lost_processes(world):
             trainer = Trainer(config, world, source, resumed)
@@ -831,7 +831,7 @@ def summarise(config: Config) -> dict[str, Any]:
     }
     print(format_table([result]), flush=True)
     folder = Path(config.model_dir)
-    if "model_dir" in config.given and not (folder / "hparams_train.json").exists():
+    if "model_dir" in config.given and not (folder / HPARAMS).exists():
         make_folder(folder)
         ckpt.write_file(folder / RESULTS, as_json(result))
     return result

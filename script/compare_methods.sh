@@ -44,15 +44,26 @@ esac
 exec 3>/dev/null # the figures of single runs are in their folders
 [ "${DRY_RUN:-0}" != 1 ] || exec 3>&1
 
-folders=()
+networks_of() {
+  case "$1" in
+    *:*) echo "${1##*:}" ;;
+    *) echo "$NETWORKS" ;;
+  esac
+}
+
 for entry in ${METHODS//,/ }; do
-  networks=$NETWORKS
-  case "$entry" in *:*) networks=${entry##*:} ;; esac
-  case "$networks" in *[!0-9]* | "" | 0) fail "METHODS=$METHODS, NETWORKS=$NETWORKS: expected a number of networks." ;; esac
-  method=${entry%%:*}
-  archs=$ARCH
-  for ((i = 1; i < networks; i++)); do archs+=,$ARCH; done
-  for seed in ${SEEDS//,/ }; do
+  case "$(networks_of "$entry")" in
+    *[!0-9]* | "" | 0) fail "$entry, NETWORKS=$NETWORKS: expected a number of networks." ;;
+  esac
+done
+
+folders=()
+for seed in ${SEEDS//,/ }; do
+  for entry in ${METHODS//,/ }; do
+    networks=$(networks_of "$entry")
+    method=${entry%%:*}
+    archs=$ARCH
+    for ((i = 1; i < networks; i++)); do archs+=,$ARCH; done
     folder=$OUT/${DATASET}_${ARCH}x${networks}_${method}_seed$seed
     folders+=("$folder")
     if [ -f "$folder/results.json" ]; then

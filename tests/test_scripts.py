@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 from PIL import Image
 
+from parser_params import parse_config
 from script import missing_packages
 from script.quickstart_table import table
 
@@ -25,6 +26,11 @@ SETTINGS = (
     "DATA",
     "MODEL_DIR",
     "EPOCHS",
+    "METHODS",
+    "NETWORKS",
+    "SEEDS",
+    "RECIPE",
+    "OUT",
     "GPUS",
     "NPROC",
     "RESUME",
@@ -69,7 +75,9 @@ def test_scripts_can_be_run(path):
     assert path.read_text().startswith("#!/usr/bin/env bash\n")
 
 
-@pytest.mark.parametrize("script", ["train_split.sh", "eval.sh", "summary.sh", "tensorboard.sh", "run_docker.sh"])
+@pytest.mark.parametrize(
+    "script", ["train_split.sh", "compare_methods.sh", "eval.sh", "summary.sh", "tensorboard.sh", "run_docker.sh"]
+)
 def test_help(script):
     done = call(script, "--help")
     assert done.returncode == 0
@@ -112,6 +120,45 @@ def test_processes(variables, processes, cpu):
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
     assert words[1 : words.index("train_split.py")] == (launcher if processes > 1 else [])
     assert ("--no_cuda" in words) == cpu
+
+
+def test_compare_methods_makes_every_run_that_is_not_finished_and_compares_all(tmp_path):
+    finished = tmp_path / "digits_wrn_16_1x1_dks_seed4"
+    finished.mkdir()
+    (finished / "results.json").write_text("{}")
+    done = call(
+        *(
+            "compare_methods.sh",
+            "--methods",
+            "dml,dks:1",
+            "--arch",
+            "wrn_16_1",
+            "--seeds",
+            "4 5",
+            "--out",
+            str(tmp_path),
+        ),
+        *("--", "--batch_size", "100"),
+        EPOCHS="7",
+        NETWORKS="3",
+        RECIPE="own",
+    )
+    assert done.returncode == 0, done.stderr
+    *runs, compare = (shlex.split(line)[1:] for line in done.stdout.splitlines())
+    assert [run[run.index("--model_dir") + 1] for run in runs] == [
+        *(f"{tmp_path}/digits_wrn_16_1x3_dml_seed4", f"{tmp_path}/digits_wrn_16_1x3_dml_seed5"),
+        f"{tmp_path}/digits_wrn_16_1x1_dks_seed5",
+    ]
+    assert runs[0][1:] == [
+        *("--method", "dml", "--arch", "wrn_16_1,wrn_16_1,wrn_16_1", "--dataset", "digits", "--resume", "auto"),
+        *("--epochs", "7", "--seed", "4", "--model_dir", f"{tmp_path}/digits_wrn_16_1x3_dml_seed4"),
+        *("--batch_size", "100"),
+    ]
+    assert f"finished already: {finished}" in done.stderr
+    assert compare[:4] == ["-m", "utils.compare", "--out", f"{tmp_path}/compare"]
+    assert len(compare) == 4 + 4
+    for line in call("compare_methods.sh").stdout.splitlines()[:-1]:  # the shared recipe is one that every method takes
+        parse_config(shlex.split(line)[2:])
 
 
 def test_eval():
@@ -161,6 +208,8 @@ def test_tensorboard_and_docker(tmp_path):
         (("eval.sh",), {}, "eval.sh: which checkpoint?"),
         (("summary.sh",), {}, "summary.sh: which backbone?"),
         (("summary.sh", "a", "b", "1", "c"), {}, "summary.sh: 'c': unexpected"),
+        (("compare_methods.sh",), {"METHODS": "dml dks:none"}, "compare_methods.sh: dks:none, NETWORKS=2: expected"),
+        (("compare_methods.sh", "--recipe", "best"), {}, "compare_methods.sh: RECIPE=best: expected shared or own"),
         (("tensorboard.sh", "/no/folder"), {}, "tensorboard.sh: /no/folder is not a folder"),
     ],
 )

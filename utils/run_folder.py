@@ -19,6 +19,7 @@ from utils.logger import plain_json
 logger = logging.getLogger(__name__)
 
 RESULTS = "results.json"
+HPARAMS = "hparams_train.json"
 
 
 def open_run(folder: Path, resume: str | None) -> dict[str, Any] | None:

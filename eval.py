@@ -26,7 +26,7 @@ from dataset.source import cifar, imagenet
 from dataset.unlabelled import Inputs, array_inputs, file_inputs
 from dataset.views import ViewMaker, plain_spec
 from method import methods
-from model import split_list
+from model import backbones, split_list
 from model.concurrent import ConcurrentNetworks
 from model.restore import WEIGHTS, NetworkInfo, restore_splitnet
 from model.splitnet import SplitNet
@@ -113,11 +113,11 @@ class Session:
         return lambda images: views.evaluate(images, precision.weights, memory_format=precision.memory_format)
 
     def loader(self, split: ImageSet, recipe: str) -> EvalLoader:
-        """This process's part of a split, cut as the recipe evaluates: large images at 1.15 times the crop."""
+        """This process's part of a split, cut as the recipe evaluates: large images as `eval_resize` says."""
         return build_eval_loader(
             split,
             crop_size=self.info.crop_size,
-            enlarge=recipe == "imagenet",
+            crop_pct=self.config.crop_pct if recipe == "imagenet" else 1.0,
             batch_size=self.config.eval_batch_size,
             rank=self.world.rank,
             world_size=self.world.world_size,
@@ -160,6 +160,8 @@ def open_session(config: Config, world: World, gpus: list[int]) -> Session:
         weights=options.weights,
         source=f"--resume {path}",
     )
+    if config.crop_pct is None and info.archs[0] in backbones:
+        config = replace(config, crop_pct=trained.get("crop_pct", backbones.get(info.archs[0]).crop_pct))
     seed = config.seed if config.seed is not None else trained.get("seed")
     # exact figures unless a precision is asked for
     amp_dtype = config.amp_dtype if "amp_dtype" in given else "fp32"
@@ -426,6 +428,8 @@ def run(config: Config) -> dict[str, Any]:
     gpus = distributed.visible_gpus(no_cuda=config.no_cuda, gpu=config.gpu, gpu_ids=config.gpu_ids)
     world = distributed.join(gpus, backend=config.dist_backend)
     set_up_text_log(None, rank=world.rank)
+    for line in config.warnings:
+        logger.warning("%s", line)
     try:
         session = open_session(config, world, gpus)
         logger.info(

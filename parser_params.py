@@ -7,6 +7,7 @@ the data set, backbone and method, the default written here. `Config.origins` ke
 
 import argparse
 import dataclasses
+import math
 import sys
 import types
 import typing
@@ -18,8 +19,11 @@ from typing import Any, ClassVar, NoReturn
 import yaml
 
 from dataset import sources
+from dataset.views import ERASE_MODES
 from method import methods
 from model import backbones, split_list
+from utils.cream_yaml import is_published, is_published_key, read_published
+from utils.distributed import processes_on_this_machine
 from utils.errors import UserError, reason
 from utils.optim import OPTIMIZERS
 from utils.options import option
@@ -61,7 +65,9 @@ class RunOptions:
     )
     nonfinite_limit: int = option(100, "how many steps 'skip' may skip before the run stops", unit="steps")
     proc_name: str = option("splitnet", "process title (where setproctitle is installed)")
-    config: str | None = option(None, "YAML file of flag names and values", metavar="FILE")
+    config: str | None = option(
+        None, "YAML file of flag names and values, or of Cream's published keys", metavar="FILE"
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,8 +81,18 @@ class DataOptions:
     eval_batch_size: int = option(100, "images per process in evaluation", unit="images")
     crop_size: int = option(32, "side of the network's input", unit="pixels", default_text=RECIPE)
     padding: int = option(4, "zero padding before the random crop of small images", unit="pixels")
+    crop_area: tuple[float, ...] = option((0.1, 1.0), "random crops of image files: smallest and largest part of them")
+    crop_pct: float | None = option(
+        None,
+        "evaluation of image files: side of the centre crop over the short side",
+        default_text="1/1.15; 0.875 for Cream's networks on imagenet",
+    )
+    color_jitter: float = option(0.0, "brightness, contrast and saturation change by up to this part")
     is_cutout: bool = option(True, "random erasing (under the published name)")
     erase_p: float = option(0.5, "probability of random erasing")
+    erase_mode: str = option("const", "erase to the mean colour, or to noise per pixel", choices=ERASE_MODES)
+    erase_area: tuple[float, ...] = option((), "smallest and largest erased part of a view", default_text=RECIPE)
+    erase_ratio: tuple[float, ...] = option((), "smallest and largest height / width of it", default_text=RECIPE)
     is_autoaugment: bool = option(False, "the data set's AutoAugment policy", default_text=RECIPE)
     randaa: str | None = option(None, "RandAugment instead, as 'rand-m9-mstd0.5'", metavar="STRING")
     is_mixup: bool = option(True, "mix pairs of images and their labels (mixup)")
@@ -190,6 +206,7 @@ class Config(DeviceOptions, EvaluationOptions, OptimizerOptions, ModelOptions, D
         backbone_options: flags that belong to single families of backbones, by name.
         given: what the user set, by flag name; nothing else may be replaced by a recipe.
         origins: flag name -> flag, override, yaml, recipe or default.
+        warnings: what to tell the user of --config, one line each.
     """
 
     method_options: Any = None
@@ -197,9 +214,10 @@ class Config(DeviceOptions, EvaluationOptions, OptimizerOptions, ModelOptions, D
     backbone_options: Mapping[str, Any] = field(default_factory=dict)
     given: Mapping[str, Any] = field(default_factory=dict)
     origins: Mapping[str, str] = field(default_factory=dict)
+    warnings: tuple[str, ...] = ()
 
     PRIVATE: ClassVar[frozenset[str]] = frozenset(
-        {"method_options", "extra_options", "backbone_options", "given", "origins"}
+        {"method_options", "extra_options", "backbone_options", "given", "origins", "warnings"}
     )
 
     def values(self) -> dict[str, Any]:
@@ -440,12 +458,17 @@ def _early(argv: Sequence[str], name: str) -> str | None:
     return found
 
 
-def _method_name(argv: Sequence[str], from_yaml: Mapping[str, Any]) -> str:
+def _early_overrides(argv: Sequence[str]) -> dict[str, str]:
+    """The KEY VALUE pairs at the end of a command line, before the parser exists."""
+    end = len(argv)
+    while end >= 2 and not argv[end - 2].startswith("--"):
+        end -= 2
+    return dict(zip(argv[end::2], argv[end + 1 :: 2], strict=False))
+
+
+def _method_name(argv: Sequence[str], overrides: Mapping[str, str], from_yaml: Mapping[str, Any]) -> str:
     """The method, which decides what flags exist: an override, a flag, the YAML file, the default."""
-    for i, token in enumerate(argv[:-1]):
-        if token == "method" and not argv[i - 1].startswith("--"):
-            return argv[i + 1]
-    return _early(argv, "method") or str(from_yaml.get("method", ModelOptions.method))
+    return overrides.get("method") or _early(argv, "method") or str(from_yaml.get("method", ModelOptions.method))
 
 
 def _known_flags(method: str, extra: type | None = None) -> dict[str, Flag]:
@@ -476,7 +499,14 @@ def parse_config(argv: Sequence[str] | None = None, program: str | None = None, 
     arguments = list(sys.argv[1:] if argv is None else argv)
     yaml_path = _early(arguments, "config")
     from_yaml = _read_yaml(yaml_path) if yaml_path else {}
-    method = _method_name(arguments, from_yaml)
+    early = _early_overrides(arguments)
+    published = None
+    if is_published(from_yaml):
+        keys = [text for pair in early.items() if is_published_key(pair[0]) for text in pair]
+        processes = processes_on_this_machine()
+        published = read_published(from_yaml, where=f"--config {yaml_path}", overrides=keys, processes=processes)
+        from_yaml = published.flags
+    method = _method_name(arguments, early, from_yaml)
     parser = build_parser(method, program, extra)
     namespace, unknown = parser.parse_known_args(arguments)
     known = _known_flags(method, extra)
@@ -493,20 +523,25 @@ def parse_config(argv: Sequence[str] | None = None, program: str | None = None, 
     raw = vars(namespace)
     overrides = raw.pop("overrides")
     for name, value in raw.items():
-        given[name] = known[name].parse(value, f"--{name}")
-        origins[name] = "flag"
+        parsed = known[name].parse(value, f"--{name}")
+        if published is None or name not in published.overridden:
+            given[name], origins[name] = parsed, "flag"
     if len(overrides) % 2:
         raise UserError(f"{overrides[-1]!r}: overrides at the end of the line are KEY VALUE pairs; one has no value.")
     for key, value in zip(overrides[::2], overrides[1::2], strict=True):
+        if published is not None and is_published_key(key):
+            continue  # in from_yaml already
         flag = _lookup(known, key, f"override {key!r}")
         given[flag.name] = flag.parse(value, f"override {key}")
         origins[flag.name] = "override"
     if "pretrained" not in given and given.get("pretrained_dir"):
         given["pretrained"] = given["pretrained_dir"]
         origins["pretrained"] = origins["pretrained_dir"]
+    if published is not None:
+        origins |= dict.fromkeys(published.overridden, "override")
     config = _assemble(method, given, origins, extra=extra)
     _check(config)
-    return config
+    return config if published is None else dataclasses.replace(config, warnings=tuple(published.warnings))
 
 
 def _fill(options: type, values: Mapping[str, Any]) -> Any:
@@ -548,17 +583,22 @@ def resolve_config(config: Config, *, data_recipe: str, crop_size: int | None = 
         crop_size: the data's own input size, where the recipe does not know it (folder, synthetic).
     """
     given = dict(config.given)
-    from_method = methods.get(config.method).recipe(data_recipe, given.get("epochs"))
+    from_method = methods.get(config.method).recipe(data_recipe, given.get("epochs"), given)
     supplied = {**from_method, **given}
+    arch = config.archs()[0]
+    backbone = backbones.get(arch) if config.dataset == "imagenet" and arch in backbones else None
     defaults, adjusted = recipe_defaults(
         data_recipe=data_recipe,
         dataset=config.dataset,
-        arch=config.archs()[0],
+        arch=arch,
         split_factor=config.split_factor if len(config.archs()) == 1 else 1,
         epochs=supplied.get("epochs"),
         batch_size=supplied.get("batch_size"),
         given=supplied,
+        own_size=None if backbone is None else backbone.crop_size,
     )
+    if backbone is not None:
+        defaults["crop_pct"] = backbone.crop_pct
     if crop_size is not None:
         defaults.setdefault("crop_size", crop_size)  # open data sets know their size, the recipe does not
     values = {**defaults, **from_method, **given, **adjusted}
@@ -569,6 +609,7 @@ def resolve_config(config: Config, *, data_recipe: str, crop_size: int | None = 
     values = {name: value for name, value in values.items() if name in known}
     origins = {name: origin for name, origin in origins.items() if name in known}
     resolved = _assemble(config.method, values, origins, extra=extra, given=given)
+    resolved = dataclasses.replace(resolved, warnings=config.warnings)
     _check(resolved)
     return resolved
 
@@ -596,8 +637,16 @@ def _check(config: Config) -> None:
         need(getattr(config, name) >= 1, f"--{name} must be 1 or more, got {getattr(config, name)}.")
     for name in ("workers", "padding", "save_steps", "weight_decay", "lr", "end_lr", "slow_start_lr", "rank"):
         need(getattr(config, name) >= 0, f"--{name} must be 0 or more, got {getattr(config, name)}.")
-    for name in ("erase_p", "ema_decay"):
+    for name in ("erase_p", "ema_decay", "color_jitter"):
         need(0 <= getattr(config, name) <= 1, f"--{name} must be between 0 and 1, got {getattr(config, name)}.")
+    for name, most in (("crop_area", 1.0), ("erase_area", 1.0), ("erase_ratio", math.inf)):
+        pair = getattr(config, name)
+        need(
+            (not pair and name != "crop_area") or (len(pair) == 2 and 0 < pair[0] <= pair[1] <= most),
+            f"--{name} must be two numbers above 0{'' if most > 1 else ' and up to 1'}, the smaller first, got {pair}.",
+        )
+    crop_pct = config.crop_pct
+    need(crop_pct is None or 0 < crop_pct <= 1, f"--crop_pct must be above 0 and at most 1, got {crop_pct}.")
     need(config.ema_decay < 1, "--ema_decay must be below 1: at 1 the average would never move.")
     need(0 <= config.val_fraction < 1, f"--val_fraction must be in [0, 1), got {config.val_fraction}.")
     need(config.mix_alpha > 0, f"--mix_alpha must be above 0, got {config.mix_alpha}; --is_mixup 0 turns mixup off.")

@@ -123,6 +123,10 @@ class Trainer:
                 erase_p=config.erase_p,
                 mean=source.mean,
                 std=source.std,
+                color_jitter=config.color_jitter,
+                erase_mode=config.erase_mode,
+                erase_area=config.erase_area,
+                erase_ratio=config.erase_ratio,
             ),
             self.seed,
         )
@@ -138,6 +142,7 @@ class Trainer:
             workers=config.workers,
             sampler=self.method.sampler,
             on_bad_image=config.on_bad_image,
+            crop_area=config.crop_area,
         )
         self.eval_loaders = {
             name: build_eval_loader(
@@ -149,6 +154,7 @@ class Trainer:
                 device=world.device,
                 workers=config.workers,
                 on_bad_image=config.on_bad_image,
+                crop_pct=config.crop_pct,
             )
             for name, split in (("val", source.val), ("test", source.test))
             if split is not None
@@ -745,7 +751,9 @@ def finished_results(folder: Path, config: Config, resumed: Mapping[str, Any] | 
 
 
 def warn_of_unused_flags(config: Config) -> None:
-    """Say which of the flags that were given have no effect."""
+    """Say which of the flags, and of the keys in a published --config, have no effect."""
+    for line in config.warnings:
+        logger.warning("%s", line)
     for name in ("gn_num_groups", "div_wd_den", "amp_opt_level"):
         if name in config.given:
             logger.warning("--%s has no effect, as in the published code.", name)

@@ -9,6 +9,16 @@ from utils.seed import STREAM_SAMPLER, fold_in
 RESIZE_FACTOR = 1.15  # evaluation of large images: the short side is this times the crop, rounded down
 
 
+def eval_resize(crop_size: int, crop_pct: float | None = None) -> int:
+    """Short side, in pixels, to which evaluation resizes a large image before its centre is cut out.
+
+    Args:
+        crop_size: side of the cut in pixels.
+        crop_pct: side of the cut over the short side; None: 1 / RESIZE_FACTOR.
+    """
+    return int(RESIZE_FACTOR * crop_size) if crop_pct is None else int(crop_size / crop_pct)
+
+
 def build_train_loader(
     source: DataSource,
     *,
@@ -22,8 +32,9 @@ def build_train_loader(
     workers: int,
     sampler: str = "shuffled",
     on_bad_image: str = "fail",
+    crop_area: tuple[float, ...] = (0.1, 1.0),
 ) -> TrainLoader:
-    """Training batches: images in memory come whole, files as random resized crops, one per view (area 0.1 to 1).
+    """Training batches: images in memory come whole, files as random resized crops, one per view.
 
     Args:
         source: the data set.
@@ -32,6 +43,7 @@ def build_train_loader(
         num_views: V.
         sampler: "shuffled", or "class_balanced" (L-MCL).
         seed, rank, world_size, device, workers, on_bad_image: as in `TrainLoader`.
+        crop_area: smallest and largest part of a file that a crop covers.
 
     Raises:
         UserError: too few images for the batch size, the sampler or the number of processes.
@@ -48,7 +60,9 @@ def build_train_loader(
         world_size=world_size,
         device=device,
         workers=workers,
-        crop=ResizedCropSpec(size=crop_size) if source.train.images is None else None,
+        crop=ResizedCropSpec(size=crop_size, area=(crop_area[0], crop_area[1]))
+        if source.train.images is None
+        else None,
         sampler=order,
         on_bad_image=on_bad_image,
     )
@@ -63,17 +77,17 @@ def build_eval_loader(
     world_size: int,
     device: torch.device,
     workers: int,
-    enlarge: bool = True,
     on_bad_image: str = "fail",
+    crop_pct: float | None = None,
 ) -> EvalLoader:
-    """Every image of a split once, un-augmented; files are resized and cut to their central `crop_size` pixels.
+    """Every image of a split once, un-augmented; files are resized as `eval_resize` says and cut to their centre.
 
     Args:
         split: images in memory, or files.
         crop_size: side of the network's input in pixels.
         batch_size: images per step and process.
         rank, world_size, device, workers, on_bad_image: as in `EvalLoader`.
-        enlarge: the short side of a file becomes int(1.15 * crop_size), as on ImageNet; else `crop_size`.
+        crop_pct: as in `eval_resize`.
     """
     in_memory = split.images is not None
     return EvalLoader(
@@ -83,7 +97,7 @@ def build_eval_loader(
         world_size=world_size,
         device=device,
         workers=workers,
-        resize=None if in_memory else int(RESIZE_FACTOR * crop_size) if enlarge else crop_size,
+        resize=None if in_memory else eval_resize(crop_size, crop_pct),
         crop=None if in_memory else crop_size,
         on_bad_image=on_bad_image,
     )

@@ -22,6 +22,7 @@ from utils.errors import UserError
 from utils.seed import STREAM_VIEW, counter_uniform, fold_in
 
 # Pixels worked on at a time: on CPUs what the caches hold, on GPUs what keeps memory in bounds.
+ERASE_MODES = ("const", "pixel")
 CHUNK_PIXELS = MappingProxyType({"cpu": 1 << 20, "cuda": 1 << 23})
 
 
@@ -69,8 +70,8 @@ class ViewSpec:
             raise UserError(f"--erase_p {self.erase_p} is not a probability: give 0 to 1.")
         if self.padding_mode not in ("zero", "reflect"):
             raise ValueError(f"padding_mode {self.padding_mode!r} must be zero or reflect")
-        if self.erase_mode not in ("const", "pixel"):
-            raise ValueError(f"erase_mode {self.erase_mode!r} must be const or pixel")
+        if self.erase_mode not in ERASE_MODES:
+            raise ValueError(f"erase_mode {self.erase_mode!r} must be one of {', '.join(ERASE_MODES)}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -106,6 +107,10 @@ def view_spec(
     erase_p: float,
     mean: tuple[float, float, float],
     std: tuple[float, float, float],
+    color_jitter: float = 0.0,
+    erase_mode: str = "const",
+    erase_area: Sequence[float] = (),
+    erase_ratio: Sequence[float] = (),
 ) -> ViewSpec:
     """The training views of a data set's published recipe.
 
@@ -114,22 +119,27 @@ def view_spec(
         crop_size, padding: in pixels; imagenet's views come cropped, so padding is not used there.
         is_autoaugment: the data set's AutoAugment policy; digits has none.
         randaa: RandAugment string, takes the place of AutoAugment.
-        is_cutout, erase_p: random erasing and its probability; digits has none.
+        is_cutout, erase_p: random erasing and its probability.
         mean, std: per channel, on the scale [0, 1].
+        color_jitter, erase_mode: see `ViewSpec`.
+        erase_area, erase_ratio: (smallest, largest); empty: the recipe's, and digits has none.
 
     Raises:
         UserError: a value that cannot be; the line names the flag.
     """
     row = _ROWS[recipe]
+    erase_area, erase_ratio = erase_area or row.erase_area, erase_ratio or row.erase_ratio
     red, green, blue = (min(255, round(255 * channel)) for channel in mean)
     return ViewSpec(
         crop_size=crop_size,
         padding=0 if row.random_resized_crop else padding,
         flip=row.flip,
         policy=randaa or (row.policy if is_autoaugment else "none"),
-        erase_p=erase_p if is_cutout and row.erase_area[1] > 0 else 0.0,
-        erase_area=row.erase_area,
-        erase_ratio=row.erase_ratio,
+        color_jitter=color_jitter,
+        erase_p=erase_p if is_cutout and erase_area[1] > 0 else 0.0,
+        erase_area=(erase_area[0], erase_area[1]),
+        erase_ratio=(erase_ratio[0], erase_ratio[1]),
+        erase_mode=erase_mode,
         mean=mean,
         std=std,
         fill=(red, green, blue),

@@ -82,8 +82,16 @@ class Method(nn.Module):
         self.label_smoothing = label_smoothing
 
     @classmethod
-    def recipe(cls, dataset_recipe: str, epochs: int | None) -> Mapping[str, Any]:
-        """The method's own published defaults by flag name, put before the data set's recipe. None by default."""
+    def recipe(
+        cls, dataset_recipe: str, epochs: int | None, given: Mapping[str, Any] | None = None
+    ) -> Mapping[str, Any]:
+        """The method's own published defaults by flag name, put before the data set's recipe. None by default.
+
+        Args:
+            dataset_recipe: row of the published recipes that the data takes.
+            epochs: as set, or None.
+            given: all that was set, by flag name; None: nothing.
+        """
         return {}
 
     @classmethod

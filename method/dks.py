@@ -56,7 +56,9 @@ class DKS(Method):
         )
 
     @classmethod
-    def recipe(cls, dataset_recipe: str, epochs: int | None) -> Mapping[str, Any]:
+    def recipe(
+        cls, dataset_recipe: str, epochs: int | None, given: Mapping[str, Any] | None = None
+    ) -> Mapping[str, Any]:
         """CIFAR: the published recipe, its milestones scaled with the epochs; elsewhere only what is left out.
 
         The published augmentation is crop (after reflection padding) and flip, without policy, erasing and mixup.

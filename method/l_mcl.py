@@ -213,7 +213,9 @@ class LMCL(Method):
         )
 
     @classmethod
-    def recipe(cls, dataset_recipe: str, epochs: int | None) -> Mapping[str, Any]:
+    def recipe(
+        cls, dataset_recipe: str, epochs: int | None, given: Mapping[str, Any] | None = None
+    ) -> Mapping[str, Any]:
         """CIFAR and ImageNet: the published recipes (milestones scaled with the epochs); elsewhere what is left out.
 
         The published augmentation is crop and flip, without policy, erasing and mixup; the precision is fp32.

@@ -61,6 +61,7 @@ class Backbone:
             A shape that is not a key cannot be built.
         options: dataclass of the family's own flags (fields made by utils.options.option), or None.
         crop_size: the architecture's own input size on imagenet, None where the data set decides.
+        crop_pct: side of its input over the short side of the image in evaluation, None where the data set decides.
         build_wide: makes the same network with twice the width in its last stage (a branch of DKS), or None where
             the family cannot express it.
     """
@@ -70,6 +71,7 @@ class Backbone:
     split_factors: Mapping[str, tuple[int, ...]]
     options: type | None = None
     crop_size: int | None = None
+    crop_pct: float | None = None
     build_wide: BackboneBuilder | None = None
 
 

@@ -13,7 +13,7 @@ from PIL import Image
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms.functional import resized_crop
 
-from dataset import ImageSet
+from dataset import DataSource, ImageSet
 from dataset.augment.resized_crop import RESIZED_CROP_SLOTS, draw_resized_crops
 from dataset.decode import read_rgb, resize_crop
 from dataset.loader import (
@@ -25,6 +25,7 @@ from dataset.loader import (
     images_per_class,
     shard,
 )
+from dataset.pipeline import build_eval_loader, build_train_loader, eval_resize
 from utils.errors import RunError, UserError
 from utils.seed import STREAM_ORDER, STREAM_VIEW, counter_uniform, fold_in, numpy_generator
 
@@ -433,3 +434,28 @@ def test_batches_arrive_on_the_gpu_from_memory_pinned_memory_and_files(files, mo
                 for b in batches
             ]
             assert_same(host, expected)
+
+
+def test_large_images_are_cut_as_asked(tmp_path):
+    """--crop_area bounds the training crops, --crop_pct the cut of evaluation."""
+    pixels = np.random.default_rng(0).integers(0, 256, (70, 70, 3), dtype=np.uint8)
+    Image.fromarray(pixels).save(tmp_path / "a.png")
+    split = ImageSet(targets=torch.zeros(2, dtype=torch.int64), paths=(tmp_path / "a.png",) * 2)
+    source = DataSource(
+        name="imagenet", recipe="imagenet", classes=("a", "b"), mean=(0.5,) * 3, std=(0.5,) * 3, crop_size=35,
+        train=split, test=split,
+    )  # fmt: skip
+    place = {"rank": 0, "world_size": 1, "device": torch.device("cpu"), "workers": 0, "crop_size": 35}
+    train = build_train_loader(source, **place, batch_size=2, num_views=1, seed=0, crop_area=(1.0, 1.0))
+    whole = np.asarray(Image.fromarray(pixels).resize((35, 35), Image.Resampling.BICUBIC))
+    batch = next(iter(train.epoch(0)))
+    for view in batch.images.flatten(0, -4).permute(0, 2, 3, 1).numpy():
+        assert np.array_equal(view, whole)  # no other box has the whole area
+    for crop_pct, side in ((None, int(1.15 * 35)), (0.5, 70)):
+        (batch,) = build_eval_loader(split, **place, batch_size=2, crop_pct=crop_pct)
+        resized = Image.fromarray(pixels).resize((side, side), Image.Resampling.BICUBIC)
+        corner = round((side - 35) / 2)
+        wanted = np.asarray(resized.crop((corner, corner, corner + 35, corner + 35)))
+        assert np.array_equal(batch.images[0].permute(1, 2, 0).numpy(), wanted)
+    assert [eval_resize(size, 0.875) for size in (64, 96, 160, 224)] == [73, 109, 182, 256]
+    assert [eval_resize(size) for size in (64, 224)] == [73, 257]

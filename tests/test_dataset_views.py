@@ -282,6 +282,12 @@ def test_evaluation_normalises_only():
                 "random_resized_crop": True,
             },
         ),
+        (
+            "imagenet",
+            {"erase_area": (0.02, 0.3), "erase_ratio": (0.3, 3.3), "color_jitter": 0.4},
+            {"erase_area": (0.02, 0.3), "erase_ratio": (0.3, 3.3), "color_jitter": 0.4, "erase_p": 0.5},
+        ),
+        ("digits", {"erase_area": (0.1, 0.2)}, {"erase_area": (0.1, 0.2), "erase_ratio": (1.0, 1.0), "erase_p": 0.5}),
         ("imagenet", {"randaa": "rand-m9-mstd0.5"}, {"policy": "rand-m9-mstd0.5"}),
         ("imagenet", {"mean": (0.485, 0.456, 0.406)}, {"fill": (124, 116, 104)}),
         ("digits", {"padding": 2}, {"policy": "none", "flip": False, "erase_p": 0.0, "padding": 2}),
@@ -291,6 +297,7 @@ def test_recipe_rows(recipe, changes, expected):
     spec = view_spec(recipe, **FLAGS | changes)
     assert {name: getattr(spec, name) for name in expected} == expected
     assert spec.erase_mode == "const"
+    assert view_spec(recipe, **FLAGS | changes, erase_mode="pixel").erase_mode == "pixel"
     assert spec.random_resized_crop == (recipe == "imagenet")
 
 

@@ -26,7 +26,8 @@ is_ensembled_after_softmax is_max_ensemble is_amp amp_dtype is_apex_amp amp_opt_
 pretrained pretrained_dir print_freq max_ckpt_nums save_steps is_summary proc_name gpu gpu_ids no_cuda
 multiprocessing_distributed nproc_per_node world_size rank dist_url dist_backend is_test_on_multigpus
 is_test_with_multistreams is_efficient_densenet is_official_densenet densenet_p_shakedrop is_efficientnet_user_crop
-is_lukemelas_efficientnet is_memory_efficient_swish gn_num_groups config val_fraction on_bad_image"""
+is_lukemelas_efficientnet is_memory_efficient_swish gn_num_groups config val_fraction on_bad_image
+color_jitter crop_area crop_pct erase_mode erase_area erase_ratio"""
 FLAGS = NAMES.split()
 
 DIGITS = ["--dataset", "digits", "--arch", "resnet20"]
@@ -121,6 +122,13 @@ def test_aliases_and_spellings() -> None:
         (["lrr", "0.1"], r"override 'lrr' is not a known flag\. Did you mean 'lr'"),
         (["--config", "/nowhere.yaml"], r"--config /nowhere.yaml: cannot be read"),
         (["--val_fraction", "1"], r"--val_fraction must be in"),
+        (["--crop_area", "0.5"], r"--crop_area must be two numbers above 0 and up to 1, the smaller first"),
+        (["--crop_area", "0.5", "1.5"], r"--crop_area must be two numbers"),
+        (["--erase_area", "0.5", "0.1"], r"--erase_area must be two numbers"),
+        (["--erase_ratio", "0", "3"], r"--erase_ratio must be two numbers above 0, the smaller first"),
+        (["--crop_pct", "0"], r"--crop_pct must be above 0"),
+        (["--color_jitter", "2"], r"--color_jitter must be between 0 and 1"),
+        (["--erase_mode", "noise"], r"--erase_mode: 'noise' is not one of const, pixel"),
     ],
 )
 def test_mistakes_are_one_line(argv: list[str], message: str) -> None:

@@ -87,7 +87,6 @@ AUGMENTATION:
   RE_PROB: 0.2
   RE_MODE: 'pixel'
 """
-TO_COME = {"color_jitter", "crop_area", "erase_area", "erase_mode", "erase_ratio"}
 
 
 def read(text, *overrides, processes=8):
@@ -95,7 +94,7 @@ def read(text, *overrides, processes=8):
 
 
 def test_search_file():
-    flags, warnings = read(TRAIN)
+    flags, warnings, _ = read(TRAIN)
     expected = {
         "method": "cream",
         "arch": "cream_supernet",
@@ -127,6 +126,7 @@ def test_search_file():
         "erase_area": [0.02, 1 / 3],
         "erase_ratio": [0.3, 3.3],
         "crop_area": [0.08, 1.0],
+        "crop_pct": 0.875,
         "color_jitter": 0.4,
         "is_autoaugment": False,
         "is_mixup": False,
@@ -155,7 +155,7 @@ def test_search_file():
 
 
 def test_retraining_file():
-    flags, warnings = read(RETRAIN)
+    flags, warnings, _ = read(RETRAIN)
     expected = {
         "arch": "cream_14",
         "crop_size": 64,
@@ -193,7 +193,7 @@ def test_cosine_retraining_has_its_cool_down():
 
 def test_test_file():
     text = "{AUTO_RESUME: True, RESUME_PATH: a.pth.tar, MODEL: Childnet_Testing, NET: {SELECTION: 42}, NUM_GPU: 2}"
-    flags, warnings = read(text, processes=2)
+    flags, warnings, _ = read(text, processes=2)
     assert (flags["arch"], flags["crop_size"], flags["resume"]) == ("cream_43", 96, "a.pth.tar")
     assert (flags["batch_size"], flags["eval_batch_size"]) == (64, 128)
     assert "lr_mode" not in flags
@@ -201,7 +201,7 @@ def test_test_file():
 
 
 def test_what_is_left_out_has_the_published_default():
-    flags, warnings = read("{SUPERNET: {SLICE: 4}}", processes=1)
+    flags, warnings, _ = read("{SUPERNET: {SLICE: 4}}", processes=1)
     expected = {"lr": 0.01, "epochs": 200, "update_iter": 1300, "batch_size": 32, "eval_batch_size": 128, "workers": 4}
     assert {name: flags[name] for name in expected} == expected
     assert "model_dir" not in flags
@@ -238,7 +238,7 @@ def test_spellings_of_the_arch_list(text):
 
 
 def test_a_selection_wins_over_a_list_and_forces_its_size():
-    flags, warnings = read(f"{{MODEL_SELECTION: 112, INPUT_ARCH: {EXAMPLE}, DATASET: {{IMAGE_SIZE: 224}}}}")
+    flags, warnings, _ = read(f"{{MODEL_SELECTION: 112, INPUT_ARCH: {EXAMPLE}, DATASET: {{IMAGE_SIZE: 224}}}}")
     assert (flags["arch"], flags["crop_size"]) == ("cream_114", 160)
     assert "arch_list" not in flags
     assert warnings == ["--config x.yaml: without effect: DATASET.IMAGE_SIZE, INPUT_ARCH."]
@@ -256,14 +256,14 @@ def test_switches():
     assert (flags["is_label_smoothing"], flags["is_cutout"]) == (False, False)
     flags = read(TRAIN, "AUTO_RESUME", "True").flags
     assert flags["resume"] == "./experiments/workspace/train/resume.pth.tar"
-    flags, warnings = read(RETRAIN, "AUGMENTATION.AA", "none", "NET.EMA.USE", "False", "SUPERNET.SLICE", "8")
+    flags, warnings, _ = read(RETRAIN, "AUGMENTATION.AA", "none", "NET.EMA.USE", "False", "SUPERNET.SLICE", "8")
     assert (flags["color_jitter"], flags["ema_decay"]) == (0.4, 0.0)
     assert "randaa" not in flags
     assert "SUPERNET.SLICE" in warnings[0]
 
 
 def test_number_of_processes_is_the_launchers():
-    flags, warnings = read(TRAIN, processes=2)
+    flags, warnings, _ = read(TRAIN, processes=2)
     assert flags["batch_size"] == 256
     assert "NUM_GPU 8 is ignored: 2 processes" in warnings[0]
 
@@ -305,7 +305,7 @@ def test_what_cannot_work_is_refused(overrides, fault):
 
 
 def test_a_search_ignores_a_schedule():
-    flags, warnings = read(TRAIN, "SCHED", "sgd", "WARMUP_EPOCHS", "3")
+    flags, warnings, _ = read(TRAIN, "SCHED", "sgd", "WARMUP_EPOCHS", "3")
     assert flags["lr_mode"] == "linear"
     assert "SCHED, SUPERNET.UPDATE_2ND, WARMUP_EPOCHS" in warnings[0]
 
@@ -329,9 +329,59 @@ def test_every_flag_exists():
     known = parser_params._known_flags("cream")
     for text, overrides in ((TRAIN, ()), (TRAIN, ("SUPERNET.STA_NUM", "[1,1,1,1,1]")), (RETRAIN, ("SCHED", "cosine"))):
         for name, value in read(text, *overrides).flags.items():
-            if name not in TO_COME:
-                known[name].parse(value, name)
-    assert {key.flag for key in KEYS.values()} - {None} <= set(known) | TO_COME
+            known[name].parse(value, name)
+    assert {key.flag for key in KEYS.values()} - {None} <= set(known)
+
+
+def test_overrides_decide_what_the_table_says():
+    plain = read(RETRAIN, "INPUT_ARCH", str(EXAMPLE)).flags
+    changes = {"NET.SELECTION": "-1", "EPOCHS": "7", "OPT": "sgd", "SCHED": "cosine", "AUGMENTATION.AA": "none"}
+    changes |= {"DATASET.BATCH_SIZE": "3", "DATASET.VAL_BATCH_MUL": "2", "NET.EMA.USE": "0", "MIN_LR": "1", "LR": "2"}
+    changes |= {"DECAY_EPOCHS": "3", "DECAY_RATE": "0.5", "AUGMENTATION.SMOOTHING": "0", "AUGMENTATION.RE_PROB": "0"}
+    for key, value in changes.items():
+        flags, _, overridden = read(RETRAIN, "INPUT_ARCH", str(EXAMPLE), key, value)
+        changed = {name for name in flags if flags[name] != plain.get(name)}
+        assert changed - {"arch_list", "arch"} <= overridden, key
+        assert changed or key == "MIN_LR", key
+        assert "seed" not in overridden
+    assert not read(RETRAIN).overridden
+
+
+def test_the_parser_reads_the_dialect(tmp_path, monkeypatch):
+    file = tmp_path / "train.yaml"
+    file.write_text(TRAIN)
+    argv = ["--config", str(file), "--seed", "5", "--lr", "0.7", "--workers", "3", "EPOCHS", "60", "WORKERS", "2"]
+    config = parser_params.resolve_config(parser_params.parse_config(argv), data_recipe="imagenet")
+    found = [(getattr(config, n), config.origins[n]) for n in ("seed", "lr", "workers", "epochs", "momentum")]
+    assert found == [(5, "flag"), (0.7, "flag"), (2, "override"), (60, "override"), (0.9, "yaml")]
+    assert (config.method, config.batch_size, config.erase_mode, config.color_jitter) == ("cream", 128, "pixel", 0.4)
+    assert config.method_options.pre_prob == (0.05, 0.2, 0.05, 0.5, 0.05, 0.15)
+    assert "NUM_GPU 8 is ignored: 1 processes" in config.warnings[0]
+    assert "without effect" in config.warnings[1]
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("WORLD_SIZE", "8")
+    config = parser_params.parse_config(["--config", str(file), "lr", "0.5", "DATASET.BATCH_SIZE", "4"])
+    assert (config.batch_size, config.lr, len(config.warnings)) == (32, 0.5, 1)
+    # a selection among the overrides makes another run of it, with other flags
+    config = parser_params.parse_config(["--config", str(file), "NET.SELECTION", "287", "SCHED", "cosine"])
+    assert (config.method, config.arch, config.crop_size) == ("co_training", "cream_287", 224)
+
+
+@pytest.mark.parametrize(
+    ("text", "argv", "fault"),
+    [
+        (TRAIN, ["SUPERNET.SLICES", "1"], "Did you mean 'SUPERNET.SLICE'"),
+        (TRAIN + "LR_RATE: 1\n", [], "'LR_RATE' is not a known key"),
+        (TRAIN, ["LR"], "one has no value"),
+        (TRAIN, ["lrr", "1"], "override 'lrr' is not a known flag"),
+        ("lr: 1", ["LR", "1"], "override 'LR' is not a known flag"),
+        ("lr: 1\nLR: 1", [], "'LR' is not a known flag"),
+    ],
+)
+def test_the_parser_refuses_in_one_line(tmp_path, text, argv, fault):
+    (tmp_path / "x.yaml").write_text(text)
+    with pytest.raises(UserError, match=fault):
+        parser_params.parse_config(["--config", str(tmp_path / "x.yaml"), *argv])
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "script" / "cream").glob("*.yaml")), ids=lambda path: path.stem)

@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 
+from parser_params import parse_config, resolve_config
 from utils.recipe import recipe_defaults
 from utils.schedule import Schedule
 
@@ -15,6 +16,7 @@ def recipe(
     split_factor: int = 1,
     *,
     dataset: str | None = None,
+    own_size: int | None = None,
     **given: Any,
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     return recipe_defaults(
@@ -25,6 +27,7 @@ def recipe(
         epochs=given.get("epochs"),
         batch_size=given.get("batch_size"),
         given=given,
+        own_size=own_size,
     )
 
 
@@ -254,6 +257,39 @@ def test_randaugment_replaces_autoaugment(arch: str, randaa: str | None) -> None
     assert defaults("imagenet", arch, is_autoaugment=True)["randaa"] is None
     assert defaults("imagenet", arch, randaa=None)["is_autoaugment"] is True
     assert defaults("cifar10", arch, randaa="rand-m5-mstd0.5")["is_autoaugment"] is False
+
+
+@pytest.mark.parametrize("name", ["14", "43", "114", "287", "481", "604"])
+def test_cream_retraining_is_the_file_of_its_recipe(name: str) -> None:
+    file = parse_config(["--config", f"script/cream/retrain_{name}.yaml"])
+    config = resolve_config(parse_config(["--dataset", "imagenet", "--arch", f"cream_{name}"]), data_recipe="imagenet")
+    same = {k: v for k, v in config.values().items() if k in file.given and k not in ("config", "seed", "print_freq")}
+    assert same == {k: file.values()[k] for k in same}
+    assert len(same) > 25
+
+
+def test_cream_retraining_of_other_networks_and_lengths() -> None:
+    row = defaults("imagenet", "cream", epochs=51)
+    assert (row["lr_mode"], row["decay_epochs"], row["slow_start_epochs"]) == ("epoch_cos", 50.0, 0)
+    row = defaults("imagenet", "cream_42", epochs=250)
+    assert (row["lr_mode"], row["decay_epochs"], row["slow_start_epochs"]) == ("epoch_step", 1.2, 2)
+    row = defaults("imagenet", "cream_14", lr_mode="epoch_cos")
+    assert (row["epochs"], row["decay_epochs"], row["end_lr"]) == (510, 500.0, 1e-5)
+    assert defaults("imagenet", "cream_14", own_size=64)["crop_size"] == 64
+    assert defaults("imagenet", "cream_supernet")["optimizer"] == "SGD"
+    assert defaults("cifar10", "cream")["optimizer"] == "SGD"
+    sizes = {}
+    for arch in ("cream_14", "cream_112", "cream_604", "cream", "cream_supernet", "resnet50"):
+        config = resolve_config(parse_config(["--dataset", "imagenet", "--arch", arch]), data_recipe="imagenet")
+        sizes[arch] = (config.crop_size, config.crop_pct)
+    assert sizes == {
+        "cream_14": (64, 0.875),
+        "cream_112": (160, 0.875),
+        "cream_604": (224, 0.875),
+        "cream": (224, 0.875),
+        "cream_supernet": (224, 0.875),
+        "resnet50": (224, None),
+    }
 
 
 def test_open_data_sets_know_their_own_size() -> None:

@@ -17,10 +17,14 @@ BOTH, SEARCH, NETWORK = "both", "search", "network"
 
 
 class Published(NamedTuple):
-    """flags: values by flag name, as YAML would hold them. warnings: one line each."""
+    """flags: values by flag name, as YAML would hold them. warnings: one line each.
+
+    overridden: names of the flags that overrides decided, which win over a command line's flags.
+    """
 
     flags: dict[str, Any]
     warnings: list[str]
+    overridden: frozenset[str]
 
 
 # ---- values ----------------------------------------------------------------------------------------------------------
@@ -156,6 +160,30 @@ KEYS: Mapping[str, Key] = {
     "SUPERNET.DIL_CONV": Key(_truth, False),
 }
 
+# Flags beside `Key.flag` that a key has a say in.
+DECIDES: Mapping[str, tuple[str, ...]] = {
+    "AUTO_RESUME": ("resume",),
+    "RESUME_PATH": ("resume",),
+    **dict.fromkeys(("MODEL_SELECTION", "NET.SELECTION", "NET.MODEL_SELECTION"), ("arch", "crop_size")),
+    **dict.fromkeys(("INPUT_ARCH", "NET.INPUT_ARCH"), ("arch", "arch_list")),
+    "DATASET.IMAGE_SIZE": ("crop_size",),
+    "DATASET.BATCH_SIZE": ("batch_size", "eval_batch_size"),
+    "DATASET.VAL_BATCH_MUL": ("eval_batch_size",),
+    "NET.EMA.USE": ("ema_decay",),
+    "NET.EMA.DECAY": ("ema_decay",),
+    "OPT": ("optimizer", "is_nesterov"),
+    "EPOCHS": ("epochs", "decay_epochs"),
+    "SCHED": ("lr_mode", "epochs", "decay_epochs", "decay_factor", "end_lr"),
+    "MIN_LR": ("end_lr",),
+    "COOLDOWN_EPOCHS": ("epochs",),
+    "DECAY_EPOCHS": ("decay_epochs",),
+    "DECAY_RATE": ("decay_factor",),
+    "AUGMENTATION.AA": ("randaa", "color_jitter"),
+    "AUGMENTATION.COLOR_JITTER": ("color_jitter",),
+    "AUGMENTATION.RE_PROB": ("is_cutout",),
+    "AUGMENTATION.SMOOTHING": ("is_label_smoothing",),
+}
+
 # Known to the published code and without effect there, or decided elsewhere by us.
 WITHOUT_EFFECT = (
     "AMP",
@@ -249,7 +277,9 @@ def read_published(
         else:
             known = [*KEYS, *(pattern for pattern in WITHOUT_EFFECT if "*" not in pattern)]
             raise UserError(f"{where}: {name!r} is not a known key.{nearest_name(name, known)}")
-    return _translate(given, idle, where, processes)
+    flags, warnings = _translate(given, idle, where, processes)
+    decided = {flag for name in overrides[::2] if name in KEYS for flag in (KEYS[name].flag, *DECIDES.get(name, ()))}
+    return Published(flags, warnings, frozenset(flag for flag in flags if flag in decided))
 
 
 def _read(name: str, value: Any, where: str) -> Any:
@@ -269,7 +299,9 @@ def _one_of(names: Sequence[str], given: Mapping[str, Any], where: str) -> Any:
     return next(iter(found.values()), None)
 
 
-def _translate(given: Mapping[str, Any], idle: list[str], where: str, processes: int) -> Published:
+def _translate(
+    given: Mapping[str, Any], idle: list[str], where: str, processes: int
+) -> tuple[dict[str, Any], list[str]]:
     values = {name: key.default for name, key in KEYS.items()} | dict(given)
     selection = _one_of(("MODEL_SELECTION", "NET.SELECTION", "NET.MODEL_SELECTION"), given, where)
     arch_list = _one_of(("INPUT_ARCH", "NET.INPUT_ARCH"), given, where)
@@ -295,6 +327,7 @@ def _translate(given: Mapping[str, Any], idle: list[str], where: str, processes:
         "is_cutout": values["AUGMENTATION.RE_PROB"] > 0,
         # fixed in the published code
         "crop_area": [0.08, 1.0],
+        "crop_pct": 0.875,
         "erase_area": [0.02, 1 / 3],
         "erase_ratio": [0.3, 3.3],
         "no_decay": "norm_bias",
@@ -311,7 +344,7 @@ def _translate(given: Mapping[str, Any], idle: list[str], where: str, processes:
         flags |= _network(values, given, selection, arch_list, idle, where)
     if idle:
         warnings.append(f"{where}: without effect: {', '.join(sorted(idle))}.")
-    return Published(flags, warnings)
+    return flags, warnings
 
 
 def _refuse_unsupported(values: Mapping[str, Any], where: str) -> None:

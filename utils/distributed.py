@@ -58,6 +58,11 @@ def under_launcher() -> bool:
     return "RANK" in os.environ and "WORLD_SIZE" in os.environ
 
 
+def processes_on_this_machine() -> int:
+    """How many processes a launcher has started beside this one, itself included; 1 without a launcher."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", os.environ["WORLD_SIZE"])) if under_launcher() else 1
+
+
 def visible_gpus(*, no_cuda: bool, gpu: int | None, gpu_ids: str | None) -> list[int]:
     """Numbers of the GPUs that a run may use; empty means the CPU.
 

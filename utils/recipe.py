@@ -90,6 +90,38 @@ _RANDAUGMENT = {
 }
 _LR_BY_BATCH = ("se_resnext101_64x4d_B", "senet113", "resnexst101_8x32d")
 
+# Published (Peng et al., "Cream of the Crop", NeurIPS 2020): retraining of its networks on ImageNet.
+_CREAM, _CREAM_SEARCH, _CREAM_SMALLEST = ("cream", "cream_*"), ("cream_supernet",), ("cream_14", "cream_4?")
+_CREAM_RETRAINING: dict[str, Any] = {
+    "batch_size": 1024,
+    "eval_batch_size": 512,
+    "optimizer": "RMSpropTF",
+    "momentum": 0.9,
+    "lr": 0.064,
+    "slow_start_lr": 1e-6,
+    "weight_decay": 1e-5,
+    "no_decay": "norm_bias",
+    "ema_decay": 0.9999,
+    "is_label_smoothing": True,
+    "dropout_rate": 0.2,
+    "crop_area": (0.08, 1.0),
+    "randaa": "rand-m9-mstd0.5",
+    "is_autoaugment": False,
+    "erase_p": 0.2,
+    "erase_mode": "pixel",
+    "erase_area": (0.02, 1 / 3),
+    "erase_ratio": (0.3, 3.3),
+    "is_mixup": False,
+    "is_amp": False,
+}
+_CREAM_SCHEDULES: dict[Any, dict[str, Any]] = {
+    mode: {"lr_mode": mode, **numbers}
+    for mode, numbers in {
+        "epoch_step": {"epochs": 500, "decay_epochs": 2.4, "decay_factor": 0.973, "end_lr": 0.0},
+        "epoch_cos": {"epochs": 510, "decay_epochs": 500.0, "end_lr": 1e-5},
+    }.items()
+}
+
 _LONG = 1800
 _NO_LONG_WARM_UP = ("shake_resnet*", "pyramidnet*", "densenet*")
 _LONGER_WARM_UP = ("resnext29_16x64d", "se_resnet164")
@@ -169,6 +201,7 @@ def recipe_defaults(
     epochs: int | None,
     batch_size: int | None,
     given: Mapping[str, Any],
+    own_size: int | None = None,
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """Values by flag name: what the flags take that nobody set, and what becomes of some that were set.
 
@@ -180,18 +213,29 @@ def recipe_defaults(
         split_factor: S, by which each network is divided; 1 for a list of full networks.
         epochs, batch_size: as set, or None.
         given: what was set, by flag name, and so is not to be replaced.
+        own_size: side of the architecture's own input in pixels; None: the data set's.
 
     Returns:
         (defaults, adjusted). `adjusted` wins over what was set: it holds a learning rate and momentum that were set
         beside --is_linear_lr 1, scaled, and a weight decay that was set beside --is_div_wd 1, divided.
     """
     defaults = dict(_DATA[data_recipe])
-    usual_batch = defaults["batch_size"]
+    is_cream = data_recipe == "imagenet" and _matches(arch, _CREAM) and not _matches(arch, _CREAM_SEARCH)
+    if is_cream:
+        usual_mode = "epoch_step" if _matches(arch, _CREAM_SMALLEST) else "epoch_cos"
+        defaults |= _CREAM_RETRAINING | _CREAM_SCHEDULES.get(given.get("lr_mode"), _CREAM_SCHEDULES[usual_mode])
+    usual_batch, usual_epochs = defaults["batch_size"], defaults["epochs"]
     epochs = epochs or defaults["epochs"]
     batch_size = batch_size or usual_batch
     defaults |= {"epochs": epochs, "batch_size": batch_size}
-    defaults |= _for_architecture(data_recipe, arch, epochs, batch_size)
-    defaults["slow_start_epochs"] = _warm_up_epochs(data_recipe, arch, epochs)
+    if is_cream:  # published for the usual epochs, ours for others
+        defaults["decay_epochs"] *= epochs / usual_epochs
+        defaults["slow_start_epochs"] = round(3 * epochs / usual_epochs)
+    else:
+        defaults |= _for_architecture(data_recipe, arch, epochs, batch_size)
+        defaults["slow_start_epochs"] = _warm_up_epochs(data_recipe, arch, epochs)
+    if own_size is not None:
+        defaults["crop_size"] = own_size
     defaults["cot_weight_warm_up_epochs"] = _cot_warm_up_epochs(data_recipe, epochs)
     if given.get("lr_mode", defaults["lr_mode"]) == "step":
         defaults["lr_milestones"] = _milestones(data_recipe, epochs)

@@ -132,6 +132,7 @@ RELEASED: tuple[tuple[tuple[str, ...], str, int], ...] = (
     (("cream_481",), "[[0],[3,4,3,1],[3,2,3,0],[3,3,3,1,1],[3,3,3,3],[3,3,3,3],[0]]", 224),
     (("cream_604",), "[[0],[3,3,2,3,3],[3,2,3,2,3],[3,2,3,2,3],[3,3,2,2,3,3],[3,3,2,3,3,3],[0]]", 224),
 )
+CROP_PCT = 0.875
 SPLITS = {LARGE: (1, 2, 4), SMALL: (1, 2, 4)}
 
 for _names, _arch_list, _size in RELEASED:
@@ -144,10 +145,20 @@ for _names, _arch_list, _size in RELEASED:
                 split_factors=SPLITS,
                 options=CreamOptions,
                 crop_size=_size,
+                crop_pct=CROP_PCT,
             ),
         )
-backbones.add("cream", Backbone(build=_build_found, family="cream", split_factors=SPLITS, options=CreamOptions))
+backbones.add(
+    "cream",
+    Backbone(build=_build_found, family="cream", split_factors=SPLITS, options=CreamOptions, crop_pct=CROP_PCT),
+)
 backbones.add(
     "cream_supernet",
-    Backbone(build=_build_supernet, family="cream", split_factors={LARGE: (1,), SMALL: (1,)}, options=CreamOptions),
+    Backbone(
+        build=_build_supernet,
+        family="cream",
+        split_factors={LARGE: (1,), SMALL: (1,)},
+        options=CreamOptions,
+        crop_pct=CROP_PCT,
+    ),
 )

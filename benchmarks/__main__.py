@@ -1,0 +1,69 @@
+"""Times one subject beside the published behaviour: `python -m benchmarks SUBJECT --help`. See benchmarks/README.md."""
+
+import argparse
+import importlib
+import shlex
+import sys
+from pathlib import Path
+
+import torch
+
+from benchmarks.report import describe, markdown, write
+from utils.errors import RunError, UserError, reason
+
+SUBJECTS = {
+    "views": "augmented views against Pillow (G5, G6), and large images from files",
+}
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """One parser for each subject; what is common comes first."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
+    subjects = parser.add_subparsers(dest="subject", required=True, metavar="SUBJECT")
+    for name, text in SUBJECTS.items():
+        own = subjects.add_parser(name, help=text, description=text)
+        own.add_argument("--device", default="auto", help="cpu, cuda, cuda:1 … (default: the GPU where there is one)")
+        own.add_argument("--threads", type=int, default=0, help="of a CPU (default 0: what torch finds)")
+        own.add_argument("--split_factor", type=int, default=4, help="S (default 4)")
+        own.add_argument("--rounds", type=int, default=50, help="timed rounds at most (default 50)")
+        own.add_argument("--seconds", type=float, default=180, help="no new round begins after (default 180)")
+        own.add_argument("--json", type=Path, help="write the rows there")
+        importlib.import_module(f"benchmarks.{name}").add_flags(own)
+    return parser
+
+
+def main(argv: list[str] | None = None) -> int:
+    """The command line; returns the exit code: 0 measured, whatever the goals say; 2 the user's mistake."""
+    arguments = sys.argv[1:] if argv is None else argv
+    options = build_parser().parse_args(arguments)
+    try:
+        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        if options.device != "auto":
+            device = _device(options.device)
+        if options.threads:
+            torch.set_num_threads(options.threads)
+        rows = importlib.import_module(f"benchmarks.{options.subject}").run(options, device)
+        command = shlex.join(["python", "-m", "benchmarks", *arguments])
+        if options.json is not None:
+            write(options.json, rows, device=device, command=command)
+    except (UserError, RunError) as error:
+        print(f"benchmarks: {error}", file=sys.stderr)
+        return error.exit_code
+    except OSError as error:
+        print(f"benchmarks: --json {options.json}: cannot be written: {reason(error)}.", file=sys.stderr)
+        return RunError.exit_code
+    print(f"{describe(device, command)}\n\n{markdown(rows)}")
+    return 0
+
+
+def _device(name: str) -> torch.device:
+    try:
+        device = torch.device(name)
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise UserError(f"--device {name}: {reason(error)[:150]}. Use cpu, or cuda where there is a GPU.") from None
+    return device
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,237 @@
+"""Views per second: batched ops on the device against one Pillow view after another (goals G5 and G6).
+
+Both sides make whole training views: crop, flip, exact AutoAugment, normalising, erasing. With --data DIR also large
+images from files: decoded once and cut S times, against decoding for every view.
+"""
+
+import argparse
+import tempfile
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from benchmarks import baseline
+from benchmarks.report import Side, interleave, peak_memory_mib, row
+from dataset import DataSource, ImageSet
+from dataset.class_folders import iterate_images
+from dataset.decode import read_size
+from dataset.pipeline import build_train_loader
+from dataset.source import cifar, imagenet
+from dataset.views import ViewMaker, ViewSpec, view_spec
+from utils.errors import UserError
+
+BATCHES = ((128, "a step's batch"), (2048, "a chunk of many steps"))
+SAMPLE = 384  # views that the Pillow side makes in a round; it has no batches
+LARGE = 64  # pixels of the short side: images up to here live decoded in memory
+FILES = 96  # files read in a round
+
+
+def add_flags(parser: argparse.ArgumentParser) -> None:
+    """Flags of this benchmark beside the common ones."""
+    parser.add_argument("--image_size", type=int, default=32, help="pixels of the images in memory (default 32)")
+    parser.add_argument(
+        "--recipe", default="cifar10", choices=("cifar10", "cifar100", "svhn"), help="(default cifar10)"
+    )
+    parser.add_argument("--data", type=Path, help="folder of image files; larger ones than 64 px are read as files")
+    parser.add_argument(
+        "--enlarge", type=int, nargs=2, metavar=("W", "H"), help="first scale the files up to this size"
+    )
+    parser.add_argument(
+        "--workers", type=int, default=0, help="processes of the Pillow loader (default 0: in this one)"
+    )
+
+
+def run(options: argparse.Namespace, device: torch.device) -> list[dict[str, Any]]:
+    """Time what the flags ask for."""
+    if options.data is not None and _short_side(options.data) > LARGE - 1:
+        return _from_files(options, device)
+    return _in_memory(options, device)
+
+
+def _spec(recipe: str, size: int) -> ViewSpec:
+    mean, std = (imagenet.MEAN, imagenet.STD) if recipe == "imagenet" else (cifar.CIFAR10_MEAN, cifar.CIFAR10_STD)
+    return view_spec(
+        recipe,
+        crop_size=size,
+        padding=4,
+        is_autoaugment=True,
+        randaa=None,
+        is_cutout=True,
+        erase_p=0.5,
+        mean=mean,
+        std=std,
+    )
+
+
+def _short_side(folder: Path) -> int:
+    path = next(iter(iterate_images(folder)), None) if folder.is_dir() else None
+    if path is None:
+        raise UserError(f"--data {folder} holds no image: give a folder of image files.")
+    return min(read_size(path))
+
+
+def _images(options: argparse.Namespace, count: int) -> Tensor:
+    """uint8 [count, 3, H, W]: those of --data, else smoothed noise."""
+    size = options.image_size
+    if options.data is None:
+        small = torch.rand(count, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+        return (255 * torch.nn.functional.interpolate(small, size=(size, size), mode="bilinear")).to(torch.uint8)
+    paths = [path for path, _ in zip(iterate_images(options.data), range(count), strict=False)]
+    arrays = [np.array(Image.open(path).convert("RGB").resize((size, size))) for path in paths]
+    return torch.from_numpy(np.stack([arrays[i % len(arrays)] for i in range(count)])).permute(0, 3, 1, 2).contiguous()
+
+
+def _in_memory(options: argparse.Namespace, device: torch.device) -> list[dict[str, Any]]:
+    spec = _spec(options.recipe, options.image_size)
+    maker, num_views = ViewMaker(spec, seed=0), options.split_factor
+    images = _images(options, max(batch for batch, _ in BATCHES))
+    on_device = images.to(device)
+    epoch = iter(range(1 << 40))  # every call draws anew
+
+    def ours(batch: int) -> Callable[[], Tensor]:
+        part, positions = on_device[:batch], np.arange(batch)
+        return lambda: maker.make(part, next(epoch), positions, num_views)
+
+    arrays = list(images.permute(0, 2, 3, 1).numpy())
+    pillow = _pillow_round(spec, arrays, num_views, options.workers, device)
+    cases: dict[str, Callable[[], object]] = {"pillow": pillow} | {why: ours(batch) for batch, why in BATCHES}
+    times = interleave(cases, device, warmup=2, rounds=options.rounds, seconds=options.seconds)
+    base = Side(name=_pillow_name(options.workers), dtype="float32", layout="NCHW", seconds=times["pillow"])
+    rows = []
+    for batch, why in BATCHES:
+        side = Side(
+            name=f"batched, {batch} images",
+            dtype="float32",
+            layout="NCHW",
+            seconds=times[why],
+            memory_mib=peak_memory_mib(cases[why], device),
+        )
+        rows.append(
+            row(
+                "G6" if device.type == "cuda" else "G5",
+                f"{options.recipe} views at {options.image_size} px with AutoAugment, S={num_views} ({why})",
+                side,
+                base,
+                work=batch * num_views,
+                baseline_work=SAMPLE,
+                commit=50 if device.type == "cuda" else 8,
+                unit="views",
+            )
+        )
+    return rows
+
+
+def _pillow_name(workers: int) -> str:
+    return f"Pillow, {workers} workers" if workers else "Pillow, one view after another"
+
+
+def _pillow_round(
+    spec: ViewSpec, images: Sequence[np.ndarray], num_views: int, workers: int, device: torch.device
+) -> Callable[[], None]:
+    """Makes SAMPLE views (with workers: through a loader that starts them anew, so many for each)."""
+    count = SAMPLE // num_views
+    transform = baseline.pillow_views(spec)
+    data = baseline.PillowDataset(images[:count], [0] * count, transform, num_views)
+
+    def alone() -> None:
+        for i in range(count):
+            data[i]
+
+    def through_loader() -> None:
+        for views, _ in baseline.loader(data, batch_size=count, workers=workers, device=device, train=False):
+            views.to(device)
+
+    return through_loader if workers else alone
+
+
+def _from_files(options: argparse.Namespace, device: torch.device) -> list[dict[str, Any]]:
+    """Large images: rows for one view and for --split_factor views of each file."""
+    with tempfile.TemporaryDirectory() as folder:
+        paths = [path for path, _ in zip(iterate_images(options.data), range(FILES), strict=False)]
+        if options.enlarge:
+            paths = [_enlarged(path, Path(folder) / f"{i}.jpg", options.enlarge) for i, path in enumerate(paths)]
+        width, height = read_size(paths[0])
+        crop = min(imagenet.CROP_SIZE, width, height)
+        spec = _spec("imagenet", crop)
+        what = f"{width}x{height} px files to {crop} px" + (" (scaled up)" if options.enlarge else "")
+        return [
+            one
+            for num_views in sorted({1, options.split_factor})
+            for one in _files_rows(options, device, spec, paths, num_views, what)
+        ]
+
+
+def _enlarged(path: Path, target: Path, size: Sequence[int]) -> Path:
+    with Image.open(path) as image:
+        image.convert("RGB").resize((size[0], size[1]), Image.Resampling.BICUBIC).save(target, quality=90)
+    return target
+
+
+def _files_rows(
+    options: argparse.Namespace,
+    device: torch.device,
+    spec: ViewSpec,
+    paths: Sequence[Path],
+    num_views: int,
+    what: str,
+) -> list[dict[str, Any]]:
+    split = ImageSet(targets=torch.zeros(len(paths), dtype=torch.int64), paths=tuple(paths))
+    source = DataSource(
+        name="folder",
+        recipe="imagenet",
+        classes=("all",),
+        mean=imagenet.MEAN,
+        std=imagenet.STD,
+        crop_size=spec.crop_size,
+        train=split,
+        test=ImageSet.empty(),
+    )
+    loader = build_train_loader(
+        source,
+        crop_size=spec.crop_size,
+        batch_size=len(paths),
+        num_views=num_views,
+        seed=0,
+        rank=0,
+        world_size=1,
+        device=device,
+        workers=options.workers,
+    )
+    maker = ViewMaker(spec, seed=0)
+    epoch = iter(range(1 << 40))
+
+    def ours() -> None:
+        number = next(epoch)
+        for batch in loader.epoch(number):
+            maker.make(batch.images, number, batch.positions_B, num_views)
+
+    data = baseline.PillowDataset(paths, [0] * len(paths), baseline.pillow_views(spec), num_views)
+
+    def pillow() -> None:
+        if not options.workers:
+            for i in range(len(data)):
+                data[i]
+            return
+        for views, _ in baseline.loader(
+            data, batch_size=len(paths), workers=options.workers, device=device, train=False
+        ):
+            views.to(device)
+
+    times = interleave(
+        {"pillow": pillow, "ours": ours}, device, warmup=1, rounds=options.rounds, seconds=options.seconds
+    )
+    side = Side(name="decoded once, batched", dtype="float32", layout="NCHW", seconds=times["ours"])
+    base = Side(
+        name=f"{_pillow_name(options.workers)}, decoded for every view",
+        dtype="float32",
+        layout="NCHW",
+        seconds=times["pillow"],
+    )
+    commit = 1.6 if num_views == 2 else None
+    subject = f"{what}, S={num_views}"
+    return [row("large images", subject, side, base, work=len(paths), commit=commit, unit="images")]

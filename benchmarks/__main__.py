@@ -12,6 +12,7 @@ from benchmarks.report import describe, markdown, write
 from utils.errors import RunError, UserError, reason
 
 SUBJECTS = {
+    "step": "one training step of S networks (G1, G2, G10)",
     "views": "augmented views against Pillow (G5, G6), and large images from files",
 }
 

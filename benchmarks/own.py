@@ -1,0 +1,125 @@
+"""The project's own side of a benchmark: real trainers, made from the flags that a user would give."""
+
+import logging
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from dataset.loader import Batch
+from dataset.views import ViewMaker
+from parser_params import parse_config, resolve_config
+from train_split import Trainer, open_shared_source, settle_seed
+from utils import distributed
+from utils.errors import UserError
+from utils.precision import has_fast_bf16
+
+EXECUTIONS = ("loop",)
+WORDS = {"compile": ("--compile", "default"), "graph": ("--cuda_graph", "1")}
+TYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
+
+
+def default_cases(device: torch.device) -> list[str]:
+    """Each execution in each precision that the hardware is made for; on GPUs also compiled and as one graph."""
+    precisions = ["fp32"] if device.type == "cpu" else []
+    precisions += ["bf16"] if has_fast_bf16(device) else []
+    names = [f"{precision}+{execution}" for precision in precisions for execution in EXECUTIONS if execution != "auto"]
+    if device.type == "cuda":
+        names += ["bf16+loop+compile", "bf16+loop+graph", "bf16+parallel+graph", "bf16+stacked+graph"]
+        names += ["bf16+parallel+compile+graph"]
+    return names
+
+
+def case_flags(case: str) -> list[str]:
+    """Flags of a case such as bf16+stacked+compile+graph.
+
+    Raises:
+        UserError: a word that is none of these.
+    """
+    flags: list[str] = []
+    for word in case.split("+"):
+        if word in TYPES:
+            flags += ["--amp_dtype", word]
+        elif word in EXECUTIONS:
+            flags += ["--execution", word] if word != "loop" else []
+        elif word in WORDS:
+            flags += WORDS[word]
+        else:
+            raise UserError(f"--cases {case}: {word!r} is none of {', '.join([*TYPES, *EXECUTIONS, *WORDS])}.")
+    return flags
+
+
+def case_dtype(case: str) -> str:
+    """Type of a case's products, as torch names it."""
+    return next((TYPES[word] for word in case.split("+") if word in TYPES), "auto")
+
+
+def layout(trainer: Trainer) -> str:
+    """NHWC or NCHW."""
+    return "NHWC" if trainer.precision.memory_format is torch.channels_last else "NCHW"
+
+
+def open_trainer(flags: Sequence[str], folder: Path, device: torch.device) -> Trainer:
+    """A trainer as `train_split.py` makes it from these flags; data is --dataset synthetic where they name none.
+
+    Raises:
+        UserError: as `train_split.run`.
+    """
+    argv = [*flags, "--model_dir", str(folder), "--seed", "1", "--max_ckpt_nums", "1"]
+    if "--dataset" not in flags:
+        argv += ["--dataset", "synthetic", "--num_classes", "10", "--crop_size", "32"]
+    argv += ["--no_cuda"] if device.type == "cpu" else ["--gpu", str(device.index or 0)]
+    config = parse_config(argv, program="train_split.py")
+    gpus = distributed.visible_gpus(no_cuda=config.no_cuda, gpu=config.gpu, gpu_ids=config.gpu_ids)
+    world = distributed.join(gpus)
+    folder.mkdir(parents=True, exist_ok=True)
+    config = settle_seed(config, world, None)
+    source = open_shared_source(config, world)
+    resolved = resolve_config(config, data_recipe=source.recipe, crop_size=source.crop_size)
+    torch.backends.cudnn.benchmark = True
+    level = logging.getLogger().level
+    logging.getLogger().setLevel(logging.ERROR)
+    try:
+        return Trainer(replace(resolved, seed=config.seed), world, source, None)
+    finally:
+        logging.getLogger().setLevel(level)
+
+
+class _ReadyViews(ViewMaker):
+    """Gives the same views at every step, so that a step is timed without them."""
+
+    def __init__(self, maker: ViewMaker, trainer: Trainer, batch: Batch) -> None:
+        super().__init__(maker.spec, maker.seed)
+        self._views = maker.make(
+            batch.images,
+            0,
+            batch.positions_B,
+            trainer.num_views,
+            dtype=trainer.precision.weights,
+            memory_format=trainer.precision.memory_format,
+        )
+
+    def make(self, *_: Any, **__: Any) -> torch.Tensor:
+        return self._views
+
+
+def training_step(trainer: Trainer) -> Callable[[], None]:
+    """One training step as the trainer makes it, on ready views: mixup, networks, losses, update, guard, meters."""
+    batch = next(iter(trainer.loader.epoch(0)))
+    trainer.views = _ReadyViews(trainer.views, trainer, batch)
+    trainer.config = replace(trainer.config, print_freq=1)  # the trainer hands back control at every line
+    trainer.steps_per_epoch = trainer.total_steps = 1 << 40
+    trainer.method.train()
+
+    def endless() -> Any:
+        while True:
+            yield batch
+
+    batches = endless()
+
+    def step() -> None:
+        trainer._interval(batches)
+
+    return step

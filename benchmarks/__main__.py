@@ -12,6 +12,11 @@ from benchmarks.report import describe, markdown, write
 from utils.errors import RunError, UserError, reason
 
 SUBJECTS = {
+    "ceilings": "what the device can do at most: products, copies, launches",
+    "convolutions": "3x3 convolutions of S narrow networks, in sequence, in streams, with groups",
+    "numerics": "how far cases drift apart over the same training steps",
+    "counts": "operations and host waits of a training step (G8)",
+    "epoch": "an epoch end to end, or an evaluation alone (G7, G11)",
     "step": "one training step of S networks (G1, G2, G10)",
     "views": "augmented views against Pillow (G5, G6), and large images from files",
 }
@@ -43,7 +48,8 @@ def main(argv: list[str] | None = None) -> int:
             device = _device(options.device)
         if options.threads:
             torch.set_num_threads(options.threads)
-        rows = importlib.import_module(f"benchmarks.{options.subject}").run(options, device)
+        subject = importlib.import_module(f"benchmarks.{options.subject}")
+        rows = subject.run(options, device)
         command = shlex.join(["python", "-m", "benchmarks", *arguments])
         if options.json is not None:
             write(options.json, rows, device=device, command=command)
@@ -53,7 +59,8 @@ def main(argv: list[str] | None = None) -> int:
     except OSError as error:
         print(f"benchmarks: --json {options.json}: cannot be written: {reason(error)}.", file=sys.stderr)
         return RunError.exit_code
-    print(f"{describe(device, command)}\n\n{markdown(rows)}")
+    table = getattr(subject, "markdown", markdown)(rows)
+    print(f"{describe(device, command)}\n\n{table}")
     return 0
 
 

@@ -105,10 +105,15 @@ class _ReadyViews(ViewMaker):
         return self._views
 
 
-def training_step(trainer: Trainer) -> Callable[[], None]:
-    """One training step as the trainer makes it, on ready views: mixup, networks, losses, update, guard, meters."""
+def training_step(trainer: Trainer, *, ready_views: bool = True) -> Callable[[], None]:
+    """One training step as the trainer makes it: mixup, networks, losses, update, guard, meters.
+
+    Args:
+        ready_views: the views are those of the first call; otherwise each step makes its own.
+    """
     batch = next(iter(trainer.loader.epoch(0)))
-    trainer.views = _ReadyViews(trainer.views, trainer, batch)
+    if ready_views:
+        trainer.views = _ReadyViews(trainer.views, trainer, batch)
     trainer.config = replace(trainer.config, print_freq=1)  # the trainer hands back control at every line
     trainer.steps_per_epoch = trainer.total_steps = 1 << 40
     trainer.method.train()

@@ -1,0 +1,187 @@
+"""The runner's subjects at their smallest, and the published side: it must do the work that it stands for."""
+
+import json
+from collections import Counter
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from benchmarks import baseline, own
+from benchmarks.__main__ import SUBJECTS, build_parser, main
+from benchmarks.counts import count_operations
+from benchmarks.views import _spec
+from dataset.augment.policy import AUTOAUGMENT_POLICIES, AutoAugment, Op, Resample
+from model import BackboneRequest, build_splitnet
+from model.splitnet import SplitNet
+from tests.test_dataset_augment import pil_op
+
+CPU = torch.device("cpu")
+SMALL = ["--device", "cpu", "--split_factor", "2", "--rounds", "3", "--seconds", "1"]
+
+
+def rows_of(capsys, tmp_path, *argv):
+    """JSON rows and printed text of a run that succeeds."""
+    path = tmp_path / "rows.json"
+    assert main([*argv, *SMALL, "--json", str(path)]) == 0
+    return json.loads(path.read_text()), capsys.readouterr().out
+
+
+def test_step_has_a_row_for_every_case_beside_the_published_step(capsys, tmp_path):
+    argv = ["step", "--arch", "resnet20", "--batch_size", "4", "--cases", "fp32+loop,bf16+loop"]
+    rows, text = rows_of(capsys, tmp_path, *argv)
+    assert [(one["case"], one["dtype"], one["baseline_dtype"], one["goal"]) for one in rows] == [
+        ("fp32+loop", "float32", "float32", None),  # no goal: not the batch that the goals name
+        ("bf16+loop", "bfloat16", "float32", None),
+    ]
+    assert all(one["ratio_min"] <= one["ratio"] <= one["ratio_max"] for one in rows)
+    assert (
+        "| – | training step of resnet20 S=2, batch 4 | fp32+loop, float32 NCHW | published step, float32 NCHW |"
+        in text
+    )
+
+
+def test_views_and_evaluation_write_rows_of_their_goals(capsys, tmp_path):
+    rows, _ = rows_of(capsys, tmp_path, "views", "--image_size", "8")
+    assert {one["goal"] for one in rows} == {"G5"}
+    assert {one["commit"] for one in rows} == {8}
+    files = tmp_path / "photos"
+    files.mkdir()
+    for i in range(3):
+        Image.fromarray(np.full((70, 80, 3), 40 * i, dtype=np.uint8)).save(files / f"{i}.jpg")
+    rows, _ = rows_of(capsys, tmp_path, "views", "--data", str(files))
+    assert [(one["goal"], one["subject"], one.get("commit")) for one in rows] == [
+        ("large images", "80x70 px files to 70 px, S=1", None),
+        ("large images", "80x70 px files to 70 px, S=2", 1.6),
+    ]
+    argv = ["epoch", "--evaluation_only", "--arch", "resnet20", "--workers", "0", "--cases", "fp32+loop"]
+    rows, _ = rows_of(capsys, tmp_path, *argv)
+    assert rows[0]["subject"] == "evaluation of resnet20 S=2, 256 images"
+
+
+def test_counts_find_the_published_waits_and_none_of_ours(capsys, tmp_path):
+    rows, text = rows_of(capsys, tmp_path, "counts", "--arch", "resnet20", "--batch_size", "4")
+    published, ours = rows
+    # S + 3 meters and mixup's copy
+    assert published["host_waits"] == 2 + 3 + 1
+    assert (ours["goal"], ours["host_waits"], ours["met"]) == ("G8", 0, True)
+    assert ours["ratio"] == published["operations"] / ours["operations"]
+    assert "| G8 | training step of resnet20 S=2, batch 4 | fp32+loop |" in text
+
+
+def test_operations_are_counted_once_and_views_not_at_all():
+    a, b = torch.ones(4, 4), torch.ones(4, 4)
+    # a product and what follows it; nothing for the transposition
+    assert count_operations(lambda: (a.t() @ b).relu()) == 2
+
+
+def test_numerics_compare_with_the_first_case(capsys, tmp_path):
+    argv = ["numerics", "--arch", "resnet20", "--steps", "2", "--batch_size", "4", "--cases", "fp32+loop,bf16+loop"]
+    rows, _ = rows_of(capsys, tmp_path, *argv)
+    assert rows[0]["weight_distance"] == 0
+    assert 0 < rows[1]["weight_distance"] < 0.1
+
+
+@pytest.mark.parametrize(
+    ("argv", "words"),
+    [
+        (["step", "--device", "cuda:77"], "--device cuda:77"),
+        (["step", "--cases", "fp32+magic"], "'magic' is none of fp32"),
+        (["views", "--data", "/nowhere"], "--data /nowhere holds no image"),
+        (["step", "--arch", "resnet19"], "--arch 'resnet19'"),
+    ],
+)
+def test_mistakes_are_one_line(argv, words, capsys):
+    assert main(argv) == 2
+    error = capsys.readouterr().err
+    assert words in error
+    assert error.count("\n") == 1
+
+
+def test_every_subject_has_a_help_text():
+    for name in SUBJECTS:
+        with pytest.raises(SystemExit) as stopped:
+            build_parser().parse_args([name, "--help"])
+        assert stopped.value.code == 0
+
+
+# ---- the published side ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["cifar10", "svhn", "imagenet"])
+def test_published_ops_are_those_of_the_batched_policy(name):
+    """Every op of a policy table at its level, both signs, gives what the golden-tested batched table stands for."""
+    image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (12, 12, 3), dtype=np.uint8))
+    ours = AutoAugment(name)
+    published = baseline.PillowAutoAugment(name)
+    for i, (_, op1, level1, _, op2, level2) in enumerate(AUTOAUGMENT_POLICIES[name]):
+        for k, (op, level) in enumerate(((op1, level1), (op2, level2))):
+            value = published.levels[op][level] if op in published.levels else 0.0
+            for sign, uniform in ((1, 0.9), (-1, 0.1)):
+                uniforms = np.full((1, 1, 5), uniform)
+                uniforms[..., 0] = (i + 0.5) / 25
+                uniforms[..., 1 + 2 * k] = -1.0  # always applied
+                step = ours.draw(uniforms)
+                expected = pil_op(
+                    image,
+                    Op(int(step.ops_NVB[k, 0, 0])),
+                    float(step.values_NVB[k, 0, 0]),
+                    Resample(int(step.resamples_NVB[k, 0, 0])),
+                    baseline.GREY,
+                )
+                found = published.apply(image, op, sign * value)
+                assert np.array_equal(np.asarray(found), np.asarray(expected)), (op, level, sign)
+
+
+def test_published_views_differ_and_are_normalised():
+    spec = _spec("cifar10", 16)
+    image = np.random.default_rng(0).integers(0, 256, (16, 16, 3), dtype=np.uint8)
+    data = baseline.PillowDataset([image], [3], baseline.pillow_views(spec), 2)
+    views, label = data[0]
+    assert (views.shape, label) == ((2, 3, 16, 16), 3)
+    assert not torch.equal(views[0], views[1])
+    plain = baseline.pillow_evaluation(spec)(Image.fromarray(image))
+    mean, std = (torch.tensor(part).view(3, 1, 1) for part in (spec.mean, spec.std))
+    assert torch.allclose(plain, (torch.from_numpy(image).permute(2, 0, 1) / 255 - mean) / std, atol=1e-6)
+
+
+def test_published_step_learns_and_reads_every_meter():
+    torch.manual_seed(0)
+    network = build_splitnet(BackboneRequest(arch="resnet20", split_factor=2), seed=0)
+    step = baseline.BaselineStep(network, CPU, mix_alpha=1e-6)
+    views, labels = torch.randn(1, 8, 3, 16, 16).expand(2, -1, -1, -1, -1), torch.arange(8)
+    losses = []
+    for _ in range(6):
+        before = step.meters["loss_ce"].total
+        step(views, labels)
+        losses.append((step.meters["loss_ce"].total - before) / 8)
+    assert losses[-1] < losses[0]
+    assert step.meters["loss_cot"].count == 48
+    assert [meter.count for meter in step.network_meters] == [48, 48]
+
+
+def test_published_evaluation_counts_every_image():
+    torch.manual_seed(0)
+    network = SplitNet([torch.nn.Flatten(), torch.nn.Flatten()])
+    images = torch.zeros(6, 3, 1, 1)
+    images[torch.arange(6), torch.tensor([0, 1, 2, 0, 1, 2])] = 1.0
+    labels = torch.tensor([0, 1, 2, 0, 0, 0])
+    accuracies, ensemble = baseline.baseline_evaluate(
+        network, iter([(images[:4], labels[:4]), (images[4:], labels[4:])]), CPU
+    )
+    assert accuracies == pytest.approx([100 * 4 / 6] * 2)
+    assert ensemble == pytest.approx(100 * 4 / 6)
+
+
+def test_published_divergence_is_that_of_the_loss_package():
+    from loss.agreement import js_divergence
+
+    logits = torch.randn(3, 5, 7, generator=torch.Generator().manual_seed(0))
+    found = baseline.BaselineStep._js_divergence(list(logits))
+    assert float(found) == pytest.approx(float(js_divergence(logits).mean()), rel=1e-5)
+
+
+def test_cases_become_flags_of_the_parser():
+    assert own.case_flags("bf16+loop+compile") == ["--amp_dtype", "bf16", "--compile", "default"]
+    assert Counter(own.case_flags("fp32+loop"))["--amp_dtype"] == 1

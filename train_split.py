@@ -631,9 +631,12 @@ class Trainer:
 
     def _write_method_files(self, *, final: bool) -> None:
         """What the method wants to have in the run directory, such as an architecture that it found."""
-        for name, text in self.method.run_files(final=final).items():
-            if self.world.is_main:
-                ckpt.write_file(self.folder / name, text)
+        if not self.world.is_main:
+            return
+        for name, content in self.method.run_files(final=final).items():
+            ckpt.write_file(self.folder / name, content)
+            if isinstance(content, bytes):
+                self.log.picture(Path(name).stem, content, self.epoch)
 
     def finish(self) -> dict[str, Any]:
         """Final figures: results.json, curves.png, TensorBoard's hparams."""

@@ -120,8 +120,11 @@ class Method(nn.Module):
         """Called in every process before evaluation and checkpointing: make all buffers those of process 0."""
         broadcast_buffers(self)
 
-    def run_files(self, *, final: bool) -> Mapping[str, str]:
-        """Text files by name that the trainer writes into the run directory after every epoch; `final`: the last."""
+    def run_files(self, *, final: bool) -> Mapping[str, str | bytes]:
+        """Files by name that the trainer writes into the run directory after every epoch: text, and PNG pictures.
+
+        Called in the process that writes; pictures also go to TensorBoard. `final`: the last call.
+        """
         return {}
 
     def extra_logits(self, images_BCHW: Tensor) -> dict[str, Tensor]:

@@ -28,6 +28,7 @@ from method import Method, Progress, StepOutput, Targets, average_over_processes
 from model.search_space import PUBLISHED, PUBLISHED_SMALL, Arch, est_flops, read_space, size_supernet, space_to_text
 from model.splitnet import SplitNet
 from model.supernet import Supernet
+from utils.cream_plots import plot_board, plot_network
 from utils.distributed import all_reduce_sum
 from utils.errors import UserError
 from utils.optim import finite_sgd_step
@@ -423,13 +424,15 @@ class Cream(Method):
         """Give every process the mean of all processes' running statistics."""
         average_over_processes([buffer for buffer in self.buffers() if buffer.is_floating_point()])
 
-    def run_files(self, *, final: bool) -> dict[str, str]:
+    def run_files(self, *, final: bool) -> dict[str, str | bytes]:
         """board.json: the board and its state after every epoch; found.yaml: flags of the network that was found.
 
+        board.png and found.png are the two as pictures.
         The network is the best entry whose estimate lies in the interval of operations; where there is none it is the
         best entry, and `final` warns.
         """
-        files = {"board.json": json.dumps({"board": self.board.rows(), "history": self.history}, indent=1) + "\n"}
+        board = {"board": self.board.rows(), "history": self.history}
+        files: dict[str, str | bytes] = {"board.json": json.dumps(board, indent=1) + "\n"}
         minimum, maximum = self.supernet.interval
         found = self.board.result(minimum, maximum)
         if found is None:
@@ -444,6 +447,8 @@ class Cream(Method):
                 maximum,
                 entry.flops,
             )
+        plan = self.supernet.space.plan(entry.arch, self.supernet.classifier.out_features, honour_single_block=True)
+        title = f"found: {entry.flops:.3g} million operations (estimate), {entry.score:.1f} % on its training batch"
         flags = {
             "arch": "cream",
             "arch_list": json.dumps([list(stage) for stage in entry.arch]),
@@ -452,7 +457,11 @@ class Cream(Method):
         }
         if self.supernet.space not in (PUBLISHED, PUBLISHED_SMALL):
             flags["search_space"] = space_to_text(self.supernet.space)
-        return files | {"found.yaml": yaml.safe_dump(flags, sort_keys=False, width=10**6)}
+        return files | {
+            "found.yaml": yaml.safe_dump(flags, sort_keys=False, width=10**6),
+            "board.png": plot_board(board),
+            "found.png": plot_network(plan.stages, title=title),
+        }
 
     def training_state(self) -> dict[str, Any]:
         """Board, its history, the sampler and the meta optimiser."""

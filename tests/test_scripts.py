@@ -35,6 +35,9 @@ SETTINGS = (
     "NPROC",
     "RESUME",
     "PREDICT",
+    "CONFIG",
+    "EMA_DECAY",
+    "SEED",
     "PORT",
 )
 
@@ -76,7 +79,16 @@ def test_scripts_can_be_run(path):
 
 
 @pytest.mark.parametrize(
-    "script", ["train_split.sh", "compare_methods.sh", "eval.sh", "summary.sh", "tensorboard.sh", "run_docker.sh"]
+    "script",
+    [
+        "train_split.sh",
+        "compare_methods.sh",
+        "cream_search.sh",
+        "eval.sh",
+        "summary.sh",
+        "tensorboard.sh",
+        "run_docker.sh",
+    ],
 )
 def test_help(script):
     done = call(script, "--help")
@@ -120,6 +132,31 @@ def test_processes(variables, processes, cpu):
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
     assert words[1 : words.index("train_split.py")] == (launcher if processes > 1 else [])
     assert ("--no_cuda" in words) == cpu
+
+
+def test_cream_search_retrains_and_evaluates_what_it_found():
+    def lines(*arguments: str) -> list[list[str]]:
+        done = call("cream_search.sh", *arguments)
+        assert done.returncode == 0, done.stderr
+        return [shlex.split(line)[1:] for line in done.stdout.splitlines()]
+
+    search, retraining, test = lines("--out", "/o", "--gpus", "cpu", "--", "--workers", "0")
+    assert [Path(words[0]).name for words in (search, retraining, test)] == ["train_split.py"] * 2 + ["eval.py"]
+    common = ["--dataset", "digits", "--seed", "1", "--resume", "auto"]
+    assert search[1:] == [
+        *("--no_cuda", "--config", f"{ROOT}/script/cream/tiny.yaml", *common),
+        *("--model_dir", "/o/search", "--workers", "0"),
+    ]
+    assert retraining[1:] == [
+        *("--no_cuda", "--config", "/o/search/found.yaml", *common, "--epochs", "30", "--ema_decay", "0.99"),
+        *("--model_dir", "/o/retrain", "--workers", "0"),
+    ]
+    best = "/o/retrain/model_best.pth.tar"
+    assert test[1:] == ["--no_cuda", "--resume", best, "--weights", "ema", "--dataset", "digits"]
+    _, retraining, _ = lines("--config", str(ROOT / "script/cream/train.yaml"), "--data", "/d")
+    assert retraining[3:7] == ["--dataset", "imagenet", "--data", "/d"]
+    assert not {"--epochs", "--ema_decay"} & set(retraining)  # the recipe's
+    assert "no such file" in call("cream_search.sh", "--config", "/nowhere.yaml").stderr
 
 
 def test_compare_methods_makes_every_run_that_is_not_finished_and_compares_all(tmp_path):

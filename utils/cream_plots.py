@@ -1,7 +1,7 @@
 """Pictures of a Cream search: the board over time, the network that was found. matplotlib is imported where used."""
 
+import io
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any, Protocol
 
 COLOURS = ("#1f5fa8", "#d1571b", "#2c8a4b", "#8a3fa0", "#b8860b", "#008b9a")
@@ -25,15 +25,15 @@ class Block(Protocol):
     def stride(self) -> int: ...
 
 
-def plot_board(board: Mapping[str, Any], path: Path) -> Path:
-    """Score against operations of everything that was on the board, coloured by the epoch it came; returns `path`.
+def plot_board(board: Mapping[str, Any]) -> bytes:
+    """PNG: score against operations of everything that was on the board, coloured by the epoch it came.
 
     Args:
         board: content of board.json: `board`, the last state, and `history`, that after every epoch; entries have
             score [%], flops [million operations] and arch.
-        path: the PNG to write.
     """
     from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
 
     figure = Figure(figsize=(8, 5), layout="constrained")
     axes = figure.subplots()
@@ -50,7 +50,7 @@ def plot_board(board: Mapping[str, Any], path: Path) -> Path:
             s=36,
             linewidths=0,
         )
-        figure.colorbar(points, ax=axes, label="epoch of arrival")
+        figure.colorbar(points, ax=axes, label="epoch of arrival", ticks=MaxNLocator(integer=True))
     axes.scatter(
         [entry["flops"] for entry in board["board"]],
         [entry["score"] for entry in board["board"]],
@@ -72,16 +72,14 @@ def plot_board(board: Mapping[str, Any], path: Path) -> Path:
     axes.spines[["top", "right"]].set_visible(False)
     if board["board"]:
         axes.legend(fontsize=9)
-    figure.savefig(path, dpi=130)
-    return path
+    return _png(figure)
 
 
-def plot_network(stages: Sequence[Sequence[Block]], path: Path, *, title: str = "") -> Path:
-    """The searchable blocks of a network from left to right, one colour per kernel, taller for more expansion.
+def plot_network(stages: Sequence[Sequence[Block]], *, title: str = "") -> bytes:
+    """PNG: the searchable blocks of a network from left to right, one colour per kernel, taller for more expansion.
 
     Args:
         stages: blocks of every searchable stage (`NetworkPlan.stages`).
-        path: the PNG to write; it is returned.
         title: above the picture.
     """
     from matplotlib.figure import Figure
@@ -124,5 +122,10 @@ def plot_network(stages: Sequence[Sequence[Block]], path: Path, *, title: str = 
     axes.set_title(title)
     handles = [Patch(color=colour, label=f"{kernel}x{kernel} depthwise") for kernel, colour in colours.items()]
     figure.legend(handles=handles, loc="outside lower center", ncols=len(handles), frameon=False, fontsize=9)
-    figure.savefig(path, dpi=130)
-    return path
+    return _png(figure)
+
+
+def _png(figure: Any) -> bytes:
+    content = io.BytesIO()
+    figure.savefig(content, format="png", dpi=130)
+    return content.getvalue()

@@ -192,6 +192,16 @@ class RunLog:
 
         self._board("val").add_image("views", make_grid(pixels.flatten(0, 1), nrow=images.shape[1], padding=2), index)
 
+    def picture(self, tag: str, png: bytes, index: int) -> None:
+        """A PNG."""
+        if not self.active:
+            return
+        import numpy as np
+        from PIL import Image
+
+        with Image.open(io.BytesIO(png)) as image:
+            self._board("val").add_image(tag, np.asarray(image.convert("RGB")), index, dataformats="HWC")
+
     def hparams(self, flags: Mapping[str, Any], results: Mapping[str, float]) -> None:
         """The run's settings and final figures for TensorBoard's HParams page."""
         if not self.active:

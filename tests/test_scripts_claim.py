@@ -1,0 +1,126 @@
+"""script/claim.sh: which runs it starts, which it keeps, and what its table says."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from script.claim_table import main, spread
+
+ROOT = Path(__file__).parent.parent
+# Stands for Python: notes its arguments, and leaves what the real programs would leave.
+STUB = """#!{python}
+import json, pathlib, sys
+words = sys.argv[1:]
+with open({log!r}, "a") as file:
+    file.write(json.dumps(words) + "\\n")
+if words[0].endswith("train_split.py"):
+    folder = pathlib.Path(words[words.index("--model_dir") + 1])
+    (folder / "results.json").write_text("{{}}")
+elif words[0].endswith("eval.py"):
+    folder = pathlib.Path(words[words.index("--resume") + 1]).parent / "eval"
+    folder.mkdir()
+    (folder / "results.json").write_text("{{}}")
+"""
+
+
+@pytest.fixture
+def claim(tmp_path):
+    """Runs the script with the stub; returns the commands it started and the finished process."""
+    log, stub = tmp_path / "log", tmp_path / "python"
+    stub.write_text(STUB.format(python=sys.executable, log=str(log)))
+    stub.chmod(0o755)
+    for label in "ab":
+        for split, count in (("train", 5), ("test", 1)):
+            folder = tmp_path / "data" / split / label
+            folder.mkdir(parents=True)
+            for i in range(count):
+                (folder / f"{i}.jpg").touch()
+
+    def call(*arguments):
+        log.write_text("")
+        names = ("DATA", "EPOCHS", "SEEDS", "DATASET", "ARCH", "SPLIT_FACTORS", "IMAGES", "OUT")
+        environment = {name: value for name, value in os.environ.items() if name not in names}
+        done = subprocess.run(
+            [ROOT / "script" / "claim.sh", *arguments],
+            env=environment | {"PYTHON": str(stub)},
+            cwd=tmp_path,
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        return [json.loads(line) for line in log.read_text().splitlines()], done
+
+    return call
+
+
+def test_every_s_and_seed_is_trained_evaluated_and_tabled_once(claim, tmp_path):
+    commands, done = claim("data", "3", "7,8", "--split_factors", "1,2", "--out", "runs", "--", "--is_mixup", "0")
+    assert done.returncode == 0, done.stderr
+    trained = [words for words in commands if words[0].endswith("train_split.py")]
+    assert [(words[words.index("--seed") + 1], words[words.index("--split_factor") + 1]) for words in trained] == [
+        ("7", "1"),
+        ("7", "2"),
+        ("8", "1"),
+        ("8", "2"),
+    ]
+    assert trained[0][-2:] == ["--is_mixup", "0"]
+    assert "--resume auto" in " ".join(trained[0])
+    evaluated = [words for words in commands if words[0].endswith("eval.py")]
+    assert evaluated[0][1:] == ["--resume", f"{tmp_path}/runs/S1-seed7/checkpoint_3.pth.tar"]
+    folders = [f"{tmp_path}/runs/S{s}-seed{seed}" for seed in (7, 8) for s in (1, 2)]
+    assert commands[-1] == ["-m", "script.claim_table", f"{tmp_path}/runs", *folders]
+
+    again, done = claim("data", "3", "7,8,9", "--split_factors", "1,2", "--out", "runs")
+    assert done.returncode == 0, done.stderr
+    seeds = [words[words.index("--seed") + 1] for words in again if "--seed" in words]
+    assert seeds == ["9", "9"]
+
+
+def test_a_part_of_the_images_is_the_same_number_of_each_class(claim, tmp_path):
+    commands, done = claim("data", "--images", "4", "--seeds", "1", "--split_factors", "1", "--out", "runs")
+    assert done.returncode == 0, done.stderr
+    data = Path(commands[0][commands[0].index("--data") + 1])
+    assert sorted(str(path.relative_to(data)) for path in data.glob("train/*/*")) == [
+        "train/a/0.jpg",
+        "train/a/1.jpg",
+        "train/b/0.jpg",
+        "train/b/1.jpg",
+    ]
+    assert (data / "train" / "a" / "0.jpg").is_file()
+    assert len(list((data / "test").glob("*/*"))) == 2
+
+
+def test_data_is_needed(claim):
+    commands, done = claim()
+    assert (commands, done.returncode) == ([], 2)
+    assert done.stderr == "claim.sh: which data? Give the folder: claim.sh DATA.\n"
+
+
+def test_table_has_means_and_deviations_over_seeds(tmp_path, capsys):
+    folders = []
+    for s in (1, 2):
+        for seed in (1, 2):
+            folder = tmp_path / f"S{s}-seed{seed}"
+            (folder / "eval").mkdir(parents=True)
+            training = {"split_factor": s, "params_one": 1000 // s, "macs_total": 4e6, "seconds": 60.0 * seed}
+            networks = [{"acc1": 50.0 + seed + i, "nll": 1.0, "ece": 0.5} for i in range(s)]
+            evaluation = {"ensemble_acc1": 60.0 + seed, "ensemble_nll": 0.5, "ensemble_ece": 0.25, "networks": networks}
+            (folder / "results.json").write_text(json.dumps(training))
+            (folder / "eval" / "results.json").write_text(json.dumps(evaluation | {"disagreement": 0.125}))
+            folders.append(str(folder))
+    assert main([str(tmp_path), *folders]) == 0
+    text = capsys.readouterr().out
+    # single networks of S = 2: 51.5 and 52.5
+    assert (
+        "| 2 | its single networks | 52.00 ± 0.71 | 1.000 ± 0.000 | 0.5000 ± 0.0000 |  | 500 | 2.0 M |  | 2 |" in text
+    )
+    figures = "61.50 ± 0.71 | 0.500 ± 0.000 | 0.2500 ± 0.0000 | 12.5 ± 0.0"
+    assert f"| 2 | ensemble of 2 | {figures} | 1,000 | 4.0 M | 1.5 ± 0.7 | 2 |" in text
+    assert "| 1 | undivided | 61.50 ± 0.71 |" in text
+    assert (tmp_path / "claim.md").read_text() == text.split("\n\n")[0] + "\n"
+    assert (tmp_path / "claim.png").stat().st_size > 10_000
+    assert spread([2.0], 1) == "2.0"

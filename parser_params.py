@@ -22,6 +22,7 @@ from dataset import sources
 from dataset.views import ERASE_MODES
 from method import methods
 from model import backbones, split_list
+from model.plan import DIVIDE_BY
 from utils.cream_yaml import is_published, is_published_key, read_published
 from utils.distributed import processes_on_this_machine
 from utils.errors import UserError, reason
@@ -107,9 +108,19 @@ class DataOptions:
 class ModelOptions:
     """Networks"""
 
-    arch: str = option("resnet50", "backbone; a comma list of full networks where the method takes several")
+    arch: str = option(
+        "resnet50",
+        "backbone: one of those listed below, torchvision/NAME, timm/NAME or FILE.py:FACTORY; a comma list of full "
+        "networks where the method takes several",
+    )
     method: str = option("co_training", "how the networks learn together")
     split_factor: int = option(1, "S: into how many small networks the backbone is divided")
+    divide_by: str | None = option(
+        None,
+        "what the S copies of a torchvision/NAME, timm/NAME or FILE.py:FACTORY match together",
+        choices=DIVIDE_BY,
+        default_text="params; our own backbones have the paper's tables",
+    )
     norm_mode: str = option("batch", "normalisation", choices=("batch",))
     is_syncbn: bool = option(False, "synchronise batch normalisation across processes")
     output_stride: int = option(8, "2 selects the CIFAR strides 1, 1, 2 in the resnet family")

@@ -1,17 +1,22 @@
 """Backbone registry and the one function that builds a (divided) network from its name."""
 
-from collections.abc import Mapping, Sequence
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
-from typing import Any, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from model.backbone.base import StagedBackbone
 from model.splitnet import SplitNet
 from utils.errors import UserError
 from utils.registry import Registry
 from utils.seed import STREAM_INIT, fold_in
+
+if TYPE_CHECKING:
+    from model.plan import DivisionPlan
 
 T = TypeVar("T")
 
@@ -31,6 +36,8 @@ class BackboneRequest:
         dataset: name of the data set; a few published dropout rates depend on it.
         crop_size: side of the square input in pixels.
         options: values of the family's own flags by field name, beside those of others: see `family_options`.
+        divide_by: what the solver matches, "params" or "macs"; None: parameters. Not for families with a table.
+        widths: what the solver found before, as a checkpoint keeps it; None: it solves.
     """
 
     arch: str
@@ -40,6 +47,8 @@ class BackboneRequest:
     dataset: str = "cifar10"
     crop_size: int = 32
     options: Mapping[str, Any] = field(default_factory=dict)
+    divide_by: str | None = None
+    widths: tuple[float, ...] | None = None
 
 
 class BackboneBuilder(Protocol):
@@ -64,6 +73,8 @@ class Backbone:
         crop_pct: side of its input over the short side of the image in evaluation, None where the data set decides.
         build_wide: makes the same network with twice the width in its last stage (a branch of DKS), or None where
             the family cannot express it.
+        plan: for networks of any origin, what the solver makes of a request; None where a table of the family decides.
+        pretrained: fetches the weights that the network's library publishes, by state-dict name; None: there are none.
     """
 
     build: BackboneBuilder
@@ -73,9 +84,13 @@ class Backbone:
     crop_size: int | None = None
     crop_pct: float | None = None
     build_wide: BackboneBuilder | None = None
+    plan: Callable[[BackboneRequest], DivisionPlan] | None = None
+    pretrained: Callable[[], Mapping[str, Tensor]] | None = None
 
 
-backbones: Registry[Backbone] = Registry("backbone", "--arch", "model.backbone")
+backbones: Registry[Backbone] = Registry(
+    "backbone", "--arch", "model.backbone", also="torchvision/NAME, timm/NAME, FILE.py:FACTORY"
+)
 
 SMALL_IMAGE_DATASETS = ("digits", "cifar10", "cifar100", "svhn")
 
@@ -109,6 +124,11 @@ def check_request(request: BackboneRequest) -> Backbone:
             f"--split_factor {request.split_factor} is not possible for --arch {request.arch} "
             f"({request.shape} images): use {shown}."
         )
+    if request.divide_by is not None and entry.plan is None:
+        raise UserError(
+            f"--divide_by {request.divide_by}: --arch {request.arch} is divided by the paper's table, and the flag is "
+            "for torchvision/NAME, timm/NAME and FILE.py:FACTORY. Leave it away."
+        )
     return entry
 
 
@@ -124,10 +144,20 @@ def build_network(request: BackboneRequest) -> nn.Module:
     Raises:
         UserError: as `check_request`.
     """
-    network = check_request(request).build(request)
-    if isinstance(network, StagedBackbone):
-        network.request = request
+    entry = check_request(request)
+    if entry.plan is not None and request.split_factor > 1 and request.widths is None:
+        request = replace(request, widths=entry.plan(request).widths)
+    network = entry.build(request)
+    network.request = request  # type: ignore[assignment]
     return network
+
+
+def classifier_name(network: nn.Module) -> str | None:
+    """Name of the linear layer that gives the logits; None where a network without stages ends in none."""
+    if isinstance(network, StagedBackbone):
+        return network.classifier_name
+    layers = [name for name, module in network.named_modules() if isinstance(module, nn.Linear)]
+    return layers[-1] if layers else None
 
 
 def build_splitnet(
@@ -175,6 +205,11 @@ def split_list(arch: str) -> list[str]:
     return [name.strip() for name in arch.split(",") if name.strip()]
 
 
+def names_user_code(arch: str) -> bool:
+    """Whether looking this name up runs a file of the user's: FILE.py:FACTORY."""
+    return ".py:" in arch
+
+
 class NetworkConfig(Protocol):
     """The part of a configuration that decides the structure of the networks."""
 
@@ -189,6 +224,8 @@ class NetworkConfig(Protocol):
     @property
     def output_stride(self) -> int: ...
     @property
+    def divide_by(self) -> str | None: ...
+    @property
     def backbone_options(self) -> Mapping[str, Any]: ...
 
 
@@ -202,4 +239,5 @@ def backbone_request(config: NetworkConfig, *, num_classes: int) -> BackboneRequ
         dataset=config.dataset,
         crop_size=config.crop_size,
         options={**config.backbone_options, "output_stride": config.output_stride},
+        divide_by=config.divide_by,
     )

@@ -1,9 +1,10 @@
-"""What "one of S" means for every family: the width tables and rules of the paper. Arithmetic only, no modules.
+"""What "one of S" means: the width tables and rules of the paper, and a solver for every other network.
 
-Source of every table: Zhao et al., arXiv:2011.14660, and its published code's behaviour.
+Arithmetic only, no modules. Source of every table: Zhao et al., arXiv:2011.14660, and its published code's behaviour.
+`python -m model.division ARCH --split_factor S` prints what becomes of a network: see `model.plan`.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 
 from model import LARGE, SMALL
 
@@ -145,3 +146,99 @@ def efficientnet_channels(width: float, split_factor: int) -> tuple[int, ...]:
         rounded = max(divisor, int(target + divisor / 2) // divisor * divisor)
         channels.append(rounded + divisor if rounded < 0.9 * target else rounded)
     return tuple(channels)
+
+
+# ---- any network: the budget solver ----------------------------------------------------------------------------------
+
+# Ours: the copies may differ from the undivided network by this part of its budget, and the search ends within AIM.
+TOLERANCE = 0.02
+AIM = 0.005
+
+
+def channel_unit(channels: int) -> int:
+    """Divided widths are multiples of this: 8 where there are 128 channels or more, less where that would be coarse."""
+    return next(unit for unit in (8, 4, 2, 1) if channels >= 16 * unit or unit == 1)
+
+
+def scaled_width(width: int, factor: float, unit: int) -> int:
+    """`width` times `factor`, to the nearest multiple of `unit`, at least one."""
+    return max(unit, int(width * factor / unit + 0.5) * unit)
+
+
+def solve_widths(
+    widths: Sequence[int],
+    units: Sequence[int],
+    cost: Callable[[Sequence[int]], int],
+    split_factor: int,
+) -> tuple[int, ...]:
+    """Stage widths of one of S copies that cost together what the undivided network costs. Ours.
+
+    First all widths shrink by one factor, then single stages move by one unit, whichever comes nearest to the budget.
+    The result may miss the budget by more than TOLERANCE where no choice of widths meets it.
+
+    Args:
+        widths: of the undivided network.
+        units: the width of each stage stays a multiple of this, or what it was.
+        cost: widths -> cost of one network, growing with every width.
+        split_factor: S.
+    """
+    if split_factor == 1:
+        return tuple(widths)
+    budget = cost(widths) / split_factor
+
+    def at(factor: float) -> tuple[int, ...]:
+        return tuple(scaled_width(width, factor, unit) for width, unit in zip(widths, units, strict=True))
+
+    low, high = 0.0, 1.0
+    for _ in range(16):
+        middle = (low + high) / 2
+        low, high = (low, middle) if cost(at(middle)) > budget else (middle, high)
+
+    def miss(candidate: Sequence[int]) -> float:
+        return abs(cost(candidate) - budget) / budget
+
+    def stretch(candidate: Sequence[int]) -> float:
+        """How far the stages' factors lie apart."""
+        factors = [now / before for now, before in zip(candidate, widths, strict=True)]
+        return max(factors) / min(factors)
+
+    best = min(at(low), at(high), key=miss)
+    while miss(best) > AIM:
+        steps = [
+            (*best[:i], best[i] + step, *best[i + 1 :])
+            for i, unit in enumerate(units)
+            for step in (-unit, unit)
+            if unit <= best[i] + step <= widths[i]
+        ]
+        better = [candidate for candidate in steps if miss(candidate) < miss(best)]
+        if not better:
+            break
+        # the one that keeps the shape of the network best, of those that arrive if any does
+        arrived = [candidate for candidate in better if miss(candidate) <= AIM]
+        best = min(arrived or better, key=stretch)
+    return best
+
+
+def solve_factor(cost: Callable[[float], int], split_factor: int) -> float:
+    """Width factor of one of S copies of a network with a single width argument; see `solve_widths`.
+
+    Args:
+        cost: width factor in (0, 1] -> cost of one network, growing with the factor.
+        split_factor: S.
+    """
+    if split_factor == 1:
+        return 1.0
+    budget = cost(1.0) / split_factor
+    low, high = 0.0, 1.0
+    tried: dict[float, int] = {}
+    for _ in range(16):
+        middle = (low + high) / 2
+        tried[middle] = cost(middle)
+        low, high = (low, middle) if tried[middle] > budget else (middle, high)
+    return min(tried, key=lambda factor: abs(tried[factor] - budget))
+
+
+if __name__ == "__main__":
+    from model.plan import main
+
+    raise SystemExit(main())

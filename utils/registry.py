@@ -20,17 +20,22 @@ def nearest_name(name: str, known: Iterable[str]) -> str:
 class Registry(Generic[T]):
     """A table of named things of one kind, filled by importing every module of a package.
 
+    Names that nobody has to list, such as those of a library, are made by resolvers when they are asked for.
+
     Args:
         kind: what the table holds, as users say it ("backbone"); used in error messages.
         flag: the command-line flag that takes the name ("--arch").
         package: dotted package whose modules register themselves; imported on the first look-up.
+        also: what a name may be besides the registered ones, for error messages.
     """
 
-    def __init__(self, kind: str, flag: str, package: str) -> None:
+    def __init__(self, kind: str, flag: str, package: str, also: str = "") -> None:
         self.kind = kind
         self.flag = flag
         self.package = package
+        self.also = also
         self._items: dict[str, T] = {}
+        self._resolvers: list[Callable[[str], T | None]] = []
         self._loaded = False
 
     def register(self, *names: str) -> Callable[[T], T]:
@@ -48,6 +53,10 @@ class Registry(Generic[T]):
     def add(self, name: str, item: T) -> None:
         """File `item` under `name`."""
         self.register(name)(item)
+
+    def add_resolver(self, resolve: Callable[[str], T | None]) -> None:
+        """Ask `resolve` about names that nobody registered; it returns None for those that are not its own."""
+        self._resolvers.append(resolve)
 
     def load(self) -> None:
         """Import every module of the package once, so that all of them have registered."""
@@ -79,9 +88,13 @@ class Registry(Generic[T]):
             UserError: no such name; the message names the flag, the nearest name and all the known ones.
         """
         self.load()
-        if name not in self._items:
-            raise UserError(
-                f"{self.flag} {name!r} is not a known {self.kind}.{nearest_name(name, self._items)} "
-                f"Known: {', '.join(sorted(self._items))}."
-            )
-        return self._items[name]
+        if name in self._items:
+            return self._items[name]
+        for resolve in self._resolvers:
+            found = resolve(name)
+            if found is not None:
+                return found
+        raise UserError(
+            f"{self.flag} {name!r} is not a known {self.kind}.{nearest_name(name, self._items)} "
+            f"Known: {', '.join(sorted(self._items))}{f', {self.also}' if self.also else ''}."
+        )

@@ -24,8 +24,9 @@ from dataset.mixup import apply_mix, draw_mix
 from dataset.pipeline import build_eval_loader, build_train_loader
 from dataset.views import ViewMaker, view_spec
 from method import Method, Progress, StepOutput, methods
-from model import backbone_request, build_splitnet
-from model.restore import load_pretrained
+from model import backbone_request, build_splitnet, request_of
+from model.plan import solver_plan
+from model.restore import library_weights, load_pretrained, stored_widths
 from model.summary import NUM_CLASSES, format_table, network_sizes
 from parser_params import Config, parse_config, resolve_config
 from utils import checkpoint as ckpt
@@ -98,7 +99,7 @@ class Trainer:
         self.precision = choose_precision(world.device, is_amp=config.is_amp, amp_dtype=config.amp_dtype)
 
         # networks and method
-        self.method = self._build_method()
+        self.method = self._build_method(resumed or {})
         self.network = self.method.network
         self.num_networks = len(self.network.models)
         self.params_one = count_params(self.network.models[0])
@@ -227,7 +228,7 @@ class Trainer:
 
     # ---- building ----------------------------------------------------------------------------------------------------
 
-    def _build_method(self) -> Method:
+    def _build_method(self, resumed: Mapping[str, Any]) -> Method:
         config = self.config
         kind = methods.get(config.method)
         names = kind.backbone_names(config.arch, config.method_options)
@@ -235,7 +236,7 @@ class Trainer:
             raise UserError(f"--method {config.method} takes one backbone; --arch names {len(names)}.")
         request = backbone_request(config, num_classes=len(self.source.classes))
         network = build_splitnet(
-            replace(request, arch=names[0]),
+            replace(request, arch=names[0], widths=stored_widths(resumed, "--resume")),
             seed=self.seed,
             identical_init=config.is_identical_init,
             train_separately=config.is_train_sep,
@@ -248,13 +249,9 @@ class Trainer:
 
     def _load_pretrained(self) -> tuple[str, ...]:
         """Take weights from --pretrained; returns the names of the heads that stay new, as prefixes."""
-        if not self.config.pretrained:
-            raise UserError(
-                "--pretrained without a PATH takes a library's weights, and this --arch is none of a library's. "
-                "Give the path of a checkpoint."
-            )
-        content = ckpt.load_checkpoint(self.config.pretrained, "--pretrained")
-        renewed = load_pretrained(self.network, content, self.config.pretrained)
+        path = self.config.pretrained
+        content = ckpt.load_checkpoint(path, "--pretrained") if path else library_weights(self.network)
+        renewed = load_pretrained(self.network, content, path or "of the library")
         for name in renewed:
             logger.info("--pretrained: the head %s has another size there and starts anew.", name)
         return tuple(f"network.{name}." for name in renewed)
@@ -267,6 +264,7 @@ class Trainer:
         state: dict[str, Any] = {
             "epoch": self.epoch,
             "arch": self.config.arch,
+            "widths": list(request_of(self.network.models[0]).widths or ()),
             "state_dict": ckpt.published_keys(self.network.state_dict()),
             "best_acc1": best["ensemble_acc1"] if best else 0.0,
             "optimizer": self.optimizer.state_dict(),
@@ -309,10 +307,10 @@ class Trainer:
         """
         own = self.config.values()
         try:
-            for name in ("arch", "split_factor", "method", "dataset", "optimizer"):
-                if state["config"][name] != own[name]:
+            for name in ("arch", "split_factor", "divide_by", "method", "dataset", "optimizer"):
+                if state["config"].get(name) != own[name]:
                     raise UserError(
-                        f"--resume: the checkpoint is of a run with --{name} {state['config'][name]}, "
+                        f"--resume: the checkpoint is of a run with --{name} {state['config'].get(name)}, "
                         f"and this one has --{name} {own[name]}."
                     )
             for name, value in self._environment().items():
@@ -832,7 +830,7 @@ def summarise(config: Config) -> dict[str, Any]:
         requests = [replace(request, arch=name, split_factor=1) for name in names]
     else:
         requests = [replace(request, arch=names[0])] * (1 if config.is_train_sep else config.split_factor)
-    result = {
+    result: dict[str, Any] = {
         "arch": config.arch,
         "dataset": config.dataset,
         "split_factor": config.split_factor if len(names) == 1 else len(names),
@@ -841,6 +839,10 @@ def summarise(config: Config) -> dict[str, Any]:
         **network_sizes(requests),
     }
     print(format_table([result]), flush=True)
+    plan = solver_plan(requests[0])
+    if plan is not None:
+        result["division"] = plan.as_dict()
+        print(plan.table(), flush=True)
     folder = Path(config.model_dir)
     if "model_dir" in config.given and not (folder / HPARAMS).exists():
         make_folder(folder)

@@ -152,6 +152,13 @@ def build_network(request: BackboneRequest) -> nn.Module:
     return network
 
 
+def request_of(network: nn.Module) -> BackboneRequest:
+    """What a network of `build_network` was built from, its solved widths included."""
+    request = network.request
+    assert isinstance(request, BackboneRequest)
+    return request
+
+
 def classifier_name(network: nn.Module) -> str | None:
     """Name of the linear layer that gives the logits; None where a network without stages ends in none."""
     if isinstance(network, StagedBackbone):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import logging
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -20,6 +21,8 @@ from model.plan import DivisionPlan
 from model.rechannel import ChannelGraph, trace
 from utils.errors import UserError, reason
 from utils.macs import count_macs, count_params
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -244,6 +247,7 @@ class Library:
             macs_one=macs_one,
         )
         refuse_a_miss(plan)
+        logger.info("%s", plan.summary())
         return plan
 
 

@@ -104,6 +104,11 @@ def division_plan(request: BackboneRequest) -> DivisionPlan:
     )
 
 
+def solver_plan(request: BackboneRequest) -> DivisionPlan | None:
+    """The plan of a request that the solver decides; None where a table does, or nothing is divided."""
+    return division_plan(request) if request.split_factor > 1 and check_request(request).plan is not None else None
+
+
 def _measure(request: BackboneRequest) -> tuple[tuple[int, ...], int, int]:
     """(channels that each stage gives, parameters, multiply-adds) of one network."""
     image = (3, request.crop_size, request.crop_size)

@@ -8,7 +8,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from model import LARGE, BackboneRequest, backbones, build_network, build_splitnet, image_shape, split_list
+from model import (
+    LARGE,
+    BackboneRequest,
+    backbones,
+    build_network,
+    build_splitnet,
+    classifier_name,
+    image_shape,
+    names_user_code,
+    request_of,
+    split_list,
+)
 from model.splitnet import SplitNet
 from utils.checkpoint import plain_keys
 from utils.errors import UserError
@@ -67,7 +78,8 @@ def restore_splitnet(
     shape of the classifier. A released file names no data set; `dataset` is what it was trained on then.
 
     Args:
-        content: a loaded checkpoint; keys of its `state_dict` with or without `module.` in front.
+        content: a loaded checkpoint, keys of its `state_dict` with or without `module.` in front; or the plain state
+            dict of one network, as libraries publish them.
         arch, split_factor, num_classes: what the user claims; None takes the file's.
         dataset, crop_size: the user's; they decide the structure only where the file does not say.
         options: flags of the backbone families that the user set, by name; they win over the file's.
@@ -85,9 +97,8 @@ def restore_splitnet(
         raise UserError(f"{source}: holds no networks: expected weights named models.0.*, models.1.*, …")
     config = _entry(content, "config", dict, source) or {}
 
-    arch = _agreed("arch", arch, _entry(config, "arch", str, source) or _entry(content, "arch", str, source), source)
-    if arch is None:
-        raise UserError(f"{source}: does not say which backbone it holds: add --arch NAME.")
+    in_file = _entry(config, "arch", str, source) or _entry(content, "arch", str, source)
+    arch = _arch(arch, in_file, source)
     names = tuple(backbone_names(arch))
     train_separately = train_separately or bool(config.get("is_train_sep"))
     if len(names) > 1:
@@ -112,6 +123,8 @@ def restore_splitnet(
         dataset=made_for,
         crop_size=crop_size or size_in_file or usual_size,
         options={**config, **(options or {})},
+        divide_by=_entry(config, "divide_by", str, source),
+        widths=stored_widths(content, source),
     )
     num_classes = _agreed("num_classes", num_classes, _num_classes(state, request), source)
     request = replace(request, num_classes=num_classes or request.num_classes)
@@ -151,9 +164,41 @@ def load_pretrained(network: SplitNet, content: Mapping[str, Any], path: str) ->
         UserError: the weights are not those of this structure.
     """
     state, _ = _weights(content, "auto", f"--pretrained {path}")
-    heads = {f"models.{i}.{one.classifier_name}" for i, one in enumerate(network.models)}
+    heads = {f"models.{i}.{classifier_name(one)}" for i, one in enumerate(network.models)}
     complaint = f"--pretrained {path}: not the weights of these {len(network.models)} networks"
     return _load(network, state, complaint, heads=heads)
+
+
+def library_weights(network: SplitNet) -> dict[str, Any]:
+    """The published weights of networks that are a library's own, in the form of a checkpoint.
+
+    Raises:
+        UserError: a network is not a library's, or not whole, or its weights cannot be fetched.
+    """
+    state = {}
+    for i, one in enumerate(network.models):
+        request = request_of(one)
+        fetch = backbones.get(request.arch).pretrained
+        if fetch is None:
+            raise UserError(
+                f"--pretrained without a PATH takes a library's weights, and --arch {request.arch} is none of a "
+                "library's (torchvision/NAME, timm/NAME). Give the path of a checkpoint."
+            )
+        if request.split_factor > 1:
+            raise UserError(
+                f"--pretrained without a PATH: the library's weights are those of the undivided {request.arch}, and "
+                f"this run divides it by {request.split_factor}. Leave --split_factor away, or give a PATH."
+            )
+        state.update({f"models.{i}.{key}": value for key, value in fetch().items()})
+    return {"state_dict": state}
+
+
+def stored_widths(content: Mapping[str, Any], source: str) -> tuple[float, ...] | None:
+    """What the solver found for the networks of the file, None where it had nothing to find."""
+    values = _entry(content, "widths", list, source)
+    if values is not None and not all(isinstance(value, float | int) and value > 0 for value in values):
+        raise UserError(f"{source}: its entry 'widths' is damaged: expected positive numbers.")
+    return tuple(values) if values else None
 
 
 def _weights(content: Mapping[str, Any], weights: str, source: str) -> tuple[dict[str, Tensor], str]:
@@ -162,10 +207,29 @@ def _weights(content: Mapping[str, Any], weights: str, source: str) -> tuple[dic
     if weights == "ema" and not average:
         raise UserError(f"{source}: holds no moving average of the weights; use --weights raw or auto.")
     taken = "ema" if average and weights != "raw" else "raw"
-    state = average if taken == "ema" else content.get("state_dict")
+    plain = bool(content) and all(isinstance(value, Tensor) for value in content.values())
+    state = average if taken == "ema" else content if plain else content.get("state_dict")
     if not isinstance(state, Mapping) or not all(isinstance(value, Tensor) for value in state.values()):
         raise UserError(f"{source}: expected tensors by name in its 'state_dict', the weights of the networks.")
-    return plain_keys(state), taken
+    state = plain_keys(state)
+    if not any(key.startswith("models.") for key in state):
+        state = {f"models.0.{key}": value for key, value in state.items()}
+    return state, taken
+
+
+def _arch(claimed: str | None, in_file: str | None, source: str) -> str:
+    """The backbone that file and flag agree on; a file alone cannot make us run a program."""
+    if in_file is not None and names_user_code(in_file):
+        if claimed is None:
+            raise UserError(
+                f"{source}: its networks come from the program {in_file}, which only you can choose to run: "
+                "add --arch FILE.py:FACTORY."
+            )
+        in_file = claimed if names_user_code(claimed) else in_file
+    arch = _agreed("arch", claimed, in_file, source)
+    if arch is None:
+        raise UserError(f"{source}: does not say which backbone it holds: add --arch NAME.")
+    return str(arch)
 
 
 def _agreed(flag: str, claimed: Any, in_file: Any, source: str) -> Any:
@@ -179,7 +243,7 @@ def _num_classes(state: Mapping[str, Tensor], request: BackboneRequest) -> int |
     """K by the rows of the first network's classifier; None where the weights are of another structure."""
     with torch.device("meta"):
         structure = build_network(request)
-    weight = state.get(f"models.0.{structure.classifier_name}.weight")
+    weight = state.get(f"models.0.{classifier_name(structure)}.weight")
     return None if weight is None else len(weight)
 
 
@@ -189,6 +253,9 @@ def _load(network: SplitNet, state: Mapping[str, Tensor], complaint: str, *, hea
     The tensors of `heads` (submodule names) may have other shapes; such a head is left as it is, and its name returned.
     """
     expected = network.state_dict()
+    # files older than this counter lack it, and nothing but an unset momentum needs it
+    counters = {key: value for key, value in expected.items() if key.endswith("num_batches_tracked")}
+    state = {**counters, **state}
     renewed = {
         key.rpartition(".")[0]: None
         for key, value in expected.items()

@@ -41,6 +41,16 @@ def _initialise_regnet(network: nn.Module, *, timm: Any) -> None:
         timm.models.regnet._init_weights(module, zero_init_last=True)
 
 
+def _embed(network: Any, features_BCHW: Tensor) -> Tensor:
+    embedding_BD: Tensor = network.forward_head(features_BCHW, pre_logits=True)
+    return embedding_BD
+
+
+def _classify(network: Any, embedding_BD: Tensor) -> Tensor:
+    logits_BK: Tensor = network.get_classifier()(embedding_BD)
+    return logits_BK
+
+
 @lru_cache
 def library() -> Library:
     """timm, imported.
@@ -65,8 +75,8 @@ def library() -> Library:
             trunk=trunk,
             stem=stem,
             tail=tail,
-            embed=lambda n, features_BCHW: n.forward_head(features_BCHW, pre_logits=True),
-            classify=lambda n, embedding_BD: n.get_classifier()(embedding_BD),
+            embed=_embed,
+            classify=_classify,
             classifier=classifier,
             initialise=initialise,
         )

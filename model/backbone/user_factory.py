@@ -2,6 +2,7 @@
 
 import importlib.util
 import inspect
+import logging
 import math
 from collections.abc import Callable
 from functools import lru_cache
@@ -16,6 +17,8 @@ from model.library import refuse_a_miss
 from model.plan import DivisionPlan
 from utils.errors import UserError, reason
 from utils.macs import count_macs, count_params
+
+logger = logging.getLogger(__name__)
 
 Factory = Callable[..., nn.Module]
 ARGUMENTS = ("width", "num_classes")
@@ -107,17 +110,23 @@ def plan(request: BackboneRequest) -> DivisionPlan:
     Raises:
         UserError: as `load_factory`, or the factory's widths are too coarse to come within 2 %.
     """
-    divide_by = request.divide_by or "params"
+    return _plan(
+        request.arch, request.split_factor, request.num_classes, request.crop_size, request.divide_by or "params"
+    )
+
+
+@lru_cache
+def _plan(arch: str, split_factor: int, num_classes: int, crop_size: int, divide_by: str) -> DivisionPlan:
     which = 0 if divide_by == "params" else 1
 
     def sizes(width: float) -> tuple[int, int]:
-        return _measure(request.arch, width, request.num_classes, request.crop_size)
+        return _measure(arch, width, num_classes, crop_size)
 
-    width = solve_factor(lambda factor: sizes(factor)[which], request.split_factor)
+    width = solve_factor(lambda factor: sizes(factor)[which], split_factor)
     (params_full, macs_full), (params_one, macs_one) = sizes(1.0), sizes(width)
     found = DivisionPlan(
-        arch=request.arch,
-        split_factor=request.split_factor,
+        arch=arch,
+        split_factor=split_factor,
         divide_by=divide_by,
         stages=("width",),
         widths_full=(1.0,),
@@ -128,6 +137,7 @@ def plan(request: BackboneRequest) -> DivisionPlan:
         macs_one=macs_one,
     )
     refuse_a_miss(found)
+    logger.info("%s", found.summary())
     return found
 
 

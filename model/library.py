@@ -258,7 +258,7 @@ def refuse_a_miss(plan: DivisionPlan) -> None:
         raise UserError(
             f"--split_factor {plan.split_factor}: no widths of {plan.arch} give {plan.split_factor} copies with the "
             f"{plan.divide_by} of the undivided network; the nearest differ by {difference:+.1%}. "
-            "Take another --split_factor."
+            "Take another --split_factor or --divide_by; a FACTORY may round its widths more finely."
         )
 
 

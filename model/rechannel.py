@@ -76,6 +76,7 @@ class ChannelGraph:
         stages: name of each stage, from the image to the logits.
         widths: width of each stage before division: the channels that its last layer gives.
         units: width of each stage is a multiple of this.
+        classes: what is scaled.
         layers: every layer with weights, in the order of the forward pass.
         loose: parameters of no layer (layer scale) -> the stage whose classes their dimensions follow, and their shape.
         group_widths: class -> channels come in multiples of this, because a grouped convolution takes them.
@@ -85,27 +86,30 @@ class ChannelGraph:
     stages: tuple[str, ...]
     widths: tuple[int, ...]
     units: tuple[int, ...]
+    classes: frozenset[ChannelClass]
     layers: tuple[Layer, ...]
     loose: Mapping[str, tuple[int, tuple[int, ...]]]
     group_widths: Mapping[ChannelClass, int]
     groups_kept: Mapping[ChannelClass, bool]
 
-    def channels(self, of: ChannelClass, widths: Sequence[int]) -> int:
-        """Channels of a class where the stages have these widths."""
-        stage, before = of
-        unit = self.group_widths.get(of) or channel_unit(before)
-        if widths[stage] == self.widths[stage]:
-            return before
-        return scaled_width(before, widths[stage] / self.widths[stage], unit)
+    def channels(self, widths: Sequence[int]) -> dict[ChannelClass, int]:
+        """Channels of every class where the stages have these widths."""
+        scaled = {}
+        for of in self.classes:
+            stage, before = of
+            unit = self.group_widths.get(of) or channel_unit(before)
+            same = widths[stage] == self.widths[stage]
+            scaled[of] = before if same else scaled_width(before, widths[stage] / self.widths[stage], unit)
+        return scaled
 
-    def sizes(self, layer: Layer, widths: Sequence[int]) -> Sizes:
-        """Channels and groups of a layer where the stages have these widths."""
+    def sizes(self, layer: Layer, channels: Mapping[ChannelClass, int]) -> Sizes:
+        """Channels and groups of a layer where the classes have so many channels."""
         inputs = layer.fixed_in
         if layer.sources:
-            inputs = layer.repeats * sum(self.channels(source, widths) for source in layer.sources)
+            inputs = layer.repeats * sum(map(channels.__getitem__, layer.sources))
         if layer.kind == "norm" or layer.depthwise:
             return Sizes(inputs, inputs, inputs)
-        outputs = layer.fixed_out if layer.out is None else self.channels(layer.out, widths)
+        outputs = layer.fixed_out if layer.out is None else channels[layer.out]
         groups = layer.groups
         if groups > 1 and not self.groups_kept[layer.sources[0]]:
             groups = inputs // self.group_widths[layer.sources[0]]
@@ -114,24 +118,23 @@ class ChannelGraph:
     def count(self, widths: Sequence[int]) -> tuple[int, int]:
         """(parameters, multiply-adds for one image) where the stages have these widths."""
         params = macs = 0
+        channels = self.channels(widths)
         for layer in self.layers:
-            sizes = self.sizes(layer, widths)
+            sizes = self.sizes(layer, channels)
             if layer.kind != "norm":
                 weights = sizes.inputs // sizes.groups * sizes.outputs * layer.kernel
                 params += weights
                 macs += weights * layer.positions
             params += sizes.outputs * layer.per_channel
         for stage, shape in self.loose.values():
-            params += math.prod(self._loose_shape(stage, shape, widths))
+            params += math.prod(_loose_shape(stage, shape, channels))
         return params, macs
-
-    def _loose_shape(self, stage: int, shape: tuple[int, ...], widths: Sequence[int]) -> tuple[int, ...]:
-        return tuple(size if size == 1 else self.channels((stage, size), widths) for size in shape)
 
     def resize(self, network: nn.Module, widths: Sequence[int]) -> None:
         """Give a network of the graph's structure these widths; its parameters are new and without values."""
+        channels = self.channels(widths)
         for layer in self.layers:
-            module, sizes = network.get_submodule(layer.name), self.sizes(layer, widths)
+            module, sizes = network.get_submodule(layer.name), self.sizes(layer, channels)
             shapes: dict[str, tuple[int, ...]] = {"bias": (sizes.outputs,), "weight": (sizes.outputs,)}
             if isinstance(module, nn.Conv2d):
                 module.in_channels, module.out_channels, module.groups = sizes.inputs, sizes.outputs, sizes.groups
@@ -153,8 +156,12 @@ class ChannelGraph:
         for path, (stage, shape) in self.loose.items():
             owner, _, name = path.rpartition(".")
             holder = network.get_submodule(owner)
-            resized = getattr(holder, name).new_empty(self._loose_shape(stage, shape, widths))
+            resized = getattr(holder, name).new_empty(_loose_shape(stage, shape, channels))
             setattr(holder, name, nn.Parameter(resized))
+
+
+def _loose_shape(stage: int, shape: tuple[int, ...], channels: Mapping[ChannelClass, int]) -> tuple[int, ...]:
+    return tuple(size if size == 1 else channels[stage, size] for size in shape)
 
 
 @dataclass
@@ -361,6 +368,7 @@ def _graph(network: nn.Module, recorder: _Recorder, arch: str) -> ChannelGraph:
         stages=_stage_names([names[i] for i in range(len(used))]),
         widths=tuple(widths[i] for i in range(len(used))),
         units=tuple(group_widths.get((i, widths[i])) or channel_unit(widths[i]) for i in range(len(used))),
+        classes=frozenset(known),
         layers=tuple(layers),
         loose=loose,
         group_widths=group_widths,

@@ -91,7 +91,7 @@ def restore_splitnet(
     Raises:
         UserError: the file holds no such networks, does not say what they are, or contradicts a flag.
     """
-    state, taken = _weights(content, weights, source)
+    state, taken = network_state(content, weights, source)
     numbers = sorted({int(match[1]) for key in state if (match := _NETWORK_KEY.match(key))})
     if not numbers or numbers != list(range(len(numbers))):
         raise UserError(f"{source}: holds no networks: expected weights named models.0.*, models.1.*, …")
@@ -163,7 +163,7 @@ def load_pretrained(network: SplitNet, content: Mapping[str, Any], path: str) ->
     Raises:
         UserError: the weights are not those of this structure.
     """
-    state, _ = _weights(content, "auto", f"--pretrained {path}")
+    state, _ = network_state(content, "auto", f"--pretrained {path}")
     heads = {f"models.{i}.{classifier_name(one)}" for i, one in enumerate(network.models)}
     complaint = f"--pretrained {path}: not the weights of these {len(network.models)} networks"
     return _load(network, state, complaint, heads=heads)
@@ -201,8 +201,12 @@ def stored_widths(content: Mapping[str, Any], source: str) -> tuple[float, ...] 
     return tuple(values) if values else None
 
 
-def _weights(content: Mapping[str, Any], weights: str, source: str) -> tuple[dict[str, Tensor], str]:
-    """(tensors by plain key, which of the two were taken)."""
+def network_state(content: Mapping[str, Any], weights: str, source: str) -> tuple[dict[str, Tensor], str]:
+    """(tensors as `models.<i>...`, which of the two were taken: "raw" or "ema").
+
+    Raises:
+        UserError: the file holds no such tensors.
+    """
     average = content.get("ema")
     if weights == "ema" and not average:
         raise UserError(f"{source}: holds no moving average of the weights; use --weights raw or auto.")

@@ -1,12 +1,15 @@
 """Networks come back from every kind of checkpoint, and what does not fit is named in one line."""
 
 from dataclasses import replace
+from urllib.error import URLError
 
 import pytest
 import torch
+import torchvision
+from torch import nn
 
 from model import BackboneRequest, build_splitnet
-from model.restore import load_pretrained, restore_splitnet
+from model.restore import library_weights, load_pretrained, restore_splitnet
 from utils.checkpoint import published_keys
 from utils.errors import UserError
 
@@ -124,6 +127,87 @@ def test_one_network_trained_alone(ours, released):
         restore_splitnet(released, dataset="digits")
 
 
+@pytest.mark.parametrize("prefix", ["module.", ""])
+@pytest.mark.parametrize("wrapped", [True, False])
+@pytest.mark.parametrize("arch", ["torchvision/resnet18", "timm/resnet18"])
+def test_a_librarys_plain_state_dict(arch, wrapped, prefix):
+    if arch.startswith("timm"):
+        theirs = pytest.importorskip("timm").create_model("resnet18", num_classes=5)
+    else:
+        theirs = torchvision.models.resnet18(num_classes=5)
+    nn.init.normal_(theirs.bn1.running_mean)
+    # the oldest files lack this counter
+    state = {prefix + key: value for key, value in theirs.state_dict().items() if "num_batches" not in key}
+    content = {"state_dict": state, "epoch": 3} if wrapped else state
+    restored, info = restore_splitnet(content, arch=arch, dataset="imagenet", crop_size=32)
+    images_BCHW = torch.randn(2, 3, 32, 32)
+    with torch.no_grad():
+        assert torch.equal(restored(images_BCHW)[0], theirs.eval()(images_BCHW))
+    assert (info.num_classes, info.num_networks) == (5, 1)
+    with pytest.raises(UserError, match="does not say which backbone it holds: add --arch"):
+        restore_splitnet(content, dataset="imagenet")
+    with pytest.raises(UserError, match="not the weights of --arch torchvision/resnet34"):
+        restore_splitnet(content, arch="torchvision/resnet34", dataset="imagenet")
+
+
+def test_solved_widths_come_back(ours):
+    request = replace(REQUEST, arch="torchvision/resnet18", widths=(8, 16, 24, 40))
+    network = build_splitnet(request, seed=0)
+    ours |= {"arch": request.arch, "widths": [8, 16, 24, 40], "state_dict": network.state_dict()}
+    ours["config"]["arch"] = request.arch
+    restored, info = restore_splitnet(ours)
+    assert same(restored, network)
+    assert info.num_classes == 10
+    del ours["widths"]
+    with pytest.raises(UserError, match="models.0.conv1.weight is"):
+        restore_splitnet(ours)
+
+
+def test_a_librarys_published_weights(monkeypatch, tmp_path):
+    """The real download code finds the file in torch's cache; without the file it says where to put it."""
+    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
+    request = replace(REQUEST, arch="torchvision/mobilenet_v3_small", split_factor=1)
+    target = build_splitnet(request, seed=0)
+
+    def no_network(*args, **kwargs):
+        raise URLError("no route to host")
+
+    monkeypatch.setattr(torch.hub, "download_url_to_file", no_network)
+    with pytest.raises(UserError, match="cannot be fetched from https.*no route to host.*Put the file into") as error:
+        library_weights(target)
+    assert "\n" not in str(error.value)
+
+    published = torchvision.models.mobilenet_v3_small()
+    name = torchvision.models.MobileNet_V3_Small_Weights.DEFAULT.url.rpartition("/")[2]
+    torch.save(published.state_dict(), tmp_path / "checkpoints" / name)
+    assert load_pretrained(target, library_weights(target), "of the library") == ["models.0.classifier.3"]
+    own, theirs = target.models[0].state_dict(), published.state_dict()
+    assert all(torch.equal(own[key], theirs[key]) for key in own if not key.startswith("classifier.3"))
+
+    for arch, split_factor, message in (
+        ("torchvision/mobilenet_v3_small", 2, "those of the undivided torchvision/mobilenet_v3_small"),
+        ("resnet20", 1, "--arch resnet20 is none of a library's"),
+    ):
+        with pytest.raises(UserError, match=message):
+            library_weights(build_splitnet(replace(request, arch=arch, split_factor=split_factor), seed=0))
+
+
+def test_timms_published_weights_fail_in_one_line(monkeypatch):
+    timm = pytest.importorskip("timm")
+    target = build_splitnet(replace(REQUEST, arch="timm/resnet18", split_factor=1), seed=0)
+
+    def no_network(*args, **kwargs):
+        assert kwargs["pretrained"]
+        raise OSError("cannot reach the hub\nat all")
+
+    monkeypatch.setattr(timm, "create_model", no_network)
+    with pytest.raises(UserError, match="timm's weights of resnet18 cannot be fetched .cannot reach the hub at all"):
+        library_weights(target)
+    published = torch.nn.Linear(2, 3)
+    monkeypatch.setattr(timm, "create_model", lambda name, pretrained: published)
+    assert torch.equal(library_weights(target)["state_dict"]["models.0.bias"], published.bias)
+
+
 def test_several_full_networks():
     archs = ["resnet20", "resnet32"]
     network = build_splitnet(replace(REQUEST, split_factor=1), seed=0, archs=archs)
@@ -181,7 +265,10 @@ def test_weights_of_another_structure(ours, damage):
     [
         ("state_dict", None, "expected tensors by name"),
         ("state_dict", {"module.models.0.fc.weight": 3.0}, "expected tensors by name"),
-        ("state_dict", {"fc.weight": torch.zeros(2, 2)}, "holds no networks"),
+        ("state_dict", {"fc.weight": torch.zeros(2, 2)}, "models.0.layer0.0.weight is missing"),
+        ("state_dict", {}, "holds no networks"),
+        ("widths", [1, "x"], "'widths' is damaged: expected positive numbers"),
+        ("widths", 3, "'widths' is damaged"),
         ("state_dict", {"module.models.1.fc.weight": torch.zeros(2, 2)}, "holds no networks"),
         ("config", "x", "'config' is damaged"),
         ("config", {"arch": 3}, "'arch' is damaged"),

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from utils import safe_tensors
 from utils.errors import UserError
 
 logger = logging.getLogger(__name__)
@@ -86,7 +87,7 @@ def load_checkpoint(path: str | Path, flag: str = "--resume") -> dict[str, Any]:
     """Read a checkpoint without ever running code from it.
 
     Args:
-        path: the file.
+        path: the file; one named *.safetensors is read as such, see `utils.safe_tensors`.
         flag: named in errors.
 
     Raises:
@@ -96,6 +97,8 @@ def load_checkpoint(path: str | Path, flag: str = "--resume") -> dict[str, Any]:
     if not path.is_file():
         what = "is a folder, not a file" if path.is_dir() else "does not exist"
         raise UserError(f"{flag} {path}: {what}.")
+    if path.suffix == safe_tensors.SUFFIX:
+        return safe_tensors.read(path, flag)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # about foreign pickle protocols: such a file is refused anyway

@@ -4,11 +4,12 @@ import difflib
 import importlib
 import pkgutil
 from collections.abc import Callable, Iterable, Iterator
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
 from utils.errors import UserError
 
 T = TypeVar("T")
+Resolver = TypeVar("Resolver", bound=Callable[[str], Any])
 
 
 def nearest_name(name: str, known: Iterable[str]) -> str:
@@ -54,9 +55,10 @@ class Registry(Generic[T]):
         """File `item` under `name`."""
         self.register(name)(item)
 
-    def add_resolver(self, resolve: Callable[[str], T | None]) -> None:
-        """Ask `resolve` about names that nobody registered; it returns None for those that are not its own."""
+    def add_resolver(self, resolve: Resolver) -> Resolver:
+        """Decorator: `resolve` is asked about names that nobody registered, and gives None for those not its own."""
         self._resolvers.append(resolve)
+        return resolve
 
     def load(self) -> None:
         """Import every module of the package once, so that all of them have registered."""

@@ -18,6 +18,10 @@ from utils.registry import nearest_name
 PREFIX = "timm/"
 
 
+def _initialise_resnet(network: Any) -> None:
+    network.init_weights()
+
+
 def _initialise_densenet(network: nn.Module) -> None:
     for module in layers_of(network):
         if isinstance(module, nn.Conv2d):
@@ -88,7 +92,7 @@ def library() -> Library:
             family(
                 models.resnet.ResNet,
                 lambda n: [n.conv1, n.bn1, n.act1, n.maxpool, n.layer1, n.layer2, n.layer3, n.layer4],
-                lambda n: n.init_weights(),
+                _initialise_resnet,
                 stem=4,
                 classifier="fc",
             ),
@@ -121,7 +125,7 @@ def library() -> Library:
                 tail=1,
                 classifier="head.fc",
             ),
-            family(models.densenet.DenseNet, lambda n: list(n.features), _initialise_densenet, stem=4, tail=1),
+            family(models.densenet.DenseNet, lambda n: list(n.features), _initialise_densenet, stem=3, tail=1),
         ),
         examples="resnet50, resnext50_32x4d, seresnet50, wide_resnet50_2, regnety_004, mobilenetv2_100, "
         "mobilenetv3_small_100, efficientnet_b0, convnext_atto, densenet121",

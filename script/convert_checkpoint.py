@@ -1,0 +1,90 @@
+"""Convert a checkpoint to ours or to safetensors: `python script/convert_checkpoint.py IN OUT [--arch NAME]`.
+
+IN is ours, a published one, safetensors, or the plain state dict of one torchvision or timm network; what OUT is, its
+name says: *.safetensors, else a checkpoint of ours. The networks and what eval.py needs to know of them are kept;
+the state of the run (optimiser, sampler) is not.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # started as a file, Python looks in script/ only
+
+from model.restore import network_state, restore_splitnet
+from utils import safe_tensors
+from utils.checkpoint import FORMAT_VERSION, load_checkpoint, published_keys, save_checkpoint, write_file
+from utils.errors import RunError, UserError, reason
+
+# of a checkpoint of ours: what says which networks these are, and what they were trained on
+KEPT = ("epoch", "arch", "widths", "best_acc1", "config", "classes", "mean", "std", "crop_size", "data_recipe")
+
+
+def convert(
+    source: Path, target: Path, *, arch: str | None = None, split_factor: int | None = None, dataset: str | None = None
+) -> dict[str, Any]:
+    """Write `target` from `source`; returns what was written.
+
+    Args:
+        source, target: the files.
+        arch, split_factor, dataset: what the source does not say.
+
+    Raises:
+        UserError: the source is no checkpoint of these networks, or the target is the source.
+        RunError: the target cannot be written.
+    """
+    if source.resolve() == target.resolve():
+        raise UserError(f"{target}: is the file that is read; name another one to write.")
+    content = load_checkpoint(source, "IN")
+    _, info = restore_splitnet(
+        content, arch=arch, split_factor=split_factor, dataset=dataset, weights="raw", source=f"IN {source}"
+    )
+    state, _ = network_state(content, "raw", f"IN {source}")
+    written = {key: content[key] for key in KEPT if key in content}
+    config = written.get("config") or {}
+    named = {"arch": ",".join(info.archs), "split_factor": info.split_factor, "dataset": info.dataset}
+    written["config"] = {**named, **config}
+    written.setdefault("arch", written["config"]["arch"])
+    written["format_version"] = FORMAT_VERSION
+    if isinstance(written.get("best_acc1"), Tensor):
+        written["best_acc1"] = float(written["best_acc1"])
+    written["state_dict"] = published_keys(state)
+    if content.get("ema"):
+        written["ema"] = published_keys(network_state(content, "ema", f"IN {source}")[0])
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        if target.suffix == safe_tensors.SUFFIX:
+            write_file(target, safe_tensors.pack(written, target))
+        else:
+            save_checkpoint(written, target)
+    except OSError as error:
+        raise RunError(f"{target}: cannot be written: {reason(error)}.") from None
+    return written
+
+
+def main(argv: list[str] | None = None) -> int:
+    """The command line; returns the exit code."""
+    parser = argparse.ArgumentParser(prog="python script/convert_checkpoint.py", description=__doc__)
+    parser.add_argument("source", metavar="IN", type=Path)
+    parser.add_argument("target", metavar="OUT", type=Path, help="*.safetensors, or any other name for ours")
+    parser.add_argument("--arch", help="backbone, where IN does not say it (torchvision/resnet50)")
+    parser.add_argument("--split_factor", type=int, metavar="S", help="where IN does not say it")
+    parser.add_argument("--dataset", help="what the networks were trained on, where IN does not say it")
+    given = parser.parse_args(argv)
+    try:
+        written = convert(
+            given.source, given.target, arch=given.arch, split_factor=given.split_factor, dataset=given.dataset
+        )
+    except (UserError, RunError) as error:
+        print(f"convert_checkpoint.py: {error}", file=sys.stderr)
+        return error.exit_code
+    average = " and their moving average" if "ema" in written else ""
+    print(f"{given.target}: {written['arch']}, {len(written['state_dict'])} tensors{average}")
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,138 @@
+"""Checkpoints converted to ours and to safetensors: nothing is lost on the way, nothing runs, what does not fit is said."""
+
+import json
+import pickle
+import sys
+
+import pytest
+import torch
+import torchvision
+
+from model import BackboneRequest, build_splitnet
+from model.restore import restore_splitnet
+from script.convert_checkpoint import KEPT, main
+from utils import safe_tensors
+from utils.checkpoint import load_checkpoint, published_keys
+from utils.errors import UserError
+
+safetensors = pytest.importorskip("safetensors.torch")
+REQUEST = BackboneRequest(arch="resnet20", split_factor=2, num_classes=10, dataset="digits", crop_size=16)
+
+
+@pytest.fixture
+def ours(tmp_path):
+    """A checkpoint of ours, with a moving average, and its path."""
+    content = {
+        "epoch": 7,
+        "arch": "resnet20",
+        "widths": [],
+        "state_dict": published_keys(build_splitnet(REQUEST, seed=3).state_dict()),
+        "ema": published_keys(build_splitnet(REQUEST, seed=4).state_dict()),
+        "best_acc1": 97.5,
+        "optimizer": {"state": {}},
+        "config": {"arch": "resnet20", "split_factor": 2, "dataset": "digits", "is_train_sep": False, "seed": 3},
+        "classes": [f"Ziffer {i} é" for i in range(10)],
+        "mean": [0.1, 0.2, 0.3],
+        "std": [1 / 3, 2.0, 3.0],
+        "crop_size": 16,
+        "data_recipe": "digits",
+    }
+    path = tmp_path / "ours.pth.tar"
+    torch.save(content, path)
+    return content, path
+
+
+def equal(left, right):
+    return list(left) == list(right) and all(
+        torch.equal(value, right[key]) and value.dtype == right[key].dtype for key, value in left.items()
+    )
+
+
+def test_round_trip(ours, tmp_path):
+    content, path = ours
+    there, back = tmp_path / "new" / "there.safetensors", tmp_path / "back.pth.tar"
+    assert main([str(path), str(there)]) == 0
+    assert main([str(there), str(back)]) == 0
+    for found in (load_checkpoint(there), load_checkpoint(back)):
+        assert {key: found[key] for key in KEPT} == {key: content[key] for key in KEPT}
+        for name in ("state_dict", "ema"):
+            assert set(found[name]) == set(content[name])
+            assert all(torch.equal(value, content[name][key]) for key, value in found[name].items())
+        assert "optimizer" not in found
+    network, info = restore_splitnet(load_checkpoint(there))
+    expected, known = restore_splitnet(content)
+    assert equal(network.state_dict(), expected.state_dict())
+    assert info == known
+
+
+def test_a_published_file(ours, tmp_path, capsys):
+    content, path = ours
+    torch.save({key: content[key] for key in ("epoch", "arch", "state_dict", "best_acc1", "optimizer")}, path)
+    target = tmp_path / "out.safetensors"
+    assert main([str(path), str(target)]) == 2
+    assert "add --dataset" in capsys.readouterr().err
+    assert not target.exists()
+    assert main([str(path), str(target), "--dataset", "digits"]) == 0
+    found = load_checkpoint(target)
+    assert found["config"] == {"arch": "resnet20", "split_factor": 2, "dataset": "digits"}
+    assert equal(restore_splitnet(found)[0].state_dict(), restore_splitnet(content, weights="raw")[0].state_dict())
+
+
+@pytest.mark.parametrize("suffix", [".pth", ".safetensors"])
+def test_a_librarys_state_dict(tmp_path, suffix, capsys):
+    theirs = torchvision.models.mobilenet_v3_small(num_classes=4)
+    source, target = tmp_path / f"plain{suffix}", tmp_path / "ours.pth.tar"
+    if suffix == ".pth":
+        torch.save(theirs.state_dict(), source)
+    else:
+        safetensors.save_file(theirs.state_dict(), source)
+    assert main([str(source), str(target), "--dataset", "imagenet"]) == 2
+    assert "add --arch" in capsys.readouterr().err
+    flags = ["--dataset", "imagenet", "--arch"]
+    assert main([str(source), str(target), *flags, "torchvision/resnet18"]) == 2
+    assert "not the weights of --arch torchvision/resnet18" in capsys.readouterr().err
+    assert main([str(source), str(target), *flags, "torchvision/mobilenet_v3_small"]) == 0
+    network, info = restore_splitnet(load_checkpoint(target))
+    assert equal(network.models[0].state_dict(), theirs.state_dict())
+    assert (info.archs, info.num_classes, info.dataset) == (("torchvision/mobilenet_v3_small",), 4, "imagenet")
+
+
+def test_refusals(ours, tmp_path, capsys, monkeypatch):
+    _, path = ours
+    target = tmp_path / "out.safetensors"
+    assert main([str(path), str(path)]) == 2
+    assert main([str(tmp_path / "none.pth"), str(target)]) == 2
+    assert "does not exist" in capsys.readouterr().err
+
+    class Evil:
+        def __reduce__(self):
+            return (open, (str(tmp_path / "ran"), "w"))
+
+    (tmp_path / "evil.pth").write_bytes(pickle.dumps({"state_dict": Evil()}))
+    assert main([str(tmp_path / "evil.pth"), str(target)]) == 2
+    assert not (tmp_path / "ran").exists()
+
+    assert main([str(path), str(target)]) == 0
+    data = target.read_bytes()
+    header = {"format": "pt", safe_tensors.HEADER: "[1]"}
+    for damaged in (b"", data[:50], data[:-7], b"x" * 200, safetensors.save({"a": torch.zeros(1)}, metadata=header)):
+        target.write_bytes(damaged)
+        with pytest.raises(UserError, match="damaged") as error:
+            load_checkpoint(target)
+        assert "\n" not in str(error.value)
+    (tmp_path / "file").write_text("")
+    assert main([str(path), str(tmp_path / "file" / "out.safetensors")]) == 1
+    for name in ("safetensors", "safetensors.torch"):
+        monkeypatch.setitem(sys.modules, name, None)
+    assert main([str(path), str(tmp_path / "later.safetensors")]) == 2
+    assert "needs the package safetensors, which is not installed" in capsys.readouterr().err
+    assert not (tmp_path / "later.safetensors").exists()
+
+
+def test_the_header_is_plain_json(ours, tmp_path):
+    _, path = ours
+    target = tmp_path / "out.safetensors"
+    main([str(path), str(target)])
+    size = int.from_bytes(target.read_bytes()[:8], "little")
+    header = json.loads(target.read_bytes()[8 : 8 + size])
+    assert json.loads(header["__metadata__"][safe_tensors.HEADER])["classes"][3] == "Ziffer 3 é"

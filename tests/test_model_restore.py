@@ -159,7 +159,7 @@ def test_solved_widths_come_back(ours):
     assert same(restored, network)
     assert info.num_classes == 10
     del ours["widths"]
-    with pytest.raises(UserError, match="models.0.conv1.weight is"):
+    with pytest.raises(UserError, match=r"models.0.conv1.weight is"):
         restore_splitnet(ours)
 
 
@@ -173,7 +173,7 @@ def test_a_librarys_published_weights(monkeypatch, tmp_path):
         raise URLError("no route to host")
 
     monkeypatch.setattr(torch.hub, "download_url_to_file", no_network)
-    with pytest.raises(UserError, match="cannot be fetched from https.*no route to host.*Put the file into") as error:
+    with pytest.raises(UserError, match=r"cannot be fetched from https.*no route to host.*Put the file into") as error:
         library_weights(target)
     assert "\n" not in str(error.value)
 
@@ -201,7 +201,7 @@ def test_timms_published_weights_fail_in_one_line(monkeypatch):
         raise OSError("cannot reach the hub\nat all")
 
     monkeypatch.setattr(timm, "create_model", no_network)
-    with pytest.raises(UserError, match="timm's weights of resnet18 cannot be fetched .cannot reach the hub at all"):
+    with pytest.raises(UserError, match=r"timm's weights of resnet18 cannot be fetched .cannot reach the hub at all"):
         library_weights(target)
     published = torch.nn.Linear(2, 3)
     monkeypatch.setattr(timm, "create_model", lambda name, pretrained: published)

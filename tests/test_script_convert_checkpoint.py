@@ -1,4 +1,4 @@
-"""Checkpoints converted to ours and to safetensors: nothing is lost on the way, nothing runs, what does not fit is said."""
+"""Checkpoints converted to ours and to safetensors: nothing is lost on the way, and nothing runs."""
 
 import json
 import pickle

@@ -22,6 +22,7 @@ from dataset import sources
 from dataset.views import ERASE_MODES
 from method import methods
 from model import backbones, split_list
+from model.execution import EXECUTIONS
 from model.plan import DIVIDE_BY
 from utils.cream_yaml import is_published, is_published_key, read_published
 from utils.distributed import processes_on_this_machine
@@ -183,6 +184,12 @@ class DeviceOptions:
         "auto",
         "precision: auto is bf16 where the hardware has it, fp16 with a scaler on older GPUs, else fp32",
         choices=("auto", "bf16", "fp16", "fp32", "fp64"),
+    )
+    execution: str = option(
+        "loop",
+        "how the S networks run: one after another; at the same time (a CUDA stream or CPU thread each); stacked into "
+        "one network of S times the channels and groups; or the fastest of these on the first batch. Same results",
+        choices=EXECUTIONS,
     )
     is_apex_amp: bool = option(False, "refused: apex is gone, use --is_amp")
     amp_opt_level: str = option("O1", "apex's level; accepted")

@@ -111,6 +111,8 @@ class Trainer:
         if config.is_syncbn and world.world_size > 1:
             distributed.synchronise_batchnorm(self.method, world.device)
 
+        self.network.execution = self._choose_execution(resumed)
+
         # data
         self.num_views = 1 if self.method.shared_view or not config.is_diff_data_train else self.num_networks
         self.views = ViewMaker(
@@ -247,6 +249,16 @@ class Trainer:
             torch.default_generator.manual_seed(fold_in(self.seed, STREAM_INIT, METHOD_INIT))
             return kind(network, config.method_options, label_smoothing=smoothing)
 
+    def _choose_execution(self, resumed: Mapping[str, Any] | None) -> str:
+        """How the networks run: as the resumed run's did, unless another strategy is asked for."""
+        asked = self.config.execution
+        before = (resumed or {}).get("environment", {}).get("execution")
+        if self.method.runs_networks_itself:
+            if asked != "loop":
+                logger.info("--execution %s: this method runs parts of networks, so it keeps to loop.", asked)
+            return "loop"
+        return before if before and (asked == "auto" or "execution" not in self.config.given) else asked
+
     def _load_pretrained(self) -> tuple[str, ...]:
         """Take weights from --pretrained; returns the names of the heads that stay new, as prefixes."""
         path = self.config.pretrained
@@ -294,6 +306,7 @@ class Trainer:
         """What must stay the same for a resumed run to be the same bit for bit."""
         return {
             "threads": torch.get_num_threads(),
+            "execution": self.network.execution,
             "world_size": self.world.world_size,
             "precision": self.precision.name,
             "device": self.world.device.type,
@@ -313,8 +326,9 @@ class Trainer:
                         f"--resume: the checkpoint is of a run with --{name} {state['config'].get(name)}, "
                         f"and this one has --{name} {own[name]}."
                     )
+            torch.set_num_threads(min(state["environment"]["threads"], os.cpu_count() or 1))
             for name, value in self._environment().items():
-                before = state["environment"][name]
+                before = state["environment"].get(name, value)
                 if before != value:
                     logger.warning("So far %s was %s, now it is %s: the last bits will differ.", name, before, value)
             self.network.load_state_dict(ckpt.plain_keys(state["state_dict"]))
@@ -420,7 +434,9 @@ class Trainer:
         """Views, forward, backward and, at the end of an accumulation group, the update of the weights."""
         config, world = self.config, self.world
         # The random layers of a step depend on (seed, step, process) only, so that a resumed run needs no RNG state.
-        torch.manual_seed(fold_in(self.seed, STREAM_STEP, self.step, world.rank))
+        key = fold_in(self.seed, STREAM_STEP, self.step, world.rank)
+        torch.manual_seed(key)
+        self.network.begin_step(key)
         views = self.views.make(
             batch.images,
             self.epoch,

@@ -63,6 +63,7 @@ class Method(nn.Module):
         Options: frozen dataclass of the method's own flags.
         shared_view: True if all networks must see one and the same view.
         reduces_own_gradients: True if the method averages gradients over processes itself (no DDP wrapper).
+        runs_networks_itself: True if it calls the single networks, or parts of them, in place of `network(views)`.
         networks_from_list: True if `--arch a,b` (full networks, S = length of the list) makes sense.
 
     Attributes:
@@ -72,6 +73,7 @@ class Method(nn.Module):
     Options: ClassVar[type] = NoOptions
     shared_view: ClassVar[bool] = False
     reduces_own_gradients: ClassVar[bool] = False
+    runs_networks_itself: ClassVar[bool] = False
     networks_from_list: ClassVar[bool] = True
     sampler: str = "shuffled"
 

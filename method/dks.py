@@ -48,6 +48,7 @@ class DKS(Method):
     """
 
     Options = DKSOptions
+    runs_networks_itself = True
 
     def __init__(self, network: SplitNet, options: Any, *, label_smoothing: float = 0.0) -> None:
         super().__init__(network, options, label_smoothing=label_smoothing)

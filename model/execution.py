@@ -252,7 +252,7 @@ class Threads:
         for network in self.networks:
             norms = [module for module in network.modules() if isinstance(module, ProcessSyncBatchNorm)]
             if norms and dist.is_initialized() and dist.get_world_size() > 1:
-                group = dist.new_group()
+                group: Any = dist.new_group()
                 for norm in norms:
                     norm.process_group = group
 

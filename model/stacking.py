@@ -291,13 +291,16 @@ def _pad(x: Any, pad: Sequence[int], mode: str = "constant", value: float | None
     raise NotStackable("it pads the batch with images")
 
 
-_POINTWISE = (torch.relu, torch.sigmoid, torch.tanh, torch.exp, torch.abs, torch.square, torch.sqrt, torch.neg)
-_POINTWISE += (torch.add, torch.sub, torch.rsub, torch.mul, torch.div, torch.pow, torch.clamp, torch.selu)
-_POINTWISE += (F.relu, F.relu6, F.silu, F.gelu, F.hardswish, F.hardsigmoid, F.hardtanh, F.leaky_relu, F.elu, F.mish)
-_POINTWISE += (F.softplus, F.sigmoid, F.tanh)
+_POINTWISE: list[Callable[..., Any]] = [
+    *(torch.relu, torch.sigmoid, torch.tanh, torch.exp, torch.abs, torch.square, torch.sqrt, torch.neg, torch.selu),
+    *(torch.add, torch.sub, torch.rsub, torch.mul, torch.div, torch.pow, torch.clamp, F.sigmoid, F.tanh, F.softplus),
+    *(F.relu, F.relu6, F.silu, F.gelu, F.hardswish, F.hardsigmoid, F.hardtanh, F.leaky_relu, F.elu, F.mish),
+]
 _IN_PLACE = (torch.relu_, Tensor.add_, Tensor.mul_, Tensor.sub_, Tensor.div_, Tensor.sigmoid_)
 _TRAILING = (F.avg_pool2d, F.adaptive_avg_pool2d, F.adaptive_max_pool2d, F.max_pool2d, torch.max_pool2d, F.interpolate)
-_ALONG = (torch.sum, torch.mean, torch.amax, torch.amin, torch.softmax, torch.log_softmax, F.softmax, F.log_softmax)
+_ALONG: list[Callable[..., Any]] = [
+    *(torch.sum, torch.mean, torch.amax, torch.amin, torch.softmax, torch.log_softmax, F.softmax, F.log_softmax)
+]
 
 _RULES: dict[Any, Callable[..., Any]] = {
     F.conv2d: _conv2d,
@@ -421,7 +424,7 @@ class StackedNorm(nn.Module):
             weight,
             bias,
             first.training or self.running_mean is None,
-            first.momentum if tracks else 0.0,
+            first.momentum or 0.0,
             first.eps,
         )
         return Stacked(out, x.size_S)

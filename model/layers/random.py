@@ -33,7 +33,7 @@ class RandomLayer(nn.Module):
 
     @abstractmethod
     def draw(self, features: Tensor) -> tuple[Tensor, ...]:
-        """What the layer draws for features [B, C, ...]; each tensor broadcasts to them. Reads shape and device only."""
+        """What it draws for features [B, C, ...], of which it reads shape and device; broadcasts to them."""
 
     @abstractmethod
     def combine(self, *tensors: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""Whether a Cream supernet ranks paths as training alone does: `python -m benchmarks.cream_rank --config FILE --out DIR`.
+"""How well shared weights of a Cream search rank paths: `python -m benchmarks.cream_rank --config FILE --out DIR`.
 
 Runs the search of --config, draws paths from the seed, takes each path's test accuracy with the shared weights, trains
 each alone from scratch, and writes cream_rank.json and cream_rank.md with Kendall's tau between the two accuracies.

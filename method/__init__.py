@@ -106,7 +106,11 @@ class Method(nn.Module):
 
     @abstractmethod
     def forward(self, views_SBCHW: Tensor, targets: Targets, progress: Progress) -> StepOutput:
-        """Views [V, B, C, H, W] (V = S, or 1 where all networks share one view) -> loss and metrics."""
+        """Views [V, B, C, H, W] (V = S, or 1 where all networks share one view) -> loss and metrics.
+
+        A step may be replayed from a CUDA graph, which runs this once: a number of `progress` that changes from step
+        to step must come by a tensor that `before_step` writes. (`progress.indices_B` is such a tensor.)
+        """
 
     def before_step(self, views_SBCHW: Tensor, targets: Targets, progress: Progress) -> None:
         """Called before the forward pass of a step, for what is learnt outside the main optimiser."""
@@ -121,6 +125,10 @@ class Method(nn.Module):
     def synchronise(self) -> None:
         """Called in every process before evaluation and checkpointing: make all buffers those of process 0."""
         broadcast_buffers(self)
+
+    def compiled_parts(self) -> list[nn.Module]:
+        """The modules that `forward` calls once each and --compile compiles; none if what they compute varies."""
+        return [] if self.reduces_own_gradients else [*self.network.models]
 
     def run_files(self, *, final: bool) -> Mapping[str, str | bytes]:
         """Files by name that the trainer writes into the run directory after every epoch: text, and PNG pictures.

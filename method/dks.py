@@ -106,6 +106,10 @@ class DKS(Method):
         metrics = {"loss_ce": loss_ce.detach(), "loss_synergy": loss_synergy.detach()} | metrics
         return StepOutput(loss_ce + loss_synergy, metrics, torch.stack(main).detach())
 
+    def compiled_parts(self) -> list[nn.Module]:
+        """The branches, each of which runs its network."""
+        return [*self.branches]
+
     def extra_logits(self, images_BCHW: Tensor) -> dict[str, Tensor]:
         """Logits [B, K] of every branch; all networks see the same images."""
         found: dict[str, Tensor] = {}

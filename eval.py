@@ -27,6 +27,7 @@ from dataset.unlabelled import Inputs, array_inputs, file_inputs
 from dataset.views import ViewMaker, plain_spec
 from method import methods
 from model import backbones, split_list
+from model.concurrent import ConcurrentNetworks
 from model.restore import WEIGHTS, NetworkInfo, restore_splitnet
 from model.splitnet import SplitNet
 from parser_params import Config, parse_config
@@ -211,10 +212,8 @@ def _place(network: SplitNet, config: Config, precision: Precision, device: torc
     if config.is_test_on_multigpus:
         if distributed.under_launcher():
             raise UserError("--is_test_on_multigpus 1 spreads networks, and torchrun spreads images: use one of them.")
-        network.spread([torch.device("cuda", number) for number in gpus])
-    else:
-        network.execution = "parallel" if config.is_test_with_multistreams else config.execution
-    return network
+        return ConcurrentNetworks(network, [torch.device("cuda", number) for number in gpus])
+    return ConcurrentNetworks(network, [device]) if config.is_test_with_multistreams else network
 
 
 def output_folder(session: Session) -> Path:
@@ -351,7 +350,7 @@ def run_prediction(session: Session, path: Path) -> dict[str, Any]:
     folder = output_folder(session)
     info, precision = session.info, session.precision
     classes, mean, std = class_names_and_statistics(session)
-    inputs = _inputs(session, path, mean, std)
+    inputs = open_inputs(session, path, mean, std)
     prediction = predict(
         session.network,
         inputs.names,
@@ -380,7 +379,7 @@ def run_prediction(session: Session, path: Path) -> dict[str, Any]:
     return results
 
 
-def _inputs(session: Session, path: Path, mean: Sequence[float], std: Sequence[float]) -> Inputs:
+def open_inputs(session: Session, path: Path, mean: Sequence[float], std: Sequence[float]) -> Inputs:
     """What --predict names, prepared; files are cut as in evaluation."""
     info, world, precision = session.info, session.world, session.precision
     if path.suffix.lower() == ".npy":

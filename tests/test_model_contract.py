@@ -109,6 +109,26 @@ def test_every_architecture_runs_and_divides(arch, shape):
     params = [count_params(network) for network in networks]
     assert params == sorted(set(params), reverse=True)
     assert count_macs(networks[-1], (3, CROP_SIZES[shape], CROP_SIZES[shape])) > 0
+    # without storage the graph of the gradients is there all the same
+    networks[-1](torch.empty(2, 3, CROP_SIZES[shape], CROP_SIZES[shape], device="meta")).sum().backward()
+    without = {name for name, parameter in networks[-1].named_parameters() if parameter.grad is None}
+    assert without == unused_names(networks[-1])
+
+
+@pytest.mark.parametrize("arch", sorted({request.arch for request in REQUESTS.values()}))
+def test_every_legal_split_factor_builds(arch):
+    for shape, legal in backbones.get(arch).split_factors.items():
+        params = []
+        # where a formula takes any S, some of each kind
+        for split_factor in legal if len(legal) <= 8 else (1, 2, 3, 5, 8, 12, 16):
+            if split_factor not in legal:
+                continue
+            with torch.device("meta"):
+                network = build_network(make_request(arch, shape, split_factor))
+            images_BCHW = torch.empty(1, 3, CROP_SIZES[shape], CROP_SIZES[shape], device="meta")
+            assert network.eval()(images_BCHW).shape == (1, NUM_CLASSES)
+            params.append(count_params(network))
+        assert params == sorted(params, reverse=True)
 
 
 @representatives

@@ -34,7 +34,9 @@ from model.layers.dropblock import DropBlock
 from model.layers.shake import ShakeDrop
 from model.layers.split_attention import SplitAttentionConv
 from model.layers.squeeze_excitation import SqueezeExcitation
+from tests.processes import run_processes
 from utils.errors import UserError
+from utils.macs import count_params
 
 ONE_TO_64 = tuple(range(1, 65))
 
@@ -120,6 +122,20 @@ def test_a_last_stage_of_the_halved_depth_fits_the_tail(arch):
     for stage in early:
         features = stage(features)
     assert network.classify(network.tail(last[: network.halved_depth()](features))).shape == (2, 10)
+
+
+# counts of other implementations of the same structures, for members that the golden rows do not show
+@pytest.mark.parametrize(
+    ("arch", "params"), [("senet154", 115_088_984), ("efficientnetb3", 12_233_232), ("efficientnetb7", 66_347_960)]
+)
+def test_undivided_sizes_are_those_of_other_libraries(arch, params):
+    assert count_params(build(arch, num_classes=1000)) == params
+
+
+def test_pyramidnet_classifies_svhn_too():
+    request = BackboneRequest(arch="pyramidnet164", split_factor=16, dataset="svhn")
+    with torch.device("meta"):
+        assert build_network(request)(torch.empty(2, 3, 32, 32)).shape == (2, 10)
 
 
 # ---- SE-ResNet, SE-ResNeXt, SENet, ResNeXSt --------------------------------------------------------------------------
@@ -649,3 +665,28 @@ def test_two_steps_under_distributed_data_parallel(name, tmp_path):
         torch.distributed.destroy_process_group()
     for ours, theirs in zip(wrapped.module.parameters(), network.parameters(), strict=True):
         torch.testing.assert_close(ours.grad, theirs.grad)
+
+
+def gradients_in_process(rank: int, world_size: int, names: list[str]) -> dict[str, list[Tensor]]:
+    """Two steps of each piece on this process's images with its own draws; the gradients."""
+    found = {}
+    for name in names:
+        network, x_BCHW = piece(name)
+        wrapped = nn.parallel.DistributedDataParallel(network)
+        for number in range(2):
+            torch.manual_seed(10 * number + rank)
+            wrapped(x_BCHW[rank::world_size]).square().mean().backward()
+        found[name] = [parameter.grad for parameter in network.parameters() if parameter.grad is not None]
+    return found
+
+
+def test_random_layers_in_two_processes(tmp_path):
+    names = ["shake_resnet", "pyramidnet", "densenet"]
+    first, second = run_processes(2, gradients_in_process, tmp_path / "results", names)
+    for name in names:
+        network, _ = piece(name)
+        trained = [parameter for parameter in network.parameters() if parameter.requires_grad]
+        assert len(first[name]) == len(trained)
+        for ours, theirs in zip(first[name], second[name], strict=True):
+            assert torch.equal(ours, theirs)
+            assert ours.isfinite().all()

@@ -6,9 +6,22 @@ from pathlib import Path
 import pytest
 
 import train_split
-from script.summarise_zoo import zoo_rows
+from model import backbones
+from script.published import PUBLISHED
+from script.summarise_zoo import (
+    LEGEND,
+    MARKS,
+    SPLIT_FACTORS,
+    TITLES,
+    notes,
+    replace_table,
+    zoo_requests,
+    zoo_rows,
+)
+from utils.errors import UserError
 
-ROWS = json.loads((Path(__file__).parent / "golden" / "params_macs.json").read_text())
+ROOT = Path(__file__).parent.parent
+ROWS = json.loads((ROOT / "tests" / "golden" / "params_macs.json").read_text())
 
 
 def run(*argv: object, capsys: pytest.CaptureFixture[str]) -> tuple[int, str, str]:
@@ -94,14 +107,65 @@ def test_mistakes(flags, message, capsys):
     assert message in err
 
 
-def test_zoo():
-    rows = zoo_rows(["resnet20", "wide_resnet50_2"], [1, 2, 3])
-    assert [row[:4] for row in rows] == [
-        ("resnet20", "cifar100", "1", "32"),
-        ("resnet20", "cifar100", "2", "32"),
-        ("wide_resnet50_2", "imagenet", "1", "224"),
-        ("wide_resnet50_2", "imagenet", "2", "224"),
+ZOO = (ROOT / "miscs" / "checkpoints.md").read_text(encoding="utf-8")
+
+
+def test_zoo_lists_every_division_and_published_row():
+    archs = ["resnet20", "wide_resnet50_2", "cream_14", "se_resnext101_64x4d"]
+    cases = [(r.arch, r.dataset, r.split_factor, r.crop_size) for r, _ in zoo_requests(archs, (1, 2, 3))]
+    assert cases == [
+        *(("resnet20", "cifar100", s, 32) for s in (1, 2)),
+        *(("wide_resnet50_2", "imagenet", s, 224) for s in (1, 2)),
+        *(("cream_14", "imagenet", s, 64) for s in (1, 2)),
+        *(("cream_14", "cifar100", s, 32) for s in (1, 2)),
+        *(("se_resnext101_64x4d", "imagenet", s, 224) for s in (1, 2, 3)),
+        ("se_resnext101_64x4d", "imagenet", 2, 416),
     ]
+
+
+def test_zoo_counts_and_marks_differences():
+    rows = {(row[0], row[1], row[2]): row for row in zoo_rows(["wide_resnet50_2", "shake_resnet26_2x96d"], (1, 2))}
     golden = row_of("wide_resnet50_2", "imagenet", 2)
-    assert rows[-1][5] == f"{golden['params_total'] / 1e6:,.3f}"
-    assert rows[-1][7] == f"{golden['macs_total'] / 1e6:,.3f}"
+    row = rows["wide_resnet50_2", "imagenet", "2"]
+    assert row[5] == f"{golden['params_total'] / 1e6:,.3f}"
+    assert row[8] == f"{golden['macs_total'] / 1e9:,.4f}"
+    assert (row[6], row[9], row[10]) == ("51.4", "10.9", "")
+    assert rows["wide_resnet50_2", "imagenet", "1"][6] == "68.9 (-0.2 %)"
+    assert rows["shake_resnet26_2x96d", "cifar10", "2"][6] == "23.3 (-2.2 %)"
+    assert rows["shake_resnet26_2x96d", "cifar100", "2"][6] == ""
+
+
+def test_published_figures_are_those_of_the_golden_rows():
+    golden = {
+        (r["arch"], r["dataset"], r["split_factor"], r["crop"]): (r["published_params_M"], r["published_gflops"])
+        for r in ROWS
+        if "published_params_M" in r
+    }
+    typed = {size[:4]: (float(size.params), float(size.macs)) for size in PUBLISHED if size.params}
+    assert typed == golden
+
+
+def test_the_documented_zoo_is_up_to_date():
+    lines = ZOO.partition(MARKS[0])[2].partition(MARKS[1])[0].splitlines()
+    documented = {line.split(" | ")[0].removeprefix("| ") for line in lines if line.count("|") == len(TITLES) + 1}
+    assert documented - {"arch", "---"} == set(backbones.names())
+    archs = ["resnet20", "wide_resnet50_3", "efficientnetb0", "resnexst50_4x16d"]
+    rows = zoo_rows(archs, SPLIT_FACTORS)
+    for row in rows:
+        start = "| " + " | ".join(row[:10]) + " |"
+        assert [line for line in lines if line.startswith(start)], start
+    assert sum(line.startswith(tuple(f"| {arch} |" for arch in archs)) for line in lines) == len(rows)
+    assert LEGEND in lines
+    assert all(f"- {note}" in lines for note in notes(backbones.names()))
+
+
+def test_the_table_replaces_what_is_between_the_marks(tmp_path):
+    path = tmp_path / "page.md"
+    path.write_text(f"before\n{MARKS[0]}\nold\n{MARKS[1]}\nafter\n")
+    replace_table(path, "new")
+    assert path.read_text() == f"before\n{MARKS[0]}\nnew\n{MARKS[1]}\nafter\n"
+    path.write_text("no marks")
+    with pytest.raises(UserError, match="expected the lines"):
+        replace_table(path, "new")
+    with pytest.raises(UserError, match="No such file"):
+        replace_table(tmp_path / "missing.md", "new")

@@ -27,7 +27,6 @@ from dataset.unlabelled import Inputs, array_inputs, file_inputs
 from dataset.views import ViewMaker, plain_spec
 from method import methods
 from model import backbones, split_list
-from model.concurrent import ConcurrentNetworks
 from model.restore import WEIGHTS, NetworkInfo, restore_splitnet
 from model.splitnet import SplitNet
 from parser_params import Config, parse_config
@@ -212,8 +211,10 @@ def _place(network: SplitNet, config: Config, precision: Precision, device: torc
     if config.is_test_on_multigpus:
         if distributed.under_launcher():
             raise UserError("--is_test_on_multigpus 1 spreads networks, and torchrun spreads images: use one of them.")
-        return ConcurrentNetworks(network, [torch.device("cuda", number) for number in gpus])
-    return ConcurrentNetworks(network, [device]) if config.is_test_with_multistreams else network
+        network.spread([torch.device("cuda", number) for number in gpus])
+    else:
+        network.execution = "parallel" if config.is_test_with_multistreams else config.execution
+    return network
 
 
 def output_folder(session: Session) -> Path:

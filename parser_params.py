@@ -22,6 +22,7 @@ from dataset import sources
 from dataset.views import ERASE_MODES
 from method import methods
 from model import backbones, split_list
+from model.execution import EXECUTIONS
 from model.plan import DIVIDE_BY
 from utils.cream_yaml import is_published, is_published_key, read_published
 from utils.distributed import processes_on_this_machine
@@ -31,6 +32,7 @@ from utils.options import option
 from utils.recipe import RECIPES, recipe_defaults
 from utils.registry import nearest_name
 from utils.schedule import MODES
+from utils.step import COMPILE_MODES
 
 RECIPE = "set by the recipe"
 
@@ -184,6 +186,19 @@ class DeviceOptions:
         "precision: auto is bf16 where the hardware has it, fp16 with a scaler on older GPUs, else fp32",
         choices=("auto", "bf16", "fp16", "fp32", "fp64"),
     )
+    execution: str = option(
+        "loop",
+        "how the S networks run: one after another; at the same time (a CUDA stream or CPU thread each); stacked into "
+        "one network of S times the channels and groups; or the fastest of these on the first batch. Same results",
+        choices=EXECUTIONS,
+    )
+    compile: str | None = option(
+        None,
+        "compile every network for training; bare: default. aot_eager traces without generating code",
+        choices=COMPILE_MODES,
+        metavar="MODE",
+    )
+    cuda_graph: bool = option(False, "replay forward, backward and update as one CUDA graph (one GPU)")
     is_apex_amp: bool = option(False, "refused: apex is gone, use --is_amp")
     amp_opt_level: str = option("O1", "apex's level; accepted")
     gpu: int | None = option(None, "the one GPU to use")
@@ -382,7 +397,9 @@ def _help_text(flag: Flag) -> str:
     return f"{flag.help}{choices}{unit} [default: {default}]".replace("%", "%%")
 
 
-BARE_FLAGS = frozenset({"evaluate", "no_cuda", "multiprocessing_distributed", "pretrained"})
+BARE_FLAGS = types.MappingProxyType(
+    {"evaluate": "1", "no_cuda": "1", "multiprocessing_distributed": "1", "pretrained": "", "compile": "default"}
+)  # what a flag without a value stands for
 
 
 def _add_flags(parser: _Parser, title: str, flags: Sequence[Flag]) -> None:
@@ -392,7 +409,7 @@ def _add_flags(parser: _Parser, title: str, flags: Sequence[Flag]) -> None:
         if flag.several:
             extra["nargs"] = "+"
         elif flag.name in BARE_FLAGS:
-            extra.update(nargs="?", const="1" if flag.element is bool else "")
+            extra.update(nargs="?", const=BARE_FLAGS[flag.name])
         words = {bool: "0|1", int: "N", float: "X", str: "NAME"}
         names = [f"--{name}" for name in (flag.name, *flag.aliases)]
         group.add_argument(

@@ -11,6 +11,7 @@ import sys
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -43,8 +44,6 @@ from utils.meters import MeanMeter
 from utils.optim import (
     WeightAverage,
     build_optimizer,
-    clip_gradients,
-    guarded_step,
     parameter_groups,
     set_learning_rate,
 )
@@ -54,6 +53,7 @@ from utils.report import Reporter, RunClock
 from utils.run_folder import HPARAMS, RESULTS, as_json, describe_environment, make_folder, open_run, read_results
 from utils.schedule import Schedule
 from utils.seed import STREAM_INIT, STREAM_STEP, draw_seed, fold_in
+from utils.step import CudaRecorder, ReplayedStep, WeightUpdate, as_written, check_replayable, compile_modules
 from utils.targets import Targets, plain_targets
 
 logger = logging.getLogger("train_split")
@@ -100,6 +100,16 @@ class Trainer:
 
         # networks and method
         self.method = self._build_method(resumed or {})
+        self.replayed: ReplayedStep | None = None
+        if config.cuda_graph:
+            check_replayable(
+                device=world.device,
+                world_size=world.world_size,
+                scaler=self.precision.scaler,
+                iters_to_accumulate=config.iters_to_accumulate,
+                own_gradients=self.method.reduces_own_gradients,
+            )
+            self.replayed = ReplayedStep(CudaRecorder(world.device))
         self.network = self.method.network
         self.num_networks = len(self.network.models)
         self.params_one = count_params(self.network.models[0])
@@ -110,6 +120,8 @@ class Trainer:
         self.method.to(memory_format=self.precision.memory_format)
         if config.is_syncbn and world.world_size > 1:
             distributed.synchronise_batchnorm(self.method, world.device)
+
+        self.network.execution = self._choose_execution(resumed)
 
         # data
         self.num_views = 1 if self.method.shared_view or not config.is_diff_data_train else self.num_networks
@@ -167,7 +179,6 @@ class Trainer:
         self.method.prepare(source.train.targets.to(world.device), self.seed)
 
         # optimisation
-        self.parameters = [p for _, p in self.method.trained_parameters()]
         groups = parameter_groups(
             self.method,
             self.method.trained_parameters(),
@@ -182,6 +193,7 @@ class Trainer:
             lr=config.lr,
             momentum=config.momentum,
             nesterov=config.is_nesterov,
+            capturable=config.cuda_graph,
         )
         self.schedule = Schedule(
             mode=config.lr_mode,
@@ -199,6 +211,16 @@ class Trainer:
         self.scaler = torch.amp.GradScaler(world.device.type, enabled=self.precision.scaler)
         self.guard = NonfiniteGuard(self.num_networks, world.device, sticky=config.on_nonfinite == "stop")
         self.average = WeightAverage(self.network, config.ema_decay) if config.ema_decay > 0 else None
+        self.update = WeightUpdate(
+            network=self.network,
+            parameters=[p for _, p in self.method.trained_parameters()],
+            optimizer=self.optimizer,
+            scaler=self.scaler,
+            guard=self.guard,
+            average=self.average,
+            clip_grad=config.clip_grad,
+            restores_buffers=config.on_nonfinite == "skip",
+        )
 
         # where training stands: the next epoch, the next batch in it, batches done in all
         self.epoch = 0
@@ -221,6 +243,9 @@ class Trainer:
         if config.start_epoch is not None:
             self.epoch, self.batch, self.step = config.start_epoch, 0, config.start_epoch * self.steps_per_epoch
 
+        # inside the DDP wrapper, whose gradient hooks sit on the parameters and so outside of what is compiled
+        if config.compile is not None:
+            compile_modules(self.method.compiled_parts(), config.compile, world.device, self.network.execution)
         # last, because DDP copies process 0's weights to the others
         self.model: nn.Module = self.method
         if world.world_size > 1 and not self.method.reduces_own_gradients:
@@ -246,6 +271,16 @@ class Trainer:
         with torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(fold_in(self.seed, STREAM_INIT, METHOD_INIT))
             return kind(network, config.method_options, label_smoothing=smoothing)
+
+    def _choose_execution(self, resumed: Mapping[str, Any] | None) -> str:
+        """How the networks run: as the resumed run's did, unless another strategy is asked for."""
+        asked = self.config.execution
+        before = (resumed or {}).get("environment", {}).get("execution")
+        if self.method.runs_networks_itself:
+            if asked != "loop":
+                logger.info("--execution %s: this method runs parts of networks, so it keeps to loop.", asked)
+            return "loop"
+        return before if before and (asked == "auto" or "execution" not in self.config.given) else asked
 
     def _load_pretrained(self) -> tuple[str, ...]:
         """Take weights from --pretrained; returns the names of the heads that stay new, as prefixes."""
@@ -294,6 +329,7 @@ class Trainer:
         """What must stay the same for a resumed run to be the same bit for bit."""
         return {
             "threads": torch.get_num_threads(),
+            "execution": self.network.execution,
             "world_size": self.world.world_size,
             "precision": self.precision.name,
             "device": self.world.device.type,
@@ -313,8 +349,9 @@ class Trainer:
                         f"--resume: the checkpoint is of a run with --{name} {state['config'].get(name)}, "
                         f"and this one has --{name} {own[name]}."
                     )
+            torch.set_num_threads(min(state["environment"]["threads"], os.cpu_count() or 1))
             for name, value in self._environment().items():
-                before = state["environment"][name]
+                before = state["environment"].get(name, value)
                 if before != value:
                     logger.warning("So far %s was %s, now it is %s: the last bits will differ.", name, before, value)
             self.network.load_state_dict(ckpt.plain_keys(state["state_dict"]))
@@ -420,7 +457,9 @@ class Trainer:
         """Views, forward, backward and, at the end of an accumulation group, the update of the weights."""
         config, world = self.config, self.world
         # The random layers of a step depend on (seed, step, process) only, so that a resumed run needs no RNG state.
-        torch.manual_seed(fold_in(self.seed, STREAM_STEP, self.step, world.rank))
+        key = fold_in(self.seed, STREAM_STEP, self.step, world.rank)
+        torch.manual_seed(key)
+        self.network.begin_step(key)
         views = self.views.make(
             batch.images,
             self.epoch,
@@ -449,23 +488,14 @@ class Trainer:
             targets = plain_targets(batch.labels_B)
         last = self.batch + 1 == self.steps_per_epoch or self.step + 1 >= self.total_steps
         update = last or (self.batch + 1) % config.iters_to_accumulate == 0
+        scale = count * world.world_size / everyone / config.iters_to_accumulate
         set_learning_rate(self.optimizer, progress.learning_rate)
         self.method.before_step(views, targets, progress)
-        snapshot = self._buffers() if config.on_nonfinite == "skip" else None
-        with self._gradient_sync(update):
-            output = train_step(
-                self.model,
-                views,
-                targets,
-                progress,
-                precision=self.precision,
-                scaler=self.scaler,
-                scale=count * world.world_size / everyone / config.iters_to_accumulate,
-            )
+        learn = partial(self._learn, progress, update, scale)
+        step = torch.full((), self.step, device=world.device)
+        tensors = (views, *targets, progress.indices_B, step)
+        output = learn(*tensors) if self.replayed is None else self.replayed(learn, *tensors)
         if update:
-            if self.method.reduces_own_gradients and world.world_size > 1:
-                self.method.reduce_gradients()
-            self._update(output, snapshot)
             self.method.after_step(views, targets, output, progress)
         guesses_SB = output.logits_SBK.argmax(dim=-1)
         hits_S, others_S = ((guesses_SB == labels_B).double().mean(dim=1) for labels_B in targets[:2])
@@ -474,34 +504,41 @@ class Trainer:
         self.meter.update(metrics, count)
         self.epoch_meter.update(metrics, count)
 
+    def _learn(
+        self,
+        progress: Progress,
+        update: bool,
+        scale: float,
+        views: Tensor,
+        labels_B: Tensor,
+        others_B: Tensor,
+        lam: Tensor,
+        indices_B: Tensor,
+        step: Tensor,
+    ) -> StepOutput:
+        """The part of a batch that a CUDA graph can hold: it waits for nothing, and what changes comes as a tensor."""
+        before = self.update.snapshot()
+        with self._gradient_sync(update):
+            output = train_step(
+                self.model,
+                views,
+                Targets(labels_B, others_B, lam),
+                progress._replace(indices_B=indices_B),
+                precision=self.precision,
+                scaler=self.scaler,
+                scale=scale,
+            )
+        if update:
+            if self.method.reduces_own_gradients and self.world.world_size > 1:
+                self.method.reduce_gradients()
+            self.update(output.loss, output.logits_SBK, step, before)
+        return output._replace(loss=output.loss.detach())
+
     def _gradient_sync(self, update: bool) -> AbstractContextManager[Any]:
         """DDP exchanges gradients only in the last backward pass of an accumulation group."""
         if isinstance(self.model, DistributedDataParallel) and not update:
             return self.model.no_sync()
         return nullcontext()
-
-    def _buffers(self) -> list[Tensor]:
-        return [buffer.clone() for buffer in self.network.buffers()]
-
-    def _update(self, output: StepOutput, snapshot: list[Tensor] | None) -> None:
-        """One update of the weights; a non-finite gradient leaves weights and optimiser untouched, without a sync."""
-        if self.precision.scaler:
-            self.scaler.unscale_(self.optimizer)
-        norm = clip_gradients(self.parameters, self.config.clip_grad)
-        # fp16 overflows now and then by design, and its scaler skips those steps: there only the loss is judged.
-        judged = output.loss.detach() if self.precision.scaler else norm
-        bad = self.guard.judge(judged, output.logits_SBK, self.step)
-        if self.precision.scaler:
-            self.scaler.step(self.optimizer)
-            self.scaler.update()
-        else:
-            guarded_step(self.optimizer, bad)
-        self.optimizer.zero_grad(set_to_none=True)
-        if snapshot is not None:
-            for buffer, before in zip(self.network.buffers(), snapshot, strict=True):
-                buffer.copy_(torch.where(bad > 0, before, buffer))
-        if self.average is not None:
-            self.average.update(self.network)
 
     def _check_finite(self) -> None:
         """Stop where a step was non-finite; the first read of the guard's device values, so it synchronises."""
@@ -556,7 +593,8 @@ class Trainer:
             self.save(ckpt.BEST)
 
     def _evaluate(self, name: str) -> dict[str, Any]:
-        with self._evaluated_weights():
+        # not compiled, as in eval.py, so that both find the same figures
+        with as_written(self.config.compile is not None), self._evaluated_weights():
             return evaluate(
                 self.network,
                 self._until_signal(self.eval_loaders[name]),

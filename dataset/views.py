@@ -7,6 +7,7 @@ what PIL and torchvision give for the same parameters, wherever and with whateve
 V views (S of them in training, one for each network), B images, C = 3 channels, H x W image size, N ops in sequence.
 """
 
+import importlib.util
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
@@ -21,8 +22,9 @@ from dataset.augment.policy import AUTOAUGMENT_POLICIES, AutoAugment, ColorJitte
 from utils.errors import UserError
 from utils.seed import STREAM_VIEW, counter_uniform, fold_in
 
-# Pixels worked on at a time: on CPUs what the caches hold, on GPUs what keeps memory in bounds.
+HAS_TRITON = importlib.util.find_spec("triton") is not None
 ERASE_MODES = ("const", "pixel")
+# Pixels worked on at a time: on CPUs what the caches hold, on GPUs what keeps memory in bounds.
 CHUNK_PIXELS = MappingProxyType({"cpu": 1 << 20, "cuda": 1 << 23})
 
 
@@ -301,10 +303,45 @@ class ViewMaker:
         ).view(num_views, batch, channels, size, size)
         pixels = CHUNK_PIXELS.get(images.device.type, CHUNK_PIXELS["cpu"])
         chunk = max(1, pixels // (num_views * size * size))
+        fill = self._fill_by_kernel if self._has_kernel(views, images, parameters) else self._fill
         for start in range(0, batch, chunk):
             part = slice(start, start + chunk)
-            self._fill(views[:, part], images[..., part, :, :, :], parameters, part)
+            fill(views[:, part], images[..., part, :, :, :], parameters, part)
         return views
+
+    def _has_kernel(self, views_VBCHW: Tensor, images: Tensor, parameters: ViewParameters) -> bool:
+        """Whether the Triton kernel makes these views: small ones of whole images on a GPU, in float32."""
+        if not (images.is_cuda and HAS_TRITON):
+            return False
+        from dataset.augment.triton_views import SIZES
+
+        return (
+            views_VBCHW.dtype == torch.float32
+            and views_VBCHW.shape[2] == 3
+            and self.spec.crop_size in SIZES
+            and images.dim() == 4
+            and not (self.spec.erase_mode == "pixel" and parameters.boxes_VB4.any())
+        )
+
+    def _fill_by_kernel(self, views_VBCHW: Tensor, images: Tensor, parameters: ViewParameters, part: slice) -> None:
+        """`_fill` in one kernel."""
+        from dataset.augment.triton_views import make_views
+
+        windows = (parameters.tops_VB, parameters.lefts_VB, parameters.flips_VB)
+        make_views(
+            views_VBCHW,
+            images,
+            windows_K3=np.stack([array[:, part].ravel() for array in windows], axis=1).astype(np.int64),
+            boxes_K4=parameters.boxes_VB4[:, part].reshape(-1, 4),
+            steps=[
+                (*(array[:, part].ravel() for array in step), fill)
+                for steps, fill in parameters.steps
+                for step in zip(*steps, strict=True)
+            ],
+            scale_3C=self._scale(),
+            padding=self.spec.padding,
+            reflect=self.spec.padding_mode == "reflect",
+        )
 
     def _fill(self, views_VBCHW: Tensor, images: Tensor, parameters: ViewParameters, part: slice) -> None:
         """Make the views of some of the images; `part` says which ones of the parameters' B."""

@@ -63,6 +63,7 @@ class Method(nn.Module):
         Options: frozen dataclass of the method's own flags.
         shared_view: True if all networks must see one and the same view.
         reduces_own_gradients: True if the method averages gradients over processes itself (no DDP wrapper).
+        runs_networks_itself: True if it calls the single networks, or parts of them, in place of `network(views)`.
         networks_from_list: True if `--arch a,b` (full networks, S = length of the list) makes sense.
 
     Attributes:
@@ -72,6 +73,7 @@ class Method(nn.Module):
     Options: ClassVar[type] = NoOptions
     shared_view: ClassVar[bool] = False
     reduces_own_gradients: ClassVar[bool] = False
+    runs_networks_itself: ClassVar[bool] = False
     networks_from_list: ClassVar[bool] = True
     sampler: str = "shuffled"
 
@@ -104,7 +106,11 @@ class Method(nn.Module):
 
     @abstractmethod
     def forward(self, views_SBCHW: Tensor, targets: Targets, progress: Progress) -> StepOutput:
-        """Views [V, B, C, H, W] (V = S, or 1 where all networks share one view) -> loss and metrics."""
+        """Views [V, B, C, H, W] (V = S, or 1 where all networks share one view) -> loss and metrics.
+
+        A step may be replayed from a CUDA graph, which runs this once: a number of `progress` that changes from step
+        to step must come by a tensor that `before_step` writes. (`progress.indices_B` is such a tensor.)
+        """
 
     def before_step(self, views_SBCHW: Tensor, targets: Targets, progress: Progress) -> None:
         """Called before the forward pass of a step, for what is learnt outside the main optimiser."""
@@ -119,6 +125,10 @@ class Method(nn.Module):
     def synchronise(self) -> None:
         """Called in every process before evaluation and checkpointing: make all buffers those of process 0."""
         broadcast_buffers(self)
+
+    def compiled_parts(self) -> list[nn.Module]:
+        """The modules that `forward` calls once each and --compile compiles; none if what they compute varies."""
+        return [] if self.reduces_own_gradients else [*self.network.models]
 
     def run_files(self, *, final: bool) -> Mapping[str, str | bytes]:
         """Files by name that the trainer writes into the run directory after every epoch: text, and PNG pictures.

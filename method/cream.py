@@ -217,6 +217,7 @@ class Cream(Method):
 
     Options = CreamSearchOptions
     shared_view = True
+    runs_networks_itself = True
     reduces_own_gradients = True
     networks_from_list = False
 

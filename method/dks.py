@@ -48,6 +48,7 @@ class DKS(Method):
     """
 
     Options = DKSOptions
+    runs_networks_itself = True
 
     def __init__(self, network: SplitNet, options: Any, *, label_smoothing: float = 0.0) -> None:
         super().__init__(network, options, label_smoothing=label_smoothing)
@@ -104,6 +105,10 @@ class DKS(Method):
         loss_ce, loss_synergy = torch.stack(losses_ce).sum(), torch.stack(losses_synergy).sum()
         metrics = {"loss_ce": loss_ce.detach(), "loss_synergy": loss_synergy.detach()} | metrics
         return StepOutput(loss_ce + loss_synergy, metrics, torch.stack(main).detach())
+
+    def compiled_parts(self) -> list[nn.Module]:
+        """The branches, each of which runs its network."""
+        return [*self.branches]
 
     def extra_logits(self, images_BCHW: Tensor) -> dict[str, Tensor]:
         """Logits [B, K] of every branch; all networks see the same images."""

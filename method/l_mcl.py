@@ -177,6 +177,7 @@ class LMCL(Method):
 
     Options = LMCLOptions
     shared_view = True
+    runs_networks_itself = True
     reduces_own_gradients = True
     pairs_2P: Tensor
     network_M: Tensor

@@ -25,6 +25,8 @@ from utils.checkpoint import plain_keys
 from utils.errors import UserError
 
 WEIGHTS = ("auto", "raw", "ema")
+# Entries of checkpoints like Cream's released ones, whose `arch` is the name of a run or of another library's network.
+FOREIGN = frozenset({"state_dict_ema", "args", "version"})
 _NETWORK_KEY = re.compile(r"^models\.(\d+)\.")
 
 
@@ -78,8 +80,8 @@ def restore_splitnet(
     shape of the classifier. A released file names no data set; `dataset` is what it was trained on then.
 
     Args:
-        content: a loaded checkpoint, keys of its `state_dict` with or without `module.` in front; or the plain state
-            dict of one network, as libraries publish them.
+        content: a loaded checkpoint, keys of its `state_dict` (and `state_dict_ema`) with or without `module.` in
+            front; or the plain state dict of one network, as libraries publish them.
         arch, split_factor, num_classes: what the user claims; None takes the file's.
         dataset, crop_size: the user's; they decide the structure only where the file does not say.
         options: flags of the backbone families that the user set, by name; they win over the file's.
@@ -97,7 +99,9 @@ def restore_splitnet(
         raise UserError(f"{source}: holds no networks: expected weights named models.0.*, models.1.*, …")
     config = _entry(content, "config", dict, source) or {}
 
-    in_file = _entry(config, "arch", str, source) or _entry(content, "arch", str, source)
+    in_file = _entry(config, "arch", str, source)
+    if in_file is None and not FOREIGN & content.keys():
+        in_file = _entry(content, "arch", str, source)
     arch = _arch(arch, in_file, source)
     names = tuple(backbone_names(arch))
     train_separately = train_separately or bool(config.get("is_train_sep"))
@@ -207,7 +211,7 @@ def network_state(content: Mapping[str, Any], weights: str, source: str) -> tupl
     Raises:
         UserError: the file holds no such tensors.
     """
-    average = content.get("ema")
+    average = content.get("ema") or content.get("state_dict_ema")
     if weights == "ema" and not average:
         raise UserError(f"{source}: holds no moving average of the weights; use --weights raw or auto.")
     taken = "ema" if average and weights != "raw" else "raw"

@@ -17,6 +17,7 @@ from typing import Any, NamedTuple, Protocol
 
 import yaml
 
+from model.division import solve_widths
 from utils.errors import UserError
 from utils.registry import nearest_name
 
@@ -339,21 +340,22 @@ class SearchSpace:
                 return
         raise UserError(f"--arch_list {json.dumps([list(stage) for stage in arch])}: {fault}.")
 
-    def divided(self, split_factor: int) -> "SearchSpace":
-        """Every width over sqrt(S), on the multiples of 8 of `div8`; the space itself for S = 1. Ours."""
-        if split_factor == 1:
-            return self
+    @property
+    def widths(self) -> tuple[int, ...]:
+        """Channels of the stem, of every searchable stage, of the last stage and of the head."""
+        channels = (stage.channels for stage in self.stages)
+        return (self.stem_channels, *channels, self.tail_channels, self.head_channels)
 
-        def width(channels: int) -> int:
-            return div8(channels / split_factor**0.5)
-
+    def with_widths(self, widths: Sequence[int]) -> "SearchSpace":
+        """The space with other `widths`; stage 0 keeps its proportion to the stem."""
+        stem, *channels, tail, head = widths
         return dataclasses.replace(
             self,
-            stages=tuple(dataclasses.replace(stage, channels=width(stage.channels)) for stage in self.stages),
-            stem_channels=width(self.stem_channels),
-            base_channels=width(self.base_channels),
-            tail_channels=width(self.tail_channels),
-            head_channels=width(self.head_channels),
+            stages=tuple(dataclasses.replace(s, channels=c) for s, c in zip(self.stages, channels, strict=True)),
+            stem_channels=stem,
+            base_channels=div8(self.base_channels * stem / self.stem_channels),
+            tail_channels=tail,
+            head_channels=head,
         )
 
 
@@ -382,6 +384,29 @@ PUBLISHED_SMALL = dataclasses.replace(
     resolution=32,
     stem_stride=1,
 )
+
+
+@cache
+def divided(
+    space: SearchSpace,
+    arch: tuple[tuple[int, ...], ...],
+    split_factor: int,
+    num_classes: int,
+    *,
+    honour_single_block: bool = False,
+) -> SearchSpace:
+    """The space in which S networks of an arch have as many parameters as one has in `space`. Ours.
+
+    Widths are multiples of 8, as in the published networks; the space itself for S = 1.
+    """
+    if split_factor == 1:
+        return space
+
+    def params(widths: Sequence[int]) -> int:
+        plan = space.with_widths(widths).plan(arch, num_classes, honour_single_block=honour_single_block)
+        return plan.cost(space.resolution).params
+
+    return space.with_widths(solve_widths(space.widths, [8] * len(space.widths), params, split_factor))
 
 
 # ---- estimates -------------------------------------------------------------------------------------------------------

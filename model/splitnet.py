@@ -5,6 +5,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from model.execution import Execution
+from model.layers.random import RandomLayer, follow, replace_dropout
+from utils.seed import fold_in
+
 
 class SplitNet(nn.Module):
     """S networks that share a task but no weights (Zhao et al., arXiv:2011.14660, section 3).
@@ -19,12 +23,50 @@ class SplitNet(nn.Module):
         super().__init__()
         if not networks:
             raise ValueError("SplitNet needs at least one network.")
+        for network in networks:
+            replace_dropout(network)
         self.models = nn.ModuleList(networks)
+        self._execution = Execution()
+        self._keys_S: Tensor | None = None
+        self._key_is_given = False
 
     @property
     def split_factor(self) -> int:
         """S, the number of networks held."""
         return len(self.models)
+
+    @property
+    def execution(self) -> str:
+        """How the networks run: a name of model.execution.EXECUTIONS; after the first pass, the strategy in use."""
+        return self._execution.name
+
+    @execution.setter
+    def execution(self, name: str) -> None:
+        self._execution = Execution(name)
+
+    def spread(self, devices: Sequence[torch.device]) -> None:
+        """Run network i on the i-th of several GPUs, round and round; views come from, and logits go to, the first."""
+        self._execution = Execution("parallel", devices)
+
+    def begin_step(self, key: int) -> None:
+        """Let random layers draw by `key` from now on: masks are a function of (key, network, layer) and place.
+
+        A second pass under the same key meets the same masks. Without any call, every pass in training draws a key
+        from torch's CPU generator. The key is written in place on the device, so a captured CUDA graph sees it.
+        """
+        self._key_is_given = True
+        self._write_key(key)
+
+    def _write_key(self, key: int) -> None:
+        if not any(isinstance(module, RandomLayer) for module in self.models[0].modules()):
+            return
+        device = next(self.parameters()).device
+        if self._keys_S is None or self._keys_S.device != device:
+            self._keys_S = torch.zeros(len(self.models), dtype=torch.int64, device=device)
+            for network, network_key in zip(self.models, self._keys_S, strict=True):
+                follow(network, network_key)
+        for i, network_key in enumerate(self._keys_S):
+            network_key.fill_(fold_in(key, i))
 
     def forward(self, views_SBCHW: Tensor) -> Tensor:
         """Views [S, B, C, H, W], or one view for all [1, B, C, H, W] or [B, C, H, W] -> logits [S, B, K].
@@ -33,7 +75,9 @@ class SplitNet(nn.Module):
             ValueError: the number of views is neither 1 nor S.
         """
         views = self.expand_views(views_SBCHW)
-        return torch.stack([network(view) for network, view in zip(self.models, views, strict=True)])
+        if self.training and not self._key_is_given and not torch.compiler.is_compiling():
+            self._write_key(int(torch.randint(2**62, (), device="cpu").numpy()))
+        return self._execution([*self.models], views)
 
     def expand_views(self, views_SBCHW: Tensor) -> Tensor:
         """Give every network its view: [B, C, H, W] or [1, B, C, H, W] is repeated without a copy."""

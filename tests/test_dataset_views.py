@@ -346,9 +346,10 @@ def test_views_that_should_come_cropped_are_not_cropped_again():
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("erase_mode", ["const", "pixel"])  # const: where there is one, by the Triton kernel
 @pytest.mark.parametrize("name", SPECS)
-def test_a_gpu_makes_the_same_views_and_is_never_waited_for(name):
-    spec = dataclasses.replace(SPECS[name], erase_mode="pixel")
+def test_a_gpu_makes_the_same_views_and_is_never_waited_for(name, erase_mode):
+    spec = dataclasses.replace(SPECS[name], erase_mode=erase_mode)
     size = (spec.crop_size, spec.crop_size) if spec.random_resized_crop or name == "digits" else (32, 32)
     images, positions = to_tensor(make_images(300, *size)), np.arange(300)
     expected = ViewMaker(spec, seed=3).make(images, 1, positions, 2)

@@ -123,7 +123,7 @@ def test_dropblock_gamma(block_size, height, width, expected):
 def test_dropblock_mask_is_the_union_of_blocks_around_seeds(block_size):
     layer, x_BCHW = DropBlock(0.2, block_size), features(3, 4, 9, 8)
     torch.manual_seed(2)
-    kept = layer.draw(x_BCHW)
+    kept = layer.keep(x_BCHW)
     torch.manual_seed(2)
     seeds = torch.rand(3, 4, 9, 8) < dropblock_gamma(0.2, block_size, 9, 8)
     expected = torch.ones(3, 4, 9, 8)
@@ -140,7 +140,7 @@ def test_dropblock_drops_its_share_and_rescales_over_the_batch():
     torch.manual_seed(3)
     y_BCHW = layer(x_BCHW)
     torch.manual_seed(3)
-    kept = layer.draw(x_BCHW)
+    kept = layer.keep(x_BCHW)
     # a cell is kept if none of the seeds in its reach, 9 inside the map, falls
     reach = nn.functional.avg_pool2d(torch.ones(1, 1, 14, 14), 3, 1, 1, divisor_override=1)
     assert kept.mean() == pytest.approx(float(((1 - dropblock_gamma(0.1, 3, 14, 14)) ** reach).mean()), abs=0.01)
@@ -154,7 +154,7 @@ def test_a_block_larger_than_the_map_shrinks_to_it(height, width):
     x_BCHW, masks = features(64, 3, height, width), []
     for block_size in (5, min(height, width)):
         torch.manual_seed(0)
-        masks.append(DropBlock(0.2, block_size).draw(x_BCHW))
+        masks.append(DropBlock(0.2, block_size).keep(x_BCHW))
     assert torch.equal(*masks)
     assert 0 < masks[0].sum() < masks[0].numel()
 

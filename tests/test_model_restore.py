@@ -1,5 +1,7 @@
 """Networks come back from every kind of checkpoint, and what does not fit is named in one line."""
 
+import sys
+import types
 from dataclasses import replace
 from urllib.error import URLError
 
@@ -10,7 +12,7 @@ from torch import nn
 
 from model import BackboneRequest, build_splitnet
 from model.restore import library_weights, load_pretrained, restore_splitnet
-from utils.checkpoint import published_keys
+from utils.checkpoint import load_checkpoint, published_keys
 from utils.errors import UserError
 
 REQUEST = BackboneRequest(arch="resnet20", split_factor=2, num_classes=10, dataset="digits", crop_size=16)
@@ -304,3 +306,48 @@ def test_pretrained_keeps_a_head_of_another_size(network):
     target = build_splitnet(replace(REQUEST, split_factor=4), seed=9)
     with pytest.raises(UserError, match=r"--pretrained x.tar: not the weights of these 4 networks"):
         load_pretrained(target, content, "x.tar")
+
+
+class CfgNode(dict):
+    """As pickled by the library that Cream's released files keep their settings with."""
+
+    def __init__(self, *content):
+        super().__init__(*content)
+        self.__dict__["_immutable"] = True
+
+
+@pytest.mark.parametrize("zipped", [True, False])
+@pytest.mark.parametrize(("prefix", "average"), [("module.", True), ("", True), ("module.", False)])
+def test_released_cream_files(tmp_path, monkeypatch, zipped, prefix, average):
+    """Averaged weights, settings as objects, `module.` or not, and a name that is no backbone's."""
+    request = BackboneRequest(arch="cream_14", num_classes=5, dataset="imagenet", shape="large", crop_size=64)
+    raw, ema = (build_splitnet(request, seed=seed).models[0].state_dict() for seed in (1, 2))
+    library = types.ModuleType("yacs.config")
+    library.CfgNode = CfgNode
+    monkeypatch.setattr(CfgNode, "__module__", "yacs.config")
+    monkeypatch.setitem(sys.modules, "yacs", types.ModuleType("yacs"))
+    monkeypatch.setitem(sys.modules, "yacs.config", library)
+    content = {"epoch": 499, "arch": "Childnet_Testing", "version": 2, "metric": 53.7, "optimizer": {}}
+    content["state_dict"] = {prefix + key: value for key, value in raw.items()}
+    content["args"] = CfgNode({"LR": 0.064, "NET": CfgNode({"SELECTION": 14})})
+    if average:
+        content["state_dict_ema"] = {prefix + key: value for key, value in ema.items()}
+    torch.save(content, tmp_path / "14.pth.tar", _use_new_zipfile_serialization=zipped)
+    monkeypatch.undo()
+    read = load_checkpoint(tmp_path / "14.pth.tar")
+    assert read["args"]["NET"] == {"SELECTION": 14}
+    restored, info = restore_splitnet(read, arch="cream_14", dataset="imagenet")
+    assert (info.num_classes, info.crop_size, info.weights) == (5, 64, "ema" if average else "raw")
+    wanted = ema if average else raw
+    assert all(torch.equal(value, wanted[key]) for key, value in restored.models[0].state_dict().items())
+    assert all(
+        torch.equal(value, raw[key])
+        for key, value in restore_splitnet(read, arch="cream_14", dataset="imagenet", weights="raw")[0]
+        .models[0]
+        .state_dict()
+        .items()
+    )
+    with pytest.raises(UserError, match="add --arch NAME"):
+        restore_splitnet(read, dataset="imagenet")
+    with pytest.raises(UserError, match="not the weights of --arch cream_43"):
+        restore_splitnet(read, arch="cream_43", dataset="imagenet")

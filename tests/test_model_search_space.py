@@ -16,6 +16,7 @@ from model.search_space import (
     Operator,
     cost_table,
     div8,
+    divided,
     est_flops,
     est_params,
     macs,
@@ -252,14 +253,16 @@ def test_unreadable_spaces_are_refused(tmp_path):
         read_space(str(tmp_path / "missing.yaml"))
 
 
-def test_division_of_the_space():
-    assert PUBLISHED.divided(1) is PUBLISHED
-    half, quarter = PUBLISHED.divided(2), PUBLISHED.divided(4)
-    assert [stage.channels for stage in half.stages] == [16, 32, 56, 64, 136]
-    assert (half.stem_channels, half.base_channels, half.tail_channels, half.head_channels) == (16, 16, 224, 904)
-    assert [stage.channels for stage in quarter.stages] == [16, 24, 40, 48, 96]
-    assert (quarter.stem_channels, quarter.base_channels, quarter.tail_channels, quarter.head_channels) == (
-        8, 8, 160, 640,
-    )  # fmt: skip
-    assert half.operators == PUBLISHED.operators
-    assert [stage.template for stage in half.stages] == [stage.template for stage in PUBLISHED.stages]
+@pytest.mark.parametrize("split_factor", [2, 4])
+@pytest.mark.parametrize("space", [PUBLISHED, PUBLISHED_SMALL])
+def test_division_keeps_the_parameters_and_the_rounding(space, split_factor):
+    arch = tuple(map(tuple, parse_arch_list("[[0],[3],[3,3],[3,1,3],[3,3,3,3],[3,3,3],[0]]")))
+    assert divided(space, arch, 1, 10) is space
+    part = divided(space, arch, split_factor, 10)
+    assert all(width % 8 == 0 and 8 <= width <= whole for width, whole in zip(part.widths, space.widths, strict=True))
+    assert part.base_channels == part.stem_channels
+    whole, one = (which.plan(arch, 10).cost(64).params for which in (space, part))
+    assert split_factor * one == pytest.approx(whole, rel=0.02)
+    assert (part.operators, part.resolution) == (space.operators, space.resolution)
+    assert [stage.template for stage in part.stages] == [stage.template for stage in space.stages]
+    assert space.with_widths(space.widths) == space

@@ -1,5 +1,6 @@
 """A Cream search through the command line: resumed exactly, its files and pictures, and what becomes of its result."""
 
+import argparse
 import functools
 import json
 import signal
@@ -7,11 +8,14 @@ import signal
 import pytest
 import yaml
 from PIL import Image
+from scipy.stats import kendalltau
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from benchmarks import cream_rank
 from tests.runs import Run, train, without_times
 from tests.test_train_resume import kill_at_call
 from utils import checkpoint as ckpt
+from utils.errors import UserError
 
 # 14 steps an epoch; the board opens with the second epoch, and the meta layer learns twice in it and in the third
 SEARCH = [
@@ -88,3 +92,50 @@ def test_what_was_found_is_retrained_divided_and_evaluated(searched, tmp_path):
     assert tested.code == 0, tested.stderr
     assert tested.result["weights"] == "ema"
     assert tested.result["ensemble_acc1"] == two.result["ensemble_acc1"]
+
+
+# ---- shared-weight and stand-alone accuracy (benchmarks/cream_rank.py) -----------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("first", "second"),
+    [([1, 2, 3, 4], [1, 3, 2, 4]), ([1, 2, 2, 5, 0], [3, 3, 1, 9, 2]), ([4, 3, 2, 1], [1, 2, 3, 4])],
+)
+def test_kendall_tau_is_tau_b(first, second):
+    assert cream_rank.kendall_tau(first, second) == pytest.approx(kendalltau(first, second).statistic, abs=1e-12)
+    assert cream_rank.kendall_tau(first, [1.0] * len(first)) is None
+
+
+def test_paths_are_ranked_by_shared_weights_and_alone(searched, tmp_path, monkeypatch):
+    folder, _ = searched
+    (tmp_path / "search").symlink_to(folder)
+    runs = []
+
+    def trained(flags):
+        runs.append(flags)
+        return {"ensemble_acc1": float(len(runs)), "steps": 3}
+
+    monkeypatch.setattr(cream_rank, "train", trained)
+    options = argparse.Namespace(config="c.yaml", out=str(tmp_path), paths=3, epochs=2, seed=5, like_found=0.1)
+    result = cream_rank.compare(options, ["--workers", "0"])
+    rows = result["paths"]
+    assert [row["found"] for row in rows] == [True, False, False, False]
+    assert json.dumps(rows[0]["arch"]) == yaml.safe_load((folder / "found.yaml").read_text())["arch_list"]
+    assert len({json.dumps(row["arch"]) for row in rows}) == 4
+    assert all(abs(row["macs"] / rows[0]["macs"] - 1) <= 0.1 for row in rows)
+    assert len({row["shared_acc1"] for row in rows}) > 1
+    assert [row["alone_acc1"] for row in rows] == [2.0, 3.0, 4.0, 5.0]  # the first run was the search
+    assert result["tau"] == cream_rank.kendall_tau([row["shared_acc1"] for row in rows], [2.0, 3.0, 4.0, 5.0])
+    assert json.loads((tmp_path / "cream_rank.json").read_text())["paths"] == rows
+    for row, flags in zip(rows, runs[1:], strict=True):
+        assert json.loads(flags[flags.index("--arch_list") + 1]) == row["arch"]
+        assert {"--dataset=digits", "--crop_size=16", "--workers"} < set(flags)
+    again = cream_rank.compare(argparse.Namespace(**{**vars(options), "like_found": None}), [])
+    assert [row["found"] for row in again["paths"]] == [False] * 3
+    # the newest checkpoint's own path, evaluated as training evaluated it
+    session, supernet = cream_rank.open_supernet(folder)
+    last = json.loads((folder / "results.json").read_text())["ensemble_acc1"]
+    assert cream_rank.shared_accuracies(session, supernet, [supernet.default_path]) == [last]
+    monkeypatch.setattr(cream_rank, "TRIES", 1000)
+    with pytest.raises(UserError, match="--paths 9999"):
+        cream_rank.draw_paths(supernet, 9999, 0, found=None, tolerance=0.0)

@@ -11,6 +11,7 @@ import pickle
 import re
 import warnings
 import zipfile
+from collections import OrderedDict
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,9 @@ from torch import Tensor
 
 from utils import safe_tensors
 from utils.errors import UserError
+
+# Classes of the settings that other projects keep in their checkpoints (Cream's, timm's).
+SETTINGS = ("yacs.config.CfgNode", "argparse.Namespace")
 
 logger = logging.getLogger(__name__)
 
@@ -84,7 +88,7 @@ def save_checkpoint(state: Mapping[str, Any], path: Path) -> None:
 
 
 def load_checkpoint(path: str | Path, flag: str = "--resume") -> dict[str, Any]:
-    """Read a checkpoint without ever running code from it.
+    """Read a checkpoint without ever running code from it; objects with a run's settings become plain dicts.
 
     Args:
         path: the file; one named *.safetensors is read as such, see `utils.safe_tensors`.
@@ -102,7 +106,8 @@ def load_checkpoint(path: str | Path, flag: str = "--resume") -> dict[str, Any]:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # about foreign pickle protocols: such a file is refused anyway
-            content = torch.load(path, map_location="cpu", weights_only=True)
+            with torch.serialization.safe_globals([(OrderedDict, name) for name in SETTINGS]):
+                content = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError:
         raise UserError(
             f"{flag} {path}: refused: it is not a checkpoint, or holds objects other than tensors and plain values."

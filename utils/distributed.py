@@ -282,23 +282,29 @@ class _SumOverProcesses(torch.autograd.Function):
     """all_reduce(sum) whose gradient is the sum of the gradients."""
 
     @staticmethod
-    def forward(ctx: Any, value: Tensor) -> Tensor:
+    def forward(ctx: Any, value: Tensor, group: dist.ProcessGroup | None) -> Tensor:
+        ctx.group = group
         total = value.clone()
-        dist.all_reduce(total)
+        dist.all_reduce(total, group=group)
         return total
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> Tensor:
-        total = gradient.contiguous().clone()
-        dist.all_reduce(total)
-        return total
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
+        total = gradients[0].contiguous().clone()
+        dist.all_reduce(total, group=ctx.group)
+        return total, None
 
 
 class ProcessSyncBatchNorm(nn.modules.batchnorm._BatchNorm):
     """Batch normalisation over the images of all processes, for devices where torch has none (CPU with gloo).
 
     Same state-dict keys and momentum rule as nn.BatchNorm2d; processes may hold different numbers of images.
+
+    Attributes:
+        process_group: in which the sums are exchanged, None: the job's own.
     """
+
+    process_group: dist.ProcessGroup | None = None
 
     def _check_input_dim(self, input: Tensor) -> None:
         if input.dim() < 2:
@@ -313,11 +319,11 @@ class ProcessSyncBatchNorm(nn.modules.batchnorm._BatchNorm):
         axes = [0, *range(2, input.dim())]
         shape = [1, -1] + [1] * (input.dim() - 2)
         count = values.new_full((1,), values.numel() // values.shape[1])
-        sums = _SumOverProcesses.apply(torch.cat([values.sum(axes), count]))
+        sums = _SumOverProcesses.apply(torch.cat([values.sum(axes), count]), self.process_group)
         total = sums[-1].detach()
         mean = sums[:-1] / total
         centred = values - mean.view(shape)
-        variance = _SumOverProcesses.apply((centred * centred).sum(axes)) / total
+        variance = _SumOverProcesses.apply((centred * centred).sum(axes), self.process_group) / total
         if self.track_running_stats and self.running_mean is not None and self.running_var is not None:
             with torch.no_grad():
                 assert self.num_batches_tracked is not None

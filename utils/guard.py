@@ -35,19 +35,19 @@ class NonfiniteGuard:
         self._networks_S = torch.zeros(num_networks, dtype=torch.float64, device=device)
 
     @torch.no_grad()
-    def judge(self, value: Tensor, logits_SBK: Tensor, step: int) -> Tensor:
+    def judge(self, value: Tensor, logits_SBK: Tensor, step: int | Tensor) -> Tensor:
         """1 if this step must not change the weights, else 0: float32 scalar on the device.
 
         Args:
             value: the scalar that must be finite, equal on all processes (norm of the reduced gradient, or the loss).
             logits_SBK: of this step; only used to name the networks.
-            step: its number.
+            step: its number; a tensor where the judging is recorded and replayed.
         """
         bad = ~value.isfinite()
         first = bad & (self._bad_steps == 0)
         networks_S = ~logits_SBK.flatten(1).isfinite().all(dim=1)
         self._networks_S += (networks_S & first).to(self._networks_S.dtype)
-        self._first_step = torch.where(first, torch.full_like(self._first_step, step), self._first_step)
+        self._first_step.copy_(torch.where(first, step, self._first_step))
         if self.sticky:
             bad = bad | (self._bad_steps > 0)
         self._bad_steps += bad.to(self._bad_steps.dtype)

@@ -4,7 +4,9 @@ Nothing random in a run depends on how many workers or processes it has, or on w
 every draw is a function of (seed, what it is for, epoch, position in the epoch's global order, view).
 """
 
+import math
 import secrets
+from collections.abc import Sequence
 
 import numpy as np
 import torch
@@ -65,23 +67,40 @@ def counter_uniform(key: int, positions_B: np.ndarray, views_S: np.ndarray, num_
     return (bits >> np.uint64(11)).astype(np.float64) * 2.0**-53
 
 
+def _signed(value: int) -> int:
+    return value - 2**64 if value >= 2**63 else value
+
+
+def _mix_on_device(z: Tensor) -> Tensor:
+    """`_mix` on int64, which multiplies as uint64 does; its shift needs the copies of the sign bit masked away."""
+    z = (z ^ ((z >> 30) & (2**34 - 1))) * _signed(0xBF58476D1CE4E5B9)
+    z = (z ^ ((z >> 27) & (2**37 - 1))) * _signed(0x94D049BB133111EB)
+    return z ^ ((z >> 31) & (2**33 - 1))
+
+
 def counter_uniform_on_device(key: int, positions_B: Tensor, num_slots: int) -> Tensor:
     """`counter_uniform` of view 0, bit for bit, on the device of `positions_B` (int64): float64 [B, num_slots]."""
-
-    def signed(value: int) -> int:
-        return value - 2**64 if value >= 2**63 else value
-
-    def mix(z: Tensor) -> Tensor:
-        # int64 multiplies as uint64 does; its shift needs the copies of the sign bit masked away
-        z = (z ^ ((z >> 30) & (2**34 - 1))) * signed(0xBF58476D1CE4E5B9)
-        z = (z ^ ((z >> 27) & (2**37 - 1))) * signed(0x94D049BB133111EB)
-        return z ^ ((z >> 31) & (2**33 - 1))
-
     slots = torch.arange(1, num_slots + 1, device=positions_B.device)
-    stream_B = mix(key + positions_B * signed(_GOLDEN))
-    stream_B = mix(stream_B ^ signed(0xD1342543DE82EF95))
-    bits = mix(stream_B[:, None] + slots * signed(_GOLDEN))
+    stream_B = _mix_on_device(key + positions_B * _signed(_GOLDEN))
+    stream_B = _mix_on_device(stream_B ^ _signed(0xD1342543DE82EF95))
+    bits = _mix_on_device(stream_B[:, None] + slots * _signed(_GOLDEN))
     return ((bits >> 11) & (2**53 - 1)).double() * 2.0**-53
+
+
+def stream_uniform(key: Tensor, stream: int, shape: Sequence[int]) -> Tensor:
+    """Uniform numbers, a pure function of (key, stream, place): float32 `shape` in [0, 1), on the key's device.
+
+    The key stays on its device and may change there between two replays of a captured graph. The numbers are the same
+    on every device, in eager mode and compiled.
+
+    Args:
+        key: int64 scalar.
+        stream: number of the stream of draws under this key.
+    """
+    places = torch.arange(1, math.prod(shape) + 1, device=key.device)
+    bits = _mix_on_device(places * _signed(_GOLDEN) + (key + _signed(stream * 0xD1342543DE82EF95 & _MASK)))
+    # 24 bits: what float32 holds
+    return (((bits >> 40) & (2**24 - 1)).float() * 2.0**-24).reshape(*shape)
 
 
 def numpy_generator(*parts: int) -> np.random.Generator:

@@ -17,7 +17,7 @@ from torch import Tensor
 from dataset.augment.policy import Op, Resample
 
 _REACH = 2  # the furthest neighbour that cubic interpolation reads, in pixels
-_FIXED_BITS = 16  # PIL's nearest-neighbour affine counts in 1/65536 of a pixel
+FIXED_BITS = 16  # PIL's nearest-neighbour affine counts in 1/65536 of a pixel
 # Where an op's value stands in its matrix; a rotation fills the whole of it.
 _MATRIX_PLACE = np.zeros(len(Op), dtype=np.int64)
 _MATRIX_PLACE[[Op.SHEAR_X, Op.TRANSLATE_X, Op.SHEAR_Y, Op.TRANSLATE_Y]] = [1, 2, 3, 5]
@@ -90,14 +90,18 @@ def _rotation(degrees: float, height: int, width: int) -> tuple[float, ...]:
     return a, b, a * -x + b * -y + 0.0 + x, d, e, d * -x + e * -y + 0.0 + y
 
 
+def whole_shifts(matrices_K6: np.ndarray, height: int, width: int) -> np.ndarray:
+    """By how many pixels nearest-neighbour translations read further down and to the right: int64 [K, 2]."""
+    return np.clip(np.floor(matrices_K6[:, [5, 2]] + 0.5).astype(np.int64), [-height, -width], [height, width])
+
+
 def shift_starts(matrices_K6: np.ndarray, height: int, width: int, channels: int) -> tuple[np.ndarray, int, int]:
     """How `fill_border` and `cut_windows` make nearest-neighbour translations.
 
     Returns:
         starts int64 [K], margin_y, margin_x.
     """
-    shifts_y = np.clip(np.floor(matrices_K6[:, 5] + 0.5).astype(np.int64), -height, height)
-    shifts_x = np.clip(np.floor(matrices_K6[:, 2] + 0.5).astype(np.int64), -width, width)
+    shifts_y, shifts_x = whole_shifts(matrices_K6, height, width).T
     margin_y, margin_x = int(np.abs(shifts_y).max()), int(np.abs(shifts_x).max())
     rows, columns = height + 2 * margin_y, width + 2 * margin_x
     numbers = np.arange(len(matrices_K6))
@@ -114,7 +118,7 @@ def fixed_point(matrices_K6: np.ndarray) -> np.ndarray:
     """Matrices in PIL's fixed point, offsets taken at the centre of the first pixel: int64 [K, 6]."""
     a, b, c, d, e, f = matrices_K6.T
     centred = np.stack([a, b, c + a * 0.5 + b * 0.5, d, e, f + d * 0.5 + e * 0.5], axis=1)
-    return np.floor(centred * (1 << _FIXED_BITS) + 0.5).astype(np.int64)
+    return np.floor(centred * (1 << FIXED_BITS) + 0.5).astype(np.int64)
 
 
 def affine_nearest(images_KCHW: Tensor, fixed_K6: Tensor, fill_C: Tensor) -> Tensor:
@@ -123,8 +127,8 @@ def affine_nearest(images_KCHW: Tensor, fixed_K6: Tensor, fill_C: Tensor) -> Ten
     a, b, c, d, e, f = fixed_K6.view(count, 6, 1, 1).unbind(1)
     y = torch.arange(height, device=images_KCHW.device).view(1, height, 1)
     x = torch.arange(width, device=images_KCHW.device).view(1, 1, width)
-    source_x = (a * x + (b * y + c)) >> _FIXED_BITS
-    source_y = (d * x + (e * y + f)) >> _FIXED_BITS
+    source_x = (a * x + (b * y + c)) >> FIXED_BITS
+    source_y = (d * x + (e * y + f)) >> FIXED_BITS
     inside = (source_x >= 0) & (source_x < width) & (source_y >= 0) & (source_y < height)
     # one more "pixel" behind the last holds the fill colour
     index_K1P = torch.where(inside, source_y * width + source_x, height * width).view(count, 1, -1)

@@ -1,7 +1,7 @@
 """Cream's networks (Peng et al., "Cream of the Crop", NeurIPS 2020): the released six, any arch list, the supernet.
 
-Released: state-dict names, blocks and numbers are those of the published weights. Ours: division (every width over
-sqrt(S) on multiples of 8, dropout over sqrt(S)) and the form for small images (`PUBLISHED_SMALL`).
+Released: state-dict names, blocks and numbers are those of the published weights. Ours: division (widths on
+multiples of 8 from the budget solver, dropout over sqrt(S)) and the form for small images (`PUBLISHED_SMALL`).
 """
 
 from dataclasses import dataclass
@@ -17,6 +17,7 @@ from model.search_space import (
     PUBLISHED_SMALL,
     NetworkPlan,
     SearchSpace,
+    divided,
     parse_arch_list,
     read_space,
     size_supernet,
@@ -88,7 +89,9 @@ def _space(request: BackboneRequest) -> SearchSpace:
 
 def _network(request: BackboneRequest, space: SearchSpace, arch_list: Any, *, honour_single_block: bool) -> CreamNet:
     arch = parse_arch_list(arch_list, space)
-    plan = space.divided(request.split_factor).plan(arch, request.num_classes, honour_single_block=honour_single_block)
+    key = tuple(map(tuple, arch))
+    space = divided(space, key, request.split_factor, request.num_classes, honour_single_block=honour_single_block)
+    plan = space.plan(arch, request.num_classes, honour_single_block=honour_single_block)
     dropout = _option(request, "dropout_rate") / request.split_factor**0.5
     return CreamNet(plan, dropout=dropout, global_pool=_option(request, "global_pool"))
 

@@ -1,8 +1,9 @@
 """DropBlock: dropout of square patches of a feature map."""
 
-import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
+
+from model.layers.random import RandomLayer
 
 
 def dropblock_gamma(drop_prob: float, block_size: int, height: int, width: int) -> float:
@@ -16,12 +17,11 @@ def dropblock_gamma(drop_prob: float, block_size: int, height: int, width: int) 
     return drop_prob * height * width / block_size**2 / ((width - block_size + 1) * (height - block_size + 1))
 
 
-class DropBlock(nn.Module):
+class DropBlock(RandomLayer):
     """Zeroes blocks of each channel of each image in training, and rescales the rest by (all / kept) over the batch.
 
     Ghiasi et al., arXiv:1810.12890. As in the published networks, seeds fall anywhere on the map (blocks are cut off
-    at its border) and p is not scheduled. A block larger than the map is shrunk to it. Draws come from the default
-    generator of the features' device. Evaluation: identity.
+    at its border) and p is not scheduled. A block larger than the map is shrunk to it. Evaluation: identity.
 
     Args:
         drop_prob: p.
@@ -33,21 +33,30 @@ class DropBlock(nn.Module):
         self.drop_prob = drop_prob
         self.block_size = block_size
 
+    @property
+    def is_random(self) -> bool:
+        return self.training and self.drop_prob > 0
+
     def forward(self, features_BCHW: Tensor) -> Tensor:
         """[B, C, H, W] -> the same shape."""
-        if not self.training or self.drop_prob == 0:
-            return features_BCHW
-        kept = self.draw(features_BCHW)
-        # float32 counts: bfloat16 cannot sum a mask
-        scale = kept.numel() / kept.sum().clamp(min=1)
-        return features_BCHW * (kept * scale).to(features_BCHW.dtype)
+        return self.combine(features_BCHW, *self.draw(features_BCHW)) if self.is_random else features_BCHW
 
-    def draw(self, features_BCHW: Tensor) -> Tensor:
+    def combine(self, *tensors: Tensor) -> Tensor:
+        features, scale = tensors
+        return features * scale.to(features.dtype)
+
+    def draw(self, features: Tensor) -> tuple[Tensor, ...]:
+        """Factor of each activation, float32 [B, C, H, W]: 0 where it is dropped, elsewhere all / kept."""
+        kept = self.keep(features)
+        # float32 counts: bfloat16 cannot sum a mask
+        return (kept * (kept.numel() / kept.sum().clamp(min=1)),)
+
+    def keep(self, features: Tensor) -> Tensor:
         """Mask of the kept activations, float32 [B, C, H, W]: 1 kept, 0 dropped."""
-        height, width = features_BCHW.shape[-2:]
+        height, width = features.shape[-2:]
         size = min(self.block_size, height, width)
         gamma = dropblock_gamma(self.drop_prob, size, height, width)
-        seeds = (torch.rand_like(features_BCHW, dtype=torch.float32) < gamma).float()
+        seeds = (self.uniform(features.shape, features.device) < gamma).float()
         # an even block gives one row and one column too many
         dropped = F.max_pool2d(seeds, size, stride=1, padding=size // 2)[..., :height, :width]
         return 1 - dropped

@@ -1,13 +1,15 @@
 """Shake-Shake and ShakeDrop: random scales of residual branches, drawn anew for the backward pass.
 
-All draws come from the default generator of the features' device and stay there: nothing waits for the device.
-They are made in float32 whatever the dtype of the features, so one seed gives the same draws under autocast.
+Draws stay on the device: nothing waits for it. They are made in float32 whatever the dtype of the features, so one
+seed gives the same draws under autocast.
 """
 
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
+
+from model.layers.random import RandomLayer
 
 
 class _ScaleTwice(torch.autograd.Function):
@@ -39,7 +41,7 @@ def scale_twice(features: Tensor, forward_scale: Tensor, backward_scale: Tensor)
     return _ScaleTwice.apply(features, forward_scale.to(features.dtype), backward_scale.to(features.dtype))
 
 
-class ShakeShake(nn.Module):
+class ShakeShake(RandomLayer):
     """Random convex combination of two branches (Gastaldi, arXiv:1705.07485: "shake-shake-image").
 
     Training: a * branch1 + (1 - a) * branch2 with a ~ U[0, 1] per image, and an independent draw in the backward
@@ -50,18 +52,21 @@ class ShakeShake(nn.Module):
         """Two maps [B, C, H, W] -> one of that shape."""
         if not self.training:
             return (branch1_BCHW + branch2_BCHW) / 2
-        forward_B111, backward_B111 = self.draw(branch1_BCHW)
-        return scale_twice(branch1_BCHW, forward_B111, backward_B111) + scale_twice(
-            branch2_BCHW, 1 - forward_B111, 1 - backward_B111
+        return self.combine(branch1_BCHW, branch2_BCHW, *self.draw(branch1_BCHW))
+
+    def combine(self, *tensors: Tensor) -> Tensor:
+        branch1, branch2, forward_scale, backward_scale = tensors
+        return scale_twice(branch1, forward_scale, backward_scale) + scale_twice(
+            branch2, 1 - forward_scale, 1 - backward_scale
         )
 
-    def draw(self, features_BCHW: Tensor) -> tuple[Tensor, Tensor]:
+    def draw(self, features: Tensor) -> tuple[Tensor, Tensor]:
         """Shares of the first branch in the forward and in the backward pass, float32 [B, 1, 1, 1] each."""
-        forward_B111, backward_B111 = torch.rand(2, len(features_BCHW), 1, 1, 1, device=features_BCHW.device)
+        forward_B111, backward_B111 = self.uniform((2, len(features), 1, 1, 1), features.device)
         return forward_B111, backward_B111
 
 
-class ShakeDrop(nn.Module):
+class ShakeDrop(RandomLayer):
     """Random scale of a residual branch (Yamada et al., arXiv:1802.02375; alpha ~ U[-1, 1], beta ~ U[0, 1]).
 
     Training: with probability 1 - p, one gate for the whole batch, the branch passes unchanged; otherwise it is
@@ -80,13 +85,17 @@ class ShakeDrop(nn.Module):
         """[B, C, H, W] -> the same shape."""
         if not self.training:
             return features_BCHW * (1 - self.drop_prob)
-        return scale_twice(features_BCHW, *self.draw(features_BCHW))
+        return self.combine(features_BCHW, *self.draw(features_BCHW))
 
-    def draw(self, features_BCHW: Tensor) -> tuple[Tensor, Tensor]:
+    def combine(self, *tensors: Tensor) -> Tensor:
+        return scale_twice(*tensors)
+
+    def draw(self, features: Tensor) -> tuple[Tensor, Tensor]:
         """Scales of the forward and of the backward pass, float32 [B, 1, 1, 1] each."""
-        device = features_BCHW.device
-        passes = torch.rand((), device=device) >= self.drop_prob
-        alpha_B111, beta_B111 = torch.rand(2, len(features_BCHW), 1, 1, 1, device=device)
+        count = len(features)
+        numbers = self.uniform((1 + 2 * count,), features.device)
+        passes = numbers[0] >= self.drop_prob
+        alpha_B111, beta_B111 = numbers[1:].reshape(2, count, 1, 1, 1)
         return (2 * alpha_B111 - 1).masked_fill(passes, 1), beta_B111.masked_fill(passes, 1)
 
     def extra_repr(self) -> str:

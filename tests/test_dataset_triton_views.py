@@ -1,0 +1,102 @@
+"""The Triton kernel for small views equals the plain batched ops, bit for bit; Triton's interpreter runs it here."""
+
+import importlib.util
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from dataset.augment.policy import Op, Resample, Steps
+from dataset.views import ViewMaker, ViewParameters, ViewSpec
+
+ROOT = Path(__file__).parent.parent
+
+
+def compare(device: torch.device) -> None:
+    """Every op at its edges, both paddings, all sizes and layouts: the kernel against the plain ops."""
+    values = {
+        Op.POSTERIZE: (0, 4, 8),
+        Op.SOLARIZE: (0, 85.3, 256),
+        Op.SOLARIZE_ADD: (0, 110),
+        Op.BRIGHTNESS: (0.1, 1, 1.9),
+        Op.CONTRAST: (0.1, 1.7),
+        Op.COLOR: (0.1, 1.9),
+        Op.SHARPNESS: (0.1, 1.9),
+        Op.SHEAR_X: (0.3, -0.1),
+        Op.SHEAR_Y: (-0.3, 1 / 30),
+        Op.TRANSLATE_X: (150 / 331, -0.05, 1.5),
+        Op.TRANSLATE_Y: (-150 / 331, 0.5 / 16),
+        Op.ROTATE: (30, -13.3),
+    }
+    cases = [
+        (op, value, resample)
+        for op in Op
+        for value in values.get(op, (0,))
+        for resample in (Resample if op >= Op.SHEAR_X else (Resample.NEAREST,))
+    ]
+    random = np.random.default_rng(0)
+    for size, side, padding, reflect in ((16, 16, 2, "zero"), (16, 20, 3, "reflect"), (32, 32, 4, "zero")):
+        # every case in the first size; a few of them, chained, in the others
+        chosen = cases if (size, side) == (16, 16) else [cases[i] for i in random.permutation(len(cases))[:6]]
+        count = len(chosen)
+        spec = ViewSpec(
+            crop_size=size,
+            padding=padding,
+            padding_mode=reflect,
+            erase_p=1,
+            policy="cifar10",
+            flip=True,
+            mean=(0.1, 0.5, 0.9),
+            std=(0.2, 0.25, 0.3),
+        )
+        images = torch.from_numpy(random.integers(0, 256, (count, 3, side, side), dtype=np.uint8))
+        images[1] //= 4
+        images[2, 0] = 7  # one value only
+        images[3] = 250 + images[3] % 4
+        room = side + 2 * padding - size + 1
+        ops, levels, resamples = (np.array(column) for column in zip(*chosen, strict=True))
+        order = [np.arange(count), random.permutation(count)][: 1 if (size, side) == (16, 16) else 2]
+        steps = Steps(
+            *(np.stack([column[o][None] for o in order]) for column in (ops, levels.astype(float), resamples))
+        )
+        parameters = ViewParameters(
+            image_size=(side, side),
+            tops_VB=random.integers(0, room, (1, count)),
+            lefts_VB=random.integers(0, room, (1, count)),
+            flips_VB=random.random((1, count)) < 0.5,
+            steps=((steps, (128, 3, 255)),),
+            boxes_VB4=random.integers(0, size // 2, (1, count, 4)),
+            noise_keys_VB=np.zeros((1, count), np.int64),
+        )
+        maker = ViewMaker(spec, seed=0)
+        for layout in (torch.contiguous_format, torch.channels_last)[: len(order)]:
+            expected = maker.apply(images, parameters, memory_format=layout)
+            views = torch.full_like(expected, torch.nan, device=device)
+            maker._fill_by_kernel(views, images.to(device), parameters, slice(0, count))
+            wrong = [str(chosen[i]) for i in range(count) if not torch.equal(views[0, i].cpu(), expected[0, i])]
+            assert not wrong, (size, side, layout, wrong)
+
+
+@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs triton")
+def test_the_kernel_equals_the_plain_ops():
+    # in a process of its own: Triton asks for the interpreter when a kernel is defined
+    code = "import torch; from tests.test_dataset_triton_views import compare; compare(torch.device('cpu'))"
+    environment = os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_a_gpu_agrees():
+    compare(torch.device("cuda"))
+
+
+def test_views_on_a_cpu_are_made_without_it(monkeypatch):
+    spec = ViewSpec(crop_size=16, mean=(0.5, 0.5, 0.5), std=(0.25, 0.25, 0.25))
+    monkeypatch.setattr(ViewMaker, "_fill_by_kernel", None)
+    assert ViewMaker(spec, seed=0).make(torch.zeros(2, 3, 16, 16, dtype=torch.uint8), 0, np.arange(2), 1).shape[1] == 2

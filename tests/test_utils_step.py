@@ -1,0 +1,90 @@
+"""Replaying a step on buffers, and what is refused before a run starts."""
+
+import pytest
+import torch
+from torch import Tensor
+
+from utils.errors import UserError
+from utils.step import WARM_UP, ReplayedStep, check_replayable
+
+
+class Recorder:
+    """Records by keeping the function, and replays by calling it."""
+
+    def __init__(self) -> None:
+        self.calls: list[str] = []
+
+    def warm_up(self, function):
+        self.calls.append("warm-up")
+        return function()
+
+    def record(self, function):
+        self.calls.append("record")
+        result = function()
+
+        def replay() -> None:
+            self.calls.append("replay")
+            result.copy_(function())
+
+        return result, replay
+
+
+def test_a_form_is_recorded_after_its_warm_up_and_only_once() -> None:
+    recorder = Recorder()
+    step = ReplayedStep(recorder)
+    for number in range(WARM_UP + 3):
+        result = step(lambda x, y: x + 10 * y, torch.full((4,), number), torch.ones(4))
+        assert torch.equal(result, torch.full((4,), number + 10.0))
+    assert recorder.calls == ["warm-up"] * WARM_UP + ["record"] + ["replay"] * 3
+
+
+def test_another_form_is_computed_as_it_is() -> None:
+    recorder = Recorder()
+    step = ReplayedStep(recorder)
+    for size in (4, 4, 2, 4, 2, 4, 2, 4):  # only its fourth batch of 4 images is recorded
+        result = step(lambda x: 2 * x, torch.full((size,), float(size)))
+        assert torch.equal(result, torch.full((size,), 2.0 * size))
+    assert recorder.calls == ["warm-up"] * 5 + ["record", "replay"] + ["replay"]
+
+
+def test_one_tensor_given_twice_stays_one() -> None:
+    step = ReplayedStep(Recorder())
+    labels_B = torch.arange(3)
+    for _ in range(WARM_UP + 2):
+        assert step(lambda x, y: torch.tensor(x is y), labels_B, labels_B)
+    assert not step(lambda x, y: torch.tensor(x is y), labels_B, labels_B.clone())
+
+
+def test_what_was_recorded_is_replayed_whatever_function_comes() -> None:
+    step = ReplayedStep(Recorder())
+
+    def call(factor: float) -> Tensor:
+        return step(lambda x: factor * x, torch.ones(2)).clone()
+
+    assert [call(float(n))[0].item() for n in range(WARM_UP + 3)] == [0, 1, 2, 3, 3, 3]
+
+
+FITS = {
+    "device": torch.device("cuda"),
+    "world_size": 1,
+    "scaler": False,
+    "iters_to_accumulate": 1,
+    "own_gradients": False,
+}
+
+
+@pytest.mark.parametrize(
+    ("change", "line"),
+    [
+        ({"device": torch.device("cpu")}, "--cuda_graph 1 needs a GPU"),
+        ({"world_size": 2}, "single process"),
+        ({"scaler": True}, "--amp_dtype bf16"),
+        ({"iters_to_accumulate": 2}, "--iters_to_accumulate"),
+        ({"own_gradients": True}, "this --method"),
+    ],
+)
+def test_what_no_graph_holds_is_refused(change: dict, line: str) -> None:
+    check_replayable(**FITS)
+    with pytest.raises(UserError, match=line) as caught:
+        check_replayable(**FITS | change)
+    assert "\n" not in str(caught.value)

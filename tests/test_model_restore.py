@@ -129,9 +129,10 @@ def test_one_network_trained_alone(ours, released):
         restore_splitnet(released, dataset="digits")
 
 
-@pytest.mark.parametrize("prefix", ["module.", ""])
-@pytest.mark.parametrize("wrapped", [True, False])
-@pytest.mark.parametrize("arch", ["torchvision/resnet18", "timm/resnet18"])
+@pytest.mark.parametrize(
+    ("arch", "wrapped", "prefix"),
+    [("torchvision/resnet18", False, ""), ("torchvision/resnet18", True, "module."), ("timm/resnet18", False, "")],
+)
 def test_a_librarys_plain_state_dict(arch, wrapped, prefix):
     if arch.startswith("timm"):
         theirs = pytest.importorskip("timm").create_model("resnet18", num_classes=5)

@@ -17,7 +17,7 @@ ARCHS = (
 
 def rows(archs: list[str], split_factors: list[int], divide_by: str) -> list[tuple[str, ...]]:
     """(arch, widths, parameters and MACs of the undivided network, then S widths and both differences)."""
-    found = []
+    found: list[tuple[str, ...]] = []
     for arch in archs:
         crop = backbones.get(arch).crop_size or 224
         for split_factor in split_factors:

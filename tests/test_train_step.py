@@ -282,9 +282,9 @@ def test_a_replayed_step_is_the_step(trainer_of, monkeypatch, optimizer):
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("flags", [ROWS["s1"], ROWS["s4"], ROWS["randaa"], ROWS["dml"], ROWS["dks"]])
 def test_a_cuda_graph_is_the_step(trainer_of, flags):
-    flags = [*flags, "--amp_dtype", "fp32", "--deterministic", 1, "--lr", 0.01]
+    flags = [*flags, "--amp_dtype", "fp64", "--lr", 0.01]  # the graph holds learning rates in float32
     states = [trained(trainer_of(*flags, *more, device="cuda"), epochs=2) for more in ([], ["--cuda_graph", 1])]
-    assert_close(*states, 1e-4)
+    assert_close(*states, 1e-6)
 
 
 @pytest.mark.parametrize(

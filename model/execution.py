@@ -53,12 +53,13 @@ class Execution:
 
     def __call__(self, networks: Sequence[nn.Module], views_SBCHW: Tensor) -> Tensor:
         """Views [S, B, C, H, W] -> logits [S, B, K]."""
-        if self.name == "loop" or len(networks) == 1 or _is_observed():
+        if self.name == "loop" or len(networks) == 1:
             return run_loop(networks, views_SBCHW)
-        if self._strategy is None:
-            if torch.compiler.is_compiling():
+        if not torch.compiler.is_compiling():  # a pass before compilation has prepared the strategy
+            if _is_observed():
                 return run_loop(networks, views_SBCHW)
-            self._prepare(networks, views_SBCHW)
+            if self._strategy is None:
+                self._prepare(networks, views_SBCHW)
         return run_loop(networks, views_SBCHW) if self._strategy is None else self._strategy(views_SBCHW)
 
     def _prepare(self, networks: Sequence[nn.Module], views_SBCHW: Tensor) -> None:

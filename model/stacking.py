@@ -475,7 +475,14 @@ def stack(networks: Sequence[nn.Module]) -> nn.Module:
         memo[id(tensors[0])] = Joined(tensors)
     for tensors in _columns([network.buffers() for network in networks]):
         memo.setdefault(id(tensors[0]), Joined(tensors))
-    return copy.deepcopy(first, memo)
+    template = copy.deepcopy(first, memo)
+    for module in template.modules():
+        for tensors_by_name in (module._parameters, module._buffers):
+            for name, value in [*tensors_by_name.items()]:
+                if isinstance(value, Joined):  # an ordinary attribute: torch.compile takes parameters for tensors
+                    del tensors_by_name[name]
+                    object.__setattr__(module, name, value)
+    return template
 
 
 def _columns(rows: Sequence[Iterable[Tensor]]) -> Iterable[tuple[Tensor, ...]]:
@@ -499,12 +506,17 @@ class StackedNetworks:
         self.norms = [module for module in self.template.modules() if isinstance(module, StackedNorm)]
 
     def __call__(self, views_SBCHW: Tensor) -> Tensor:
+        if not torch.compiler.is_compiling():
+            self._follow()
+        logits = self.template(Stacked(views_SBCHW.transpose(0, 1).flatten(1, 2), len(self.networks)))
+        if not isinstance(logits, Stacked) or logits.ndim != 2:
+            raise NotStackable("the networks' output is no [B, K] of logits")
+        return logits.apart.transpose(0, 1).contiguous()
+
+    def _follow(self) -> None:
+        """Take over the networks' mode, and buffers that have been replaced."""
         if self.template.training != self.networks[0].training:
             self.template.train(self.networks[0].training)
         with torch.inference_mode(False), torch.no_grad():
             for norm in self.norms:
                 norm.tie()
-        logits = self.template(Stacked(views_SBCHW.transpose(0, 1).flatten(1, 2), len(self.networks)))
-        if not isinstance(logits, Stacked) or logits.ndim != 2:
-            raise NotStackable("the networks' output is no [B, K] of logits")
-        return logits.apart.transpose(0, 1).contiguous()

@@ -1,12 +1,15 @@
 """Every strategy computes what the loop computes: logits, gradients, statistics, masks; or says why it does not run."""
 
 import copy
+import itertools
+import logging
 from collections.abc import Callable
 from functools import partial
 
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from model import BackboneRequest, build_network
 from model.backbone.cifar_resnet import CifarResNet
@@ -27,9 +30,13 @@ from model.backbone.senet import SEBottleneck, _drop_block
 from model.backbone.shake_resnet import ShakeResNet
 from model.backbone.shufflenetv2 import ShuffleNetV2
 from model.backbone.wrn import WideResNet
+from model.execution import EXECUTIONS, Threads
+from model.layers.random import RandomLayer
 from model.layers.resnet_parts import ResNetSkeleton, cifar_stem, deep_stem, make_stage, projection_shortcut
 from model.layers.split_attention import SplitAttentionBottleneck
 from model.splitnet import SplitNet
+from model.stacking import NotStackable, Stacked
+from utils.macs import count_macs
 
 K = 5
 SMALL, LARGE = (BackboneRequest(arch="resnet20", num_classes=K, shape=shape) for shape in ("small", "large"))
@@ -145,3 +152,210 @@ def test_strategies_equal_the_loop(family: str) -> None:
     expected = train(network, "loop", size)
     for execution in ("stacked", "parallel"):
         assert_same(train(network, execution, size), expected)
+
+
+class Unknown(nn.Module):
+    """A user's network with an operation that has no stacked form."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 4, 3)
+        self.fc = nn.Linear(4, K)
+
+    def forward(self, images_BCHW: Tensor) -> Tensor:
+        return self.fc(torch.cumsum(self.conv(images_BCHW).mean((2, 3)), dim=0))
+
+
+class DropsUnseen(nn.Module):
+    """A user's network that draws from the default generator."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc = nn.Linear(12, K)
+
+    def forward(self, images_BCHW: Tensor) -> Tensor:
+        return self.fc(F.dropout(F.adaptive_avg_pool2d(images_BCHW, 2).flatten(1), training=self.training))
+
+
+FALLBACKS = {
+    "unknown": ("stacked", [Unknown, Unknown], "cumsum has no stacked form"),
+    "different": ("stacked", [FAMILIES["wrn"], FAMILIES["resnet"]], "differ in structure"),
+    "unseen": ("parallel", [DropsUnseen, DropsUnseen], "draws random numbers"),
+}
+
+
+@pytest.mark.parametrize("case", FALLBACKS)
+def test_what_cannot_run_says_why_in_one_line_and_runs_as_a_loop(case: str, caplog: pytest.LogCaptureFixture) -> None:
+    execution, makers, message = FALLBACKS[case]
+    network = SplitNet([make() for make in makers]).double()
+    before = copy.deepcopy(network.state_dict())
+    network.execution = execution
+    with caplog.at_level(logging.INFO), torch.no_grad():
+        network.begin_step(1)
+        views = some_views(network, 0)
+        torch.manual_seed(0)
+        found_SBK = network(views)
+        network(views)
+    lines = [record.getMessage() for record in caplog.records]
+    assert len(lines) == 1
+    assert message in lines[0]
+    assert lines[0].startswith(f"execution {execution}: ")
+    assert network.execution == "loop"
+    reference = SplitNet([make() for make in makers]).double()
+    reference.load_state_dict(before)
+    reference.begin_step(1)
+    torch.manual_seed(0)
+    assert torch.equal(found_SBK, reference(views))
+
+
+def test_a_strategy_that_would_be_wrong_is_not_used(caplog: pytest.LogCaptureFixture, monkeypatch) -> None:
+    network = split_net(FAMILIES["wrn"], 2)
+    network.execution = "stacked"
+    monkeypatch.setattr("model.stacking.Joined.cat", lambda self: torch.cat(self.tensors[::-1]))
+    with caplog.at_level(logging.INFO):
+        network(some_views(network, 0))
+    assert "differ from the loop's" in caplog.text
+    assert network.execution == "loop"
+
+
+ACROSS_IMAGES = {
+    "mean over images": lambda x: x.mean(0),
+    "flatten all": lambda x: x.flatten(),
+    "first image": lambda x: x[0],
+    "first images": lambda x: x[:2],
+    "shuffled images": lambda x: x[torch.tensor([1, 0])],
+    "cat of images": lambda x: torch.cat([x, x]),
+    "value": lambda x: bool(x),
+    "shared tensor": lambda x: x * torch.ones(1, 4, 1, 1),
+    "fold images into channels": lambda x: x.view(2, 8, 3, 3),
+    "iterate": lambda x: torch.stack(list(x)),
+    "write into a part": lambda x: x[:, :2].mul_(2),
+    "all numbers": lambda x: x - x.mean(),
+}
+
+
+@pytest.mark.parametrize("case", ACROSS_IMAGES)
+def test_operations_that_networks_would_share_are_refused(case: str) -> None:
+    with pytest.raises(NotStackable):
+        ACROSS_IMAGES[case](Stacked(torch.randn(4, 8, 3, 3), 2))
+
+
+def test_auto_times_the_strategies_and_leaves_nothing_behind(caplog: pytest.LogCaptureFixture) -> None:
+    network = split_net(FAMILIES["wrn"], 2)
+    network.begin_step(3)
+    network.execution = "auto"
+    expected = train(network, "loop")
+    with caplog.at_level(logging.INFO):
+        views = some_views(network, 0)
+        network.begin_step(0)
+        logits_SBK = network(views)
+    (line,) = [record.getMessage() for record in caplog.records]
+    assert all(f"{name} " in line for name in ("loop", "parallel", "stacked"))
+    assert network.execution in ("loop", "parallel", "stacked")
+    assert line.endswith(f"training pass: {network.execution}.")
+    torch.testing.assert_close(logits_SBK, expected["logits 0"], rtol=0, atol=1e-12)
+    assert all(int(n.num_batches_tracked) == 1 for n in network.modules() if isinstance(n, nn.BatchNorm2d))
+    assert all(p.grad is None for p in network.parameters())
+
+
+def test_masks_depend_on_step_network_and_layer_only() -> None:
+    network = split_net(lambda: WideResNet(16, 1, K, dropout=0.5), 2)
+    first, second = ([m for m in one.modules() if isinstance(m, RandomLayer)] for one in network.models)
+    features = torch.ones(64, 32, 4, 4)
+
+    def masks(key: int) -> list[Tensor]:
+        network.begin_step(key)
+        return [layer(features) for layer in (*first, *second)]
+
+    one, again, other = masks(1), masks(1), masks(2)
+    assert len(one) == 12
+    assert all(torch.equal(a, b) for a, b in zip(one, again, strict=True))
+    for a, b in [*zip(one, other, strict=True), *itertools.combinations(one, 2)]:
+        kept, both = float((a > 0).float().mean()), float(((a > 0) & (b > 0)).float().mean())
+        assert abs(kept - 0.5) < 0.02  # standard error 0.003
+        assert abs(both - 0.25) < 0.02
+
+
+def test_without_a_key_masks_follow_the_seed_and_change_from_pass_to_pass() -> None:
+    network = split_net(FAMILIES["wrn"], 2)
+    views = some_views(network, 0)
+    torch.manual_seed(1)
+    first, second = network(views), network(views)
+    torch.manual_seed(1)
+    assert torch.equal(network(views), first)
+    assert not torch.equal(second, first)
+
+
+@pytest.mark.parametrize("execution", ["stacked", "parallel"])
+def test_bf16_and_channels_last(execution: str) -> None:
+    network = split_net(FAMILIES["senet"], 2, torch.float32)
+    network.to(memory_format=torch.channels_last).train()
+    views = some_views(network, 0, 32)
+    found = []
+    for name in ("loop", execution):
+        one = copy.deepcopy(network)
+        one.execution = name
+        one.begin_step(0)
+        with torch.autocast("cpu", torch.bfloat16):
+            logits_SBK = one(views)
+        logits_SBK.float().square().mean().backward()
+        found.append((logits_SBK.float(), one.models[1].get_parameter("layer1.0.conv1.weight").grad))
+        assert one.execution == name
+        assert logits_SBK.dtype == torch.bfloat16
+    for expected, value in zip(*found, strict=True):
+        assert (value - expected).norm() < 0.1 * expected.norm()
+    assert found[1][1].is_contiguous(memory_format=torch.channels_last)
+
+
+@pytest.mark.parametrize("execution", ["stacked", "parallel"])
+def test_images_get_their_gradients_too(execution: str) -> None:
+    network = split_net(FAMILIES["wide_resnet"], 2).eval()
+    gradients = []
+    for name in ("loop", execution):
+        network.execution = name
+        views = some_views(network, 0).requires_grad_()
+        gradients.append(torch.autograd.grad(network(views).square().sum(), views)[0])
+    torch.testing.assert_close(gradients[1], gradients[0], rtol=0, atol=1e-12)
+
+
+def test_stacked_networks_compile_whole() -> None:
+    network = split_net(FAMILIES["wrn"], 2)
+    network.execution = "stacked"
+    network.begin_step(0)
+    views = some_views(network, 0)
+    expected_SBK = copy.deepcopy(network)(views)
+    network(views)  # the first pass builds and tries the strategy
+    assert network.execution == "stacked"
+    compiled = torch.compile(network, backend="aot_eager", fullgraph=True)
+    torch.testing.assert_close(compiled(views), expected_SBK, rtol=0, atol=1e-12)
+
+
+def test_macs_are_counted_whatever_the_strategy() -> None:
+    network = split_net(FAMILIES["wrn"], 2)
+    expected = count_macs(network, (3, 16, 16))
+    network.execution = "stacked"
+    network(some_views(network, 0))
+    assert count_macs(network, (3, 16, 16)) == expected
+
+
+def test_a_failing_network_fails_in_its_thread_as_in_the_loop() -> None:
+    network = split_net(FAMILIES["wrn"], 2).eval()
+    threads = Threads([*network.models])
+    with pytest.raises(RuntimeError, match="channels"):
+        threads(torch.zeros(2, 1, 4, 8, 8, dtype=torch.float64))
+
+
+def test_unknown_names_are_refused() -> None:
+    with pytest.raises(ValueError, match="use loop, parallel, stacked, auto"):
+        SplitNet([nn.Linear(1, 1)]).execution = "fast"
+    assert EXECUTIONS[0] == "loop"
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("family", ["wrn", "pyramidnet", "densenet"])
+def test_strategies_equal_the_loop_on_a_gpu(family: str) -> None:
+    network = split_net(FAMILIES[family], 2).to("cuda")
+    expected = train(network, "loop")
+    for execution in ("stacked", "parallel"):
+        assert_same(train(network, execution), expected)

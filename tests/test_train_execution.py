@@ -1,0 +1,68 @@
+"""--execution on the command line: any strategy, any number of processes, also when resumed."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.runs import TINY, train
+from tests.test_train_distributed import train_together
+from utils import checkpoint as ckpt
+
+BASE = [*TINY, "--split_factor", 2, "--seed", 5, "--print_freq", 2, "--eval_batch_size", 200]
+
+
+@pytest.fixture(scope="module")
+def expected(tmp_path_factory: pytest.TempPathFactory) -> tuple[list, Path]:
+    folder = tmp_path_factory.mktemp("loop")
+    argv = [*BASE, "--amp_dtype", "fp64", "--batch_size", 51, "--max_steps", 4, "--is_syncbn", 1, "--is_mixup", 1]
+    argv += ["--iters_to_accumulate", 2, "--clip_grad", 1.0, "--ema_decay", 0.5]
+    result = train([*argv, "--model_dir", folder / "m"], folder)
+    assert result.code == 0, result.stderr
+    return argv, folder / "m"
+
+
+@pytest.mark.parametrize("execution", ["stacked", "parallel"])
+def test_two_processes_train_as_one_loop(execution: str, expected: tuple[list, Path], tmp_path: Path) -> None:
+    argv = [*expected[0], "--execution", execution, "--model_dir", tmp_path / "m"]
+    results = train_together(argv, tmp_path, 2)
+    assert "execution" not in results[0].stderr  # no line says that it gave way
+    states = [ckpt.load_checkpoint(ckpt.list_checkpoints(folder)[0]) for folder in (tmp_path / "m", expected[1])]
+    assert states[0]["environment"]["execution"] == execution
+    assert states[0].keys() == states[1].keys()
+    for kind in ("state_dict", "ema"):
+        assert list(states[0][kind]) == list(states[1][kind])
+        for name, value in states[1][kind].items():
+            torch.testing.assert_close(states[0][kind][name], value, rtol=0, atol=1e-10, msg=f"{kind} {name}")
+    assert states[0]["optimizer"]["state"].keys() == states[1]["optimizer"]["state"].keys()
+
+
+def test_a_resumed_run_keeps_its_strategy_and_its_bits(tmp_path: Path) -> None:
+    argv = [*BASE, "--amp_dtype", "bf16", "--save_steps", 3]
+    unbroken = train([*argv, "--execution", "stacked", "--max_steps", 6, "--model_dir", tmp_path / "u"], tmp_path)
+    train([*argv, "--execution", "stacked", "--max_steps", 3, "--model_dir", tmp_path / "m"], tmp_path)
+    resumed = train([*argv, "--max_steps", 6, "--model_dir", tmp_path / "m", "--resume", "auto"], tmp_path)
+    assert resumed.result["state_sha256"] == unbroken.result["state_sha256"]
+    newest = ckpt.load_checkpoint(ckpt.list_checkpoints(tmp_path / "m")[0])
+    assert newest["environment"]["execution"] == "stacked"
+    assert newest["environment"]["threads"] == 1
+
+
+def test_auto_says_what_it_chose_in_training_and_in_evaluation(tmp_path: Path) -> None:
+    result = train([*BASE, "--execution", "auto", "--max_steps", 2, "--model_dir", tmp_path / "m"], tmp_path)
+    assert "for a training pass: " in result.stderr
+    checkpoint = ckpt.list_checkpoints(tmp_path / "m")[0]
+    chosen = ckpt.load_checkpoint(checkpoint)["environment"]["execution"]
+    assert f"for a training pass: {chosen}." in result.stderr
+    argv = ["--resume", checkpoint, "--no_cuda", "--execution", "auto", "--eval_batch_size", 200]
+    evaluated = train(argv, tmp_path, module="eval")
+    assert evaluated.code == 0, evaluated.stderr
+    assert "for a forward pass: " in evaluated.stderr
+    assert evaluated.result["acc1"] == pytest.approx(result.result["acc1"], abs=0.3)
+
+
+def test_a_method_that_runs_its_networks_itself_says_so(tmp_path: Path) -> None:
+    argv = [*BASE, "--method", "dks", "--execution", "stacked", "--max_steps", 1, "--model_dir", tmp_path / "m"]
+    result = train(argv, tmp_path)
+    assert result.code == 0, result.stderr
+    assert result.stderr.count("keeps to loop") == 1

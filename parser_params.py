@@ -486,17 +486,23 @@ def _early(argv: Sequence[str], name: str) -> str | None:
     return found
 
 
-def _early_overrides(argv: Sequence[str]) -> dict[str, str]:
+def _early_overrides(argv: Sequence[str]) -> list[str]:
     """The KEY VALUE pairs at the end of a command line, before the parser exists."""
     end = len(argv)
-    while end >= 2 and not argv[end - 2].startswith("--"):
+    while end >= 2 and not any(token.startswith("--") for token in argv[end - 2 : end]):
         end -= 2
-    return dict(zip(argv[end::2], argv[end + 1 :: 2], strict=False))
+    return list(argv[end:])
 
 
-def _method_name(argv: Sequence[str], overrides: Mapping[str, str], from_yaml: Mapping[str, Any]) -> str:
+def _published_part(pairs: Sequence[str]) -> list[str]:
+    """Of KEY VALUE pairs, those whose key is in capitals."""
+    return [text for i in range(0, len(pairs) - 1, 2) if is_published_key(pairs[i]) for text in pairs[i : i + 2]]
+
+
+def _method_name(argv: Sequence[str], overrides: Sequence[str], from_yaml: Mapping[str, Any]) -> str:
     """The method, which decides what flags exist: an override, a flag, the YAML file, the default."""
-    return overrides.get("method") or _early(argv, "method") or str(from_yaml.get("method", ModelOptions.method))
+    named = dict(zip(overrides[::2], overrides[1::2], strict=False))
+    return named.get("method") or _early(argv, "method") or str(from_yaml.get("method", ModelOptions.method))
 
 
 def _known_flags(method: str, extra: type | None = None) -> dict[str, Flag]:
@@ -530,9 +536,12 @@ def parse_config(argv: Sequence[str] | None = None, program: str | None = None, 
     early = _early_overrides(arguments)
     published = None
     if is_published(from_yaml):
-        keys = [text for pair in early.items() if is_published_key(pair[0]) for text in pair]
-        processes = processes_on_this_machine()
-        published = read_published(from_yaml, where=f"--config {yaml_path}", overrides=keys, processes=processes)
+        published = read_published(
+            from_yaml,
+            where=f"--config {yaml_path}",
+            overrides=_published_part(early),
+            processes=processes_on_this_machine(),
+        )
         from_yaml = published.flags
     method = _method_name(arguments, early, from_yaml)
     parser = build_parser(method, program, extra)
@@ -556,6 +565,8 @@ def parse_config(argv: Sequence[str] | None = None, program: str | None = None, 
             given[name], origins[name] = parsed, "flag"
     if len(overrides) % 2:
         raise UserError(f"{overrides[-1]!r}: overrides at the end of the line are KEY VALUE pairs; one has no value.")
+    if published is not None and _published_part(overrides) != _published_part(early):
+        raise UserError(f"{_published_part(overrides)[0]}: write the KEY VALUE pairs of --config behind all flags.")
     for key, value in zip(overrides[::2], overrides[1::2], strict=True):
         if published is not None and is_published_key(key):
             continue  # in from_yaml already

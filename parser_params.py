@@ -19,7 +19,7 @@ from typing import Any, ClassVar, NoReturn
 import yaml
 
 from dataset import sources
-from dataset.views import ERASE_MODES
+from dataset.views import ERASE_MODES, PADDING_MODES
 from method import methods
 from model import backbones, split_list
 from model.execution import EXECUTIONS
@@ -35,6 +35,7 @@ from utils.schedule import MODES
 from utils.step import COMPILE_MODES
 
 RECIPE = "set by the recipe"
+OF_DATA = "the data set's, or the method's recipe"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,9 +43,14 @@ class RunOptions:
     """Run and files"""
 
     data: str = option("./data_dir", "folder of the data set", metavar="DIR")
-    model_dir: str = option("./model_dir", "run directory: checkpoints, logs, pictures", metavar="DIR")
+    model_dir: str = option(
+        "./model_dir", "run directory: checkpoints, logs, pictures", aliases=("checkpoint_dir",), metavar="DIR"
+    )
     resume: str | None = option(
-        None, "continue from this checkpoint; 'auto': from the newest in --model_dir", metavar="PATH|auto"
+        None,
+        "continue from this checkpoint; 'auto', or bare: from the newest in --model_dir",
+        aliases=("resume_checkpoint", "evaluate_checkpoint"),
+        metavar="PATH|auto",
     )
     evaluate: bool = option(False, "evaluate --resume and stop, as eval.py does")
     pretrained: str | None = option(
@@ -54,7 +60,9 @@ class RunOptions:
         metavar="PATH",
     )
     pretrained_dir: str | None = option(None, "published name of --pretrained PATH", metavar="PATH")
-    seed: int | None = option(None, "seed of everything random", default_text="drawn, printed and recorded")
+    seed: int | None = option(
+        None, "seed of everything random", aliases=("manual_seed",), default_text="drawn, printed and recorded"
+    )
     deterministic: bool = option(False, "ask torch for deterministic kernels (slower)")
     print_freq: int = option(20, "interval between progress lines", unit="steps")
     max_ckpt_nums: int = option(5, "how many of the newest checkpoints are kept")
@@ -83,7 +91,10 @@ class DataOptions:
     batch_size: int = option(128, "images per node over all its processes, per step before accumulation", unit="images")
     eval_batch_size: int = option(100, "images per process in evaluation", unit="images")
     crop_size: int = option(32, "side of the network's input", unit="pixels", default_text=RECIPE)
-    padding: int = option(4, "zero padding before the random crop of small images", unit="pixels")
+    padding: int = option(4, "padding before the random crop of small images", unit="pixels")
+    padding_mode: str = option(
+        "zero", "what that padding holds: black, or the mirrored image", choices=PADDING_MODES, default_text=RECIPE
+    )
     crop_area: tuple[float, ...] = option((0.1, 1.0), "random crops of image files: smallest and largest part of them")
     crop_pct: float | None = option(
         None,
@@ -91,6 +102,8 @@ class DataOptions:
         default_text="1/1.15; 0.875 for Cream's networks on imagenet",
     )
     color_jitter: float = option(0.0, "brightness, contrast and saturation change by up to this part")
+    mean: tuple[float, ...] = option((), "mean of the red, green and blue pixels, from 0 to 1", default_text=OF_DATA)
+    std: tuple[float, ...] = option((), "their standard deviation", default_text=OF_DATA)
     is_cutout: bool = option(True, "random erasing (under the published name)")
     erase_p: float = option(0.5, "probability of random erasing")
     erase_mode: str = option("const", "erase to the mean colour, or to noise per pixel", choices=ERASE_MODES)
@@ -143,16 +156,26 @@ class OptimizerOptions:
     eval_per_epoch: int = option(1, "evaluate every so many epochs", unit="epochs")
     iters_to_accumulate: int = option(1, "steps per update of the weights", unit="steps")
     optimizer: str = option("SGD", "optimiser", choices=OPTIMIZERS, default_text=RECIPE)
-    lr: float = option(0.1, "learning rate", aliases=("learning_rate",), default_text=RECIPE)
-    lr_mode: str = option("cos", "shape of the schedule", choices=MODES, default_text=RECIPE)
+    lr: float = option(0.1, "learning rate", aliases=("learning_rate", "init_lr"), default_text=RECIPE)
+    lr_mode: str = option(
+        "cos",
+        "shape of the schedule",
+        choices=MODES,
+        aliases={"lr_type": {"cosine": "epoch_cos", "multistep": "step"}},
+        default_text=RECIPE,
+    )
     slow_start_lr: float = option(5e-3, "learning rate at which the warm-up starts")
     slow_start_epochs: int = option(0, "length of the warm-up; -1: none", unit="epochs", default_text=RECIPE)
     end_lr: float = option(1e-4, "floor of the learning rate", default_text=RECIPE)
-    lr_milestones: tuple[int, ...] = option((), "epochs at which 'step' multiplies", unit="epochs", default_text=RECIPE)
+    lr_milestones: tuple[int, ...] = option(
+        (), "epochs at which 'step' multiplies", unit="epochs", aliases=("milestones",), default_text=RECIPE
+    )
     lr_step_multiplier: float = option(0.1, "factor at each milestone")
     lr_multiplier: float = option(1.0, "factor for the learning rate of new heads when fine-tuning")
     decay_factor: float = option(0.97, "factor of 'exponential'")
-    decay_epochs: float = option(0.8, "interval of 'exponential'", unit="epochs")
+    decay_epochs: float = option(
+        0.8, "interval of 'exponential'; length of 'epoch_cos'", unit="epochs", default_text="0.8; for epoch_cos all"
+    )
     is_linear_lr: bool = option(False, "scale learning rate and momentum with the batch size")
     momentum: float = option(0.9, "momentum of SGD and RMSprop")
     is_nesterov: bool = option(True, "Nesterov momentum in SGD")
@@ -202,7 +225,7 @@ class DeviceOptions:
     is_apex_amp: bool = option(False, "refused: apex is gone, use --is_amp")
     amp_opt_level: str = option("O1", "apex's level; accepted")
     gpu: int | None = option(None, "the one GPU to use")
-    gpu_ids: str | None = option(None, "GPUs to use, as '0,1'", default_text="all visible")
+    gpu_ids: str | None = option(None, "GPUs to use, as '0,1'", aliases=("gpu_id",), default_text="all visible")
     no_cuda: bool = option(False, "run on the CPU")
     multiprocessing_distributed: bool = option(False, "start one process per GPU (or --nproc_per_node on a CPU)")
     nproc_per_node: int | None = option(None, "processes per node of that launcher", default_text="one per GPU")
@@ -317,16 +340,21 @@ class Flag:
     help: str
     unit: str
     choices: tuple[Any, ...] | None
-    aliases: tuple[str, ...]
+    aliases: Mapping[str, Mapping[str, str]]
     default_text: str
     metavar: str | None
 
-    def parse(self, value: Any, where: str) -> Any:
-        """Typed value of what a command line or a YAML file gave.
+    def parse(self, value: Any, where: str, spelling: str = "") -> Any:
+        """Typed value of what a command line or a YAML file gave under the flag's own name or an alias.
 
         Raises:
             UserError: wrong type or not one of the choices; `where` names the flag or the file and key.
         """
+        ours = self.aliases.get(spelling)
+        if ours:
+            if str(value) not in ours:
+                raise UserError(f"{where}: {value!r} is not one of {', '.join(ours)}.{nearest_name(str(value), ours)}")
+            value = ours[str(value)]
         if value is None or (self.optional and isinstance(value, str) and value.lower() in ("none", "null")):
             if self.optional:
                 return None
@@ -397,9 +425,26 @@ def _help_text(flag: Flag) -> str:
     return f"{flag.help}{choices}{unit} [default: {default}]".replace("%", "%%")
 
 
+# flags that need no value, and what they mean without one
 BARE_FLAGS = types.MappingProxyType(
-    {"evaluate": "1", "no_cuda": "1", "multiprocessing_distributed": "1", "pretrained": "", "compile": "default"}
-)  # what a flag without a value stands for
+    {"evaluate": "1", "no_cuda": "1", "multiprocessing_distributed": "1"}
+    | {"pretrained": "", "resume": "auto", "compile": "default"}
+)
+
+_BARE = object()
+
+
+class _Store(argparse.Action):
+    """Keep the spelling with the value; a bare flag does not undo a value that another spelling gave."""
+
+    def __call__(
+        self, parser: Any, namespace: argparse.Namespace, values: Any, option_string: str | None = None
+    ) -> None:
+        assert option_string is not None
+        if values is not _BARE:
+            setattr(namespace, self.dest, (option_string.lstrip("-"), values))
+        elif not hasattr(namespace, self.dest):
+            setattr(namespace, self.dest, (option_string.lstrip("-"), BARE_FLAGS[self.dest]))
 
 
 def _add_flags(parser: _Parser, title: str, flags: Sequence[Flag]) -> None:
@@ -409,11 +454,12 @@ def _add_flags(parser: _Parser, title: str, flags: Sequence[Flag]) -> None:
         if flag.several:
             extra["nargs"] = "+"
         elif flag.name in BARE_FLAGS:
-            extra.update(nargs="?", const=BARE_FLAGS[flag.name])
+            extra.update(nargs="?", const=_BARE)
         words = {bool: "0|1", int: "N", float: "X", str: "NAME"}
         names = [f"--{name}" for name in (flag.name, *flag.aliases)]
         group.add_argument(
             *names,
+            action=_Store,
             dest=flag.name,
             default=argparse.SUPPRESS,
             help=_help_text(flag),
@@ -512,6 +558,14 @@ def _known_flags(method: str, extra: type | None = None) -> dict[str, Flag]:
     }
 
 
+def _with_underscores(argument: str) -> str:
+    """`--feat-dim=8` as `--feat_dim=8`; what is no flag stays."""
+    if not argument.startswith("--"):
+        return argument
+    name, equals, value = argument[2:].partition("=")
+    return f"--{name.replace('-', '_')}{equals}{value}"
+
+
 def _lookup(known: Mapping[str, Flag], name: str, where: str) -> Flag:
     plain = name.lstrip("-").replace("-", "_")
     if plain not in known:
@@ -530,7 +584,7 @@ def parse_config(argv: Sequence[str] | None = None, program: str | None = None, 
     Raises:
         UserError: an unknown flag, key or name, a value that cannot be used, or flags that contradict each other.
     """
-    arguments = list(sys.argv[1:] if argv is None else argv)
+    arguments = [_with_underscores(argument) for argument in (sys.argv[1:] if argv is None else argv)]
     yaml_path = _early(arguments, "config")
     from_yaml = _read_yaml(yaml_path) if yaml_path else {}
     early = _early_overrides(arguments)
@@ -555,12 +609,12 @@ def parse_config(argv: Sequence[str] | None = None, program: str | None = None, 
     origins: dict[str, str] = {}
     for key, value in from_yaml.items():
         flag = _lookup(known, key, f"--config {yaml_path}: {key!r}")
-        given[flag.name] = flag.parse(value, f"--config {yaml_path}: {key}")
+        given[flag.name] = flag.parse(value, f"--config {yaml_path}: {key}", key.replace("-", "_"))
         origins[flag.name] = "yaml"
     raw = vars(namespace)
     overrides = raw.pop("overrides")
-    for name, value in raw.items():
-        parsed = known[name].parse(value, f"--{name}")
+    for name, (spelling, value) in raw.items():
+        parsed = known[name].parse(value, f"--{spelling}", spelling)
         if published is None or name not in published.overridden:
             given[name], origins[name] = parsed, "flag"
     if len(overrides) % 2:
@@ -571,7 +625,7 @@ def parse_config(argv: Sequence[str] | None = None, program: str | None = None, 
         if published is not None and is_published_key(key):
             continue  # in from_yaml already
         flag = _lookup(known, key, f"override {key!r}")
-        given[flag.name] = flag.parse(value, f"override {key}")
+        given[flag.name] = flag.parse(value, f"override {key}", key.replace("-", "_"))
         origins[flag.name] = "override"
     if "pretrained" not in given and given.get("pretrained_dir"):
         given["pretrained"] = given["pretrained_dir"]
@@ -622,7 +676,9 @@ def resolve_config(config: Config, *, data_recipe: str, crop_size: int | None = 
         crop_size: the data's own input size, where the recipe does not know it (folder, synthetic).
     """
     given = dict(config.given)
-    from_method = methods.get(config.method).recipe(data_recipe, given.get("epochs"), given)
+    from_method = dict(methods.get(config.method).recipe(data_recipe, given.get("epochs"), given))
+    if config.dataset not in RECIPES:  # open data sets know their own statistics
+        from_method = {name: value for name, value in from_method.items() if name not in ("mean", "std")}
     supplied = {**from_method, **given}
     arch = config.archs()[0]
     backbone = backbones.get(arch) if config.dataset == "imagenet" and arch in backbones else None
@@ -688,6 +744,9 @@ def _check(config: Config) -> None:
     need(crop_pct is None or 0 < crop_pct <= 1, f"--crop_pct must be above 0 and at most 1, got {crop_pct}.")
     need(config.ema_decay < 1, "--ema_decay must be below 1: at 1 the average would never move.")
     need(0 <= config.val_fraction < 1, f"--val_fraction must be in [0, 1), got {config.val_fraction}.")
+    for name in ("mean", "std"):
+        need(len(getattr(config, name)) in (0, 3), f"--{name} needs three numbers, for red, green and blue.")
+    need(all(value > 0 for value in config.std), f"--std must be above 0, got {' '.join(map(str, config.std))}.")
     need(config.mix_alpha > 0, f"--mix_alpha must be above 0, got {config.mix_alpha}; --is_mixup 0 turns mixup off.")
     need(config.clip_grad is None or config.clip_grad > 0, f"--clip_grad must be above 0, got {config.clip_grad}.")
     need(config.max_steps is None or config.max_steps >= 1, f"--max_steps must be 1 or more, got {config.max_steps}.")
@@ -695,6 +754,8 @@ def _check(config: Config) -> None:
     need(classes is None or classes >= 2, f"--num_classes must be 2 or more, got {classes}.")
     need(config.seed is None or 0 <= config.seed < 2**63, f"--seed must be a whole number from 0, got {config.seed}.")
     need(not config.is_apex_amp, "--is_apex_amp 1: apex is gone; use --is_amp 1 (and --amp_dtype).")
+    for name, why in methods.get(config.method).incompatible.items():
+        need(not getattr(config, name), f"--{name} cannot go with --method {config.method}: {why}. Leave it away.")
     need(config.dataset in sources, _unknown_name(config.dataset, sources))
     names = config.archs()
     need(bool(names), "--arch needs the name of a backbone.")

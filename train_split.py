@@ -91,6 +91,7 @@ class Trainer:
 
     def __init__(self, config: Config, world: World, source: DataSource, resumed: dict[str, Any] | None) -> None:
         assert config.seed is not None
+        source = source.normalised(config.mean, config.std)
         self.config = config
         self.world = world
         self.source = source
@@ -130,6 +131,7 @@ class Trainer:
                 source.recipe,
                 crop_size=config.crop_size,
                 padding=config.padding,
+                padding_mode=config.padding_mode,
                 is_autoaugment=config.is_autoaugment,
                 randaa=config.randaa,
                 is_cutout=config.is_cutout,

@@ -23,6 +23,7 @@ from utils.errors import UserError
 from utils.seed import STREAM_VIEW, counter_uniform, fold_in
 
 HAS_TRITON = importlib.util.find_spec("triton") is not None
+PADDING_MODES = ("zero", "reflect")
 ERASE_MODES = ("const", "pixel")
 # Pixels worked on at a time: on CPUs what the caches hold, on GPUs what keeps memory in bounds.
 CHUNK_PIXELS = MappingProxyType({"cpu": 1 << 20, "cuda": 1 << 23})
@@ -35,7 +36,7 @@ class ViewSpec:
     Attributes:
         crop_size: side of a view in pixels.
         padding: pixels added on every side before cropping.
-        padding_mode: "zero" or "reflect".
+        padding_mode: one of PADDING_MODES.
         flip: mirror half of the views.
         policy: "none", an AutoAugment policy ("cifar10", "svhn", "imagenet"), or a RandAugment string.
         color_jitter: brightness, contrast and saturation change by up to this part; 0: off.
@@ -70,8 +71,8 @@ class ViewSpec:
             raise UserError(f"--padding {self.padding} is not a number of pixels: give 0 or more.")
         if not 0 <= self.erase_p <= 1:
             raise UserError(f"--erase_p {self.erase_p} is not a probability: give 0 to 1.")
-        if self.padding_mode not in ("zero", "reflect"):
-            raise ValueError(f"padding_mode {self.padding_mode!r} must be zero or reflect")
+        if self.padding_mode not in PADDING_MODES:
+            raise UserError(f"--padding_mode {self.padding_mode!r} is not one of {', '.join(PADDING_MODES)}.")
         if self.erase_mode not in ERASE_MODES:
             raise ValueError(f"erase_mode {self.erase_mode!r} must be one of {', '.join(ERASE_MODES)}")
 
@@ -103,6 +104,7 @@ def view_spec(
     *,
     crop_size: int,
     padding: int,
+    padding_mode: str = "zero",
     is_autoaugment: bool,
     randaa: str | None,
     is_cutout: bool,
@@ -119,6 +121,7 @@ def view_spec(
     Args:
         recipe: digits, cifar10, cifar100, svhn or imagenet.
         crop_size, padding: in pixels; imagenet's views come cropped, so padding is not used there.
+        padding_mode: one of PADDING_MODES.
         is_autoaugment: the data set's AutoAugment policy; digits has none.
         randaa: RandAugment string, takes the place of AutoAugment.
         is_cutout, erase_p: random erasing and its probability.
@@ -135,6 +138,7 @@ def view_spec(
     return ViewSpec(
         crop_size=crop_size,
         padding=0 if row.random_resized_crop else padding,
+        padding_mode=padding_mode,
         flip=row.flip,
         policy=randaa or (row.policy if is_autoaugment else "none"),
         color_jitter=color_jitter,
@@ -262,6 +266,11 @@ class ViewMaker:
             raise UserError(
                 f"--crop_size {spec.crop_size} does not fit into images of {image_size[0]}x{image_size[1]} pixels "
                 f"with --padding {spec.padding}: give a --crop_size of {min(image_size) + 2 * spec.padding} or less."
+            )
+        if spec.padding_mode == "reflect" and spec.padding >= min(image_size):
+            raise UserError(
+                f"--padding {spec.padding} cannot be filled by --padding_mode reflect from images of "
+                f"{image_size[0]}x{image_size[1]} pixels: give {min(image_size) - 1} or less."
             )
         return room_y, room_x
 

@@ -64,6 +64,7 @@ class Method(nn.Module):
         shared_view: True if all networks must see one and the same view.
         reduces_own_gradients: True if the method averages gradients over processes itself (no DDP wrapper).
         runs_networks_itself: True if it calls the single networks, or parts of them, in place of `network(views)`.
+        incompatible: flags that must not be on with the method, each with the reason.
         networks_from_list: True if `--arch a,b` (full networks, S = length of the list) makes sense.
 
     Attributes:
@@ -75,6 +76,7 @@ class Method(nn.Module):
     reduces_own_gradients: ClassVar[bool] = False
     runs_networks_itself: ClassVar[bool] = False
     networks_from_list: ClassVar[bool] = True
+    incompatible: ClassVar[Mapping[str, str]] = {}
     sampler: str = "shuffled"
 
     def __init__(self, network: SplitNet, options: Any, *, label_smoothing: float = 0.0) -> None:

@@ -84,6 +84,8 @@ class DKS(Method):
             "is_wd_all": True,
             "padding": 4,
             "padding_mode": "reflect",
+            "mean": (125.3 / 255, 123.0 / 255, 113.9 / 255),
+            "std": (63.0 / 255, 62.1 / 255, 66.7 / 255),
         }
 
     def forward(self, views_SBCHW: Tensor, targets: Targets, progress: Progress) -> StepOutput:

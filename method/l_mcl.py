@@ -12,7 +12,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import accumulate
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -25,7 +25,7 @@ from method import Method, Progress, StepOutput, Targets, average_over_processes
 from model.backbone.base import StagedBackbone
 from model.heads import Gate, PairWeights, ProjectionHead, embedding_size, exit_heads, require_stages
 from model.splitnet import SplitNet
-from utils.distributed import ProcessSyncBatchNorm, all_gather_rows, broadcast_buffers
+from utils.distributed import all_gather_rows, broadcast_buffers
 from utils.errors import UserError
 from utils.meta import VirtualSGD, buffers_restored, meta_gradient
 from utils.optim import finite_sgd_step
@@ -54,11 +54,11 @@ MIXED_PAIRS = {
 class LMCLOptions:
     """Flags of layer-wise mutual contrastive learning."""
 
-    number_net: int = option(2, "networks behind a name lmcl_<backbone>", aliases=("number-net",))
+    number_net: int = option(2, "networks behind a name lmcl_<backbone>")
     contrast: str = option(
         "batch", "what an image is compared with: its batch, or memory banks", choices=("batch", "bank")
     )
-    feat_dim: int = option(128, "size of the space in which images are compared", aliases=("feat-dim",))
+    feat_dim: int = option(128, "size of the space in which images are compared")
     tau: float = option(0.1, "temperature of the contrast")
     kd_T: float = option(3.0, "temperature of the distillation from the aggregated predictions")
     soft_T: float | None = option(None, "second temperature of the soft contrast terms", default_text="--kd_T")
@@ -67,7 +67,7 @@ class LMCLOptions:
     gamma: float = option(1.0, "weight of the soft contrast inside each network (Soft-VCL)")
     lam: float = option(1.0, "weight of the soft contrast across networks (Soft-ICL)")
     times: int = option(2, "virtual steps on the contrast in a meta round", unit="steps")
-    meta_freq: int = option(50, "interval between meta rounds", unit="steps", aliases=("meta-freq",))
+    meta_freq: int = option(50, "interval between meta rounds", unit="steps")
     pos_k: int = option(1, "memory bank: positives per image beside its own entry", unit="images")
     neg_k: int = option(8192, "memory bank: negatives per image", unit="images")
     nce_m: float = option(0.5, "memory bank: share of the old entry in an update")
@@ -179,6 +179,7 @@ class LMCL(Method):
     shared_view = True
     runs_networks_itself = True
     reduces_own_gradients = True
+    incompatible: ClassVar[Mapping[str, str]] = {"is_syncbn": "its virtual steps are local to a process"}
     pairs_2P: Tensor
     network_M: Tensor
     finals_N: Tensor
@@ -238,8 +239,10 @@ class LMCL(Method):
                 "epochs": 300 if epochs is None else epochs,
                 "batch_size": 128,
                 "padding": 4,
-                "lr_mode": "cos",
+                "lr_mode": "epoch_cos",
                 "weight_decay": 5e-4,
+                "mean": (0.5071, 0.4867, 0.4408),
+                "std": (0.2675, 0.2565, 0.2761),
             }
         if dataset_recipe == "imagenet":
             total = 100 if epochs is None else epochs
@@ -312,12 +315,8 @@ class LMCL(Method):
         Metrics: loss_ce (exits and aggregated predictions, summed), loss_kd; vcl, soft_vcl, icl, soft_icl, not yet
         weighted by alpha, gamma, beta, lam; and, with the batch as columns, how many images had no positive.
         """
-        outputs = self._outputs(_single(views_SBCHW))
-        aggregated_NBK = self._aggregated(outputs)
-        loss_ce = self._cross_entropy(outputs.logits_MBK, targets) + self._cross_entropy(aggregated_NBK, targets)
-        finals_NBK = outputs.logits_MBK[self.finals_N]
-        kd_NNB = distillation_kl(finals_NBK[:, None], aggregated_NBK[None], temperature=self.options.kd_T)
-        loss_kd = kd_NNB.mean(dim=-1).sum()
+        outputs = self.outputs(_single(views_SBCHW))
+        loss_ce, loss_kd = self.supervised_losses(outputs, targets)
         projected_MBD = self._projected(outputs)
         with torch.no_grad():
             weights_PB = self.weight_net(outputs.embeddings, self.pairs_2P)
@@ -328,7 +327,16 @@ class LMCL(Method):
             metrics["without_positive"] = (~same_class(targets.labels_B).any(dim=-1)).sum().float()
         elif self.training:
             self._update_banks(projected_MBD.detach(), progress)
-        return StepOutput(loss, {k: v.detach() for k, v in metrics.items()}, finals_NBK.detach())
+        finals_NBK = outputs.logits_MBK[self.finals_N].detach()
+        return StepOutput(loss, {k: v.detach() for k, v in metrics.items()}, finals_NBK)
+
+    def supervised_losses(self, outputs: Outputs, targets: Targets) -> tuple[Tensor, Tensor]:
+        """All of the loss but the contrast: classification of exits and aggregated predictions; distillation."""
+        aggregated_NBK = self._aggregated(outputs)
+        loss_ce = self._cross_entropy(outputs.logits_MBK, targets) + self._cross_entropy(aggregated_NBK, targets)
+        finals_NBK = outputs.logits_MBK[self.finals_N]
+        kd_NNB = distillation_kl(finals_NBK[:, None], aggregated_NBK[None], temperature=self.options.kd_T)
+        return loss_ce, kd_NNB.mean(dim=-1).sum()
 
     def after_step(self, views_SBCHW: Tensor, targets: Targets, output: StepOutput, progress: Progress) -> None:
         """Every --meta_freq batches of an epoch, train the pair weights on the same batch."""
@@ -361,7 +369,7 @@ class LMCL(Method):
 
     def extra_logits(self, images_BCHW: Tensor) -> dict[str, Tensor]:
         """Logits [B, K] of each network's auxiliary exits and of its aggregated prediction."""
-        outputs = self._outputs(images_BCHW)
+        outputs = self.outputs(images_BCHW)
         found = {}
         for i, (own, aggregated_BK) in enumerate(zip(self.exits_of, self._aggregated(outputs), strict=True), 1):
             for j, logits_BK in enumerate(outputs.logits_MBK[own][:-1], 1):
@@ -383,7 +391,7 @@ class LMCL(Method):
     def _networks(self) -> list[StagedBackbone]:
         return [require_stages(network, "l_mcl") for network in self.network.models]
 
-    def _outputs(self, view_BCHW: Tensor) -> Outputs:
+    def outputs(self, view_BCHW: Tensor) -> Outputs:
         """One pass through the networks and their exits."""
         embeddings: list[Tensor] = []
         logits: list[Tensor] = []
@@ -449,22 +457,17 @@ class LMCL(Method):
 
     def _meta_round(self, view_BCHW: Tensor, targets: Targets, progress: Progress) -> list[Tensor]:
         """Gradient of the classification loss after the virtual steps with respect to the pair weights."""
-        for part in self.network.modules():
-            if isinstance(part, nn.SyncBatchNorm | ProcessSyncBatchNorm):
-                raise UserError(
-                    "--is_syncbn 1 cannot go with --method l_mcl, whose virtual steps are local: leave it 0."
-                )
         trained = self.trained_parameters()
         theta = [p for name, p in trained if not name.startswith("gates.")]
         view_BCHW = view_BCHW.to(theta[0].dtype)
 
         def contrast() -> Tensor:
-            outputs = self._outputs(view_BCHW)
+            outputs = self.outputs(view_BCHW)
             weights_PB = self.weight_net(outputs.embeddings, self.pairs_2P)
             return self._combined(self._contrast(self._projected(outputs), weights_PB, targets, progress))
 
         def classification() -> Tensor:
-            return self._cross_entropy(self._outputs(view_BCHW).logits_MBK, targets)
+            return self._cross_entropy(self.outputs(view_BCHW).logits_MBK, targets)
 
         sgd = VirtualSGD(progress.learning_rate, META_MOMENTUM, progress.weight_decay)
         phi = [*self.weight_net.parameters()]

@@ -315,7 +315,12 @@ def test_wrong_flags_are_named(changes, flag):
         ViewMaker(view_spec("cifar10", **FLAGS | changes), seed=0)
 
 
-def test_a_crop_larger_than_the_images_is_refused():
+def test_a_crop_or_reflection_larger_than_the_images_is_refused():
+    reflecting = ViewMaker(
+        view_spec("cifar10", **FLAGS | {"crop_size": 8, "padding": 8, "padding_mode": "reflect"}), seed=0
+    )
+    with pytest.raises(UserError, match=r"--padding 8 .*--padding_mode reflect .* 7 or less"):
+        reflecting.draw(0, np.arange(2), 1, (8, 8))
     with pytest.raises(UserError, match=r"--crop_size 41 .* 40 or less"):
         ViewMaker(cifar_spec(crop_size=41), seed=0).draw(0, np.arange(2), 1, (32, 32))
 

@@ -9,8 +9,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from method import methods
 from parser_params import Config, build_parser, flags_of, parse_config, resolve_config
 from utils.errors import UserError
+from utils.recipe import RECIPES
 
 ROOT = Path(__file__).parent.parent
 
@@ -27,7 +29,7 @@ pretrained pretrained_dir print_freq max_ckpt_nums save_steps is_summary proc_na
 multiprocessing_distributed nproc_per_node world_size rank dist_url dist_backend is_test_on_multigpus
 is_test_with_multistreams is_efficient_densenet is_official_densenet densenet_p_shakedrop is_efficientnet_user_crop
 is_lukemelas_efficientnet is_memory_efficient_swish gn_num_groups config val_fraction on_bad_image
-color_jitter crop_area crop_pct erase_mode erase_area erase_ratio"""
+color_jitter crop_area crop_pct erase_mode erase_area erase_ratio padding_mode mean std"""
 FLAGS = NAMES.split()
 
 DIGITS = ["--dataset", "digits", "--arch", "resnet20"]
@@ -76,6 +78,26 @@ def test_precedence_flag_over_yaml_over_recipe_over_default(tmp_path: Path) -> N
     assert config.described()["lr_step_multiplier"] == {"value": 0.1, "origin": "default"}
 
 
+@pytest.mark.parametrize("method", methods.names())
+@pytest.mark.parametrize("data_recipe", RECIPES)
+def test_what_a_method_recommends_are_flags(method: str, data_recipe: str) -> None:
+    """A key that no flag has would be dropped without a word."""
+    config = parse_config(["--method", method, "--dataset", data_recipe, "--arch", "resnet20,resnet20"])
+    recipe = methods.get(method).recipe(data_recipe, None)
+    values = resolve_config(config, data_recipe=data_recipe).values()
+    found = {name: tuple(values[name]) if isinstance(values[name], list) else values[name] for name in recipe}
+    assert found == dict(recipe)
+
+
+def test_open_data_sets_keep_their_own_statistics() -> None:
+    argv = ["--method", "dks", "--arch", "wrn_16_1", "--data", "x", "--dataset"]
+    assert resolve_config(parse_config([*argv, "cifar10"]), data_recipe="cifar10").mean != ()
+    own = resolve_config(parse_config([*argv, "folder"]), data_recipe="cifar10", crop_size=20)
+    assert (own.mean, own.std, own.padding_mode) == ((), (), "reflect")
+    given = parse_config([*argv, "folder", "--mean", "0.5", "0.4", "0.3"])
+    assert resolve_config(given, data_recipe="cifar10").mean == (0.5, 0.4, 0.3)
+
+
 def test_recipe_never_replaces_what_was_given() -> None:
     argv = ["--arch", "wide_resnet28_10", "--split_factor", "2", "--weight_decay", "0.003", "--lr", "0.07"]
     config = resolve_config(parse_config([*argv, "--epochs", "11", "--crop_size", "40"]), data_recipe="cifar10")
@@ -98,6 +120,13 @@ def test_aliases_and_spellings() -> None:
     assert parse_config(["--evaluate", "--resume", "x"]).evaluate is True
     assert parse_config(["--pretrained"]).pretrained == ""
     assert parse_config(["--pretrained_dir", "p"]).pretrained == "p"
+    assert parse_config(["--learning-rate=0.3", "--lr", "0.2", "--init-lr", "0.1"]).lr == 0.1  # the last one
+    assert parse_config(["--lr-type", "multistep"]).lr_mode == "step"
+    assert parse_config(["lr-type", "cosine"]).lr_mode == "epoch_cos"
+    assert parse_config(["--resume"]).resume == "auto"
+    assert parse_config(["--resume-checkpoint", "x", "--resume"]).resume == "x"
+    assert parse_config(["--evaluate", "0", "--evaluate", "1", "--resume", "x"]).evaluate is True
+    assert parse_config(["--data", "a-b"]).data == "a-b"
 
 
 @pytest.mark.parametrize(
@@ -121,6 +150,12 @@ def test_aliases_and_spellings() -> None:
         (["lr"], r"KEY VALUE pairs; one has no value"),
         (["lrr", "0.1"], r"override 'lrr' is not a known flag\. Did you mean 'lr'"),
         (["--config", "/nowhere.yaml"], r"--config /nowhere.yaml: cannot be read"),
+        (["--lr-type", "cos"], r"--lr_type: 'cos' is not one of cosine, multistep\. Did you mean 'cosine'"),
+        (["--lerning-rate", "1"], r"Did you mean 'learning_rate'"),
+        (["--mean", "0.5"], r"--mean needs three numbers"),
+        (["--std", "0", "1", "1"], r"--std must be above 0, got 0.0 1.0 1.0"),
+        (["--padding_mode", "mirror"], r"--padding_mode: 'mirror' is not one of zero, reflect"),
+        (["--method", "l_mcl", "--is_syncbn", "1"], r"--is_syncbn cannot go with --method l_mcl: its virtual steps"),
         (["--val_fraction", "1"], r"--val_fraction must be in"),
         (["--crop_area", "0.5"], r"--crop_area must be two numbers above 0 and up to 1, the smaller first"),
         (["--crop_area", "0.5", "1.5"], r"--crop_area must be two numbers"),

@@ -3,11 +3,13 @@
 import re
 import shlex
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from eval import EvalOptions
-from parser_params import parse_config
+from method import methods
+from parser_params import parse_config, resolve_config
 
 ROOT = Path(__file__).parent.parent
 TEXT = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -38,6 +40,56 @@ def test_commands_parse(command: str) -> None:
 
 def test_there_are_commands() -> None:
     assert len(COMMANDS) > 5
+
+
+METHODS = (ROOT / "miscs" / "methods.md").read_text(encoding="utf-8")
+ROWS = [
+    (method, [re.findall(r"`(--[^`]+)`", cell) for cell in line.strip("|").split("|")])
+    for method in ("l_mcl", "dks")
+    for line in METHODS.split(f"start with `python train_split.py --method {method}`")[1].split("\n## ")[0].splitlines()
+    if line.startswith("|") and "--arch" in line
+]
+
+
+def resolved(method: str, command: str, dataset: str) -> dict[str, Any]:
+    argv = ["--method", method, "--dataset", dataset, *shlex.split(command)]
+    config = resolve_config(parse_config(argv), data_recipe=dataset)
+    names = methods.get(method).backbone_names(config.arch, config.method_options)
+    return config.values() | {"arch": names, "data": None}
+
+
+@pytest.mark.parametrize(("method", "cells"), ROWS)
+def test_published_commands_of_methods_are_ours(method: str, cells: list[list[str]]) -> None:
+    """What a table says of them is so: both sides are parsed, and stand for the same configuration."""
+    published, ours = cells
+    assert ours
+    for command in ours:
+        dataset = parse_config(["--method", method, *shlex.split(command)]).dataset
+        values = resolved(method, command, dataset)
+        for other in published:
+            assert resolved(method, other, dataset) == values
+
+
+@pytest.mark.parametrize("command", re.findall(r"^python train_split.py (.*)$", METHODS, flags=re.M))
+def test_commands_of_methods_parse(command: str) -> None:
+    parse_config(shlex.split(command))
+
+
+PUBLISHED = """--times 2 --meta-freq 50 --kd_T 3 --tau 0.1 --alpha 0.1 --beta 0.1 --gamma 1 --lam 1 --feat-dim 128
+--number-net 2 --init-lr 0.1 --lr-type cosine --milestones 30 60 --epochs 300 --batch-size 128 --weight-decay 5e-4
+--pos_k 1 --neg_k 8192 --nce_m 0.5 --manual_seed 0 --resume --resume-checkpoint a --evaluate --evaluate-checkpoint b
+--checkpoint-dir c --gpu-id 0"""
+
+
+def test_every_method_and_every_published_spelling_is_in_the_page() -> None:
+    assert len(ROWS) == 5 + 5
+    assert all(f"| `{name}`" in METHODS for name in methods.names())
+    config = parse_config(["--method", "l_mcl", *PUBLISHED.split()])
+    assert (config.lr_mode, config.lr_milestones, config.seed, config.gpu_ids) == ("epoch_cos", (30, 60), 0, "0")
+    assert (config.evaluate, config.resume, config.model_dir) == (True, "b", "c")
+    flags = [word for word in PUBLISHED.split() if word.startswith("--")]
+    assert len(config.given) == len(flags) - 2  # --resume and the two checkpoints are one flag
+    assert not [flag for flag in flags if not re.search(rf"{flag}\b", METHODS)]
 
 
 @pytest.mark.parametrize("target", sorted(set(re.findall(r"\]\(([^)#]+)\)", TEXT))))

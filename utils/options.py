@@ -1,7 +1,7 @@
 """Dataclass fields that are command-line flags: default, help and choices are written once, at the field."""
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 
@@ -11,7 +11,7 @@ def option(
     *,
     unit: str = "",
     choices: Sequence[Any] | None = None,
-    aliases: Sequence[str] = (),
+    aliases: Sequence[str] | Mapping[str, Mapping[str, str]] = (),
     default_text: str = "",
     metavar: str | None = None,
 ) -> Any:
@@ -25,7 +25,8 @@ def option(
         help: meaning in one line; the parser adds default and unit.
         unit: what a number counts ("epochs", "pixels").
         choices: the accepted values.
-        aliases: other spellings of the flag, without dashes.
+        aliases: other spellings of the flag, without dashes. As a mapping, each with the values that are written
+            otherwise there, as {"lr_type": {"cosine": "epoch_cos"}}: that spelling then takes these values only.
         default_text: what --help prints as the default where the value alone would mislead ("recipe").
         metavar: what --help prints in place of the value.
     """
@@ -33,7 +34,7 @@ def option(
         "help": help,
         "unit": unit,
         "choices": None if choices is None else tuple(choices),
-        "aliases": tuple(aliases),
+        "aliases": aliases if isinstance(aliases, Mapping) else {name: {} for name in aliases},
         "default_text": default_text,
         "metavar": metavar,
     }

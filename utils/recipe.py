@@ -239,6 +239,8 @@ def recipe_defaults(
     defaults["cot_weight_warm_up_epochs"] = _cot_warm_up_epochs(data_recipe, epochs)
     if given.get("lr_mode", defaults["lr_mode"]) == "step":
         defaults["lr_milestones"] = _milestones(data_recipe, epochs)
+    if given.get("lr_mode") == "epoch_cos":
+        defaults.setdefault("decay_epochs", float(epochs))
     if given.get("is_efficientnet_user_crop"):
         defaults["crop_size"] = _DATA[data_recipe]["crop_size"]
     if dataset not in _DATA and defaults["crop_size"] == _DATA[data_recipe]["crop_size"]:

@@ -3,15 +3,19 @@
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+import eval as evaluation
+import train_split
 from method import Progress, Targets, methods
 from method.dks import DKSOptions
 from model import BackboneRequest, build_network, build_splitnet
 from model.splitnet import SplitNet
+from utils.checkpoint import load_checkpoint, save_checkpoint
 from utils.errors import UserError
 
 PROGRESS = Progress(0, 0, 0, 10, 2, 0.1, torch.arange(6))
@@ -117,6 +121,28 @@ def test_the_kept_network_is_the_plain_backbone():
     assert all(name.startswith("branches.") for name in state)
 
 
+def test_the_deployed_network_is_the_plain_backbone_through_eval(tmp_path, capsys, logging_restored):
+    """A checkpoint without what DKS keeps beside the networks evaluates, and its logits are the plain backbone's."""
+    argv = ["--method", "dks", "--arch", "wrn_16_1", "--dataset", "digits", "--batch_size", "96", "--seed", "1"]
+    argv += ["--max_steps", "2", "--amp_dtype", "fp32", "--no_cuda", "--model_dir", str(tmp_path / "run")]
+    assert train_split.main(argv) == 0
+    content = load_checkpoint(tmp_path / "run" / "checkpoint_0_2.pth.tar")
+    plain = build_network(REQUEST).eval()
+    state = {key.removeprefix("module.models.0."): value for key, value in content["state_dict"].items()}
+    plain.load_state_dict(state, strict=True)
+    assert any(name.startswith("branches.") for name in content["method"])
+    exported = {key: value for key, value in content.items() if key not in ("method", "optimizer")}
+    save_checkpoint(exported, tmp_path / "exported.pth.tar")
+    images = torch.randn(5, 3, 16, 16)
+    np.save(tmp_path / "images.npy", images.numpy())
+    argv = ["--resume", str(tmp_path / "exported.pth.tar"), "--predict", str(tmp_path / "images.npy"), "--no_cuda"]
+    assert evaluation.main([*argv, "--amp_dtype", "fp32", "--workers", "0", "--model_dir", str(tmp_path / "out")]) == 0
+    capsys.readouterr()
+    logits = torch.from_numpy(np.load(tmp_path / "out" / "logits.npz")["logits"])
+    with torch.no_grad():
+        torch.testing.assert_close(logits[0], plain(images), rtol=1e-5, atol=1e-5)
+
+
 def test_extra_rows_are_the_branches():
     images = torch.randn(2, 3, 16, 16)
     method = make(2).eval()
@@ -149,6 +175,7 @@ def test_published_recipe():
     assert (recipe["epochs"], recipe["lr_milestones"], recipe["lr_step_multiplier"]) == (200, (59, 119, 159), 0.2)
     assert (recipe["weight_decay"], recipe["is_wd_all"], recipe["is_nesterov"]) == (5e-4, True, False)
     assert methods.get("dks").recipe("cifar10", 20)["lr_milestones"] == (6, 12, 16)
+    assert (recipe["padding_mode"], recipe["mean"][0], recipe["std"][2]) == ("reflect", 125.3 / 255, 66.7 / 255)
     assert set(methods.get("dks").recipe("digits", None)) <= {
         "is_mixup", "is_autoaugment", "is_cutout", "is_label_smoothing"
     }  # fmt: skip

@@ -9,13 +9,17 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
+import train_split
 from method import Progress, Targets, methods
 from method.l_mcl import LMCL, ClassTable, LMCLOptions, Outputs
 from model import BackboneRequest, build_network, build_splitnet
 from model.heads import Gate, ProjectionHead
 from model.splitnet import SplitNet
+from parser_params import parse_config, resolve_config
 from tests.processes import run_processes
+from utils.checkpoint import load_checkpoint
 from utils.errors import UserError
+from utils.schedule import Schedule
 from utils.seed import counter_uniform, counter_uniform_on_device, fold_in
 
 GOLDEN = json.loads((Path(__file__).parent / "golden" / "lmcl_loss.json").read_text())
@@ -90,7 +94,7 @@ def test_golden_objective(dtype, tolerance):
                                      "2.weight": tensor(values["W2"]), "2.bias": tensor(values["b2"])})  # fmt: skip
         gates.append(gate)
     method.heads, method.gates = nn.ModuleList(heads), nn.ModuleList(gates)
-    method._outputs = lambda view: Outputs(embeddings, logits)
+    method.outputs = lambda view: Outputs(embeddings, logits)
     weights = tensor(cifar["weights"])[:9]  # the first nine ordered pairs are ours
     method.weight_net = _Constant(weights)
 
@@ -231,7 +235,7 @@ class _Objectives(nn.Module):
     def forward(self, inner: bool) -> Tensor:
         method = self.method
         views, targets, progress = self.batch
-        outputs = method._outputs(views[0])
+        outputs = method.outputs(views[0])
         if not inner:
             return method._cross_entropy(outputs.logits_MBK, targets)
         weights = method.weight_net(outputs.embeddings, method.pairs_2P)
@@ -338,13 +342,6 @@ def test_a_round_that_is_not_finite_is_skipped():
     assert all(torch.equal(p, saved) for p, saved in zip(method.weight_net.parameters(), before, strict=True))
 
 
-def test_synchronised_batch_norm_is_refused():
-    method = make()
-    method.network = nn.SyncBatchNorm.convert_sync_batchnorm(method.network)
-    with pytest.raises(UserError, match="--is_syncbn"):
-        around_step(method, *batch(), progress_of())
-
-
 # ---- memory banks ---------------------------------------------------------------------------------------------------
 
 
@@ -402,7 +399,7 @@ def test_banks_start_uniform_and_follow_the_final_embeddings():
 
     views, targets = batch()
     indices = torch.tensor([0, 1, 4, 5, 2, 3, 6, 7])
-    projected = method._projected(method._outputs(views[0]))[method.finals_N].detach()
+    projected = method._projected(method.outputs(views[0]))[method.finals_N].detach()
     method(views, targets, progress_of(indices=indices))
     expected = banks.clone()
     moved = 0.25 * banks[:, indices] + 0.75 * projected
@@ -439,10 +436,9 @@ def test_training_sets_without_enough_images_are_refused(labels, message):
 # ---- state ----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    ("options", "prepare_first"), [({}, True), (BANK, True), (BANK, False)], ids=["batch", "bank", "bank-late"]
-)
-def test_training_continues_bit_for_bit(options, prepare_first, tmp_path):
+@pytest.mark.parametrize("prepare_first", [True, False], ids=["bank", "bank-late"])
+def test_training_with_banks_continues_bit_for_bit(prepare_first, tmp_path):
+    options = BANK
     whole = make(meta_freq=2, **options)
     optimizer = train(whole, range(3))
     torch.save(
@@ -469,6 +465,31 @@ def test_training_continues_bit_for_bit(options, prepare_first, tmp_path):
         assert torch.equal(value, resumed.state_dict()[name]), name
 
 
+def test_a_run_that_stops_within_an_epoch_goes_on_as_if_it_had_not(tmp_path, capsys, logging_restored):
+    argv = ["--method", "l_mcl", "--arch", "lmcl_wrn_10_1", "--dataset", "digits", "--batch_size", "40", "--seed", "2"]
+    argv += ["--meta_freq", "2", "--no_cuda", "--model_dir"]
+    for folder, parts in (("whole", ["4"]), ("parts", ["1", "3", "4"])):
+        for steps in parts:
+            resume = ["--resume", "auto", "--max_steps", steps]
+            assert train_split.main([*argv, str(tmp_path / folder), *resume]) == 0, capsys.readouterr().err
+    whole, parts = (load_checkpoint(tmp_path / folder / "checkpoint_0_4.pth.tar") for folder in ("whole", "parts"))
+    for part in ("state_dict", "method", "optimizer"):
+        assert same(whole[part], parts[part]), part
+    assert [key for key in whole["method"] if key.startswith("weight_net.")]
+    rows = [json.loads(line) for line in (tmp_path / "whole" / "metrics.jsonl").read_text().splitlines()]
+    extra = next(row["test"]["extra"] for row in rows if row["kind"] == "eval")
+    assert set(extra) == {f"{i}_{name}" for i in (1, 2) for name in ("exit1", "exit2", "aggregated")}
+
+
+def same(one, other) -> bool:
+    """Whether two checkpoints' parts are equal, bit for bit."""
+    if isinstance(one, dict):
+        return one.keys() == other.keys() and all(same(one[key], other[key]) for key in one)
+    if isinstance(one, list):
+        return len(one) == len(other) and all(map(same, one, other))
+    return torch.equal(one, other) if isinstance(one, Tensor) else one == other
+
+
 def test_the_kept_network_is_the_plain_backbone():
     method = make(("resnet20", "wrn_10_1"))
     train(method, range(2))
@@ -487,7 +508,7 @@ def test_extra_rows():
     images = torch.randn(5, 3, 8, 8)
     with torch.no_grad():
         rows = method.extra_logits(images)
-        outputs = method._outputs(images)
+        outputs = method.outputs(images)
     assert list(rows) == ["1_exit1", "1_exit2", "1_aggregated", "2_exit1", "2_exit2", "2_aggregated"]
     torch.testing.assert_close(rows["2_exit1"], outputs.logits_MBK[3])
     weights = method.gates[0].weights(outputs.embeddings[:3])
@@ -531,13 +552,34 @@ def test_one_network_or_one_without_stages_is_refused():
 
 def test_published_recipes():
     cifar, imagenet = (methods.get("l_mcl").recipe(name, None) for name in ("cifar100", "imagenet"))
-    assert (cifar["epochs"], cifar["lr_mode"], cifar["weight_decay"]) == (300, "cos", 5e-4)
+    assert (cifar["epochs"], cifar["lr_mode"], cifar["weight_decay"]) == (300, "epoch_cos", 5e-4)
     assert (imagenet["epochs"], imagenet["lr_milestones"], imagenet["weight_decay"]) == (100, (30, 60, 90), 1e-4)
     own = {"contrast": "bank", "tau": 0.07, "alpha": 0.01, "beta": 0.01, "meta_freq": 500}
     assert own.items() <= imagenet.items()
     assert LMCLOptions(**own).neg_k == 8192
     assert LMCL.recipe("imagenet", 10)["lr_milestones"] == (3, 6, 9)
     assert "lr" not in LMCL.recipe("digits", None)
+
+
+@pytest.mark.parametrize(("dataset", "row"), [("cifar100", "cosine_300"), ("imagenet", "multistep_100")])
+def test_the_recipe_gives_the_published_learning_rate(dataset, row):
+    argv = ["--method", "l_mcl", "--dataset", dataset, "--arch", "resnet18_imagenet,resnet18_imagenet"]
+    config = resolve_config(parse_config(argv), data_recipe=dataset)
+    schedule = Schedule(
+        mode=config.lr_mode,
+        base_lr=config.lr,
+        epochs=config.epochs,
+        steps_per_epoch=7,
+        slow_start_epochs=config.slow_start_epochs,
+        slow_start_lr=config.slow_start_lr,
+        end_lr=config.end_lr,
+        milestones=config.lr_milestones,
+        step_multiplier=config.lr_step_multiplier,
+        decay_epochs=config.decay_epochs,
+    )
+    for epoch, rate in GOLDEN["lr"][row].items():
+        for step in (0, 6):
+            assert schedule(7 * int(epoch) + step) == pytest.approx(rate, rel=1e-6)
 
 
 # ---- processes ------------------------------------------------------------------------------------------------------

@@ -209,44 +209,6 @@ def test_exits_hang_where_the_plan_says(arch, taps, depths):
     assert [[len(stage) for stage in one.stages] for one in exits] == depths
 
 
-# Cheap members to stand for their families; a family that is not here is represented by its first name.
-LIGHT = ("wrn_16_1", "resnet20", "resnext29_8x64d", "wide_resnet16_8", "resnet32_cifar", "resnet18_imagenet")
-LIGHT += ("se_resnet50", "resnexst50_4x16d", "cream_14")
-HEAVY = {"resnest"}  # undivided; resnexst has the same parts
-
-
-def one_of_each_family() -> list[str]:
-    chosen: dict[str, str] = {}
-    for arch, entry in backbones.items():
-        if entry.family not in HEAVY and (entry.family not in chosen or arch in LIGHT):
-            chosen[entry.family] = arch
-    return sorted(chosen.values())
-
-
-@pytest.mark.parametrize("arch", one_of_each_family())
-def test_heads_fit_every_family_and_keep_nothing_they_do_not_use(arch):
-    """Any registered family: shapes agree, and each parameter that a head owns learns."""
-    large = SMALL not in backbones.get(arch).split_factors
-    shape, side = (LARGE, 64) if large else (SMALL, 16)
-    splits = backbones.get(arch).split_factors[shape]
-    network = build_network(
-        request_of(arch, shape=shape, crop_size=side, num_classes=7, split_factor=splits[-1], dataset="digits")
-    )
-    for make in (exit_heads, synergy_branches):
-        heads = make(network)
-        assert network.training
-        assert heads.training
-        embeddings, logits = heads(network, torch.randn(2, 3, side, side))
-        assert len(logits) == len(heads) + 1 >= 3
-        assert all(one.shape == (2, 7) for one in logits)
-        if make is exit_heads:
-            assert {e.shape for e in embeddings} == {(2, embedding_size(network))}
-        torch.stack(logits).sum().backward()
-        for head in heads:
-            idle = {name for name, p in head.named_parameters() if p.requires_grad and p.grad is None}
-            assert not idle
-
-
 def test_heads_are_copies_with_weights_of_their_own():
     torch.manual_seed(0)
     network = build("resnet32_cifar")

@@ -17,6 +17,7 @@ SUBJECTS = {
     "numerics": "how far cases drift apart over the same training steps",
     "counts": "operations and host waits of a training step (G8)",
     "epoch": "an epoch end to end, or an evaluation alone (G7, G11)",
+    "l_mcl_step": "a step of layer-wise mutual contrastive learning in its parts",
     "step": "one training step of S networks (G1, G2, G10)",
     "views": "augmented views against Pillow (G5, G6), and large images from files",
 }

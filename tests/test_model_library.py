@@ -39,13 +39,12 @@ TORCHVISION = (
 )
 TIMM = ("resnet50d", "regnety_004", "efficientnet_b0", "mobilenetv3_small_100", "convnextv2_atto")
 DIVIDED = [*(f"torchvision/{name}" for name in TORCHVISION), *(f"timm/{name}" for name in TIMM)]
-SMALL_ONES = ("torchvision/mobilenet_v3_small", "torchvision/mnasnet0_5", "torchvision/regnet_y_400mf")
-SMALL_ONES += (
-    "torchvision/resnet18",
-    "torchvision/efficientnet_b0",
+# one of each family
+SMALL_ONES = (
+    *(f"torchvision/{name}" for name in ("resnet18", "regnet_y_400mf", "mobilenet_v3_small", "efficientnet_b0")),
+    *(f"torchvision/{name}" for name in ("mnasnet0_5", "convnext_tiny", "vgg11")),
+    *(f"timm/{name}" for name in ("regnety_002", "mobilenetv2_100", "densenet121")),
 )
-SMALL_ONES += ("torchvision/convnext_tiny", "torchvision/vgg11", "timm/regnety_002", "timm/mobilenetv2_100")
-SMALL_ONES += "timm/densenet121"
 
 
 def make_request(arch, split_factor=1, **changes):

@@ -680,7 +680,7 @@ def resolve_config(config: Config, *, data_recipe: str, crop_size: int | None = 
     if config.dataset not in RECIPES:  # open data sets know their own statistics
         from_method = {name: value for name, value in from_method.items() if name not in ("mean", "std")}
     supplied = {**from_method, **given}
-    arch = config.archs()[0]
+    arch = split_list(supplied.get("arch", config.arch))[0]
     backbone = backbones.get(arch) if config.dataset == "imagenet" and arch in backbones else None
     defaults, adjusted = recipe_defaults(
         data_recipe=data_recipe,

@@ -278,6 +278,10 @@ def test_cream_retraining_of_other_networks_and_lengths() -> None:
     assert defaults("imagenet", "cream_14", own_size=64)["crop_size"] == 64
     assert defaults("imagenet", "cream_supernet")["optimizer"] == "SGD"
     assert defaults("cifar10", "cream")["optimizer"] == "SGD"
+    search = resolve_config(
+        parse_config(["--dataset", "imagenet", "--method", "cream", "--flops_maximum", "43"]), data_recipe="imagenet"
+    )
+    assert (search.arch, search.crop_size, search.crop_pct) == ("cream_supernet", 160, 0.875)
     sizes = {}
     for arch in ("cream_14", "cream_112", "cream_604", "cream", "cream_supernet", "resnet50"):
         config = resolve_config(parse_config(["--dataset", "imagenet", "--arch", arch]), data_recipe="imagenet")

@@ -27,6 +27,7 @@ from dataset.unlabelled import Inputs, array_inputs, file_inputs
 from dataset.views import ViewMaker, plain_spec
 from method import methods
 from model import backbones, split_list
+from model.inference import Contender, compare_latencies, undivided
 from model.restore import WEIGHTS, NetworkInfo, restore_splitnet
 from model.splitnet import SplitNet
 from parser_params import Config, parse_config
@@ -35,8 +36,9 @@ from utils import distributed
 from utils.distributed import World
 from utils.ensemble import ensemble_rule
 from utils.errors import RunError, UserError, reason
-from utils.eval_files import FIGURES, write_evaluation, write_output
+from utils.eval_files import evaluation_results, write_evaluation, write_latencies, write_output
 from utils.evaluation import evaluate
+from utils.latency import Latency, as_plain
 from utils.logger import plain_json, set_up_text_log
 from utils.options import option
 from utils.precision import Precision, choose_precision
@@ -68,6 +70,15 @@ class EvalOptions:
         metavar="PATH",
     )
     weights: str = option("auto", "which weights; auto is the moving average where there is one", choices=WEIGHTS)
+    benchmark: bool = option(
+        False, "after the evaluation, time the networks beside the undivided one: latency.md, .json and .png"
+    )
+    large: str | None = option(
+        None, "for --benchmark, checkpoint of the undivided network; without it its weights are random", metavar="PATH"
+    )
+    devices: str | None = option(
+        None, "for --benchmark, GPUs to spread the networks over, as cuda:0,cuda:1; one device is timed anyway"
+    )
 
 
 @dataclass(frozen=True)
@@ -89,6 +100,11 @@ class Session:
     world: World
     precision: Precision
     network: nn.Module
+
+    @property
+    def options(self) -> EvalOptions:
+        """The flags that only eval.py has."""
+        return self.config.extra_options if isinstance(self.config.extra_options, EvalOptions) else EvalOptions()
 
     @property
     def rule(self) -> str:
@@ -278,17 +294,71 @@ def _numbers(count: int) -> tuple[str, ...]:
 
 
 def run_evaluation(session: Session) -> dict[str, Any]:
-    """Evaluate on the test split; process 0 writes and prints.
+    """Evaluate on the test split and, with --benchmark, time the networks; process 0 writes and prints.
 
     Returns:
-        figures in percent, nats and [0, 1]: see `EvaluationCounts.result`.
+        figures in percent, nats and [0, 1]: see `EvaluationCounts.result`; those of --benchmark under `latency`.
 
     Raises:
         UserError: as `open_test_split`.
         RunError: an unreadable image under --on_bad_image fail, no readable image, a full disk.
     """
-    info = session.info
     folder = output_folder(session)
+    timing = open_timing(session)
+    results, confusion_KK = evaluate_session(session)
+    results["results_dir"] = str(folder)
+    if session.world.is_main:
+        classes = tuple(results["per_class_acc"])
+        print(write_evaluation(plain_json(results), confusion_KK, classes, folder), flush=True)
+        if timing is not None:
+            rows = timing(results["ensemble_acc1"])
+            results["latency"] = as_plain(rows)
+            write_output(folder / RESULTS, as_json(results))
+            print(f"\n{write_latencies(rows, folder)}", flush=True)
+    return results
+
+
+def open_timing(session: Session) -> Callable[[float], list[Latency]] | None:
+    """What --benchmark does once the ensemble's accuracy is known; None without it.
+
+    Raises:
+        UserError: flags that do not fit, --large is no checkpoint of one network for these classes, or --devices
+            names something else than GPUs.
+    """
+    info, options, world = session.info, session.options, session.world
+    if not options.benchmark:
+        if options.large is not None or options.devices is not None:
+            raise UserError("--large and --devices are for --benchmark: add it, or leave them away.")
+        return None
+    if world.world_size > 1:
+        raise UserError(f"--benchmark times one process, and this job has {world.world_size}: start it alone.")
+    devices = distributed.named_gpus("--devices", options.devices)
+    divided = len(info.archs) == 1 and info.split_factor > 1
+    large = Contender("undivided", undivided(info.request), None) if divided else None
+    if options.large is not None:
+        given = {flag: value for flag, value in session.config.given.items() if flag not in ("arch", "split_factor")}
+        other = open_session(replace(session.config, resume=options.large, given=given), world, [])
+        if other.info.num_networks != 1 or other.info.num_classes != info.num_classes:
+            raise UserError(f"--large {options.large}: expected one network for {info.num_classes} classes.")
+        large = Contender("undivided", other.network, evaluate_session(other)[0]["ensemble_acc1"])
+
+    def timing(accuracy: float) -> list[Latency]:
+        name = f"{','.join(info.archs)}, S = {info.num_networks}"
+        return compare_latencies(
+            Contender(name, session.network, accuracy),
+            large,
+            crop_size=info.crop_size,
+            device=world.device,
+            precision=session.precision,
+            devices=devices,
+        )
+
+    return timing
+
+
+def evaluate_session(session: Session) -> tuple[dict[str, Any], Tensor]:
+    """Figures on the test split, and the confusion matrix [K, K]; raises as `run_evaluation`."""
+    info = session.info
     source = open_test_split(session) if session.world.is_main else None
     distributed.barrier()  # process 0 first, because it may download
     source = source or open_test_split(session)
@@ -308,34 +378,15 @@ def run_evaluation(session: Session) -> dict[str, Any]:
         all_reduce=distributed.all_reduce_sum,
     )
     seconds = time.perf_counter() - began
-    figures, confusion_KK = evaluation.figures, evaluation.confusion
+    figures = evaluation.figures
     if figures["seen"] == 0:
         raise RunError(f"--data {session.config.data}: not one image of the test split can be read.")
-    classes = info.classes or source.classes
-    per_class_K = 100.0 * confusion_KK.diagonal().double() / confusion_KK.sum(dim=1)
-    results = {
-        **session.header(),
-        "images": figures["seen"],
-        "skipped": len(source.test) - figures["seen"],
-        "networks": [
-            {"network": i + 1, **{name: figures[name][i] for name in FIGURES}} for i in range(info.num_networks)
-        ],
-        "ensembles": figures["rules"],
-        "rule": figures["rule"],
-        **{f"ensemble_{name}": figures[f"ensemble_{name}"] for name in FIGURES},
-        "acc1": figures["acc1"],
-        "disagreement": figures["disagreement"],
-        "mean_pairwise_js": figures["js_divergence"],
-        "per_class_acc": dict(zip(classes, per_class_K.tolist(), strict=True)),
-        "seconds": round(seconds, 3),
-        "images_per_second": round(figures["seen"] / max(seconds, 1e-9), 1),
-        "results_dir": str(folder),
-    }
+    results = session.header() | evaluation_results(
+        evaluation, info.classes or source.classes, skipped=len(source.test) - figures["seen"], seconds=seconds
+    )
     for path, why in loader.bad_images.items():
         logger.warning("left out: %s: %s", path, why)
-    if session.world.is_main:
-        print(write_evaluation(plain_json(results), confusion_KK, classes, folder), flush=True)
-    return results
+    return results, evaluation.confusion
 
 
 # ---- prediction ------------------------------------------------------------------------------------------------------

@@ -427,7 +427,7 @@ def _help_text(flag: Flag) -> str:
 
 # flags that need no value, and what they mean without one
 BARE_FLAGS = types.MappingProxyType(
-    {"evaluate": "1", "no_cuda": "1", "multiprocessing_distributed": "1"}
+    dict.fromkeys(("evaluate", "no_cuda", "multiprocessing_distributed", "benchmark"), "1")
     | {"pretrained": "", "resume": "auto", "compile": "default"}
 )
 

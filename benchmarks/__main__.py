@@ -15,6 +15,7 @@ SUBJECTS = {
     "ceilings": "what the device can do at most: products, copies, launches",
     "convolutions": "3x3 convolutions of S narrow networks, in sequence, in streams, with groups",
     "numerics": "how far cases drift apart over the same training steps",
+    "inference": "latency of S networks beside the large one (G9)",
     "counts": "operations and host waits of a training step (G8)",
     "epoch": "an epoch end to end, or an evaluation alone (G7, G11)",
     "l_mcl_step": "a step of layer-wise mutual contrastive learning in its parts",

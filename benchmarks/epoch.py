@@ -29,6 +29,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--batch_size", type=int, default=128, help="images (default 128)")
     parser.add_argument("--workers", type=int, default=2, help="of the published loader (default 2)")
     parser.add_argument("--data", type=Path, help="class folders of images up to 64 px (default: synthetic images)")
+    parser.add_argument("--images", type=int, help="use so many of every split (default: all)")
     parser.add_argument("--cases", help="comma list such as bf16+stacked (default: every execution and precision)")
     parser.add_argument(
         "--evaluation_only", action="store_true", help="time evaluations of the test images alone (G11)"
@@ -51,6 +52,9 @@ def run(options: argparse.Namespace, device: torch.device) -> list[dict[str, Any
             name: own.open_trainer([*flags, *own.case_flags(name)], Path(folder) / str(i), device)
             for i, name in enumerate(names)
         }
+        if options.images is not None:
+            for trainer in trainers.values():
+                own.shorten(trainer, options.images)
         first = next(iter(trainers.values()))
         published = _published_evaluation if options.evaluation_only else _published_epoch
         ours = _own_evaluation if options.evaluation_only else _own_epoch

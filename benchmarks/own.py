@@ -8,15 +8,17 @@ from typing import Any
 
 import torch
 
+from dataset import ImageSet
 from dataset.loader import Batch
+from dataset.pipeline import build_eval_loader, build_train_loader
 from dataset.views import ViewMaker
+from model.execution import EXECUTIONS
 from parser_params import parse_config, resolve_config
 from train_split import Trainer, open_shared_source, settle_seed
 from utils import distributed
 from utils.errors import UserError
 from utils.precision import has_fast_bf16
 
-EXECUTIONS = ("loop",)
 WORDS = {"compile": ("--compile", "default"), "graph": ("--cuda_graph", "1")}
 TYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
 
@@ -85,6 +87,29 @@ def open_trainer(flags: Sequence[str], folder: Path, device: torch.device) -> Tr
         return Trainer(replace(resolved, seed=config.seed), world, source, None)
     finally:
         logging.getLogger().setLevel(level)
+
+
+def shorten(trainer: Trainer, count: int) -> None:
+    """Keep `count` images of every split, evenly spaced over it and so over its classes."""
+    device = trainer.world.device
+    options: dict[str, Any] = {"rank": 0, "world_size": 1, "device": device, "workers": 0}
+    size = trainer.config.crop_size
+
+    def part(split: ImageSet) -> ImageSet:
+        return split.subset(torch.linspace(0, len(split) - 1, min(count, len(split)), dtype=torch.float64).long())
+
+    trainer.source = replace(trainer.source, train=part(trainer.source.train), test=part(trainer.source.test))
+    trainer.loader = build_train_loader(
+        trainer.source,
+        crop_size=size,
+        batch_size=trainer.config.batch_size,
+        num_views=trainer.num_views,
+        seed=trainer.seed,
+        **options,
+    )
+    test = build_eval_loader(trainer.source.test, crop_size=size, batch_size=trainer.config.eval_batch_size, **options)
+    trainer.eval_loaders = {"test": test}
+    trainer.steps_per_epoch = trainer.loader.steps_per_epoch
 
 
 class _ReadyViews(ViewMaker):

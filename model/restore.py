@@ -42,6 +42,7 @@ class NetworkInfo:
         dataset: data set that the networks were made for.
         crop_size: side of the input in pixels.
         weights: "raw", or "ema" where the moving average of the weights was taken.
+        request: structure of the first network.
         classes, mean, std, data_recipe, epoch, best_acc1: of our checkpoints, None in released ones that lack them.
     """
 
@@ -52,6 +53,7 @@ class NetworkInfo:
     dataset: str
     crop_size: int
     weights: str
+    request: BackboneRequest
     classes: tuple[str, ...] | None = None
     mean: tuple[float, ...] | None = None
     std: tuple[float, ...] | None = None
@@ -145,6 +147,7 @@ def restore_splitnet(
         dataset=made_for,
         crop_size=request.crop_size,
         weights=taken,
+        request=request,
         classes=None if classes is None else tuple(map(str, classes)),
         mean=_per_channel(content, "mean", source),
         std=_per_channel(content, "std", source),

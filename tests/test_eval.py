@@ -1,6 +1,7 @@
 """eval.py as a user runs it: evaluation, prediction, released checkpoints, and what is refused."""
 
 import csv
+import functools
 import gzip
 import json
 import logging
@@ -19,9 +20,10 @@ from PIL import Image
 import eval as program
 from dataset import SourceRequest, open_source
 from dataset.views import ViewMaker, view_spec
-from model import BackboneRequest, build_splitnet
+from model import BackboneRequest, build_splitnet, inference
 from model.splitnet import SplitNet
 from tests.golden.fill import fill, image
+from utils import latency
 from utils.checkpoint import FORMAT_VERSION, published_keys, save_checkpoint
 
 ROOT = Path(__file__).parent.parent
@@ -167,6 +169,33 @@ def test_evaluation(run_dir, test_logits_SNK, tmp_path, capsys):
     assert sum(int(row["images"]) for row in read_csv(tmp_path / "per_class.csv")) == 359
     with Image.open(tmp_path / "confusion.png") as confusion:
         assert confusion.size[0] > 300
+
+
+def test_benchmark_times_every_strategy_beside_the_undivided_network(run_dir, tmp_path, monkeypatch, capsys):
+    quick = functools.partial(latency.measure, batch_sizes=(1, 3), seconds=0)
+    monkeypatch.setattr(inference, "measure", quick)
+    monkeypatch.setattr(latency, "LEAST", 2)
+    argv = ("--resume", run_dir / "checkpoint_1.pth.tar", "--model_dir", tmp_path)
+    code, out, err = run(*argv, "--benchmark", capsys=capsys)
+    assert code == 0, err
+    results = json.loads(out.splitlines()[-1])
+    assert results == json.loads((tmp_path / "results.json").read_text())
+    rows = results["latency"]
+    assert rows == json.loads((tmp_path / "latency.json").read_text())
+    ensemble = [("resnet20, S = 2", name) for name in ("loop", "parallel", "stacked")]
+    assert [(row["name"], row["strategy"]) for row in rows] == [("undivided", "one network"), *ensemble] * 2
+    assert [row["batch_size"] for row in rows] == [1] * 4 + [3] * 4
+    # random weights have no accuracy to show
+    assert {row["accuracy"] for row in rows if row["name"] == "undivided"} == {None}
+    assert {row["accuracy"] for row in rows if row["name"] != "undivided"} == {results["ensemble_acc1"]}
+    assert (tmp_path / "latency.md").read_text() in out
+    assert (tmp_path / "latency.png").stat().st_size > 10_000
+    monkeypatch.setattr(inference, "measure", lambda *_, **__: pytest.fail("nothing is timed"))
+    line = refuse(*argv, "--benchmark", "--large", argv[1], capsys=capsys)
+    assert line == f"eval.py: --large {argv[1]}: expected one network for 10 classes."
+    line = refuse(*argv, "--benchmark", "--devices", "cuda:97", capsys=capsys)
+    assert "--devices cuda:97: cuda:97 is none of this machine's" in line
+    assert "are for --benchmark" in refuse(*argv, "--devices", "cuda:0", capsys=capsys)
 
 
 def test_results_of_a_training_run_stay(run_dir, one_image, capsys):

@@ -89,6 +89,23 @@ def visible_gpus(*, no_cuda: bool, gpu: int | None, gpu_ids: str | None) -> list
     return chosen
 
 
+def named_gpus(flag: str, names: str | None) -> list[torch.device]:
+    """The GPUs of a comma list such as cuda:0,cuda:1.
+
+    Raises:
+        UserError: a name that is no GPU of this machine; the line names `flag`.
+    """
+    devices, present = [], torch.cuda.device_count()
+    for name in (part.strip() for part in (names or "").split(",") if part.strip()):
+        kind, _, number = name.partition(":")
+        if kind != "cuda" or not (number or "0").isdecimal() or int(number or "0") >= present:
+            raise UserError(
+                f"{flag} {names}: {name} is none of this machine's {present} GPUs; name them cuda:0,cuda:1."
+            )
+        devices.append(torch.device("cuda", int(number or "0")))
+    return devices
+
+
 def join(gpus: list[int], *, backend: str = "auto") -> World:
     """This process's place in the job; starts the process group where a launcher has set one up.
 

@@ -2,6 +2,7 @@
 
 import csv
 import io
+import json
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -10,10 +11,42 @@ from torch import Tensor
 
 from utils.checkpoint import write_file
 from utils.errors import RunError, reason
+from utils.evaluation import Evaluation
+from utils.latency import Latency, as_plain, format_latencies, plot_accuracy_latency
 from utils.plots import plot_confusion
 from utils.run_folder import RESULTS, as_json
 
 FIGURES = ("acc1", "acc5", "nll", "brier", "ece")
+
+
+def evaluation_results(
+    evaluation: Evaluation, classes: Sequence[str], *, skipped: int, seconds: float
+) -> dict[str, Any]:
+    """The figures of an evaluation as results.json has them: percent, nats and [0, 1].
+
+    Args:
+        classes: K names.
+        skipped: images that could not be read.
+        seconds: that the pass took.
+    """
+    figures, confusion_KK = evaluation.figures, evaluation.confusion
+    per_class_K = 100.0 * confusion_KK.diagonal().double() / confusion_KK.sum(dim=1)
+    return {
+        "images": figures["seen"],
+        "skipped": skipped,
+        "networks": [
+            {"network": i + 1, **{name: figures[name][i] for name in FIGURES}} for i in range(len(figures["acc1"]))
+        ],
+        "ensembles": figures["rules"],
+        "rule": figures["rule"],
+        **{f"ensemble_{name}": figures[f"ensemble_{name}"] for name in FIGURES},
+        "acc1": figures["acc1"],
+        "disagreement": figures["disagreement"],
+        "mean_pairwise_js": figures["js_divergence"],
+        "per_class_acc": dict(zip(classes, per_class_K.tolist(), strict=True)),
+        "seconds": round(seconds, 3),
+        "images_per_second": round(figures["seen"] / max(seconds, 1e-9), 1),
+    }
 
 
 def format_table(results: Mapping[str, Any]) -> str:
@@ -51,6 +84,19 @@ def write_evaluation(results: Mapping[str, Any], confusion_KK: Tensor, classes: 
     write_output(folder / "table.md", table + "\n")
     write_output(folder / "per_class.csv", csv_text(("class", "name", "images", "acc1"), rows))
     plot_confusion(confusion_KK.numpy(), classes, folder / "confusion.png")
+    return table
+
+
+def write_latencies(rows: Sequence[Latency], folder: Path) -> str:
+    """Write latency.md, latency.json and latency.png; returns the table.
+
+    Raises:
+        RunError: a file cannot be written.
+    """
+    table = format_latencies(rows)
+    write_output(folder / "latency.md", table + "\n")
+    write_output(folder / "latency.json", json.dumps(as_plain(rows), indent=2) + "\n")
+    plot_accuracy_latency(rows, folder / "latency.png")
     return table
 
 

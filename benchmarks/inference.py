@@ -1,0 +1,115 @@
+"""Latency of S networks beside the one large network: the published eager one, and our own folded one (G9).
+
+The total work is equal, so nothing is promised: what is measured is printed, also where the large network wins. For a
+checkpoint with its accuracy see `eval.py --benchmark`.
+"""
+
+import argparse
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from benchmarks import baseline, own
+from benchmarks.report import Side, interleave, peak_memory_mib, row
+from model import BackboneRequest, build_splitnet
+from model.execution import EXECUTIONS
+from model.inference import Contender, candidates_of, undivided
+from utils.latency import Candidate
+from utils.precision import choose_precision
+
+OWN_LARGE = 0.85  # G9, beside our own large network
+
+
+def add_flags(parser: argparse.ArgumentParser) -> None:
+    """Flags of this benchmark beside the common ones."""
+    parser.set_defaults(split_factor=2)
+    parser.add_argument("--arch", default="wide_resnet28_10", help="backbone (default wide_resnet28_10)")
+    parser.add_argument("--batch_sizes", default="1,8,32,128", help="images of a batch (default 1,8,32,128)")
+    parser.add_argument("--precision", default="auto", choices=("auto", "bf16", "fp16", "fp32"), help="(default auto)")
+
+
+def run(options: argparse.Namespace, device: torch.device) -> list[dict[str, Any]]:
+    """Time the published large network, ours, and S networks in every way of running them, in turns.
+
+    Raises:
+        UserError: an architecture or a precision that cannot be.
+    """
+    precision = choose_precision(device, is_amp=True, amp_dtype=options.precision)
+    request = BackboneRequest(arch=options.arch, split_factor=options.split_factor)
+    published = baseline.plain_network(undivided(request), device).eval().models[0]
+    sizes = [int(size) for size in options.batch_sizes.split(",")]
+    images = torch.randn(max(2, *sizes), 3, 32, 32, generator=torch.Generator().manual_seed(0)).to(device)
+    like = precision.memory_format
+    formatted = images.contiguous(memory_format=like)
+    found: list[Candidate] = []
+    for name, network in (("large", undivided(request)), ("ensemble", build_splitnet(request, seed=0).eval())):
+        network.to(device).to(memory_format=like)
+        found += candidates_of(Contender(name, network, None), formatted, EXECUTIONS)
+    rows = []
+    for size in sizes:
+        batch, batch_like = images[:size], images[:size].contiguous(memory_format=like)
+        cases: dict[str, Callable[[], object]] = {"published": _published(published, batch, device)}
+        cases |= {_name(one): _ours(one, batch_like, precision.autocast, device) for one in found}
+        times = interleave(
+            cases,
+            device,
+            warmup=5,
+            rounds=options.rounds,
+            seconds=options.seconds / len(options.batch_sizes.split(",")),
+        )
+        layout = "NHWC" if like is torch.channels_last else "NCHW"
+        sides = {
+            name: Side(
+                name=name,
+                dtype=own.TYPES[precision.name],
+                layout=layout,
+                seconds=seconds,
+                memory_mib=peak_memory_mib(cases[name], device),
+            )
+            for name, seconds in times.items()
+        }
+        base = Side(
+            name="published large network",
+            dtype=baseline.precision_name(device),
+            layout="NCHW",
+            seconds=times["published"],
+        )
+        goal = "G9" if device.type == "cuda" and options.arch == "wide_resnet28_10" else None
+        subject = f"inference of {options.arch} S={options.split_factor}, batch {size}"
+        large = sides[_name(found[0])]
+        commit = 5.0 if size <= 8 else 1.8 if size <= 32 else 1.3
+        for one in found:
+            side = sides[_name(one)]
+            is_ensemble = one.name == "ensemble"
+            promised = goal if is_ensemble else None
+            rows.append(row(promised, subject, side, base, work=size, commit=commit if promised else None))
+            if is_ensemble:
+                own_commit = OWN_LARGE if goal else None
+                rows.append(row(goal, subject, side, large, work=size, commit=own_commit))
+    return rows
+
+
+def _name(candidate: Candidate) -> str:
+    return f"{candidate.name}, {candidate.strategy}"
+
+
+def _published(network: torch.nn.Module, batch: Tensor, device: torch.device) -> Callable[[], object]:
+    @torch.no_grad()
+    def call() -> object:
+        with torch.autocast(device.type, torch.float16, enabled=device.type == "cuda"):
+            return network(batch)
+
+    return call
+
+
+def _ours(
+    candidate: Candidate, batch: Tensor, autocast: torch.dtype | None, device: torch.device
+) -> Callable[[], object]:
+    @torch.inference_mode()
+    def call() -> object:
+        with torch.autocast(device.type, autocast, enabled=autocast is not None):
+            return candidate.forward(batch)
+
+    return call

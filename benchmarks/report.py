@@ -20,8 +20,6 @@ from utils.logger import plain_json
 from utils.precision import has_fast_bf16
 
 PACKAGES = ("torch", "torchvision", "numpy", "pillow", "timm", "triton")
-CLEAR_PEAK = "/proc/self/clear_refs"  # writing 5 resets the peak of a Linux process's resident memory
-PEAK_LINE = "VmHWM:"
 
 
 def hardware(device: torch.device) -> dict[str, Any]:
@@ -113,22 +111,13 @@ def interleave(
 
 
 def peak_memory_mib(call: Callable[[], object], device: torch.device) -> float | None:
-    """Peak memory in MiB during one call: what torch allocated on a GPU, the process's resident memory on Linux CPUs.
-
-    None where the system does not tell.
-    """
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
-        call()
-        torch.cuda.synchronize(device)
-        return round(torch.cuda.max_memory_allocated(device) / 2**20, 1)
-    try:
-        Path(CLEAR_PEAK).write_text("5", encoding="ascii")
-        call()
-        status = Path("/proc/self/status").read_text(encoding="ascii").splitlines()
-        return round(int(next(line.split()[1] for line in status if line.startswith(PEAK_LINE))) / 1024, 1)
-    except (OSError, StopIteration):
+    """Most that torch had allocated on a GPU during one call, in MiB; None on a CPU, where all cases share one heap."""
+    if device.type != "cuda":
         return None
+    torch.cuda.reset_peak_memory_stats(device)
+    call()
+    torch.cuda.synchronize(device)
+    return round(torch.cuda.max_memory_allocated(device) / 2**20, 1)
 
 
 def quantile(values: Sequence[float], part: float) -> float:

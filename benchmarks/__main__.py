@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 
 from benchmarks.report import describe, markdown, write
+from utils.checkpoint import write_file
 from utils.errors import RunError, UserError, reason
 
 SUBJECTS = {
@@ -35,7 +36,7 @@ def build_parser() -> argparse.ArgumentParser:
         own.add_argument("--split_factor", type=int, default=4, help="S (default 4)")
         own.add_argument("--rounds", type=int, default=50, help="timed rounds at most (default 50)")
         own.add_argument("--seconds", type=float, default=180, help="no new round begins after (default 180)")
-        own.add_argument("--json", type=Path, help="write the rows there")
+        own.add_argument("--json", type=Path, help="write the rows there, and the table beside it as .md")
         importlib.import_module(f"benchmarks.{name}").add_flags(own)
     return parser
 
@@ -53,16 +54,17 @@ def main(argv: list[str] | None = None) -> int:
         subject = importlib.import_module(f"benchmarks.{options.subject}")
         rows = subject.run(options, device)
         command = shlex.join(["python", "-m", "benchmarks", *arguments])
+        text = f"{describe(device, command)}\n\n{getattr(subject, 'markdown', markdown)(rows)}"
         if options.json is not None:
             write(options.json, rows, device=device, command=command)
+            write_file(options.json.with_suffix(".md"), text + "\n")
     except (UserError, RunError) as error:
         print(f"benchmarks: {error}", file=sys.stderr)
         return error.exit_code
     except OSError as error:
         print(f"benchmarks: --json {options.json}: cannot be written: {reason(error)}.", file=sys.stderr)
         return RunError.exit_code
-    table = getattr(subject, "markdown", markdown)(rows)
-    print(f"{describe(device, command)}\n\n{table}")
+    print(text)
     return 0
 
 

@@ -55,9 +55,9 @@ def test_views_and_evaluation_write_rows_of_their_goals(capsys, tmp_path):
         ("large images", "80x70 px files to 70 px, S=1", None),
         ("large images", "80x70 px files to 70 px, S=2", 1.6),
     ]
-    argv = ["epoch", "--evaluation_only", "--arch", "resnet20", "--workers", "0", "--cases", "fp32+loop"]
-    rows, _ = rows_of(capsys, tmp_path, *argv)
-    assert rows[0]["subject"] == "evaluation of resnet20 S=2, 256 images"
+    argv = ["epoch", "--evaluation_only", "--images", "20", "--arch", "resnet20", "--workers", "0"]
+    rows, _ = rows_of(capsys, tmp_path, *argv, "--cases", "fp32+loop")
+    assert rows[0]["subject"] == "evaluation of resnet20 S=2, 20 images"
 
 
 def test_counts_find_the_published_waits_and_none_of_ours(capsys, tmp_path):

@@ -8,13 +8,14 @@ import pytest
 import torch
 from PIL import Image
 
-from benchmarks import baseline, own
+from benchmarks import baseline, own, views
 from benchmarks.__main__ import SUBJECTS, build_parser, main
 from benchmarks.counts import count_operations
 from benchmarks.views import _spec
 from dataset.augment.policy import AUTOAUGMENT_POLICIES, AutoAugment, Op, Resample
 from model import BackboneRequest, build_splitnet
 from model.splitnet import SplitNet
+from parser_params import parse_config
 from tests.test_dataset_augment import pil_op
 
 CPU = torch.device("cpu")
@@ -42,7 +43,9 @@ def test_step_has_a_row_for_every_case_beside_the_published_step(capsys, tmp_pat
     )
 
 
-def test_views_and_evaluation_write_rows_of_their_goals(capsys, tmp_path):
+def test_views_and_evaluation_write_rows_of_their_goals(capsys, tmp_path, monkeypatch):
+    monkeypatch.setattr(views, "BATCHES", ((8, "few"), (16, "many")))
+    monkeypatch.setattr(views, "SAMPLE", 8)
     rows, _ = rows_of(capsys, tmp_path, "views", "--image_size", "8")
     assert {one["goal"] for one in rows} == {"G5"}
     assert {one["commit"] for one in rows} == {8}
@@ -58,6 +61,24 @@ def test_views_and_evaluation_write_rows_of_their_goals(capsys, tmp_path):
     argv = ["epoch", "--evaluation_only", "--images", "20", "--arch", "resnet20", "--workers", "0"]
     rows, _ = rows_of(capsys, tmp_path, *argv, "--cases", "fp32+loop")
     assert rows[0]["subject"] == "evaluation of resnet20 S=2, 20 images"
+
+
+def test_inference_stands_beside_both_large_networks(capsys, tmp_path):
+    rows, _ = rows_of(capsys, tmp_path, "inference", "--arch", "resnet20", "--batch_sizes", "1", "--precision", "fp32")
+    pairs = [(one["case"], one["baseline"]) for one in rows]
+    assert pairs[0] == ("large, one network", "published large network")
+    for strategy in ("loop", "parallel", "stacked"):
+        assert (f"ensemble, {strategy}", "published large network") in pairs
+        assert (f"ensemble, {strategy}", "large, one network") in pairs
+
+
+def test_ceilings_and_convolutions_at_their_smallest(capsys, tmp_path):
+    rows, _ = rows_of(capsys, tmp_path, "ceilings", "--side", "16", "--copy_mib", "1")
+    assert [one["unit"] for one in rows] == ["FLOP", "FLOP", "bytes", "launches"]
+    rows, _ = rows_of(capsys, tmp_path, "convolutions", "--widths", "8", "--sides", "4", "--batches", "2")
+    # in sequence, groups and undivided, two layouts, three passes; the baseline itself has no row
+    assert len(rows) == 3 * (3 * 2 - 1)
+    assert {one["baseline"] for one in rows} == {"in sequence"}
 
 
 def test_counts_find_the_published_waits_and_none_of_ours(capsys, tmp_path):
@@ -180,6 +201,17 @@ def test_published_divergence_is_that_of_the_loss_package():
     logits = torch.randn(3, 5, 7, generator=torch.Generator().manual_seed(0))
     found = baseline.BaselineStep._js_divergence(list(logits))
     assert float(found) == pytest.approx(float(js_divergence(logits).mean()), rel=1e-5)
+
+
+def test_cases_of_a_gpu_are_flags_of_the_parser(monkeypatch):
+    monkeypatch.setattr(own, "has_fast_bf16", lambda device: True)
+    for device in ("cpu", "cuda"):
+        for case in own.default_cases(torch.device(device)):
+            config = parse_config([*own.case_flags(case), "--dataset", "digits"], program="train_split.py")
+            assert config.amp_dtype == case.split("+")[0]
+            assert config.execution == case.split("+")[1]
+            assert config.cuda_graph == ("graph" in case)
+            assert (config.compile is not None) == ("compile" in case)
 
 
 def test_cases_become_flags_of_the_parser():

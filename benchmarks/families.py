@@ -16,10 +16,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+
+from benchmarks.report import describe
 from dataset.class_folders import iterate_images
-from model import backbones
+from utils.checkpoint import write_file
 from utils.errors import RunError, UserError
 from utils.plots import COLOURS
+from utils.run_folder import read_results
 
 ROOT = Path(__file__).resolve().parent.parent
 INTERVALS = 10  # progress lines of a run
@@ -124,13 +128,15 @@ def train_family(plan: Plan, data: Path, run: Path) -> Outcome:
     """Train, or go on, or read what is there.
 
     Raises:
-        RunError: train_split.py failed.
+        RunError: train_split.py failed or was stopped.
     """
-    command = [sys.executable, "train_split.py", *flags_of(plan, str(data), str(run)), "--resume", "auto"]
-    code = subprocess.run(command, cwd=ROOT, stdout=subprocess.DEVNULL).returncode
-    if code != 0:
-        raise RunError(f"{shlex.join(command)}: exit code {code}.")
-    results = json.loads((run / "results.json").read_text(encoding="utf-8"))
+    results = read_results(run)
+    if results is None:
+        command = [sys.executable, "train_split.py", *flags_of(plan, str(data), str(run)), "--resume", "auto"]
+        code = subprocess.run(command, cwd=ROOT, stdout=subprocess.DEVNULL).returncode
+        results = read_results(run)
+        if code != 0 or results is None:
+            raise RunError(f"{shlex.join(command)}: exit code {code}.")
     records = [json.loads(line) for line in (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
     train = [record for record in records if record["kind"] == "train"]
     networks = len(results["acc1"])
@@ -192,7 +198,7 @@ def report(outcomes: Mapping[str, Outcome]) -> str:
     """Table, what fell, and the commands."""
     falling = [family for family, outcome in outcomes.items() if outcome.losses[-1] < outcome.losses[0]]
     text = [format_table(outcomes), "", f"The loss falls in {len(falling)} of {len(outcomes)} families."]
-    missing = sorted({entry.family for _, entry in backbones.items()} - outcomes.keys())
+    missing = [family for family in PLANS if family not in outcomes]
     if missing:
         text.append(f"Not trained: {', '.join(missing)}.")
     text += ["", "```bash", *(outcome.command for outcome in outcomes.values()), "```"]
@@ -203,26 +209,28 @@ def main(argv: Sequence[str] | None = None) -> int:
     """The command line; returns the exit code: 0 done, 1 a run failed or a loss did not fall, 2 the user's mistake."""
     parser = argparse.ArgumentParser(prog="benchmarks.families", description=__doc__)
     parser.add_argument("--data", type=Path, required=True, help="folder of train/<class>/* and test/<class>/*")
-    parser.add_argument("--runs", type=Path, required=True, help="folder for the runs, table.md and losses.png")
+    parser.add_argument("--runs", type=Path, required=True, help="folder for the runs, families.md and families.png")
     parser.add_argument("--family", nargs="+", choices=PLANS, default=list(PLANS), help="which [default: all]")
     parser.add_argument("--train_per_class", type=int, default=700, help="training images per class [default: 700]")
     parser.add_argument("--test_per_class", type=int, default=20, help="test images per class [default: 20]")
     arguments = parser.parse_args(argv)
     os.environ.setdefault("OMP_NUM_THREADS", "1")
-    outcomes = {}
+    outcomes: dict[str, Outcome] = {}
     runs = arguments.runs.resolve()
+    words = ["python", "-m", "benchmarks.families", *(sys.argv[1:] if argv is None else argv)]
+    facts = describe(torch.device("cpu"), shlex.join(words))
     try:
         take_part(arguments.data, runs / "images", train=arguments.train_per_class, test=arguments.test_per_class)
         for family in arguments.family:
             outcomes[family] = train_family(PLANS[family], runs / "images", runs / family)
             print(f"{family}: {outcomes[family].losses[0]:.3f} -> {outcomes[family].losses[-1]:.3f}", flush=True)
+            # after every family, for those who stop it
+            write_file(runs / "families.md", f"# Every family learns\n\n{facts}\n\n{report(outcomes)}\n")
+            plot_losses(outcomes, runs / "families.png")
     except (UserError, RunError) as error:
         print(f"benchmarks.families: {error}", file=sys.stderr)
         return error.exit_code
-    text = report(outcomes)
-    (runs / "table.md").write_text(text + "\n", encoding="utf-8")
-    plot_losses(outcomes, runs / "losses.png")
-    print(text)
+    print(report(outcomes))
     return 0 if all(outcome.losses[-1] < outcome.losses[0] for outcome in outcomes.values()) else 1
 
 

@@ -27,9 +27,7 @@ from utils.run_folder import read_results
 
 ROOT = Path(__file__).resolve().parent.parent
 INTERVALS = 10  # progress lines of a run
-COMMON = (
-    "--dataset folder --epochs 1 --seed 1 --workers 0 --lr 0.02 --is_mixup 0 --is_autoaugment 0 --is_cutout 0 --no_cuda"
-)
+COMMON = "--dataset folder --epochs 1 --seed 1 --workers 0 --is_mixup 0 --is_autoaugment 0 --is_cutout 0 --no_cuda"
 
 
 @dataclass(frozen=True)
@@ -41,12 +39,14 @@ class Plan:
         steps: how many.
         batch_size: images per step.
         crop_size: pixels; networks that exist for large images only take the 32-pixel images enlarged.
+        lr: learning rate; the large networks' losses first rise where it is larger.
     """
 
     flags: str
     steps: int
     batch_size: int = 32
     crop_size: int = 32
+    lr: float = 0.02
 
 
 # few steps where only heavy members are registered
@@ -56,15 +56,15 @@ PLANS: Mapping[str, Plan] = {
     "wrn": Plan("--method dml --arch wrn_16_1,wrn_16_1", 200),
     "shufflenetv2": Plan("--method dml --arch ShuffleNetV2_05x_cifar,ShuffleNetV2_05x_cifar", 200),
     "cream": Plan("--arch cream_14 --split_factor 2", 60, 16),
-    "resnexst": Plan("--arch resnexst50_4x16d --split_factor 2", 60, 16, 72),
-    "resnext": Plan("--arch resnext50_32x4d --split_factor 2", 60, 16, 72),
-    "senet": Plan("--arch se_resnet50 --split_factor 2", 60, 16, 72),
-    "imagenet_resnet": Plan("--method dml --arch resnet18_imagenet,resnet18_imagenet", 60, 16, 72),
+    "resnexst": Plan("--arch resnexst50_4x16d --split_factor 2", 60, 16, 72, 0.002),
+    "resnext": Plan("--arch resnext50_32x4d --split_factor 2", 60, 16, 72, 0.002),
+    "senet": Plan("--arch se_resnet50 --split_factor 2", 60, 16, 72, 0.002),
+    "imagenet_resnet": Plan("--method dml --arch resnet18_imagenet,resnet18_imagenet", 60, 16, 72, 0.002),
     "hcgnet": Plan("--method dml --arch hcgnet_A1_cifar,hcgnet_A1_cifar", 50, 16),
     "efficientnet": Plan("--arch efficientnetb0 --split_factor 2", 50, 16),
     "wide_resnet": Plan("--arch wide_resnet16_8 --split_factor 2", 30, 16),
     "shake_resnet": Plan("--arch shake_resnet26_2x96d --split_factor 2", 30, 16, 16),
-    "resnest": Plan("--arch resnest101 --split_factor 1", 30, 16, 72),
+    "resnest": Plan("--arch resnest101 --split_factor 1", 30, 16, 72, 0.002),
     "pyramidnet": Plan("--arch pyramidnet164 --split_factor 2", 30, 16, 16),
     "densenet": Plan("--arch densenet190 --split_factor 2", 30, 16, 16),
 }
@@ -119,6 +119,7 @@ def flags_of(plan: Plan, data: str, run: str) -> list[str]:
         *("--max_steps", str(plan.steps)),
         *("--batch_size", str(plan.batch_size)),
         *("--crop_size", str(plan.crop_size)),
+        *("--lr", str(plan.lr)),
         *("--print_freq", str(max(1, plan.steps // INTERVALS))),
         *("--model_dir", run),
     ]

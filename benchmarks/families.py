@@ -181,7 +181,7 @@ def plot_losses(outcomes: Mapping[str, Outcome], path: Path) -> None:
     rows = -(-len(outcomes) // columns)
     figure = Figure(figsize=(13, 2.5 * rows), layout="constrained")
     panels = figure.subplots(rows, columns, squeeze=False, sharey=True).flat
-    for panel, (family, outcome) in zip(panels, outcomes.items(), strict=False):
+    for (family, outcome), panel in zip(outcomes.items(), panels, strict=False):
         panel.plot(outcome.steps, outcome.losses, color=COLOURS[0], linewidth=1.6, marker="o", markersize=3)
         panel.axhline(outcome.losses[0], color="#999999", linewidth=0.8, linestyle=":")
         panel.set_title(f"{family}: {outcome.results['arch'].split(',')[0]}", fontsize=9)
@@ -198,7 +198,11 @@ def plot_losses(outcomes: Mapping[str, Outcome], path: Path) -> None:
 def report(outcomes: Mapping[str, Outcome]) -> str:
     """Table, what fell, and the commands."""
     falling = [family for family, outcome in outcomes.items() if outcome.losses[-1] < outcome.losses[0]]
-    text = [format_table(outcomes), "", f"The loss falls in {len(falling)} of {len(outcomes)} families."]
+    text = [
+        format_table(outcomes),
+        "",
+        f"The loss falls in {len(falling)} of {len(outcomes)} families: its last value is below the first.",
+    ]
     missing = [family for family in PLANS if family not in outcomes]
     if missing:
         text.append(f"Not trained: {', '.join(missing)}.")
@@ -226,7 +230,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             outcomes[family] = train_family(PLANS[family], runs / "images", runs / family)
             print(f"{family}: {outcomes[family].losses[0]:.3f} -> {outcomes[family].losses[-1]:.3f}", flush=True)
             # after every family, for those who stop it
-            write_file(runs / "families.md", f"# Every family learns\n\n{facts}\n\n{report(outcomes)}\n")
+            write_file(runs / "families.md", f"# One short run per family\n\n{facts}\n\n{report(outcomes)}\n")
             plot_losses(outcomes, runs / "families.png")
     except (UserError, RunError) as error:
         print(f"benchmarks.families: {error}", file=sys.stderr)

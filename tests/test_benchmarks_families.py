@@ -61,7 +61,7 @@ def test_report_of_ended_runs(tmp_path, capsys):
     text = (tmp_path / "runs" / "families.md").read_text()
     assert "| resnet | `resnet` | 2 | 32, 32 | 9 | 2.300 | 2.000 | 10.0, 20.0 | 30.0 |" in text
     assert "| wrn | `wrn` | 2 full |" in text
-    assert "The loss falls in 1 of 2 families." in text
+    assert "The loss falls in 1 of 2 families:" in text
     assert "Not trained: cifar_resnet, " in text
     assert (tmp_path / "runs" / "families.png").stat().st_size > 1000
     assert "python train_split.py --arch resnet20 --split_factor 2" in capsys.readouterr().out

@@ -113,6 +113,12 @@ class Run:
         return self.err.read_text(errors="replace") if self.err.exists() else ""
 
 
+def in_fork(function: Callable[..., Any], *arguments: Any) -> Any:
+    """What a module-level function returns, called in a fork of the server: a process with one thread."""
+    with _CONTEXT.Pool(1) as pool:
+        return pool.apply(function, arguments)
+
+
 def train(argv: Sequence[object], folder: Path, **options: Any) -> Finished:
     """Run train_split.py to its end; its output is kept in `folder`/streams."""
     return Run(argv, folder / "streams", **options).wait()

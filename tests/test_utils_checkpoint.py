@@ -2,14 +2,19 @@
 
 import os
 import pickle
+import shutil
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+from tests.runs import in_fork
+from tests.system_calls import killed_at_call
 from utils import checkpoint as ckpt
 from utils.errors import UserError
+from utils.logger import LineFile
 
 
 def a_state(value: float = 1.0) -> dict[str, Any]:
@@ -151,3 +156,63 @@ def test_hash_sees_names_shapes_types_and_values() -> None:
     noncontiguous = {"a": torch.arange(12.0)[::2] / 2, "b": torch.tensor(3)}
     assert ckpt.state_sha256(noncontiguous) == ckpt.state_sha256(base)
     assert len(ckpt.state_sha256({"x": torch.ones(2, dtype=torch.bfloat16)})) == 64
+
+
+LINE = "x" * 20_000  # more than is written at once
+
+
+def save_an_epoch(folder: Path) -> None:
+    """What a run writes at the end of its epoch 2, in small."""
+    log = LineFile(folder / "metrics.jsonl")
+    log.rewind(1)
+    log.write(LINE)
+    log.close()
+    ckpt.save_checkpoint(a_state(2.0) | {"epoch": 2}, folder / "checkpoint_2.pth.tar")
+    ckpt.prune_checkpoints(folder, keep=1)
+    ckpt.write_file(folder / "results.json", "new" * 1000)
+
+
+def found_after_kill(folder: Path) -> list[int]:
+    """What a killed `save_an_epoch` left: [lines of the log, epoch of the newest checkpoint, age of the results]."""
+    for path in ckpt.list_checkpoints(folder):  # none of them may be damaged, not even one that would be stepped over
+        assert ckpt.load_checkpoint(path)["epoch"] == ckpt.run_position(path)[0]  # type: ignore[index]
+    content, path = ckpt.load_newest(folder)  # type: ignore[misc]
+    assert path == ckpt.list_checkpoints(folder)[0]
+    assert content["state_dict"]["module.models.0.w"].eq(content["epoch"]).all()
+    results = (folder / "results.json").read_text()
+    assert results in ("old", "new" * 1000)
+    log = LineFile(folder / "metrics.jsonl")
+    log.rewind(2)
+    lines = log.lines
+    log.rewind(1)
+    assert log.path.read_text() == "first\n"
+    return [lines, int(content["epoch"]), int(results != "old")]
+
+
+def killed_everywhere(template: Path, folder: Path) -> list[list[int]]:
+    """`found_after_kill` for every system call of `save_an_epoch`, in order; the last one was not killed."""
+    found, killed = [], True
+    while killed:
+        shutil.rmtree(folder, ignore_errors=True)
+        shutil.copytree(template, folder)
+        killed = killed_at_call(lambda: save_an_epoch(folder), len(found) + 1)
+        found.append(found_after_kill(folder))
+        save_an_epoch(folder)  # the resumed run: it must not trip over what was left
+        names = sorted(path.name for path in folder.iterdir())
+        assert names == ["checkpoint_2.pth.tar", "metrics.jsonl", "results.json"]
+    return found
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="ptrace")
+def test_killed_at_any_system_call_the_folder_is_whole(tmp_path: Path) -> None:
+    template = tmp_path / "template"
+    template.mkdir()
+    ckpt.save_checkpoint(a_state(1.0) | {"epoch": 1}, template / "checkpoint_1.pth.tar")
+    (template / "metrics.jsonl").write_text("first\n")
+    (template / "results.json").write_text("old")
+    found = in_fork(killed_everywhere, template, tmp_path / "run")
+    assert len(found) > 40
+    assert (found[0], found[-1]) == ([1, 1, 0], [2, 2, 1])
+    assert found == sorted(found)  # never back, and each thing after the other
+    assert [2, 1, 0] in found
+    assert [2, 2, 0] in found

@@ -8,7 +8,7 @@ import logging
 import os
 import signal
 import sys
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from functools import partial
@@ -34,7 +34,7 @@ from utils import checkpoint as ckpt
 from utils import distributed
 from utils.distributed import World
 from utils.ensemble import ensemble_rule
-from utils.errors import RunError, UserError, reason
+from utils.errors import RunError, UserError, WriteError, reason
 from utils.evaluation import evaluate
 from utils.guard import NonfiniteGuard
 from utils.interrupt import Stopped, StopRequest
@@ -234,6 +234,8 @@ class Trainer:
         self.bad_images: dict[Path, str] = {}
         self.stop = StopRequest()
         self.stopping = False  # what all processes have agreed on
+        # steps between two questions whether to stop: to GPUs the answer of the others is a synchronisation
+        self.ask_every = config.print_freq if world.world_size > 1 and world.device.type == "cuda" else 1
         self.log = RunLog(self.folder, self.num_networks, active=world.is_main)
         self.report = Reporter(
             self.log, epochs=config.epochs, steps_per_epoch=self.steps_per_epoch, visible=world.is_main
@@ -386,13 +388,23 @@ class Trainer:
         path = self.folder / name
         try:
             ckpt.save_checkpoint(self.state(), path)
-        except OSError as error:
-            if self.config.on_save_error == "stop":
-                raise RunError(f"{error} The one before it is whole; stopped by --on_save_error stop.") from None
-            logger.warning("%s The one before it is whole; going on.", error)
+        except WriteError as error:
+            self._not_saved(error)
             return
         if ckpt.run_position(path) is not None:
             ckpt.prune_checkpoints(self.folder, self.config.max_ckpt_nums)
+
+    def _not_saved(self, error: WriteError) -> None:
+        if self.config.on_save_error == "stop":
+            raise RunError(f"{error} What was written before is whole; stopped by --on_save_error stop.") from None
+        logger.warning("%s What was written before is whole; going on.", error)
+
+    def _write(self, name: str, content: bytes | str) -> None:
+        """Write a small file of the run."""
+        try:
+            ckpt.write_file(self.folder / name, content)
+        except WriteError as error:
+            self._not_saved(error)
 
     # ---- one epoch ---------------------------------------------------------------------------------------------------
 
@@ -595,11 +607,12 @@ class Trainer:
             self.save(ckpt.BEST)
 
     def _evaluate(self, name: str) -> dict[str, Any]:
+        loader = self.eval_loaders[name]
         # not compiled, as in eval.py, so that both find the same figures
         with as_written(self.config.compile is not None), self._evaluated_weights():
             return evaluate(
                 self.network,
-                self._until_signal(self.eval_loaders[name]),
+                self.stop.until_stopped(loader, rounds=loader.rounds, device=self.world.device, every=self.ask_every),
                 prepare=lambda images: self.views.evaluate(images, dtype=self.precision.weights),
                 num_networks=self.num_networks,
                 device=self.world.device,
@@ -611,13 +624,6 @@ class Trainer:
                 extra=self.method.extra_logits,
                 all_reduce=distributed.all_reduce_sum,
             ).figures
-
-    def _until_signal(self, batches: Iterable[Batch]) -> Iterator[Batch]:
-        """The batches; a signal ends the evaluation at once where one process decides alone."""
-        for batch in batches:
-            if self.stop.number and self.world.world_size == 1:
-                raise Stopped(self.stop.number)
-            yield batch
 
     def _evaluated_weights(self) -> AbstractContextManager[Any]:
         """The moving average of the weights in place of the weights, where there is one."""
@@ -652,11 +658,11 @@ class Trainer:
                 self.save(f"checkpoint_{self.epoch}{within}.pth.tar")
                 self._write_method_files(final=False)
                 self._list_bad_images()
-        return self.finish()
+            return self.finish()
 
     def _list_bad_images(self) -> None:
         """Name the images that --on_bad_image skip has left out so far, in the log and in bad_images.txt."""
-        found = dict(self.loader.bad_images)
+        found = {**self.source.bad_images, **self.loader.bad_images}
         for loader in self.eval_loaders.values():
             found.update(loader.bad_images)
         new = {path: why for path, why in found.items() if path not in self.bad_images}
@@ -665,14 +671,14 @@ class Trainer:
         self.bad_images.update(new)
         if new:
             name = "bad_images.txt" if self.world.is_main else f"bad_images_{self.world.rank}.txt"
-            ckpt.write_file(self.folder / name, "".join(f"{p}: {why}\n" for p, why in sorted(self.bad_images.items())))
+            self._write(name, "".join(f"{path}: {why}\n" for path, why in sorted(self.bad_images.items())))
 
     def _write_method_files(self, *, final: bool) -> None:
         """What the method wants to have in the run directory, such as an architecture that it found."""
         if not self.world.is_main:
             return
         for name, content in self.method.run_files(final=final).items():
-            ckpt.write_file(self.folder / name, content)
+            self._write(name, content)
             if isinstance(content, bytes):
                 self.log.picture(Path(name).stem, content, self.epoch)
 
@@ -683,13 +689,16 @@ class Trainer:
         self._write_method_files(final=True)
         results = self.results()
         if self.world.is_main:
-            ckpt.write_file(self.folder / RESULTS, as_json(results))
+            self._write(RESULTS, as_json(results))
             self.log.hparams(
                 {name: item for name, item in self.config.values().items() if item is not None},
                 {f"final/{name}": results[name] for name in ("ensemble_acc1", "best_ensemble_acc1")},
             )
             self.log.close()
-            plot_curves([("", self.folder)], self.folder / "curves.png")
+            try:
+                plot_curves([("", self.folder)], self.folder / "curves.png")
+            except OSError as error:
+                self._not_saved(WriteError(f"{self.folder / 'curves.png'}: could not be written: {reason(error)}."))
         return results
 
     def results(self) -> dict[str, Any]:
@@ -715,9 +724,8 @@ class Trainer:
         }
 
     def _asked_to_stop(self) -> bool:
-        """Whether any process was signalled. GPUs ask each other at print intervals only: the answer is a sync."""
-        on_gpu = self.world.world_size > 1 and self.world.device.type == "cuda"
-        if on_gpu and self.batch % self.config.print_freq and self.batch < self.steps_per_epoch:
+        """Whether any process was signalled."""
+        if self.batch % self.ask_every and self.batch < self.steps_per_epoch:
             return False
         return self.stop.agreed(self.world.device)
 

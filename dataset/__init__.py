@@ -1,8 +1,8 @@
 """Data-set registry and what a data set is: two splits of images, class names, statistics."""
 
 import dataclasses
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Self
 
@@ -58,6 +58,7 @@ class DataSource:
         crop_size: side of the training input in pixels where --crop_size is not given.
         train, test: the two splits; `test` is what the published code evaluates on. Empty if not asked for.
         val: held out of `train` by --val_fraction, or None.
+        bad_images: files that --on_bad_image skip left out while opening, with the reason.
     """
 
     name: str
@@ -69,6 +70,7 @@ class DataSource:
     train: ImageSet
     test: ImageSet
     val: ImageSet | None = None
+    bad_images: Mapping[Path, str] = field(default_factory=dict)
 
     def normalised(self, mean: Sequence[float], std: Sequence[float]) -> Self:
         """The same data with another mean and deviation [3]; an empty one leaves the data's own."""

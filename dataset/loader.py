@@ -195,6 +195,7 @@ class EvalLoader:
         on_bad_image: "fail", or "skip" to leave unreadable files out.
 
     Attributes:
+        rounds: batches of the process that has the most, if every image can be read.
         time_waiting: seconds spent so far in waiting for batches.
         bad_images: files left out so far, with the reason.
     """
@@ -215,6 +216,7 @@ class EvalLoader:
     ) -> None:
         cut = None if resize is None or crop is None else _CentreCut(resize, crop, interpolation)
         self._feed = _Feed(split, cut, device, workers, on_bad_image)
+        self.rounds = -(-shard(len(split), 0, world_size).stop // batch_size)
         shards = [shard(len(split), r, world_size) for r in range(world_size)]
         mine = shards[rank]
         self._requests = []

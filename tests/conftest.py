@@ -1,4 +1,4 @@
-"""What several test files share."""
+"""What several test files share, and what the suite says at its end: how many killed runs recovered."""
 
 import logging
 from collections.abc import Iterator
@@ -16,3 +16,15 @@ def logging_restored() -> Iterator[None]:
         handler.close()
     root.handlers[:] = handlers
     root.setLevel(level)
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """Adds up the properties `kills` and `identical` that tests record; with xdist they come from its workers."""
+    sums = {"kills": 0, "identical": 0}
+    for outcome in ("passed", "failed"):
+        for report in terminalreporter.getreports(outcome):
+            for name, value in report.user_properties:
+                if name in sums:
+                    sums[name] += int(value)
+    if sums["kills"]:
+        terminalreporter.write_line(f"fault campaign: {sums['kills']} kills, {sums['identical']} bit-identical")

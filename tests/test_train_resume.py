@@ -1,15 +1,17 @@
 """A run that is killed anywhere and resumed ends as the run that was never killed."""
 
-import functools
-import os
 import random
 import shutil
 import signal
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from PIL import Image
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from tests.kills import at_call, within_board, within_checkpoint, within_line
 from tests.runs import TINY, Finished, Run, train, without_times
 from utils import checkpoint as ckpt
 
@@ -19,25 +21,28 @@ CASES = {
     "everything": ["--is_mixup", 1, "--ema_decay", 0.9, "--iters_to_accumulate", 2, "--clip_grad", 1.0],
     "bf16": ["--amp_dtype", "bf16", "--optimizer", "AdamW"],
     "rmsprop": ["--optimizer", "RMSpropTF", "--val_fraction", 0.1, "--lr_mode", "step"],
+    "files": ["--dataset", "folder", "--crop_size", 16, "--batch_size", 4, "--workers", 1, "--print_freq", 2],
 }
 
-
-def kill_at_call(module: str, name: str, number: int) -> None:
-    """Kill this process at the `number`-th call of a function, before the call."""
-    import importlib
-
-    owner = importlib.import_module(module)
-    original = getattr(owner, name)
-    calls = 0
-
-    def wrapped(*args: object, **kwargs: object) -> object:
-        nonlocal calls
-        calls += 1
-        if calls == number:
-            os.kill(os.getpid(), signal.SIGKILL)
-        return original(*args, **kwargs)
-
-    setattr(owner, name, wrapped)
+POINTS = {
+    "before a flush to the disk": at_call("os.fsync", 1),
+    "before a rename": at_call("os.replace", 4),
+    "before old checkpoints are dropped": at_call("utils.checkpoint.prune_checkpoints", 2),
+    "before a checkpoint": at_call("torch.save", 3),
+    "within an evaluation": at_call("utils.evaluation.EvaluationCounts.update", 6),
+    "within a checkpoint": within_checkpoint(4),
+    "within a line of metrics.jsonl": within_line("metrics.jsonl", 3),
+    "within a line of summary.csv": within_line("summary.csv", 2),
+    "within a record of TensorBoard": within_board(60),
+}
+# every point with the flags that have most to restore, every set of flags with some of the points
+CHOSEN = {
+    "plain": ["before a flush to the disk", "within an evaluation"],
+    "everything": list(POINTS),
+    "bf16": ["before a rename", "within a checkpoint"],
+    "rmsprop": ["before old checkpoints are dropped", "within an evaluation", "within a line of metrics.jsonl"],
+    "files": ["before a checkpoint", "within a record of TensorBoard"],
+}
 
 
 def same_ending(folder: Path, expected: Path, result: Finished, reference: Finished) -> None:
@@ -50,50 +55,72 @@ def same_ending(folder: Path, expected: Path, result: Finished, reference: Finis
     assert (best["epoch"], best["best_acc1"]) == (other["epoch"], other["best_acc1"])
     for key in ("last", "best", "epochs", "steps"):
         assert result.result[key] == reference.result[key]
+    assert board(folder) == board(expected)
+    assert not list(folder.glob("*.partial"))
+
+
+def board(folder: Path) -> dict[int, float]:
+    """TensorBoard's value of each epoch; of two that a killed and a resumed run wrote, the later one."""
+    events = EventAccumulator(str(folder / "val"))
+    events.Reload()
+    return {event.step: event.value for event in events.Scalars("avg_acc1")}
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Classes of JPEG and PNG files that are too large to be kept decoded."""
+    root = tmp_path_factory.mktemp("images")
+    for split, count in (("train", 12), ("val", 5)):
+        for label, name in enumerate(("ant", "bee")):
+            (root / split / name).mkdir(parents=True)
+            for i in range(count):
+                image = Image.linear_gradient("L").resize((70, 66 + i)).rotate(90 * label + 7 * i).convert("RGB")
+                image.save(root / split / name / f"{i}.{'jpg' if i % 2 else 'png'}")
+    return root
 
 
 @pytest.fixture(scope="module", params=sorted(CASES))
-def unbroken(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[list, Path, Finished]:
+def unbroken(
+    request: pytest.FixtureRequest, images: Path, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[str, list, Path, Finished]:
     folder = tmp_path_factory.mktemp(request.param) / "m"
-    argv = [*BASE, *CASES[request.param]]
+    argv = [*BASE, *CASES[request.param], "--data", images]
     result = train([*argv, "--model_dir", folder], folder.parent)
     assert result.code == 0, result.stderr
-    return argv, folder, result
+    return request.param, argv, folder, result
 
 
-POINTS = [
-    ("os", "fsync", 1),
-    ("os", "replace", 4),
-    ("utils.checkpoint", "prune_checkpoints", 2),
-    ("torch", "save", 3),
-    ("utils.evaluation", "EvaluationCounts", 2),
-]
+def test_killed_at_chosen_points(
+    unbroken: tuple[str, list, Path, Finished], tmp_path: Path, record_property: Callable[[str, object], None]
+) -> None:
+    case, argv, expected, reference = unbroken
+    for number, point in enumerate(CHOSEN[case]):
+        folder = tmp_path / str(number)
+        here = [*argv, "--model_dir", folder / "m"]
+        assert train(here, folder, before=POINTS[point]).code == -signal.SIGKILL, point
+        record_property("kills", 1)
+        same_ending(folder / "m", expected, train([*here, "--resume", "auto"], folder), reference)
+        record_property("identical", 1)
 
 
-@pytest.mark.parametrize("point", POINTS, ids=lambda p: f"{p[1]}{p[2]}")
-def test_killed_at_a_chosen_point(unbroken: tuple[list, Path, Finished], point: tuple, tmp_path: Path) -> None:
-    argv, expected, reference = unbroken
-    argv = [*argv, "--model_dir", tmp_path / "m"]
-    killed = train(argv, tmp_path, before=functools.partial(kill_at_call, *point))
-    assert killed.code == -signal.SIGKILL
-    result = train([*argv, "--resume", "auto"], tmp_path)
-    same_ending(tmp_path / "m", expected, result, reference)
-
-
-def test_killed_again_and_again_at_random_moments(unbroken: tuple[list, Path, Finished], tmp_path: Path) -> None:
-    argv, expected, reference = unbroken
+def test_killed_again_and_again_at_random_moments(
+    unbroken: tuple[str, list, Path, Finished], tmp_path: Path, record_property: Callable[[str, object], None]
+) -> None:
+    case, argv, expected, reference = unbroken
     argv = [*argv, "--model_dir", tmp_path / "m", "--resume", "auto"]
-    chance = random.Random(str(CASES))
+    chance = random.Random(case)
     began = time.monotonic()
     kills = 0
     # a run that is killed too early makes no progress, so each attempt may live longer than the one before
-    for attempt in range(4):
+    for attempt in range(3):
         run = Run(argv, tmp_path / "streams")
         time.sleep(chance.uniform(0.3, 1.5) * (1 + attempt))
         run.signal(signal.SIGKILL)
         kills += run.wait().code == -signal.SIGKILL
     assert kills, f"never killed within {time.monotonic() - began:.0f} s"
+    record_property("kills", kills)
     same_ending(tmp_path / "m", expected, train(argv, tmp_path), reference)
+    record_property("identical", kills)
 
 
 def test_sigterm_and_sigint_save_and_say_how_to_go_on(tmp_path: Path) -> None:

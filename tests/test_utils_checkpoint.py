@@ -13,7 +13,7 @@ import torch
 from tests.runs import in_fork
 from tests.system_calls import killed_at_call
 from utils import checkpoint as ckpt
-from utils.errors import UserError
+from utils.errors import UserError, WriteError
 from utils.logger import LineFile
 
 
@@ -122,7 +122,7 @@ def test_failed_save_keeps_the_old_one(tmp_path: Path, monkeypatch: pytest.Monke
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(os, "fsync", no_space)
-    with pytest.raises(OSError, match=r"checkpoint_1.pth.tar: .*No space left"):
+    with pytest.raises(WriteError, match=r"checkpoint_1.pth.tar: .*No space left"):
         ckpt.save_checkpoint(a_state(2.0), path)
     monkeypatch.undo()
     assert ckpt.load_checkpoint(path)["state_dict"]["module.models.0.w"][0, 0] == 1.0

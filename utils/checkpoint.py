@@ -4,6 +4,7 @@ A checkpoint is a dict with the published keys `epoch` (the next one), `arch`, `
 `best_acc1`, `optimizer`, `scaler`, and ours beside them: see `train_split.py`.
 """
 
+import contextlib
 import hashlib
 import logging
 import os
@@ -12,15 +13,15 @@ import re
 import warnings
 import zipfile
 from collections import OrderedDict
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import torch
 from torch import Tensor
 
 from utils import safe_tensors
-from utils.errors import UserError
+from utils.errors import UserError, WriteError, reason
 
 # Classes of the settings that other projects keep in their checkpoints (Cream's, timm's).
 SETTINGS = ("yacs.config.CfgNode", "argparse.Namespace")
@@ -54,37 +55,71 @@ def state_sha256(state: Mapping[str, Tensor]) -> str:
     return digest.hexdigest()
 
 
-def write_file(path: Path, content: bytes | str) -> None:
-    """Replace a small file as a whole: a killed process leaves the old one or the new one, never half of one."""
+class _ReasonKeeper:
+    """A file for torch's zip writer, which hides why a write failed behind a position that it did not expect."""
+
+    def __init__(self, file: IO[bytes]) -> None:
+        self._file = file
+        self.error: OSError | None = None
+
+    def write(self, content: bytes) -> int:
+        try:
+            return self._file.write(content)
+        except OSError as error:
+            self.error = error
+            raise
+
+    def flush(self) -> None:
+        self._file.flush()
+
+
+@contextlib.contextmanager
+def _replacing(path: Path) -> Iterator[_ReasonKeeper]:
+    """A file to fill that takes the place of `path` at the end: written aside, flushed to the disk and renamed.
+
+    Raises:
+        WriteError: in place of any failure to write; `path` holds what it held before.
+    """
     partial = path.with_name(path.name + PARTIAL)
-    with partial.open("wb") as file:
+    keeper = None
+    try:
+        with partial.open("wb") as file:
+            keeper = _ReasonKeeper(file)
+            yield keeper
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(partial, path)
+    except (OSError, RuntimeError) as error:  # torch's zip writer turns a full disk into a RuntimeError
+        with contextlib.suppress(OSError):
+            partial.unlink(missing_ok=True)
+        cause = keeper.error if keeper is not None and keeper.error is not None else error
+        raise WriteError(f"{path}: could not be written: {reason(cause)[:300]}.") from None
+
+
+def write_file(path: Path, content: bytes | str) -> None:
+    """Replace a small file as a whole: a killed process leaves the old one or the new one, never half of one.
+
+    Raises:
+        WriteError: the disk is full or the folder cannot be written; `path` still holds what it held before.
+    """
+    with _replacing(path) as file:
         file.write(content.encode() if isinstance(content, str) else content)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(partial, path)
 
 
 def save_checkpoint(state: Mapping[str, Any], path: Path) -> None:
     """Write a checkpoint aside, flush it to the disk, and rename it to `path`.
 
     Raises:
-        OSError: the disk is full or the folder cannot be written; `path` still holds what it held before.
+        WriteError: the disk is full or the folder cannot be written; `path` still holds what it held before.
     """
-    partial = path.with_name(path.name + PARTIAL)
-    try:
-        with partial.open("wb") as file:
-            torch.save(dict(state), file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(partial, path)
-    except (OSError, RuntimeError) as error:  # torch's zip writer turns a full disk into a RuntimeError
-        partial.unlink(missing_ok=True)
-        raise OSError(f"{path}: the checkpoint could not be written: {' '.join(str(error).split())[:300]}") from None
-    folder = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(folder)
-    finally:
-        os.close(folder)
+    with _replacing(path) as file:
+        torch.save(dict(state), file)  # type: ignore[arg-type]
+    with contextlib.suppress(OSError):  # the name is on the disk some time later then
+        folder = os.open(path.parent, os.O_RDONLY)
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)
 
 
 def load_checkpoint(path: str | Path, flag: str = "--resume") -> dict[str, Any]:

@@ -175,8 +175,7 @@ def naming_lost_processes(world: World) -> Iterator[None]:
         gone = world.heartbeat.who_is_gone()
         if not gone:
             raise
-        names = ", ".join(map(str, gone))
-        raise RunError(f"process {names} died; process {world.rank} stops. Go on with --resume auto.") from None
+        raise RunError(f"{gone}; process {world.rank} stops. Go on with --resume auto.") from None
 
 
 def free_port() -> int:

@@ -16,6 +16,10 @@ class RunError(RuntimeError):
     exit_code = 1
 
 
+class WriteError(RunError):
+    """A file of the run could not be written (full disk, read-only folder); what its name held before is whole."""
+
+
 def reason(error: BaseException) -> str:
     """What an exception of a library says, on one line, for the inside of a message of ours."""
     text = error.strerror if isinstance(error, OSError) and error.strerror else str(error)

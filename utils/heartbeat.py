@@ -68,15 +68,15 @@ class Heartbeat:
         now = time.monotonic()
         return sorted(rank for rank, (_, heard) in list(self._heard.items()) if now - heard > seconds)
 
-    def who_is_gone(self, patience: float = 5.0) -> list[int]:
-        """After a failed exchange: the processes that do not beat any more, waiting for certainty."""
+    def who_is_gone(self, patience: float = 5.0) -> str:
+        """After a failed exchange: which processes do not beat any more, waiting for certainty; "" where all do."""
         deadline = time.monotonic() + patience
         while time.monotonic() < deadline:
             time.sleep(INTERVAL / 2)
-            silent = self.silent(3 * INTERVAL)
-            if silent:
-                return silent
-        return []
+            for ranks, what in ((self.silent(3 * INTERVAL), "died"), (sorted(self._left), "stopped")):
+                if ranks:
+                    return f"process {', '.join(map(str, ranks))} {what}"
+        return ""
 
     def _give_up(self, silent: list[int]) -> None:
         names = ", ".join(map(str, silent))

@@ -4,6 +4,7 @@ Lines are counted, and the counts are stored in checkpoints: a resumed run cuts 
 checkpoint, so no line stands twice and none is missing.
 """
 
+import contextlib
 import csv
 import io
 import json
@@ -11,13 +12,28 @@ import logging
 import math
 import os
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 from torch import Tensor
 
+from utils.errors import reason
+
 logger = logging.getLogger(__name__)
+
+_NEVER = 10**9  # seconds
+
+
+class _TrainLog(logging.FileHandler):
+    """train.log; a disk that does not take it any more costs the log, not the run, and no traceback a line."""
+
+    def handleError(self, record: logging.LogRecord) -> None:
+        logging.getLogger().removeHandler(self)
+        error = sys.exc_info()[1]
+        with contextlib.suppress(OSError):
+            self.close()
+        logger.warning("%s: cannot be written; going on without it: %s", self.baseFilename, error and reason(error))
 
 
 def set_up_text_log(folder: Path | None, *, rank: int) -> None:
@@ -32,7 +48,7 @@ def set_up_text_log(folder: Path | None, *, rank: int) -> None:
     root.addHandler(screen)
     root.setLevel(logging.INFO if rank == 0 else logging.WARNING)
     if folder is not None and rank == 0:
-        file = logging.FileHandler(folder / "train.log", encoding="utf-8")
+        file = _TrainLog(folder / "train.log", encoding="utf-8")
         file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
         root.addHandler(file)
 
@@ -60,7 +76,7 @@ class LineFile:
         self.path = path
         self.header = header
         self.lines = 0
-        self._file: TextIO | None = None
+        self._file: io.FileIO | None = None
 
     def rewind(self, lines: int) -> None:
         """Keep the first `lines` lines (header included) and drop the rest, half-written ones too."""
@@ -79,26 +95,28 @@ class LineFile:
         self.lines = len(kept)
 
     def write(self, line: str) -> None:
-        """Append one line and hand it to the operating system."""
+        """Append one line and hand it to the operating system; a line that does not fit is left out whole."""
+        lines = [self.header, line] if self.lines == 0 and self.header is not None else [line]
+        content = "".join(f"{text}\n" for text in lines).encode()
+        start = None
         try:
             if self._file is None:
-                self._file = self.path.open("a", encoding="utf-8")
-            if self.lines == 0 and self.header is not None:
-                self._file.write(self.header + "\n")
-                self.lines += 1
-            self._file.write(line + "\n")
-            self._file.flush()
-            self.lines += 1
+                self._file = self.path.open("ab", buffering=0)
+            start = self._file.tell()
+            while content:
+                content = content[self._file.write(content) :]
+            self.lines += len(lines)
         except OSError as error:  # a full disk must not end a run that could still save a checkpoint later
-            logger.warning("%s: a line could not be written: %s", self.path, error.strerror or error)
+            logger.warning("%s: a line could not be written: %s", self.path, reason(error))
+            with contextlib.suppress(OSError):
+                if self._file is not None and start is not None:
+                    self._file.truncate(start)
 
     def close(self) -> None:
         """Close the file; the next line opens it again."""
         if self._file is not None:
-            try:
+            with contextlib.suppress(OSError):
                 self._file.close()
-            except OSError as error:
-                logger.warning("%s: %s", self.path, error.strerror or error)
             self._file = None
 
 
@@ -129,6 +147,7 @@ class RunLog:
         self.metrics = LineFile(folder / "metrics.jsonl")
         self.summary = LineFile(folder / "summary.csv", header=",".join(self.columns))
         self._boards: dict[str, Any] = {}
+        self._has_boards = active
         self._purge: dict[str, int] = {}
 
     def positions(self) -> dict[str, int]:
@@ -163,34 +182,49 @@ class RunLog:
         if name not in self._boards:
             from torch.utils.tensorboard import SummaryWriter  # slow to import, and only process 0 needs it
 
-            self._boards[name] = SummaryWriter(str(self.folder / name), purge_step=self._purge.get(name))
+            # its own thread flushes once at the start only: what it cannot write there it prints as a traceback
+            folder, purge_step = str(self.folder / name), self._purge.get(name)
+            self._boards[name] = SummaryWriter(folder, purge_step=purge_step, flush_secs=_NEVER)
         return self._boards[name]
+
+    @contextlib.contextmanager
+    def _drawing(self, name: str) -> Iterator[Any]:
+        """A board to write to. After a record that could not be written whole its file takes no more."""
+        try:
+            board = self._board(name)
+            yield board
+            board.flush()
+        except OSError as error:
+            logger.warning("%s: TensorBoard goes on without it: %s", self.folder / name, reason(error))
+            self._has_boards = False
 
     def scalars(self, name: str, values: Mapping[str, Any], index: int) -> None:
         """Scalars by tag; vectors become `1_<tag>` ... `S_<tag>`, as in the published logs.
 
         Tags of "train" stand under `train/`, because its axis counts steps and that of "val" epochs.
         """
-        if not self.active:
+        if not self._has_boards:
             return
-        board, group = self._board(name), "train/" if name == "train" else ""
-        for tag, value in values.items():
-            if isinstance(value, list | tuple):
-                for i, item in enumerate(value):
-                    board.add_scalar(f"{group}{i + 1}_{tag}", item, index)
-            elif isinstance(value, int | float):
-                board.add_scalar(group + tag, value, index)
+        group = "train/" if name == "train" else ""
+        with self._drawing(name) as board:
+            for tag, value in values.items():
+                if isinstance(value, list | tuple):
+                    for i, item in enumerate(value):
+                        board.add_scalar(f"{group}{i + 1}_{tag}", item, index)
+                elif isinstance(value, int | float):
+                    board.add_scalar(group + tag, value, index)
 
     def views(self, views_SBCHW: Tensor, mean: Sequence[float], std: Sequence[float], index: int) -> None:
         """A picture of the S views of the first images: one column an image, one row a view."""
-        if not self.active:
+        if not self._has_boards:
             return
         images = views_SBCHW[:, :8].float().cpu()
         scale, shift = images.new_tensor(std).view(3, 1, 1), images.new_tensor(mean).view(3, 1, 1)
         pixels = (images * scale + shift).clamp(0, 1)
         from torchvision.utils import make_grid
 
-        self._board("val").add_image("views", make_grid(pixels.flatten(0, 1), nrow=images.shape[1], padding=2), index)
+        with self._drawing("val") as board:
+            board.add_image("views", make_grid(pixels.flatten(0, 1), nrow=images.shape[1], padding=2), index)
 
     def picture(self, tag: str, png: bytes, index: int) -> None:
         """A PNG."""
@@ -204,28 +238,24 @@ class RunLog:
 
     def hparams(self, flags: Mapping[str, Any], results: Mapping[str, float]) -> None:
         """The run's settings and final figures for TensorBoard's HParams page."""
-        if not self.active:
+        if not self._has_boards:
             return
         from torch.utils.tensorboard.summary import hparams
 
         plain = {k: v if isinstance(v, bool | int | float | str) else str(v) for k, v in flags.items()}
-        board = self._board("val")
-        for part in hparams(plain, dict(results)):
-            board.file_writer.add_summary(part)
-        for tag, value in results.items():
-            board.add_scalar(tag, value, 0)
-
-    def flush(self) -> None:
-        """Hand everything to the operating system."""
-        for board in self._boards.values():
-            board.flush()
+        with self._drawing("val") as board:
+            for part in hparams(plain, dict(results)):
+                board.file_writer.add_summary(part)
+            for tag, value in results.items():
+                board.add_scalar(tag, value, 0)
 
     def close(self) -> None:
         """Close all files."""
         self.metrics.close()
         self.summary.close()
         for board in self._boards.values():
-            board.close()
+            with contextlib.suppress(OSError):
+                board.close()
         self._boards = {}
 
 

@@ -191,7 +191,6 @@ class Reporter:
             },
             epoch,
         )
-        self.log.flush()
         extra = "".join(f", {name} {value:.2f}" for name, value in test.get("extra", {}).items())
         logger.info(
             "epoch %d evaluated: ensemble %.2f %%, networks %s%s; best ensemble %.2f %% (epoch %d)",

@@ -52,7 +52,8 @@ def open_folder(request: SourceRequest) -> DataSource:
     crop_size = request.crop_size or (side if is_small else imagenet.CROP_SIZE)
 
     files = {split: list_images(folders[split], classes) for split in request.splits}
-    splits = {s: _decode(f, classes, crop_size, request) for s, f in files.items()} if is_small else files
+    bad_images: dict[Path, str] = {}
+    splits = {s: _decode(f, classes, crop_size, request, bad_images) for s, f in files.items()} if is_small else files
     if "train" in splits:
         key = _fingerprint(files["train"].paths, crop_size)
         mean, std = _cached(request.cache_dir, key, lambda: _measure(splits["train"], crop_size, request))
@@ -67,6 +68,7 @@ def open_folder(request: SourceRequest) -> DataSource:
         crop_size=crop_size,
         train=splits.get("train", ImageSet.empty()),
         test=splits.get("test", ImageSet.empty()),
+        bad_images=bad_images,
     )
 
 
@@ -97,8 +99,10 @@ def _cut(files: ImageSet, resize: int, crop: int, request: SourceRequest) -> Eva
     )
 
 
-def _decode(files: ImageSet, classes: tuple[str, ...], side: int, request: SourceRequest) -> ImageSet:
-    """The files as uint8 [N, 3, side, side] in memory, without those that cannot be read."""
+def _decode(
+    files: ImageSet, classes: tuple[str, ...], side: int, request: SourceRequest, bad_images: dict[Path, str]
+) -> ImageSet:
+    """The files as uint8 [N, 3, side, side] in memory, without those that cannot be read: these go to `bad_images`."""
     images = torch.empty((len(files), 3, side, side), dtype=torch.uint8)
     kept: list[int] = []
     loader = _cut(files, side, side, request)
@@ -107,6 +111,7 @@ def _decode(files: ImageSet, classes: tuple[str, ...], side: int, request: Sourc
         kept += batch.indices_B.tolist()
     targets = files.targets[kept]
     if loader.bad_images:
+        bad_images.update(loader.bad_images)
         path, why = next(iter(loader.bad_images.items()))
         logger.warning(
             "--on_bad_image skip left out %d of %d files, first %s: %s", len(loader.bad_images), len(files), path, why

@@ -14,6 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from utils import checkpoint as ckpt
+
 ROOT = Path(__file__).parent.parent
 _CONTEXT = multiprocessing.get_context("forkserver")
 _CONTEXT.set_forkserver_preload(
@@ -131,3 +133,27 @@ def without_times(path: Path) -> list[Any]:
         return [line.rsplit(",", 1)[0] for line in lines]
     records = [json.loads(line) for line in lines]
     return [{k: v for k, v in r.items() if k not in ("images_per_second", "data_wait")} for r in records]
+
+
+def same_ending(folder: Path, expected: Path, result: Finished, reference: Finished) -> None:
+    """Check that a run that was interrupted left what one that was not left, time fields aside."""
+    assert result.code == 0, result.stderr
+    assert result.result["state_sha256"] == reference.result["state_sha256"]
+    for name in ("metrics.jsonl", "summary.csv"):
+        assert without_times(folder / name) == without_times(expected / name)
+    best, other = (ckpt.load_checkpoint(f / ckpt.BEST) for f in (folder, expected))
+    assert ckpt.state_sha256(best["state_dict"]) == ckpt.state_sha256(other["state_dict"])
+    assert (best["epoch"], best["best_acc1"]) == (other["epoch"], other["best_acc1"])
+    for key in ("last", "best", "epochs", "steps"):
+        assert result.result[key] == reference.result[key]
+    assert board(folder) == board(expected)
+    assert not list(folder.glob("*.partial"))
+
+
+def board(folder: Path) -> dict[int, float]:
+    """TensorBoard's value of each epoch; of two that a killed and a resumed run wrote, the later one."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(folder / "val"))
+    events.Reload()
+    return {event.step: event.value for event in events.Scalars("avg_acc1")}

@@ -1,22 +1,28 @@
 """Several processes train as one, survive what one survives, and say who died."""
 
+import functools
+import os
 import re
 import signal
+import subprocess
+import sys
 import time
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import pytest
 import torch
 
-from tests.runs import TINY, Finished, Run, without_times
+from tests.kills import Hook, at_call, no_space_from_call
+from tests.runs import ROOT, TINY, Finished, Run, same_ending, without_times
 from utils import checkpoint as ckpt
 from utils.distributed import free_port
 
 SYNCED = ["--is_syncbn", 1, "--is_mixup", 1, "--split_factor", 2, "--seed", 5, "--print_freq", 2]
 
 
-def start_together(argv: list, folder: Path, world_size: int) -> list[Run]:
-    """One run per process, with the environment that torchrun gives."""
+def start_together(argv: list, folder: Path, world_size: int, before: Mapping[int, Hook] | None = None) -> list[Run]:
+    """One run per process, with the environment that torchrun gives; `before` by rank."""
     port = str(free_port())
     runs = []
     for rank in range(world_size):
@@ -28,7 +34,8 @@ def start_together(argv: list, folder: Path, world_size: int) -> list[Run]:
             "WORLD_SIZE": str(world_size),
             "LOCAL_WORLD_SIZE": str(world_size),
         }
-        runs.append(Run(argv, folder / f"rank{rank}", environment=environment))
+        hook = (before or {}).get(rank)
+        runs.append(Run(argv, folder / f"rank{rank}", environment=environment, before=hook))
     return runs
 
 
@@ -63,21 +70,76 @@ def test_any_number_of_processes_gives_the_weights_and_metrics_of_one(world_size
             assert many["acc1"] == pytest.approx(one["acc1"], abs=1e-9)
 
 
-def test_two_processes_resume_bit_for_bit(tmp_path: Path) -> None:
-    argv = [*TINY, *SYNCED, "--epochs", 2, "--save_steps", 4]
-    unbroken = train_together([*argv, "--model_dir", tmp_path / "u"], tmp_path / "s", 2)[0].result
-    again = [*argv, "--model_dir", tmp_path / "m", "--resume", "auto"]
-    runs = start_together(again, tmp_path / "k", 2)
-    while not ckpt.list_checkpoints(tmp_path / "m"):
-        time.sleep(0.05)
-        assert all(run.process.is_alive() for run in runs), runs[0].text()
-    for run in runs:
-        run.signal(signal.SIGKILL)
-    for run in runs:
-        run.wait()
-    resumed = train_together(again, tmp_path / "r", 2)[0].result
-    assert resumed["state_sha256"] == unbroken["state_sha256"]
-    assert without_times(tmp_path / "m" / "metrics.jsonl") == without_times(tmp_path / "u" / "metrics.jsonl")
+def test_two_processes_stop_within_an_evaluation_and_resume_bit_for_bit(
+    tmp_path: Path, record_property: Callable[[str, object], None]
+) -> None:
+    # 180 and 179 test images: two batches for the one process, one for the other
+    argv = [*TINY, *SYNCED, "--epochs", 2, "--save_steps", 4, "--eval_batch_size", 179]
+    unbroken = train_together([*argv, "--model_dir", tmp_path / "u"], tmp_path / "s", 2)[0]
+    folder = tmp_path / "m"
+    again = [*argv, "--model_dir", folder, "--resume", "auto"]
+
+    asked = at_call("utils.evaluation.EvaluationCounts.update", 1, signal.SIGTERM)
+    stopped = [run.wait(60) for run in start_together(again, tmp_path / "t", 2, before={1: asked})]
+    assert [result.code for result in stopped] == [0, 0], stopped[0].stderr
+    assert not (folder / "summary.csv").exists()  # no process ended the evaluation
+    assert ckpt.list_checkpoints(folder)[0].name == "checkpoint_0_14.pth.tar"
+
+    killed = start_together(again, tmp_path / "k", 2, before={0: at_call("os.fsync", 6)})
+    assert killed[0].wait().code == -signal.SIGKILL
+    killed[1].signal(signal.SIGKILL)
+    assert killed[1].wait().code == -signal.SIGKILL
+    record_property("kills", 1)
+    resumed = train_together(again, tmp_path / "r", 2)[0]
+    same_ending(folder, tmp_path / "u", resumed, unbroken)
+    record_property("identical", 1)
+
+
+@pytest.mark.skipif(not Path("/proc/self/environ").exists(), reason="finds the process through /proc")
+def test_torchrun_starts_all_anew_when_one_is_killed(
+    tmp_path: Path, record_property: Callable[[str, object], None]
+) -> None:
+    argv = [*TINY, *SYNCED, "--epochs", 3]
+    unbroken = train_together([*argv, "--model_dir", tmp_path / "u"], tmp_path / "s", 2)[0]
+    folder = tmp_path / "m"
+    command = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", 2, "--max_restarts", 2]
+    command += ["train_split.py", *argv, "--model_dir", folder, "--resume", "auto"]
+    with (tmp_path / "err").open("w") as err:
+        agent = subprocess.Popen(
+            [sys.executable, *map(str, command)], cwd=ROOT, stdout=subprocess.PIPE, stderr=err, text=True
+        )
+    try:
+        while not ckpt.list_checkpoints(folder):
+            time.sleep(0.02)
+            assert agent.poll() is None, (tmp_path / "err").read_text()
+        os.kill(process_of(agent.pid, rank=1), signal.SIGKILL)
+        record_property("kills", 1)
+        stdout, _ = agent.communicate(timeout=240)
+    finally:
+        agent.kill()
+    stderr = (tmp_path / "err").read_text()
+    assert "Going on from" in stderr
+    same_ending(folder, tmp_path / "u", Finished(agent.returncode, stdout, stderr), unbroken)
+    record_property("identical", 1)
+
+
+def process_of(agent: int, rank: int) -> int:
+    """The process that torchrun started as a rank."""
+    for number in Path(f"/proc/{agent}/task/{agent}/children").read_text().split():
+        if f"RANK={rank}" in Path(f"/proc/{number}/environ").read_text().split("\0"):
+            return int(number)
+    raise AssertionError(f"no process has rank {rank}")
+
+
+def test_one_process_that_stops_with_an_error_stops_the_others(tmp_path: Path) -> None:
+    argv = [*TINY, *SYNCED, "--epochs", 50, "--model_dir", tmp_path / "m", "--on_save_error", "stop"]
+    runs = start_together(argv, tmp_path / "s", 2, before={0: functools.partial(no_space_from_call, 2)})
+    results = [run.wait(60) for run in runs]
+    assert [result.code for result in results] == [1, 1]
+    assert "No space left on device" in results[0].stderr
+    assert re.search(r"process 0 (stopped|died); process 1 stops", results[1].stderr), results[1].stderr
+    for result in results:
+        assert "Traceback" not in result.stderr
 
 
 def wait_for_steps(runs: list[Run]) -> None:

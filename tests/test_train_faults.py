@@ -1,7 +1,6 @@
 """What goes wrong while a run goes on: a full disk, a folder that cannot be written, images that cannot be read."""
 
 import functools
-import os
 from pathlib import Path
 from typing import Any
 
@@ -9,24 +8,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from tests.kills import no_space_from_call
 from tests.runs import TINY, train
 from utils import checkpoint as ckpt
-
-
-def no_space_from_call(number: int) -> None:
-    """From the `number`-th checkpoint on, the disk is full when it is flushed."""
-    original, calls = os.fsync, 0
-
-    def full(fd: int) -> None:
-        nonlocal calls
-        name = os.readlink(f"/proc/self/fd/{fd}")
-        if ".pth.tar" in name:
-            calls += 1
-            if calls >= number:
-                raise OSError(28, "No space left on device")
-        original(fd)
-
-    os.fsync = full  # type: ignore[assignment]
 
 
 @pytest.mark.parametrize("policy", ["warn", "stop"])

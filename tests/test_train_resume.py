@@ -9,10 +9,9 @@ from pathlib import Path
 
 import pytest
 from PIL import Image
-from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from tests.kills import at_call, within_board, within_checkpoint, within_line
-from tests.runs import TINY, Finished, Run, train, without_times
+from tests.runs import TINY, Finished, Run, same_ending, train, without_times
 from utils import checkpoint as ckpt
 
 BASE = [*TINY, "--split_factor", 2, "--epochs", 2, "--seed", 11, "--print_freq", 4, "--save_steps", 5]
@@ -43,27 +42,6 @@ CHOSEN = {
     "rmsprop": ["before old checkpoints are dropped", "within an evaluation", "within a line of metrics.jsonl"],
     "files": ["before a checkpoint", "within a record of TensorBoard"],
 }
-
-
-def same_ending(folder: Path, expected: Path, result: Finished, reference: Finished) -> None:
-    assert result.code == 0, result.stderr
-    assert result.result["state_sha256"] == reference.result["state_sha256"]
-    for name in ("metrics.jsonl", "summary.csv"):
-        assert without_times(folder / name) == without_times(expected / name)
-    best, other = (ckpt.load_checkpoint(f / ckpt.BEST) for f in (folder, expected))
-    assert ckpt.state_sha256(best["state_dict"]) == ckpt.state_sha256(other["state_dict"])
-    assert (best["epoch"], best["best_acc1"]) == (other["epoch"], other["best_acc1"])
-    for key in ("last", "best", "epochs", "steps"):
-        assert result.result[key] == reference.result[key]
-    assert board(folder) == board(expected)
-    assert not list(folder.glob("*.partial"))
-
-
-def board(folder: Path) -> dict[int, float]:
-    """TensorBoard's value of each epoch; of two that a killed and a resumed run wrote, the later one."""
-    events = EventAccumulator(str(folder / "val"))
-    events.Reload()
-    return {event.step: event.value for event in events.Scalars("avg_acc1")}
 
 
 @pytest.fixture(scope="module")

@@ -102,7 +102,7 @@ class LineFile:
         try:
             if self._file is None:
                 self._file = self.path.open("ab", buffering=0)
-            start = self._file.tell()
+            start = self._file.seek(0, os.SEEK_END)
             while content:
                 content = content[self._file.write(content) :]
             self.lines += len(lines)
@@ -155,12 +155,13 @@ class RunLog:
         return {"metrics": self.metrics.lines, "summary": self.summary.lines}
 
     def rewind(self, positions: Mapping[str, int], *, epoch: int, step: int) -> None:
-        """Go back to where a checkpoint was written: `epoch` and `step` are the next ones."""
+        """Go back to where a checkpoint was written, after `epoch` whole epochs and `step` steps."""
         if not self.active:
             return
         self.metrics.rewind(int(positions.get("metrics", 0)))
         self.summary.rewind(int(positions.get("summary", 0)))
-        self._purge = {"val": epoch, "train": step}
+        # TensorBoard drops what stands at these places and after them; the evaluation of epoch E stands at E
+        self._purge = {"val": epoch + 1 if step else 0, "train": step}
 
     def write_metrics(self, record: Mapping[str, Any]) -> None:
         """One JSON object as a line of metrics.jsonl."""

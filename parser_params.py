@@ -506,18 +506,27 @@ def _read_yaml(path: str) -> dict[str, Any]:
     """The mapping in a YAML file.
 
     Raises:
-        UserError: unreadable, not YAML, or not a mapping of names to values.
+        UserError: unreadable, not YAML, not a mapping of names to values, or with a name that stands there twice.
     """
     try:
-        content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+        text = Path(path).read_text(encoding="utf-8")
+        aliases = any(isinstance(event, yaml.AliasEvent) for event in yaml.parse(text, yaml.SafeLoader))
+        content = yaml.safe_load(text)
+        root = yaml.compose(text, yaml.SafeLoader)
     except OSError as error:
         raise UserError(f"--config {path}: cannot be read: {error.strerror or error}.") from None
     except (yaml.YAMLError, UnicodeDecodeError, ValueError, RecursionError) as error:
         raise UserError(f"--config {path}: is not valid YAML: {reason(error)}") from None
     if content is None:
         return {}
-    if not isinstance(content, dict) or not all(isinstance(key, str) for key in content):
+    if aliases:
+        raise UserError(f"--config {path}: YAML's aliases (*name) are not read: a few of them make any size.")
+    if not isinstance(root, yaml.MappingNode) or not all(isinstance(key, str) for key in content):
         raise UserError(f"--config {path}: expected 'flag: value' lines, found {type(content).__name__}.")
+    keys = [key.value for key, _ in root.value]
+    for key in content:
+        if keys.count(key) > 1:  # YAML itself would silently take the last one
+            raise UserError(f"--config {path}: {key!r} stands there {keys.count(key)} times; keep one.")
     return content
 
 
@@ -609,6 +618,8 @@ def parse_config(argv: Sequence[str] | None = None, program: str | None = None, 
     origins: dict[str, str] = {}
     for key, value in from_yaml.items():
         flag = _lookup(known, key, f"--config {yaml_path}: {key!r}")
+        if flag.name in given:
+            raise UserError(f"--config {yaml_path}: {key!r} is another name of a flag that stands there too; keep one.")
         given[flag.name] = flag.parse(value, f"--config {yaml_path}: {key}", key.replace("-", "_"))
         origins[flag.name] = "yaml"
     raw = vars(namespace)
@@ -731,8 +742,8 @@ def _check(config: Config) -> None:
     ):
         need(getattr(config, name) >= 1, f"--{name} must be 1 or more, got {getattr(config, name)}.")
     for name in ("workers", "padding", "save_steps", "weight_decay", "lr", "end_lr", "slow_start_lr", "rank"):
-        need(getattr(config, name) >= 0, f"--{name} must be 0 or more, got {getattr(config, name)}.")
-    for name in ("erase_p", "ema_decay", "color_jitter"):
+        need(0 <= getattr(config, name) < math.inf, f"--{name} must be 0 or more, got {getattr(config, name)}.")
+    for name in ("erase_p", "ema_decay", "momentum", "color_jitter"):
         need(0 <= getattr(config, name) <= 1, f"--{name} must be between 0 and 1, got {getattr(config, name)}.")
     for name, most in (("crop_area", 1.0), ("erase_area", 1.0), ("erase_ratio", math.inf)):
         pair = getattr(config, name)
@@ -766,6 +777,22 @@ def _check(config: Config) -> None:
     need(
         not (config.no_cuda and (config.gpu is not None or config.gpu_ids is not None)),
         "--no_cuda contradicts --gpu and --gpu_ids: give one of them.",
+    )
+    need(
+        config.is_amp or config.amp_dtype not in ("bf16", "fp16") or "is_amp" not in config.given,
+        f"--is_amp 0 contradicts --amp_dtype {config.amp_dtype}: leave one of them out.",
+    )
+    need(
+        config.start_epoch is None or 0 <= config.start_epoch <= config.given.get("epochs", math.inf),
+        f"--start_epoch {config.start_epoch} is not within the run: give 0 to --epochs.",
+    )
+    need(
+        config.rank < config.world_size or not config.multiprocessing_distributed,
+        f"--rank {config.rank} is not one of the --world_size {config.world_size} nodes, which count from 0.",
+    )
+    need(
+        config.nproc_per_node is None or (config.nproc_per_node >= 1 and config.multiprocessing_distributed),
+        "--nproc_per_node needs 1 or more, and --multiprocessing_distributed; under torchrun it is torchrun's flag.",
     )
     need(
         not (config.evaluate and config.resume is None),

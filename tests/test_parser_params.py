@@ -136,6 +136,12 @@ def test_aliases_and_spellings() -> None:
         (["--epochs", "2.5"], r"--epochs: '2.5' is not usable: expected a whole number"),
         (["--epochs"], r"--epochs"),
         (["--epochs", "0"], r"--epochs must be 1 or more, got 0"),
+        (["--lr", "inf"], r"--lr must be 0 or more, got inf"),
+        (["--momentum", "9"], r"--momentum must be between 0 and 1, got 9"),
+        (["--is_amp", "0", "--amp_dtype", "bf16"], r"--is_amp 0 contradicts --amp_dtype bf16"),
+        (["--start_epoch", "9", "--epochs", "5"], r"--start_epoch 9 is not within the run"),
+        (["--rank", "2", "--world_size", "2", "--multiprocessing_distributed"], r"--rank 2 is not one of the"),
+        (["--nproc_per_node", "2"], r"--nproc_per_node needs 1 or more, and --multiprocessing_distributed"),
         (["--is_amp", "2"], r"--is_amp: '2' is not usable: expected 0 or 1"),
         (["--lr_mode", "cosine"], r"--lr_mode: 'cosine' is not one of .*Did you mean 'cos'"),
         (["--dataset", "cifar"], r"--dataset 'cifar' is not a known data set\. Did you mean 'cifar10'"),
@@ -182,6 +188,9 @@ def test_mistakes_are_one_line(argv: list[str], message: str) -> None:
         ("lr:", r"c.yaml: lr: a value is missing"),
         ("!!python/object/apply:os.system ['true']", r"is not valid YAML"),
         ("1: 2", r"expected 'flag: value' lines"),
+        ("lr: 1\nepochs: 2\nlr: 3", r"c.yaml: 'lr' stands there 2 times"),
+        ("lr: 1\nlearning_rate: 2", r"c.yaml: 'learning_rate' is another name of a flag that stands there too"),
+        ("lr: [&a [1, 2, 3], &b [*a, *a], &c [*b, *b], [*c, *c]]", r"c.yaml: YAML's aliases"),
     ],
 )
 def test_bad_yaml_is_one_line(tmp_path: Path, text: str, message: str) -> None:

@@ -179,7 +179,7 @@ def soak(minutes: float, resumes: int, folder: Path) -> tuple[list[Sample], list
                 start_new_session=True,
             )
         end = time.monotonic() + START
-        started = samples[-1].epoch if samples else 0
+        started = look(process.pid, run, temporary, 0.0, part).epoch
         going = False
         while time.monotonic() < end and process.poll() is None:
             time.sleep(INTERVAL)

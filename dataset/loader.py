@@ -8,7 +8,9 @@ an epoch can be entered at any batch.
 import functools
 import logging
 import multiprocessing
+import multiprocessing.connection
 import os
+import threading
 import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -490,12 +492,30 @@ class _Feed:
             pin_memory=self._device.type == "cuda",
             persistent_workers=self._workers > 0,
             multiprocessing_context=method if self._workers else None,
+            worker_init_fn=_end_with_trainer,
             generator=torch.Generator(),  # so that the global one is left alone
         )
 
 
 def _as_it_is(item: Any) -> Any:
     return item
+
+
+def _end_with_trainer(worker: int) -> None:
+    """End this worker when the process that it decodes for has been killed.
+
+    Torch's workers look at their parent. Here that is the fork server, which lives as long as its children do: they
+    would wait for each other for ever.
+    """
+    trainer = multiprocessing.parent_process()
+    assert trainer is not None
+    sentinel = trainer.sentinel
+
+    def watch() -> None:
+        multiprocessing.connection.wait([sentinel])
+        os._exit(1)
+
+    threading.Thread(target=watch, name="end with trainer", daemon=True).start()
 
 
 def _fits(device: torch.device, num_bytes: int) -> bool:

@@ -229,13 +229,13 @@ class RunLog:
 
     def picture(self, tag: str, png: bytes, index: int) -> None:
         """A PNG."""
-        if not self.active:
+        if not self._has_boards:
             return
         import numpy as np
         from PIL import Image
 
-        with Image.open(io.BytesIO(png)) as image:
-            self._board("val").add_image(tag, np.asarray(image.convert("RGB")), index, dataformats="HWC")
+        with Image.open(io.BytesIO(png)) as image, self._drawing("val") as board:
+            board.add_image(tag, np.asarray(image.convert("RGB")), index, dataformats="HWC")
 
     def hparams(self, flags: Mapping[str, Any], results: Mapping[str, float]) -> None:
         """The run's settings and final figures for TensorBoard's HParams page."""

@@ -33,10 +33,11 @@ from model.splitnet import SplitNet
 from parser_params import Config, parse_config
 from utils import checkpoint as ckpt
 from utils import distributed
+from utils.checkpoint import write_file
 from utils.distributed import World
 from utils.ensemble import ensemble_rule
 from utils.errors import RunError, UserError, reason
-from utils.eval_files import evaluation_results, write_evaluation, write_latencies, write_output
+from utils.eval_files import evaluation_results, write_evaluation, write_latencies
 from utils.evaluation import evaluate
 from utils.latency import Latency, as_plain
 from utils.logger import plain_json, set_up_text_log
@@ -313,7 +314,7 @@ def run_evaluation(session: Session) -> dict[str, Any]:
         if timing is not None:
             rows = timing(results["ensemble_acc1"])
             results["latency"] = as_plain(rows)
-            write_output(folder / RESULTS, as_json(results))
+            write_file(folder / RESULTS, as_json(results))
             print(f"\n{write_latencies(rows, folder)}", flush=True)
     return results
 
@@ -427,7 +428,7 @@ def run_prediction(session: Session, path: Path) -> dict[str, Any]:
     }
     if session.world.is_main:
         print("\n".join(write_prediction(prediction, classes, folder)), flush=True)
-        write_output(folder / RESULTS, as_json(results))
+        write_file(folder / RESULTS, as_json(results))
     return results
 
 

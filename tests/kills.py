@@ -124,3 +124,10 @@ def no_space_from_call(number: int) -> None:
         original(fd)
 
     os.fsync = full  # type: ignore[assignment]
+
+
+def small_files_only(room: int) -> None:
+    """Let no file that a run writes below its folder grow beyond so many bytes."""
+    import resource
+
+    resource.setrlimit(resource.RLIMIT_FSIZE, (room, room))

@@ -1,6 +1,8 @@
 """What goes wrong while a run goes on: a full disk, a folder that cannot be written, images that cannot be read."""
 
 import functools
+import signal
+import time
 from pathlib import Path
 from typing import Any
 
@@ -8,8 +10,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from tests.kills import no_space_from_call
-from tests.runs import TINY, train
+from tests.kills import no_space_from_call, small_files_only
+from tests.runs import TINY, Run, train, without_times
 from utils import checkpoint as ckpt
 
 
@@ -52,8 +54,11 @@ def folder_with_a_bad_image(tmp_path: Path) -> Path:
     return data
 
 
-@pytest.mark.parametrize("workers", [0, 1])
-def test_bad_images_fail_or_are_listed(folder_with_a_bad_image: Path, workers: int, tmp_path: Path) -> None:
+# images of 70 pixels are decoded while the run goes on, those of 40 when it starts
+@pytest.mark.parametrize(("workers", "side"), [(0, 70), (1, 70), (0, 40)])
+def test_bad_images_fail_or_are_listed(folder_with_a_bad_image: Path, workers: int, side: int, tmp_path: Path) -> None:
+    for path in folder_with_a_bad_image.rglob("[!3].png"):
+        Image.open(path).resize((side, side)).save(path)
     argv: list[Any] = ["--dataset", "folder", "--data", folder_with_a_bad_image, "--arch", "resnet20"]
     argv += ["--crop_size", 32, "--epochs", 1, "--batch_size", 8, "--workers", workers, "--no_cuda"]
     failed = train([*argv, "--model_dir", tmp_path / "f"], tmp_path)
@@ -65,3 +70,54 @@ def test_bad_images_fail_or_are_listed(folder_with_a_bad_image: Path, workers: i
     skipped = train([*argv, "--model_dir", tmp_path / "s", "--on_bad_image", "skip"], tmp_path)
     assert skipped.code == 0, skipped.stderr
     assert "3.png" in (tmp_path / "s" / "bad_images.txt").read_text()
+
+
+def test_a_full_disk_under_every_file(tmp_path: Path) -> None:
+    argv = [*TINY, "--epochs", 2, "--save_steps", 5, "--print_freq", 5, "--seed", 1]
+    whole = train([*argv, "--model_dir", tmp_path / "w"], tmp_path)
+    room = 40_000  # bytes a file may have: enough for all but checkpoints and the picture
+    run = train([*argv, "--model_dir", tmp_path / "m"], tmp_path, before=functools.partial(small_files_only, room))
+    assert run.code == 0, run.stderr
+    assert run.result["state_sha256"] == whole.result["state_sha256"]
+    assert "checkpoint_1.pth.tar: could not be written: File too large" in run.stderr
+    assert "curves.png: could not be written: File too large" in run.stderr
+    assert "Traceback" not in run.stderr
+    assert without_times(tmp_path / "m" / "metrics.jsonl") == without_times(tmp_path / "w" / "metrics.jsonl")
+    assert not ckpt.list_checkpoints(tmp_path / "m")
+    assert not list((tmp_path / "m").glob("*.partial"))
+
+    none = train([*argv, "--model_dir", tmp_path / "n"], tmp_path, before=functools.partial(small_files_only, 1000))
+    assert none.code == 1
+    assert none.stderr.strip().splitlines()[-1].endswith("hparams_train.json: could not be written: File too large.")
+    assert "Traceback" not in none.stderr
+
+
+@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="looks for processes in /proc")
+def test_decoding_workers_end_with_a_killed_run(folder_with_a_bad_image: Path, tmp_path: Path) -> None:
+    argv: list[Any] = ["--dataset", "folder", "--data", folder_with_a_bad_image, "--arch", "resnet20", "--workers", 2]
+    argv += ["--crop_size", 16, "--epochs", 99, "--batch_size", 8, "--on_bad_image", "skip", "--no_cuda"]
+    run = Run([*argv, "--model_dir", tmp_path / "m"], tmp_path / "streams")
+    while "evaluated" not in run.text():
+        time.sleep(0.05)
+        assert run.process.is_alive(), run.text()
+    assert run.process.pid is not None
+    family = descendants(run.process.pid)
+    assert len(family) >= 5  # a server and four workers at the least
+    run.signal(signal.SIGKILL)
+    run.wait()
+    killed = time.monotonic()
+    while left := [number for number in family if is_running(number)]:
+        time.sleep(0.1)
+        assert time.monotonic() - killed < 90, f"still there: {left}"
+
+
+def descendants(number: int) -> list[int]:
+    children = [int(child) for child in Path(f"/proc/{number}/task/{number}/children").read_text().split()]
+    return children + [other for child in children for other in descendants(child)]
+
+
+def is_running(number: int) -> bool:
+    try:
+        return Path(f"/proc/{number}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False

@@ -10,7 +10,6 @@ from typing import Any
 from torch import Tensor
 
 from utils.checkpoint import write_file
-from utils.errors import RunError, reason
 from utils.evaluation import Evaluation
 from utils.latency import Latency, as_plain, format_latencies, plot_accuracy_latency
 from utils.plots import plot_confusion
@@ -75,14 +74,14 @@ def write_evaluation(results: Mapping[str, Any], confusion_KK: Tensor, classes: 
     """Write all files of an evaluation; returns the table.
 
     Raises:
-        RunError: a file cannot be written.
+        WriteError: a file cannot be written.
     """
     table = format_table(results)
     accuracies, counts = results["per_class_acc"], confusion_KK.sum(dim=1).tolist()
     rows = [(i, name, counts[i], f"{accuracies[name]:.4f}") for i, name in enumerate(classes)]
-    write_output(folder / RESULTS, as_json(results))
-    write_output(folder / "table.md", table + "\n")
-    write_output(folder / "per_class.csv", csv_text(("class", "name", "images", "acc1"), rows))
+    write_file(folder / RESULTS, as_json(results))
+    write_file(folder / "table.md", table + "\n")
+    write_file(folder / "per_class.csv", csv_text(("class", "name", "images", "acc1"), rows))
     plot_confusion(confusion_KK.numpy(), classes, folder / "confusion.png")
     return table
 
@@ -94,8 +93,8 @@ def write_latencies(rows: Sequence[Latency], folder: Path) -> str:
         RunError: a file cannot be written.
     """
     table = format_latencies(rows)
-    write_output(folder / "latency.md", table + "\n")
-    write_output(folder / "latency.json", json.dumps(as_plain(rows), indent=2) + "\n")
+    write_file(folder / "latency.md", table + "\n")
+    write_file(folder / "latency.json", json.dumps(as_plain(rows), indent=2) + "\n")
     plot_accuracy_latency(rows, folder / "latency.png")
     return table
 
@@ -107,15 +106,3 @@ def csv_text(titles: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
     writer.writerow(titles)
     writer.writerows(rows)
     return text.getvalue()
-
-
-def write_output(path: Path, content: bytes | str) -> None:
-    """Write a file as a whole.
-
-    Raises:
-        RunError: it cannot be written.
-    """
-    try:
-        write_file(path, content)
-    except OSError as error:
-        raise RunError(f"{path}: cannot be written: {reason(error)}.") from None

@@ -11,9 +11,10 @@ import torch
 from torch import Tensor, nn
 
 from utils import distributed
+from utils.checkpoint import write_file
 from utils.ensemble import ensemble_log_probs, ensemble_scores
 from utils.errors import RunError, reason
-from utils.eval_files import csv_text, write_output
+from utils.eval_files import csv_text
 
 TOP = 5  # classes listed per image
 SHOWN = 10  # predictions that are printed
@@ -113,8 +114,8 @@ def write_prediction(prediction: Prediction, classes: Sequence[str], folder: Pat
         rows.append([*row, f"{disagreement_N[n]:.4f}"])
     arrays = io.BytesIO()
     np.savez(arrays, logits=logits_SNK.numpy(), ensemble=ensemble_scores(logits_SNK, rule).numpy())
-    write_output(folder / "predictions.csv", csv_text([*titles, "disagreement"], rows))
-    write_output(folder / "logits.npz", arrays.getvalue())
+    write_file(folder / "predictions.csv", csv_text([*titles, "disagreement"], rows))
+    write_file(folder / "logits.npz", arrays.getvalue())
     if len(rows) > SHOWN:
         shown.append(f"… and {len(rows) - SHOWN} more in {folder / 'predictions.csv'}")
     return shown

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from utils.checkpoint import write_file
 from utils.compare import compare_runs, csv_table, markdown, plot_comparison, read_run
-from utils.errors import UserError, reason
+from utils.errors import RunError, UserError, reason
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -35,7 +35,7 @@ def main(argv: list[str] | None = None) -> int:
             picture = plot_comparison(rows, prefix.with_name(prefix.name + ".png"))
         except OSError as error:
             raise UserError(f"--out {prefix}: cannot be written: {reason(error)}.") from None
-    except UserError as error:
+    except (UserError, RunError) as error:
         print(f"compare: {error}", file=sys.stderr)  # noqa: T201 - an entry point
         return error.exit_code
     print(f"{table}\n{picture}")  # noqa: T201

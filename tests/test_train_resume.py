@@ -15,12 +15,14 @@ from tests.runs import TINY, Finished, Run, same_ending, train, without_times
 from utils import checkpoint as ckpt
 
 BASE = [*TINY, "--split_factor", 2, "--epochs", 2, "--seed", 11, "--print_freq", 4, "--save_steps", 5]
+# 14 steps and 4 batches of evaluation an epoch, as BASE has, but small ones: there are many runs
+QUICK = [*BASE, "--dataset", "folder", "--batch_size", 4, "--eval_batch_size", 6]
 CASES = {
     "plain": [],
     "everything": ["--is_mixup", 1, "--ema_decay", 0.9, "--iters_to_accumulate", 2, "--clip_grad", 1.0],
     "bf16": ["--amp_dtype", "bf16", "--optimizer", "AdamW"],
     "rmsprop": ["--optimizer", "RMSpropTF", "--val_fraction", 0.1, "--lr_mode", "step"],
-    "files": ["--dataset", "folder", "--crop_size", 16, "--batch_size", 4, "--workers", 1, "--print_freq", 2],
+    "files": ["--crop_size", 16, "--workers", 1],
 }
 
 POINTS = {
@@ -46,14 +48,16 @@ CHOSEN = {
 
 @pytest.fixture(scope="module")
 def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Classes of JPEG and PNG files that are too large to be kept decoded."""
+    """Two classes of JPEG and PNG files: in `large` too large to be kept decoded, in `small` not."""
     root = tmp_path_factory.mktemp("images")
-    for split, count in (("train", 12), ("val", 5)):
-        for label, name in enumerate(("ant", "bee")):
-            (root / split / name).mkdir(parents=True)
-            for i in range(count):
-                image = Image.linear_gradient("L").resize((70, 66 + i)).rotate(90 * label + 7 * i).convert("RGB")
-                image.save(root / split / name / f"{i}.{'jpg' if i % 2 else 'png'}")
+    for data, side in (("large", 66), ("small", 16)):
+        for split, count in (("train", 28), ("val", 12)):
+            for label, name in enumerate(("ant", "bee")):
+                folder = root / data / split / name
+                folder.mkdir(parents=True)
+                for i in range(count):
+                    image = Image.linear_gradient("L").resize((side, side + i % 3)).rotate(90 * label + 7 * i)
+                    image.convert("RGB").save(folder / f"{i}.{'jpg' if i % 2 else 'png'}")
     return root
 
 
@@ -62,7 +66,8 @@ def unbroken(
     request: pytest.FixtureRequest, images: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> tuple[str, list, Path, Finished]:
     folder = tmp_path_factory.mktemp(request.param) / "m"
-    argv = [*BASE, *CASES[request.param], "--data", images]
+    data = images / ("large" if request.param == "files" else "small")
+    argv = [*QUICK, *CASES[request.param], "--data", data]
     result = train([*argv, "--model_dir", folder], folder.parent)
     assert result.code == 0, result.stderr
     return request.param, argv, folder, result

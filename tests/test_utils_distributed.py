@@ -1,5 +1,8 @@
 """Two and three processes give what one process gives on the same global batch."""
 
+import os
+import signal
+import socket
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +15,8 @@ from dataset.mixup import apply_mix, draw_mix
 from tests.processes import run_processes
 from utils import distributed
 from utils.distributed import ProcessSyncBatchNorm, World, synchronise_batchnorm
-from utils.errors import UserError
+from utils.errors import RunError, UserError
+from utils.interrupt import Stopped, StopRequest
 
 
 def small_net() -> nn.Module:
@@ -67,15 +71,26 @@ def gathered(rank: int, world_size: int) -> dict[str, Any]:
         "rows": distributed.all_gather_rows(rows),
         "place": list(distributed.place_among_processes(rank + 1, world)),
         "agreed": asked_together(rank),
+        "until_stopped": until_stopped(rank),
     }
 
 
 def asked_together(rank: int) -> bool:
-    from utils.interrupt import StopRequest
-
     request = StopRequest()
     request.number = 15 if rank == 1 else 0
     return request.agreed(torch.device("cpu"))
+
+
+def until_stopped(rank: int) -> list[int]:
+    """The batches that each process sees when process 1, with fewer of them, is signalled at its first."""
+    request, seen = StopRequest(), []
+    try:
+        for batch in request.until_stopped(range((5, 2, 0)[rank]), rounds=5, device=torch.device("cpu"), every=2):
+            seen.append(batch)
+            request.number = signal.SIGTERM if rank == 1 else request.number
+    except Stopped as stopped:
+        seen.append(-stopped.number)
+    return seen
 
 
 def test_rows_of_uneven_processes_and_stop_requests(tmp_path: Path) -> None:
@@ -84,6 +99,8 @@ def test_rows_of_uneven_processes_and_stop_requests(tmp_path: Path) -> None:
         assert result["rows"][:, 0].tolist() == [0, 1, 1, 2, 2, 2]
         assert result["place"] == [sum(range(1, rank + 1)), 6]
         assert result["agreed"]
+    seen = [result["until_stopped"] for result in results]
+    assert seen == [[0, 1, -signal.SIGTERM], [0, 1, -signal.SIGTERM], [-signal.SIGTERM]]
 
 
 def mixed(rank: int, world_size: int) -> dict[str, Tensor]:
@@ -138,3 +155,35 @@ def test_several_nodes_need_a_meeting_point() -> None:
         distributed.spawn(print, (), processes=1, nodes=2, node=0, url="env://")
     with pytest.raises(UserError, match=r"--dist_url host:1"):
         distributed.spawn(print, (), processes=1, nodes=2, node=0, url="host:1")
+
+
+def test_a_port_in_use_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    with socket.socket() as other:
+        other.bind(("127.0.0.1", 0))
+        other.listen()
+        port = other.getsockname()[1]
+        for name, value in {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "RANK": 0, "WORLD_SIZE": 2}.items():
+            monkeypatch.setenv(name, str(value))
+        with pytest.raises(RunError, match=rf"--dist_url: no meeting at 127.0.0.1:{port} \(port in use") as caught:
+            distributed.join([])
+    assert "\n" not in str(caught.value)
+
+
+def test_a_second_signal_ends_the_process_unless_it_is_an_echo(monkeypatch: pytest.MonkeyPatch) -> None:
+    now, raised = [100.0], []
+    monkeypatch.setattr("utils.interrupt.time.monotonic", lambda: now[0])
+    monkeypatch.setattr("utils.interrupt.signal.raise_signal", raised.append)
+    with StopRequest() as request:
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert (request.number, raised) == (signal.SIGTERM, [])
+        now[0] += 1.0  # a launcher passes on what the terminal has sent already
+        os.kill(os.getpid(), signal.SIGINT)
+        assert (request.number, raised) == (signal.SIGTERM, [])
+        now[0] += 10.0
+        os.kill(os.getpid(), signal.SIGINT)
+        assert raised == [signal.SIGINT]
+
+
+def test_without_a_signal_every_batch_comes() -> None:
+    request = StopRequest()
+    assert list(request.until_stopped(range(5), rounds=3, device=torch.device("cpu"))) == [0, 1, 2, 3, 4]

@@ -11,7 +11,6 @@ import csv
 import itertools
 import json
 import os
-import platform
 import signal
 import subprocess
 import sys
@@ -25,6 +24,7 @@ import numpy as np
 import torch
 from PIL import Image
 
+from benchmarks.report import hardware, versions
 from utils.checkpoint import PARTIAL, list_checkpoints, run_position
 
 ROOT = Path(__file__).parent.parent
@@ -271,17 +271,10 @@ def judge(samples: Sequence[Sample]) -> list[Finding]:
 # ---- the report ------------------------------------------------------------------------------------------------------
 
 
-def cpu_name() -> str:
-    """The processor's name."""
-    for line in Path("/proc/cpuinfo").read_text().splitlines():
-        if line.startswith("model name"):
-            return line.partition(":")[2].strip()
-    return platform.processor() or "unknown"
-
-
 def table(samples: Sequence[Sample], findings: Sequence[Finding], header: dict[str, str]) -> str:
     """The report in Markdown."""
     lines = ["# Soak: does a long run stay flat?", "", *(f"- {name}: {value}" for name, value in header.items())]
+    lines += ["", "It says what grows, not how fast anything is: other work may have run on the machine."]
     lines += ["", "| quantity | found | limit | |", "| --- | ---: | ---: | --- |"]
     for item in findings:
         verdict = "flat" if item.flat else "**NOT FLAT**"
@@ -351,12 +344,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         samples, findings = soak(options.minutes, options.resumes, Path(folder))
     if findings[0].flat:
         findings = judge(samples) + findings
+    facts = hardware(torch.device("cpu"))
     header = {
         "date": time.strftime("%Y-%m-%d"),
         "command": f"`python -m benchmarks.soak --minutes {options.minutes:g} --resumes {options.resumes}`",
         "the run": f"`{' '.join(command('DATA', 'RUN'))}`, one thread, two decoding workers",
-        "machine": f"{os.cpu_count()} cores of {cpu_name()}; {platform.platform()}",
-        "versions": f"Python {platform.python_version()}, torch {torch.__version__}",
+        "machine": f"{facts['cores']} cores of {facts['device']}, 1-minute load {facts['load_1_min']} at the end",
+        "versions": ", ".join(f"{name} {number}" for name, number in versions().items()),
         "length": f"{samples[-1].seconds / 60:.1f} minutes, {samples[-1].epoch} epochs, {len(samples)} samples, "
         f"{options.resumes} resumes (after SIGTERM, SIGKILL in turn)",
         "warm-up": f"the first {100 * WARM_UP:.0f} % of each part",

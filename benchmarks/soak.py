@@ -30,7 +30,7 @@ from utils.checkpoint import PARTIAL, list_checkpoints, run_position
 ROOT = Path(__file__).parent.parent
 KEPT = 3  # checkpoints
 INTERVAL = 2.0  # seconds between samples
-START = 600.0  # seconds within which a part must have trained its first epoch; they do not count
+START = 1800.0  # seconds within which a part must have trained its first epoch; they do not count
 WARM_UP = 0.25  # share of each part, from its start, in which memory may still grow: allocators and workers fill up
 LOGS = ("metrics.jsonl", "summary.csv", "train.log", "tensorboard")
 
@@ -191,12 +191,12 @@ def soak(minutes: float, resumes: int, folder: Path) -> tuple[list[Sample], list
         number = signal.SIGKILL if part % 2 else signal.SIGTERM
         process.send_signal(number)
         code = process.wait(300)
-        wrong_endings += code != (-number if part % 2 else 0)
+        wrong_endings += not going or code != (-number if part % 2 else 0)
         deadline = time.monotonic() + 60
         while members(process.pid) and time.monotonic() < deadline:
             time.sleep(0.2)
         left_over += len(members(process.pid))
-        if wrong_endings or not going:
+        if wrong_endings:
             print((folder / "output.txt").read_text(errors="replace")[-3000:], file=sys.stderr)
             break
     with (run / "summary.csv").open(newline="") as file:
@@ -204,7 +204,7 @@ def soak(minutes: float, resumes: int, folder: Path) -> tuple[list[Sample], list
     odd_epochs = sum(epoch != i for i, epoch in enumerate(epochs, start=1))
     partials = len(list(run.glob(f"*{PARTIAL}"))) if (resumes % 2 == 0) else 0  # SIGKILL may leave the last one's
     return samples, [
-        Finding("parts that ended otherwise than by their signal", wrong_endings, 0, ""),
+        Finding("parts that trained no epoch, or ended otherwise than by their signal", wrong_endings, 0, ""),
         Finding("processes left 60 s after a part's end", left_over, 0, ""),
         Finding("epochs missing or doubled in summary.csv", odd_epochs, 0, ""),
         Finding("half-written files left", partials, 0, ""),

@@ -297,8 +297,11 @@ class Trainer:
 
     # ---- state -------------------------------------------------------------------------------------------------------
 
-    def state(self) -> dict[str, Any]:
-        """The checkpoint: everything that a resumed run needs to go on bit for bit, and that eval.py needs to load."""
+    def state(self, meters: list[Any]) -> dict[str, Any]:
+        """The checkpoint: everything that a resumed run needs to go on bit for bit, and that eval.py needs to load.
+
+        `meters`: those of every process.
+        """
         best = self.report.best
         state: dict[str, Any] = {
             "epoch": self.epoch,
@@ -317,7 +320,7 @@ class Trainer:
             "crop_size": self.config.crop_size,
             "data_recipe": self.source.recipe,
             "report": self.report.state_dict(),
-            "meters": {"interval": self.meter.state_dict(), "epoch": self.epoch_meter.state_dict()},
+            "meters": meters,
             "clock": self.clock.state_dict(),
             "guard": self.guard.state_dict(),
             "environment": self._environment(),
@@ -367,8 +370,13 @@ class Trainer:
                 self.average.load_state_dict(ckpt.plain_keys(state["ema"]))
             place = state["sampler"]
             self.epoch, self.batch, self.step = int(place["epoch"]), int(place["batch"]), int(place["step"])
-            self.meter.load_state_dict(state["meters"]["interval"])
-            self.epoch_meter.load_state_dict(state["meters"]["epoch"])
+            meters = state["meters"]
+            if len(meters) == self.world.world_size:
+                meters = [meters[self.world.rank]]
+            elif not self.world.is_main:
+                meters = []
+            self.meter.load_state_dict(*(part["interval"] for part in meters))
+            self.epoch_meter.load_state_dict(*(part["epoch"] for part in meters))
             self.clock.load_state_dict(state["clock"])
             self.guard.load_state_dict(state["guard"])
             self.report.load_state_dict(state["report"], epoch=self.epoch, step=self.step)
@@ -383,11 +391,14 @@ class Trainer:
     def save(self, name: str) -> None:
         """Write a checkpoint of this name (process 0), and drop the oldest ones beyond --max_ckpt_nums."""
         self.method.synchronise()
+        meters = distributed.gather_values(
+            {"interval": self.meter.state_dict(), "epoch": self.epoch_meter.state_dict()}
+        )
         if not self.world.is_main:
             return
         path = self.folder / name
         try:
-            ckpt.save_checkpoint(self.state(), path)
+            ckpt.save_checkpoint(self.state(meters), path)
         except WriteError as error:
             self._not_saved(error)
             return
@@ -610,6 +621,7 @@ class Trainer:
         loader = self.eval_loaders[name]
         # not compiled, as in eval.py, so that both find the same figures
         with as_written(self.config.compile is not None), self._evaluated_weights():
+            distributed.broadcast_buffers(self.network)  # an average's are each process's own until here
             return evaluate(
                 self.network,
                 self.stop.until_stopped(loader, rounds=loader.rounds, device=self.world.device, every=self.ask_every),

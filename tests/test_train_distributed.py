@@ -73,8 +73,10 @@ def test_any_number_of_processes_gives_the_weights_and_metrics_of_one(world_size
 def test_two_processes_stop_within_an_evaluation_and_resume_bit_for_bit(
     tmp_path: Path, record_property: Callable[[str, object], None]
 ) -> None:
-    # 180 and 179 test images: two batches for the one process, one for the other
-    argv = [*TINY, *SYNCED, "--epochs", 2, "--save_steps", 4, "--eval_batch_size", 179]
+    # 180 and 179 test images: two batches for the one process, one for the other. Each has batch statistics, and sums
+    # within an interval, of its own.
+    argv = [*TINY, *SYNCED, "--is_syncbn", 0, "--ema_decay", 0.9, "--epochs", 2]
+    argv += ["--print_freq", 3, "--save_steps", 4, "--eval_batch_size", 179]
     unbroken = train_together([*argv, "--model_dir", tmp_path / "u"], tmp_path / "s", 2)[0]
     folder = tmp_path / "m"
     again = [*argv, "--model_dir", folder, "--resume", "auto"]

@@ -37,6 +37,11 @@ def test_state_round_trip() -> None:
     for one in (meter, again):
         one.update({"loss": torch.tensor(0.7)}, 2)
     assert meter.read() == again.read()
+    again.load_state_dict()
+    assert again.read() == {}
+    again.load_state_dict(meter.state_dict(), meter.state_dict())
+    assert again.read() == {"loss": pytest.approx((0.1 * 7 + 0.7 * 2) / 9)}
+    assert again.count == 18
 
 
 def test_a_nonfinite_loss_shows() -> None:

@@ -259,6 +259,15 @@ def all_gather_rows(rows: Tensor) -> Tensor:
     return torch.cat([part[:size] for part, size in zip(parts, sizes, strict=True)])
 
 
+def gather_values(value: Any) -> list[Any]:
+    """A small value (plain objects and CPU tensors) of every process, in rank order."""
+    if not dist.is_initialized() or dist.get_world_size() == 1:
+        return [value]
+    values: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(values, value)
+    return values
+
+
 def place_among_processes(count: int, world: World) -> tuple[int, int]:
     """(sum of the counts of the processes before this one, sum over all); counts may differ."""
     if world.world_size == 1:

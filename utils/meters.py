@@ -1,6 +1,7 @@
 """Running means that stay on the device until somebody asks for them."""
 
 from collections.abc import Callable, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -53,9 +54,11 @@ class MeanMeter:
         """Plain state for a checkpoint."""
         return {"sums": {name: value.cpu() for name, value in self.sums.items()}, "count": self.count}
 
-    def load_state_dict(self, state: Mapping[str, object]) -> None:
-        """Inverse of `state_dict`."""
-        sums = state["sums"]
-        assert isinstance(sums, Mapping)
-        self.sums = {name: value.to(self.device) for name, value in sums.items()}
-        self.count = int(state["count"])  # type: ignore[call-overload]
+    def load_state_dict(self, *states: Mapping[str, Any]) -> None:
+        """Inverse of `state_dict`; several are added up."""
+        self.reset()
+        for state in states:
+            for name, value in state["sums"].items():
+                here = value.to(self.device)
+                self.sums[name] = self.sums[name] + here if name in self.sums else here
+            self.count += int(state["count"])

@@ -1,7 +1,6 @@
 """A Cream search through the command line: resumed exactly, its files and pictures, and what becomes of its result."""
 
 import argparse
-import functools
 import json
 import signal
 
@@ -12,8 +11,8 @@ from scipy.stats import kendalltau
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from benchmarks import cream_rank
+from tests import kills
 from tests.runs import Run, train, without_times
-from tests.test_train_resume import kill_at_call
 from utils import checkpoint as ckpt
 from utils.errors import UserError
 
@@ -36,7 +35,7 @@ def test_a_search_killed_in_its_middle_ends_as_if_it_had_not_been(searched, tmp_
     expected, reference = searched
     argv = [*SEARCH, "--model_dir", tmp_path / "m"]
     # step 25: behind the checkpoint of step 20, with teachers, a meta update and a board that has to come back
-    before = functools.partial(kill_at_call, "train_split", "train_step", 25)
+    before = kills.at_call("train_split.train_step", 25)
     assert train(argv, tmp_path, before=before).code == -signal.SIGKILL
     assert json.loads((tmp_path / "m" / "board.json").read_text())["board"] == []
     result = train([*argv, "--resume", "auto"], tmp_path)
@@ -80,7 +79,7 @@ def test_the_search_writes_its_board_and_pictures(searched):
 def test_what_was_found_is_retrained_divided_and_evaluated(searched, tmp_path):
     folder, _ = searched
     argv = ["--config", folder / "found.yaml", "--dataset", "digits", "--no_cuda", "--workers", 0, "--epochs", 1]
-    argv += ["--seed", 1, "--batch_size", 96, "--ema_decay", 0.5]
+    argv += ["--seed", 1, "--batch_size", 96, "--ema_decay", 0.5, "--is_amp", 0]  # eval.py computes in float32
     one = train([*argv, "--model_dir", tmp_path / "one"], tmp_path)
     assert one.code == 0, one.stderr
     two = train([*argv, "--split_factor", 2, "--model_dir", tmp_path / "two"], tmp_path)

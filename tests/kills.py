@@ -74,19 +74,14 @@ def within_board(number: int) -> Hook:
 
 
 def _within_board(number: int) -> None:
-    from tensorboard.summary.writer.record_writer import RecordWriter
+    due = _Countdown(number)
 
-    due, original = _Countdown(number), RecordWriter.write
-
-    def half(records: Any, data: bytes) -> None:
+    def half(file: Any, record: bytes) -> None:
         if due():
-            whole = io.BytesIO()
-            original(type(records)(whole), data)
-            records._writer.write(whole.getvalue()[: whole.tell() // 2])
-            records._writer.flush()
+            file.write(record[: len(record) // 2])
             end()
 
-    _wrap("tensorboard.summary.writer.record_writer.RecordWriter.write", half)
+    _wrap("utils.events.append_whole", half)
 
 
 def within_checkpoint(number: int) -> Hook:

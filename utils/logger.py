@@ -12,17 +12,16 @@ import logging
 import math
 import os
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
+from utils.append import append_whole
 from utils.errors import reason
 
 logger = logging.getLogger(__name__)
-
-_NEVER = 10**9  # seconds
 
 
 class _TrainLog(logging.FileHandler):
@@ -98,19 +97,13 @@ class LineFile:
         """Append one line and hand it to the operating system; a line that does not fit is left out whole."""
         lines = [self.header, line] if self.lines == 0 and self.header is not None else [line]
         content = "".join(f"{text}\n" for text in lines).encode()
-        start = None
         try:
             if self._file is None:
                 self._file = self.path.open("ab", buffering=0)
-            start = self._file.seek(0, os.SEEK_END)
-            while content:
-                content = content[self._file.write(content) :]
+            append_whole(self._file, content)
             self.lines += len(lines)
         except OSError as error:  # a full disk must not end a run that could still save a checkpoint later
             logger.warning("%s: a line could not be written: %s", self.path, reason(error))
-            with contextlib.suppress(OSError):
-                if self._file is not None and start is not None:
-                    self._file.truncate(start)
 
     def close(self) -> None:
         """Close the file; the next line opens it again."""
@@ -178,25 +171,17 @@ class RunLog:
             )
             self.summary.write(row.getvalue())
 
-    def _board(self, name: str) -> Any:
-        """TensorBoard writer of a subfolder: `val` counts epochs, `train` counts steps."""
-        if name not in self._boards:
-            from torch.utils.tensorboard import SummaryWriter  # slow to import, and only process 0 needs it
-
-            # its own thread flushes once at the start only: what it cannot write there it prints as a traceback
-            folder, purge_step = str(self.folder / name), self._purge.get(name)
-            self._boards[name] = SummaryWriter(folder, purge_step=purge_step, flush_secs=_NEVER)
-        return self._boards[name]
-
-    @contextlib.contextmanager
-    def _drawing(self, name: str) -> Iterator[Any]:
-        """A board to write to. After a record that could not be written whole its file takes no more."""
+    def _board(self, name: str, summaries: Iterable[Any], index: int) -> None:
+        """Write to TensorBoard's file in a subfolder: `val` counts epochs, `train` counts steps."""
         try:
-            board = self._board(name)
-            yield board
-            board.flush()
+            if name not in self._boards:
+                from utils.events import EventFile  # slow to import, and only process 0 needs it
+
+                self._boards[name] = EventFile(self.folder / name, self._purge.get(name))
+            for summary in summaries:
+                self._boards[name].add(summary, index)
         except OSError as error:
-            logger.warning("%s: TensorBoard goes on without it: %s", self.folder / name, reason(error))
+            logger.warning("%s: TensorBoard goes on without this run: %s", self.folder / name, reason(error))
             self._has_boards = False
 
     def scalars(self, name: str, values: Mapping[str, Any], index: int) -> None:
@@ -206,14 +191,16 @@ class RunLog:
         """
         if not self._has_boards:
             return
+        from torch.utils.tensorboard.summary import scalar
+
         group = "train/" if name == "train" else ""
-        with self._drawing(name) as board:
-            for tag, value in values.items():
-                if isinstance(value, list | tuple):
-                    for i, item in enumerate(value):
-                        board.add_scalar(f"{group}{i + 1}_{tag}", item, index)
-                elif isinstance(value, int | float):
-                    board.add_scalar(group + tag, value, index)
+        by_tag: dict[str, float] = {}
+        for tag, value in values.items():
+            if isinstance(value, list | tuple):
+                by_tag |= {f"{group}{i + 1}_{tag}": item for i, item in enumerate(value)}
+            elif isinstance(value, int | float):
+                by_tag[group + tag] = value
+        self._board(name, (scalar(tag, value) for tag, value in by_tag.items()), index)
 
     def views(self, views_SBCHW: Tensor, mean: Sequence[float], std: Sequence[float], index: int) -> None:
         """A picture of the S views of the first images: one column an image, one row a view."""
@@ -222,10 +209,11 @@ class RunLog:
         images = views_SBCHW[:, :8].float().cpu()
         scale, shift = images.new_tensor(std).view(3, 1, 1), images.new_tensor(mean).view(3, 1, 1)
         pixels = (images * scale + shift).clamp(0, 1)
+        from torch.utils.tensorboard.summary import image
         from torchvision.utils import make_grid
 
-        with self._drawing("val") as board:
-            board.add_image("views", make_grid(pixels.flatten(0, 1), nrow=images.shape[1], padding=2), index)
+        grid = make_grid(pixels.flatten(0, 1), nrow=images.shape[1], padding=2)
+        self._board("val", [image("views", grid, dataformats="CHW")], index)
 
     def picture(self, tag: str, png: bytes, index: int) -> None:
         """A PNG."""
@@ -233,30 +221,28 @@ class RunLog:
             return
         import numpy as np
         from PIL import Image
+        from torch.utils.tensorboard.summary import image
 
-        with Image.open(io.BytesIO(png)) as image, self._drawing("val") as board:
-            board.add_image(tag, np.asarray(image.convert("RGB")), index, dataformats="HWC")
+        with Image.open(io.BytesIO(png)) as content:
+            pixels_HWC = np.asarray(content.convert("RGB"))
+        self._board("val", [image(tag, pixels_HWC, dataformats="HWC")], index)
 
     def hparams(self, flags: Mapping[str, Any], results: Mapping[str, float]) -> None:
         """The run's settings and final figures for TensorBoard's HParams page."""
         if not self._has_boards:
             return
-        from torch.utils.tensorboard.summary import hparams
+        from torch.utils.tensorboard.summary import hparams, scalar
 
         plain = {k: v if isinstance(v, bool | int | float | str) else str(v) for k, v in flags.items()}
-        with self._drawing("val") as board:
-            for part in hparams(plain, dict(results)):
-                board.file_writer.add_summary(part)
-            for tag, value in results.items():
-                board.add_scalar(tag, value, 0)
+        figures = (scalar(tag, value) for tag, value in results.items())
+        self._board("val", [*hparams(plain, dict(results)), *figures], 0)
 
     def close(self) -> None:
         """Close all files."""
         self.metrics.close()
         self.summary.close()
         for board in self._boards.values():
-            with contextlib.suppress(OSError):
-                board.close()
+            board.close()
         self._boards = {}
 
 

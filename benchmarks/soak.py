@@ -306,25 +306,27 @@ def picture(samples: Sequence[Sample], path: Path) -> None:
     starts = [s.seconds / 60 for before, s in itertools.pairwise(samples) if s.part != before.part]
     figure, axes = plt.subplots(2, 2, figsize=(11, 7), constrained_layout=True)
     axes[0, 0].plot(minutes, [sample.memory_mib for sample in samples], linewidth=1)
-    axes[0, 0].set(title="memory of all processes", ylabel="MiB", ylim=(0, None))
+    axes[0, 0].set(title="memory of all processes", ylabel="MiB")
     for name in ("open_files", "threads", "processes", "temporary"):
         axes[0, 1].plot(
             minutes, [getattr(sample, name) for sample in samples], linewidth=1, label=name.replace("_", " ")
         )
-    axes[0, 1].set(title="how many", ylim=(0, None))
+    axes[0, 1].set(title="how many")
     axes[0, 1].legend()
     for name in LOGS:
         axes[1, 0].plot(
             [s.epoch for s in samples], [s.log_bytes[name] / 1024 for s in samples], linewidth=1, label=name
         )
-    axes[1, 0].set(title="logs", xlabel="epoch", ylabel="KiB", ylim=(0, None))
+    axes[1, 0].set(title="logs", xlabel="epoch", ylabel="KiB")
     axes[1, 0].legend()
     axes[1, 1].plot(minutes, [sample.checkpoints for sample in samples], linewidth=1, label="checkpoints")
     axes[1, 1].plot(
         minutes, [s.checkpoint_bytes / 2**20 for s in samples], linewidth=1, label="size of the newest, MiB"
     )
-    axes[1, 1].set(title="checkpoints", xlabel="minutes", ylim=(0, None))
+    axes[1, 1].set(title="checkpoints", xlabel="minutes")
     axes[1, 1].legend()
+    for axis in axes.flat:
+        axis.set_ylim(0, 1.15 * axis.get_ylim()[1])
     for axis in (axes[0, 0], axes[0, 1], axes[1, 1]):
         axis.set_xlabel("minutes")
         for start in starts:

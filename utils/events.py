@@ -7,6 +7,7 @@ import itertools
 import os
 import socket
 import time
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +36,7 @@ class EventFile:
         now = time.time()
         name = f"events.out.tfevents.{int(now):010d}.{socket.gethostname()}.{os.getpid()}.{next(_NUMBER)}"
         self._file = (folder / name).open("ab", buffering=0)
+        self._close = weakref.finalize(self, self._file.close)  # also where a run is dropped before its end
         self._append(Event(wall_time=now, file_version="brain.Event:2"))
         if purge_step is not None:
             start = SessionLog(status=SessionLog.START)
@@ -51,4 +53,4 @@ class EventFile:
 
     def close(self) -> None:
         """Close the file."""
-        self._file.close()
+        self._close()

@@ -144,4 +144,4 @@ def _to_rgb(image: Image.Image, path: str | os.PathLike[str]) -> Image.Image:
     if image.has_transparency_data:
         rgba = image.convert("RGBA")
         return Image.alpha_composite(Image.new("RGBA", rgba.size, "white"), rgba).convert("RGB")
-    return image.convert("RGB")
+    return image if image.mode == "RGB" else image.convert("RGB")  # PIL would copy it

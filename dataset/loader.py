@@ -20,13 +20,14 @@ from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from dataset import ImageSet
 from dataset.augment.resized_crop import RESIZED_CROP_SLOTS, draw_resized_crops
-from dataset.decode import INTERPOLATIONS, BadImage, read_rgb, refusal, resize_crop
+from dataset.decode import BadImage, read_rgb, refusal, resize_crop
 from utils.errors import RunError, UserError, reason
 from utils.seed import STREAM_ORDER, STREAM_SAMPLER, STREAM_VIEW, counter_uniform, fold_in, numpy_generator
 
@@ -59,7 +60,8 @@ class ResizedCropSpec:
         size: side of the result in pixels.
         area: smallest and largest part of the image's area.
         ratio: smallest and largest width / height of the box.
-        interpolation: "bicubic" or "bilinear"; PIL's, antialiased.
+        interpolation: "bicubic" or "bilinear", antialiased; torch's for uint8, which is several times as fast as PIL's and within 2
+            of its values where the image is not noise.
     """
 
     size: int
@@ -336,7 +338,8 @@ class _Cut(Protocol):
     @property
     def size(self) -> int: ...
 
-    def __call__(self, image: Image.Image, epoch: int, position: int) -> list[Image.Image]: ...
+    def prepare(self, request: Request) -> Callable[[Image.Image, int], Tensor]:
+        """A function of a decoded image and its row in the request: uint8 [V, 3, size, size]."""
 
 
 @dataclass(frozen=True)
@@ -349,16 +352,27 @@ class _RandomCrops:
     def size(self) -> int:
         return self.spec.size
 
-    def __call__(self, image: Image.Image, epoch: int, position: int) -> list[Image.Image]:
-        key = fold_in(self.seed, STREAM_VIEW, epoch, 1)
-        uniforms = counter_uniform(key, np.array([position]), np.arange(self.num_views), RESIZED_CROP_SLOTS)[:, 0]
-        boxes_V4 = draw_resized_crops(uniforms, image.height, image.width, self.spec.area, self.spec.ratio)
-        return [
-            image.crop((left, top, left + width, top + height)).resize(
-                (self.size, self.size), INTERPOLATIONS[self.spec.interpolation]
-            )
-            for top, left, height, width in boxes_V4.tolist()
-        ]
+    def prepare(self, request: Request) -> Callable[[Image.Image, int], Tensor]:
+        key = fold_in(self.seed, STREAM_VIEW, request.epoch, 1)
+        uniforms = counter_uniform(key, request.positions_B, np.arange(self.num_views), RESIZED_CROP_SLOTS)
+
+        def cut(image: Image.Image, row: int) -> Tensor:
+            boxes_V4 = draw_resized_crops(
+                uniforms[:, row], image.height, image.width, self.spec.area, self.spec.ratio
+            ).tolist()
+            pixels_1CHW = _pixels(image).unsqueeze(0)
+            views = [
+                F.interpolate(
+                    pixels_1CHW[..., top : top + height, left : left + width],
+                    (self.size, self.size),
+                    mode=self.spec.interpolation,
+                    antialias=True,
+                )
+                for top, left, height, width in boxes_V4
+            ]
+            return torch.cat(views)
+
+        return cut
 
 
 @dataclass(frozen=True)
@@ -368,8 +382,13 @@ class _CentreCut:
     interpolation: str
     num_views: int = 1
 
-    def __call__(self, image: Image.Image, epoch: int, position: int) -> list[Image.Image]:
-        return [resize_crop(image, self.resize, self.size, self.interpolation)]
+    def prepare(self, request: Request) -> Callable[[Image.Image, int], Tensor]:
+        return lambda image, row: _pixels(resize_crop(image, self.resize, self.size, self.interpolation)).unsqueeze(0)
+
+
+def _pixels(image: Image.Image) -> Tensor:
+    """uint8 [3, H, W], its memory ordered as PIL's."""
+    return torch.from_numpy(np.array(image)).permute(2, 0, 1)
 
 
 class _Decoded(NamedTuple):
@@ -391,16 +410,16 @@ class _Files(Dataset[_Decoded]):
     def __getitem__(self, request: Request) -> _Decoded:
         size = self.cut.size
         images_VBCHW = torch.empty((self.cut.num_views, len(request.indices_B), 3, size, size), dtype=torch.uint8)
+        cut = self.cut.prepare(request)
         rows: list[int] = []
         bad = []
-        for row, (index, position) in enumerate(zip(request.indices_B, request.positions_B, strict=True)):
+        for row, index in enumerate(request.indices_B):
             try:
                 image = read_rgb(os.fsdecode(self.paths[index]))
             except BadImage as error:
                 bad.append(error)
                 continue
-            for view, square in enumerate(self.cut(image, request.epoch, int(position))):
-                images_VBCHW[view, len(rows)] = torch.from_numpy(np.array(square)).permute(2, 0, 1)
+            images_VBCHW[:, len(rows)] = cut(image, row)
             rows.append(row)
         return _Decoded(images_VBCHW[:, : len(rows)], np.array(rows, dtype=np.int64), bad)
 

@@ -19,8 +19,10 @@ from dataset.decode import read_rgb, resize_crop
 from dataset.loader import (
     ClassBalancedSampler,
     EvalLoader,
+    Request,
     ResizedCropSpec,
     TrainLoader,
+    _RandomCrops,
     class_balanced_order,
     images_per_class,
     shard,
@@ -193,8 +195,9 @@ def test_what_was_done_is_not_decoded_again(files, monkeypatch):
     assert opened == [str(files.paths[i]) for i in batch.indices_B]
 
 
-def test_views_of_files_are_the_crops_that_pil_gives(files):
+def test_views_of_files_are_the_crops_that_pil_gives_but_for_rounding(files):
     for interpolation in ("bicubic", "bilinear"):
+        differences = []
         crop = ResizedCropSpec(size=20, area=(0.2, 0.9), ratio=(0.5, 1.5), interpolation=interpolation)
         for batch in train_loader(files, num_views=3, crop=crop).epoch(4):
             assert batch.images.shape == (3, 4, 3, 20, 20)
@@ -206,7 +209,22 @@ def test_views_of_files_are_the_crops_that_pil_gives(files):
                 for view in range(3):
                     box = draw_resized_crops(uniforms[view, row], image.height, image.width, (0.2, 0.9), (0.5, 1.5))
                     expected = resized_crop(image, *box.tolist(), [20, 20], InterpolationMode(interpolation))
-                    assert (batch.images[view, row].permute(1, 2, 0).numpy() == np.asarray(expected)).all()
+                    differences.append(
+                        batch.images[view, row].permute(1, 2, 0).numpy() - np.asarray(expected, np.int16)
+                    )
+        # the files are noise, where what is clipped between the two passes shows; a wrong box is off by 70 on average
+        assert np.abs(differences).mean() < 0.5
+
+
+@pytest.mark.parametrize(("interpolation", "resample"), [("bicubic", 3), ("bilinear", 2)])
+@pytest.mark.parametrize("size", [24, 130])
+def test_crops_of_smooth_images_are_within_two_of_pils(interpolation, resample, size):
+    noise = np.random.default_rng(0).integers(0, 256, (9, 12, 3), dtype=np.uint8)
+    image = Image.fromarray(noise).resize((100, 75), Image.Resampling.BICUBIC)
+    crop = ResizedCropSpec(size=size, area=(1.0, 1.0), ratio=(4 / 3, 4 / 3), interpolation=interpolation)
+    view = _RandomCrops(crop, 1, seed=0).prepare(Request(0, np.zeros(1, np.int64), np.zeros(1, np.int64), 1))(image, 0)
+    expected = np.asarray(image.resize((size, size), resample), np.int16)
+    assert np.abs(view[0].permute(1, 2, 0).numpy() - expected).max() <= 2
 
 
 def test_evaluation_resizes_and_cuts_files(files):
@@ -450,7 +468,7 @@ def test_large_images_are_cut_as_asked(tmp_path):
     whole = np.asarray(Image.fromarray(pixels).resize((35, 35), Image.Resampling.BICUBIC))
     batch = next(iter(train.epoch(0)))
     for view in batch.images.flatten(0, -4).permute(0, 2, 3, 1).numpy():
-        assert np.array_equal(view, whole)  # no other box has the whole area
+        assert np.abs(view - whole.astype(np.int16)).max() <= 2  # no other box has the whole area
     for crop_pct, side in ((None, int(1.15 * 35)), (0.5, 70)):
         (batch,) = build_eval_loader(split, **place, batch_size=2, crop_pct=crop_pct)
         resized = Image.fromarray(pixels).resize((side, side), Image.Resampling.BICUBIC)

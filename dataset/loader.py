@@ -60,8 +60,8 @@ class ResizedCropSpec:
         size: side of the result in pixels.
         area: smallest and largest part of the image's area.
         ratio: smallest and largest width / height of the box.
-        interpolation: "bicubic" or "bilinear", antialiased; torch's for uint8, which is several times as fast as PIL's and within 2
-            of its values where the image is not noise.
+        interpolation: "bicubic" or "bilinear", antialiased; torch's for uint8, which is several times as fast as PIL's
+            and within 2 of its values where the image is not noise.
     """
 
     size: int

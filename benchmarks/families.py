@@ -49,24 +49,24 @@ class Plan:
     lr: float = 0.02
 
 
-# few steps where only heavy members are registered
+# smaller pixels where only heavy members are registered
 PLANS: Mapping[str, Plan] = {
     "resnet": Plan("--arch resnet20 --split_factor 2", 200),
     "cifar_resnet": Plan("--method dml --arch resnet20_cifar,resnet20_cifar", 200),
     "wrn": Plan("--method dml --arch wrn_16_1,wrn_16_1", 200),
     "shufflenetv2": Plan("--method dml --arch ShuffleNetV2_05x_cifar,ShuffleNetV2_05x_cifar", 200),
-    "cream": Plan("--arch cream_14 --split_factor 2", 60, 16),
-    "resnexst": Plan("--arch resnexst50_4x16d --split_factor 2", 60, 16, 72, 0.002),
-    "resnext": Plan("--arch resnext50_32x4d --split_factor 2", 60, 16, 72, 0.002),
-    "senet": Plan("--arch se_resnet50 --split_factor 2", 60, 16, 72, 0.002),
-    "imagenet_resnet": Plan("--method dml --arch resnet18_imagenet,resnet18_imagenet", 60, 16, 72, 0.002),
-    "hcgnet": Plan("--method dml --arch hcgnet_A1_cifar,hcgnet_A1_cifar", 50, 16),
-    "efficientnet": Plan("--arch efficientnetb0 --split_factor 2", 50, 16),
-    "wide_resnet": Plan("--arch wide_resnet16_8 --split_factor 2", 30, 16),
-    "shake_resnet": Plan("--arch shake_resnet26_2x96d --split_factor 2", 30, 16, 16),
-    "resnest": Plan("--arch resnest101 --split_factor 1", 30, 16, 72, 0.002),
-    "pyramidnet": Plan("--arch pyramidnet164 --split_factor 2", 30, 16, 16),
-    "densenet": Plan("--arch densenet190 --split_factor 2", 30, 16, 16),
+    "cream": Plan("--arch cream_14 --split_factor 2", 300, 16),
+    "hcgnet": Plan("--method dml --arch hcgnet_A1_cifar,hcgnet_A1_cifar", 200, 16),
+    "efficientnet": Plan("--arch efficientnetb0 --split_factor 2", 300, 16),
+    "shake_resnet": Plan("--arch shake_resnet26_2x96d --split_factor 2", 200, 16, 16),
+    "pyramidnet": Plan("--arch pyramidnet164 --split_factor 2", 200, 16, 16),
+    "imagenet_resnet": Plan("--method dml --arch resnet18_imagenet,resnet18_imagenet", 200, 16, 64, 0.002),
+    "resnexst": Plan("--arch resnexst50_4x16d --split_factor 2", 200, 16, 64, 0.002),
+    "resnext": Plan("--arch resnext50_32x4d --split_factor 2", 200, 16, 64, 0.002),
+    "senet": Plan("--arch se_resnet50 --split_factor 2", 200, 16, 64, 0.002),
+    "wide_resnet": Plan("--arch wide_resnet16_8 --split_factor 2", 150, 16),
+    "resnest": Plan("--arch resnest101 --split_factor 2", 200, 16, 64, 0.002),
+    "densenet": Plan("--arch densenet190 --split_factor 2", 200, 8, 16),
 }
 
 

@@ -11,7 +11,7 @@ import math
 import sys
 import types
 import typing
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, NoReturn
@@ -549,6 +549,14 @@ def _early_overrides(argv: Sequence[str]) -> list[str]:
     return list(argv[end:])
 
 
+def _fenced(argv: Sequence[str], early: Sequence[str], is_key: Callable[[str], bool]) -> list[str]:
+    """The command line with `--` before its overrides, so that a flag with any number of values takes none of them."""
+    for place in range(len(argv) - len(early), len(argv), 2):
+        if is_key(argv[place]):
+            return [*argv[:place], "--", *argv[place:]]
+    return list(argv)
+
+
 def _published_part(pairs: Sequence[str]) -> list[str]:
     """Of KEY VALUE pairs, those whose key is in capitals."""
     return [text for i in range(0, len(pairs) - 1, 2) if is_published_key(pairs[i]) for text in pairs[i : i + 2]]
@@ -608,8 +616,12 @@ def parse_config(argv: Sequence[str] | None = None, program: str | None = None, 
         from_yaml = published.flags
     method = _method_name(arguments, early, from_yaml)
     parser = build_parser(method, program, extra)
-    namespace, unknown = parser.parse_known_args(arguments)
     known = _known_flags(method, extra)
+
+    def is_key(text: str) -> bool:
+        return text.replace("-", "_") in known or (published is not None and is_published_key(text))
+
+    namespace, unknown = parser.parse_known_args(_fenced(arguments, early, is_key))
     for token in unknown:
         _lookup(known, token.split("=", 1)[0], token.split("=", 1)[0])
         raise UserError(f"{token}: unexpected here. Write '--flag value', and overrides 'KEY VALUE' last.")

@@ -65,6 +65,17 @@ def test_method_help_adds_its_own_flags() -> None:
     assert "--cot_weight" not in build_parser("l_mcl").format_help()
 
 
+@pytest.mark.parametrize("flags", [["--no_cuda"], ["--lr_milestones", "30", "60"], ["--resume"]])
+def test_a_flag_with_any_number_of_values_takes_no_override(tmp_path: Path, flags: list[str]) -> None:
+    alone, config = parse_config([*DIGITS, *flags]), parse_config([*DIGITS, *flags, "epochs", "5", "momentum", "0.7"])
+    assert (config.epochs, config.momentum) == (5, 0.7)
+    for name in ("no_cuda", "lr_milestones", "resume"):
+        assert getattr(config, name) == getattr(alone, name)
+    file = tmp_path / "c.yaml"
+    file.write_text("EPOCHS: 7\n")
+    assert parse_config(["--config", str(file), *flags, "EPOCHS", "5", "SUPERNET.SLICE", "8"]).epochs == 5
+
+
 def test_precedence_flag_over_yaml_over_recipe_over_default(tmp_path: Path) -> None:
     file = tmp_path / "c.yaml"
     file.write_text("lr: 0.3\nepochs: 7\nmomentum: 0.8\ncot_weight: 0.25\n")

@@ -57,12 +57,14 @@ def format_table(results: Mapping[str, Any]) -> str:
     for name, row in rows:
         cells = [_cell(row[figure], 2 if figure.startswith("acc") else 4) for figure in FIGURES]
         lines.append(f"| {name} | {' | '.join(cells)} |")
-    disagreement, js = results["disagreement"], results["mean_pairwise_js"]
-    lines += [
-        "",
-        f"{results['images']} images; two networks disagree on {_cell(disagreement and 100 * disagreement, 2)} % of "
-        f"them, their mean JS divergence is {_cell(js, 4)} nats.",
-    ]
+    closing = f"{results['images']} images"
+    if len(results["networks"]) > 1:
+        disagreement, js = results["disagreement"], results["mean_pairwise_js"]
+        closing += (
+            f"; two networks disagree on {_cell(disagreement and 100 * disagreement, 2)} % of them, "
+            f"their mean JS divergence is {_cell(js, 4)} nats"
+        )
+    lines += ["", f"{closing}."]
     return "\n".join(lines)
 
 

@@ -16,6 +16,7 @@ SUBJECTS = {
     "ceilings": "what the device can do at most: products, copies, launches",
     "convolutions": "3x3 convolutions of S narrow networks, in sequence, in streams, with groups",
     "numerics": "how far cases drift apart over the same training steps",
+    "division": "a step of S networks beside the one that they divide, and the use of the device (G3, G4)",
     "inference": "latency of S networks beside the large one (G9)",
     "counts": "operations and host waits of a training step (G8)",
     "epoch": "an epoch end to end, or an evaluation alone (G7, G11)",

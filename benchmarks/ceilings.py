@@ -17,22 +17,28 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--copy_mib", type=int, help="copied at once (default 8192 on a GPU, 256 on a CPU)")
 
 
+def matrix_side(device: torch.device) -> int:
+    """Rows of matrices that are large enough to be multiplied at full speed."""
+    return 8192 if device.type == "cuda" else 1024
+
+
+def matrix_product(side: int, dtype: torch.dtype, device: torch.device) -> Callable[[], object]:
+    """A function that multiplies two random matrices [side, side]."""
+    generator = torch.Generator().manual_seed(0)
+    a, b = (torch.randn(side, side, generator=generator).to(device, dtype) for _ in range(2))
+    return lambda: a @ b
+
+
 def run(options: argparse.Namespace, device: torch.device) -> list[dict[str, Any]]:
     """Products in float32 and bfloat16, a copy, and small operations issued one by one and as one CUDA graph."""
     is_gpu = device.type == "cuda"
-    side = options.side or (8192 if is_gpu else 1024)
+    side = options.side or matrix_side(device)
     copied = options.copy_mib or (8192 if is_gpu else 256)
-    generator = torch.Generator().manual_seed(0)
     cases: dict[str, Callable[[], object]] = {}
     work: dict[str, tuple[float, str, str]] = {}  # how much, its unit, the type
-
-    def product(dtype: torch.dtype) -> Callable[[], object]:
-        a, b = (torch.randn(side, side, generator=generator).to(device, dtype) for _ in range(2))
-        return lambda: a @ b
-
     for dtype in (torch.float32, torch.bfloat16):
         name = f"product of two {side} x {side} matrices, {str(dtype).removeprefix('torch.')}"
-        cases[name] = product(dtype)
+        cases[name] = matrix_product(side, dtype, device)
         work[name] = (2 * side**3, "FLOP", str(dtype).removeprefix("torch."))
     source = torch.zeros(copied << 20, dtype=torch.uint8, device=device)
     target = torch.empty_like(source)

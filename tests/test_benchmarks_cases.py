@@ -17,6 +17,7 @@ from model import BackboneRequest, build_splitnet
 from model.splitnet import SplitNet
 from parser_params import parse_config
 from tests.test_dataset_augment import pil_op
+from utils.macs import count_macs
 
 CPU = torch.device("cpu")
 SMALL = ["--device", "cpu", "--split_factor", "2", "--rounds", "3", "--seconds", "1"]
@@ -79,6 +80,20 @@ def test_ceilings_and_convolutions_at_their_smallest(capsys, tmp_path):
     # in sequence, groups and undivided, two layouts, three passes; the baseline itself has no row
     assert len(rows) == 3 * (3 * 2 - 1)
     assert {one["baseline"] for one in rows} == {"in sequence"}
+
+
+def test_division_stands_beside_one_network_and_the_matrix_product(capsys, tmp_path):
+    argv = ["division", "--arch", "resnet20", "--batch_size", "4", "--case", "fp32+loop", "--side", "64"]
+    rows, _ = rows_of(capsys, tmp_path, *argv)
+    divided, *used = rows
+    assert (divided["case"], divided["baseline"]) == ("S=2, fp32+loop", "S=1, fp32+loop")
+    assert [one["case"] for one in used] == ["S=1, fp32+loop", "S=2, fp32+loop"]
+    for one in used:  # FLOP/s of the step over FLOP/s of the product
+        assert one["ratio_min"] <= one["ratio"] <= one["ratio_max"]
+        product = 2 * 64**3 / one["baseline_seconds"]
+        assert 0.2 < one["ratio"] / (one["per_second"] / product) < 5
+    plain = build_splitnet(BackboneRequest(arch="resnet20", split_factor=1), seed=1)
+    assert used[0]["per_second"] * used[0]["seconds"] == pytest.approx(6 * 4 * count_macs(plain, (3, 32, 32)))
 
 
 def test_counts_find_the_published_waits_and_none_of_ours(capsys, tmp_path):

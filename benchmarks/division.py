@@ -1,0 +1,95 @@
+"""A training step of S networks beside the step of the one that they divide, both ours (G4), and how much of what the
+device can multiply either of them uses (G3).
+
+Utilisation counts 6 FLOP for a multiply-add of the forward pass (2, and twice as many in the backward pass), against a
+product of two large matrices of the same type in the same run.
+"""
+
+import argparse
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks import own
+from benchmarks.ceilings import matrix_product, matrix_side
+from benchmarks.report import Side, interleave, peak_memory_mib, row
+
+GOALS = {"one": 0.50, "divided": 0.35}  # G3 on a GPU: least part of the matrix product
+MOST = 1.40  # G4: step time of S = 4 over S = 1
+STEP_FLOP_PER_MAC = 6
+
+
+def add_flags(parser: argparse.ArgumentParser) -> None:
+    """Flags of this benchmark beside the common ones."""
+    parser.add_argument("--arch", default="wide_resnet28_10", help="backbone (default wide_resnet28_10)")
+    parser.add_argument("--batch_size", type=int, default=128, help="images (default 128)")
+    parser.add_argument("--case", help="such as bf16+parallel+graph (default: the fastest precision, in a loop)")
+    parser.add_argument("--side", type=int, help="of the square matrices (default 8192 on a GPU, 1024 on a CPU)")
+
+
+def run(options: argparse.Namespace, device: torch.device) -> list[dict[str, Any]]:
+    """Time the two steps and the product in turns.
+
+    Raises:
+        UserError: a case or an architecture that does not exist.
+    """
+    case = options.case or own.default_cases(device)[-1].split("+")[0] + "+loop"
+    dtype_name = own.case_dtype(case)
+    dtype = getattr(torch, dtype_name) if dtype_name != "auto" else torch.float32
+    factors = {"one": 1, "divided": options.split_factor}
+    side = options.side or matrix_side(device)
+    with tempfile.TemporaryDirectory() as folder:
+        trainers = {}
+        for name, factor in factors.items():
+            flags = ["--arch", options.arch, "--split_factor", str(factor), "--batch_size", str(options.batch_size)]
+            trainers[name] = own.open_trainer(
+                [*flags, "--workers", "0", *own.case_flags(case)], Path(folder) / name, device
+            )
+        cases: dict[str, Callable[[], object]] = {"product": matrix_product(side, dtype, device)}
+        cases |= {name: own.training_step(trainer) for name, trainer in trainers.items()}
+        warmup = 20 if device.type == "cuda" else 1
+        times = interleave(cases, device, warmup=warmup, rounds=options.rounds, seconds=options.seconds)
+        memory = {name: peak_memory_mib(cases[name], device) for name in trainers}
+    sides = {
+        name: Side(
+            name=f"S={factors[name]}, {case}",
+            dtype=dtype_name,
+            layout=own.layout(trainer),
+            seconds=times[name],
+            memory_mib=memory[name],
+        )
+        for name, trainer in trainers.items()
+    }
+    subject = f"training step of {options.arch}, batch {options.batch_size}"
+    promised = device.type == "cuda" and options.arch == "wide_resnet28_10" and options.split_factor == 4
+    rows = [
+        row(
+            "G4" if promised else None,
+            f"{subject}, S={options.split_factor} beside S=1",
+            sides["divided"],
+            sides["one"],
+            work=options.batch_size,
+            commit=1 / MOST if promised else None,
+            unit="images",
+        )
+    ]
+    product = Side(
+        name=f"product of two {side} x {side} matrices", dtype=dtype_name, layout="", seconds=times["product"]
+    )
+    for name, trainer in trainers.items():
+        rows.append(
+            row(
+                "G3" if promised else None,
+                f"{subject}, part of the matrix product's FLOP/s",
+                sides[name],
+                product,
+                work=STEP_FLOP_PER_MAC * trainer.macs_total * options.batch_size,
+                baseline_work=2 * side**3,
+                commit=GOALS[name] if promised else None,
+                unit="FLOP",
+            )
+        )
+    return rows

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from model.execution import Execution
+from model.layers.dilated import mend_dilated_convolutions
 from model.layers.random import RandomLayer, follow, replace_dropout
 from utils.seed import fold_in
 
@@ -25,6 +26,7 @@ class SplitNet(nn.Module):
             raise ValueError("SplitNet needs at least one network.")
         for network in networks:
             replace_dropout(network)
+            mend_dilated_convolutions(network)
         self.models = nn.ModuleList(networks)
         self._execution = Execution()
         self._keys_S: Tensor | None = None

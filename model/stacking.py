@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn import functional as F
 
+from model.layers.dilated import conv2d
 from model.layers.random import RandomLayer
 from utils.distributed import ProcessSyncBatchNorm
 
@@ -137,7 +138,7 @@ def _conv2d(
         raise NotStackable("a convolution computes its weights")
     x = _require_map(x)
     joined_bias = None if bias is None else bias.cat()
-    out = F.conv2d(x.merged, weight.cat(), joined_bias, stride, padding, dilation, x.size_S * groups)
+    out = conv2d(x.merged, weight.cat(), joined_bias, stride, padding, dilation, x.size_S * groups)
     return Stacked(out, x.size_S)
 
 

@@ -1,0 +1,48 @@
+"""A way round a fault of oneDNN 3.13 (torch 2.15). On CPUs, the weight gradient of a dilated convolution with groups,
+of channels-last maps in bfloat16, reads memory that nobody wrote: it is off by a tenth or not finite, and differs from
+one run to the next. Such convolutions are trained in float32.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.nn.modules.utils import _pair
+
+
+def conv2d(
+    x: Any, weight: Any, bias: Any = None, stride: Any = 1, padding: Any = 0, dilation: Any = 1, groups: int = 1
+) -> Any:
+    """torch's conv2d; in float32 where its gradient in bfloat16 would be wrong."""
+    if (
+        groups > 1
+        and max(_pair(dilation)) > 1
+        and isinstance(x, Tensor)
+        and x.device.type == "cpu"
+        and torch.is_grad_enabled()
+        and torch.is_autocast_enabled("cpu")
+    ):
+        with torch.autocast("cpu", enabled=False):
+            bias = None if bias is None else bias.float()
+            return F.conv2d(x.float(), weight.float(), bias, stride, padding, dilation, groups)
+    return F.conv2d(x, weight, bias, stride, padding, dilation, groups)
+
+
+def mend_dilated_convolutions(network: nn.Module) -> None:
+    """Let every dilated convolution with groups use `conv2d`, in place; nothing else about it changes."""
+    for module in network.modules():
+        if isinstance(module, nn.Conv2d) and module.groups > 1 and max(module.dilation) > 1:
+            module._conv_forward = _forward_of(module)  # type: ignore[method-assign]
+
+
+def _forward_of(conv: nn.Conv2d) -> Any:
+    stride, padding, dilation, groups = conv.stride, conv.padding, conv.dilation, conv.groups
+    mode, edges = conv.padding_mode, conv._reversed_padding_repeated_twice
+
+    def forward(x: Tensor, weight: Tensor, bias: Tensor | None) -> Any:
+        if mode != "zeros":
+            return conv2d(F.pad(x, edges, mode=mode), weight, bias, stride, 0, dilation, groups)
+        return conv2d(x, weight, bias, stride, padding, dilation, groups)
+
+    return forward

@@ -60,12 +60,12 @@ PLANS: Mapping[str, Plan] = {
     "efficientnet": Plan("--arch efficientnetb0 --split_factor 2", 300, 16),
     "shake_resnet": Plan("--arch shake_resnet26_2x96d --split_factor 2", 200, 16, 16),
     "pyramidnet": Plan("--arch pyramidnet164 --split_factor 2", 200, 16, 16),
-    "imagenet_resnet": Plan("--method dml --arch resnet18_imagenet,resnet18_imagenet", 200, 16, 64, 0.002),
-    "resnexst": Plan("--arch resnexst50_4x16d --split_factor 2", 200, 16, 64, 0.002),
-    "resnext": Plan("--arch resnext50_32x4d --split_factor 2", 200, 16, 64, 0.002),
-    "senet": Plan("--arch se_resnet50 --split_factor 2", 200, 16, 64, 0.002),
+    "imagenet_resnet": Plan("--method dml --arch resnet18_imagenet,resnet18_imagenet", 200, 16, 72, 0.002),
+    "resnexst": Plan("--arch resnexst50_4x16d --split_factor 2", 200, 16, 72, 0.002),
+    "resnext": Plan("--arch resnext50_32x4d --split_factor 2", 200, 16, 72, 0.002),
+    "senet": Plan("--arch se_resnet50 --split_factor 2", 200, 16, 72, 0.002),
     "wide_resnet": Plan("--arch wide_resnet16_8 --split_factor 2", 150, 16),
-    "resnest": Plan("--arch resnest101 --split_factor 2", 200, 16, 64, 0.002),
+    "resnest": Plan("--arch resnest101 --split_factor 2", 200, 16, 72, 0.002),
     "densenet": Plan("--arch densenet190 --split_factor 2", 200, 8, 16),
 }
 

@@ -20,6 +20,7 @@ from dataset.augment import erasing, geometry
 from dataset.augment.plan import StepPlan, Upload, plan_mirror, plan_step
 from dataset.augment.policy import AUTOAUGMENT_POLICIES, AutoAugment, ColorJitter, Policy, Steps, parse_randaugment
 from utils.errors import UserError
+from utils.memory import advise_huge_pages
 from utils.seed import STREAM_VIEW, counter_uniform, fold_in
 
 HAS_TRITON = importlib.util.find_spec("triton") is not None
@@ -307,8 +308,13 @@ class ViewMaker:
                 f"the parameters are of uint8 images [{batch}, C, {height}, {width}]"
                 f"{' or views of them' * self.spec.random_resized_crop}, got {images.dtype} {list(images.shape)}"
             )
-        views = torch.empty(
-            (num_views * batch, channels, size, size), dtype=dtype, device=images.device, memory_format=memory_format
+        views = advise_huge_pages(
+            torch.empty(
+                (num_views * batch, channels, size, size),
+                dtype=dtype,
+                device=images.device,
+                memory_format=memory_format,
+            )
         ).view(num_views, batch, channels, size, size)
         pixels = CHUNK_PIXELS.get(images.device.type, CHUNK_PIXELS["cpu"])
         chunk = max(1, pixels // (num_views * size * size))

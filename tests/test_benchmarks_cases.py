@@ -39,7 +39,7 @@ def test_step_has_a_row_for_every_case_beside_the_published_step(capsys, tmp_pat
     ]
     assert all(one["ratio_min"] <= one["ratio"] <= one["ratio_max"] for one in rows)
     assert (
-        "| – | training step of resnet20 S=2, batch 4 | fp32+loop, float32 NCHW | published step, float32 NCHW |"
+        "| – | training step of resnet20 S=2, batch 4 | fp32+loop, float32 NHWC | published step, float32 NCHW |"
         in text
     )
 

@@ -51,7 +51,7 @@ def choose_precision(device: torch.device, *, is_amp: bool, amp_dtype: str) -> P
     if name == "fp16" and device.type == "cpu":
         raise UserError("--amp_dtype fp16 needs a GPU: on a CPU it is far slower than fp32. Use auto, bf16 or fp32.")
     types = {"bf16": torch.bfloat16, "fp16": torch.float16}
-    # measured on a CPU, float32 training steps: 1.1 to 1.8 times as fast; float64 convolutions there know one layout only
+    # float32 training steps on a CPU are 1.1 to 1.8 times as fast in it; its float64 convolutions know one layout only
     channels_last = device.type == "cuda" or name != "fp64"
     return Precision(
         name=name,

@@ -65,7 +65,7 @@ PLANS: Mapping[str, Plan] = {
     "resnext": Plan("--arch resnext50_32x4d --split_factor 2", 200, 16, 72, 0.002),
     "senet": Plan("--arch se_resnet50 --split_factor 2", 200, 16, 72, 0.002),
     "wide_resnet": Plan("--arch wide_resnet16_8 --split_factor 2", 150, 16),
-    "resnest": Plan("--arch resnest101 --split_factor 1", 200, 16, 72, 0.002),
+    "resnest": Plan("--arch resnest101 --split_factor 1", 150, 16, 72, 0.002),
     "densenet": Plan("--arch densenet190 --split_factor 2", 200, 8, 16),
 }
 

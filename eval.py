@@ -33,7 +33,6 @@ from model.splitnet import SplitNet
 from parser_params import Config, parse_config
 from utils import checkpoint as ckpt
 from utils import distributed
-from utils.checkpoint import write_file
 from utils.distributed import World
 from utils.ensemble import ensemble_rule
 from utils.errors import RunError, UserError, reason
@@ -314,7 +313,7 @@ def run_evaluation(session: Session) -> dict[str, Any]:
         if timing is not None:
             rows = timing(results["ensemble_acc1"])
             results["latency"] = as_plain(rows)
-            write_file(folder / RESULTS, as_json(results))
+            ckpt.write_file(folder / RESULTS, as_json(results))
             print(f"\n{write_latencies(rows, folder)}", flush=True)
     return results
 
@@ -428,7 +427,7 @@ def run_prediction(session: Session, path: Path) -> dict[str, Any]:
     }
     if session.world.is_main:
         print("\n".join(write_prediction(prediction, classes, folder)), flush=True)
-        write_file(folder / RESULTS, as_json(results))
+        ckpt.write_file(folder / RESULTS, as_json(results))
     return results
 
 

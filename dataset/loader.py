@@ -220,8 +220,8 @@ class EvalLoader:
     ) -> None:
         cut = None if resize is None or crop is None else _CentreCut(resize, crop, interpolation)
         self._feed = _Feed(split, cut, device, workers, on_bad_image)
-        self.rounds = -(-shard(len(split), 0, world_size).stop // batch_size)
         shards = [shard(len(split), r, world_size) for r in range(world_size)]
+        self.rounds = -(-shards[0].stop // batch_size)  # no process has more images than the first
         mine = shards[rank]
         self._requests = []
         for start in range(mine.start, mine.stop, batch_size):

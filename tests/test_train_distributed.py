@@ -106,19 +106,21 @@ def test_torchrun_starts_all_anew_when_one_is_killed(
     folder = tmp_path / "m"
     command = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", 2, "--max_restarts", 2]
     command += ["train_split.py", *argv, "--model_dir", folder, "--resume", "auto"]
-    with (tmp_path / "err").open("w") as err:
-        agent = subprocess.Popen(
+    with (
+        (tmp_path / "err").open("w") as err,
+        subprocess.Popen(
             [sys.executable, *map(str, command)], cwd=ROOT, stdout=subprocess.PIPE, stderr=err, text=True
-        )
-    try:
-        while not ckpt.list_checkpoints(folder):
-            time.sleep(0.02)
-            assert agent.poll() is None, (tmp_path / "err").read_text()
-        os.kill(process_of(agent.pid, rank=1), signal.SIGKILL)
-        record_property("kills", 1)
-        stdout, _ = agent.communicate(timeout=240)
-    finally:
-        agent.kill()
+        ) as agent,
+    ):
+        try:
+            while not ckpt.list_checkpoints(folder):
+                time.sleep(0.02)
+                assert agent.poll() is None, (tmp_path / "err").read_text()
+            os.kill(process_of(agent.pid, rank=1), signal.SIGKILL)
+            record_property("kills", 1)
+            stdout, _ = agent.communicate(timeout=240)
+        finally:
+            agent.terminate()  # it ends its processes then
     stderr = (tmp_path / "err").read_text()
     assert "Going on from" in stderr
     same_ending(folder, tmp_path / "u", Finished(agent.returncode, stdout, stderr), unbroken)

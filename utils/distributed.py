@@ -20,6 +20,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from utils.errors import RunError, UserError, reason
 from utils.heartbeat import Heartbeat
+from utils.meeting import fresh_store
 
 TIMEOUT = datetime.timedelta(minutes=10)
 
@@ -135,6 +136,7 @@ def join(gpus: list[int], *, backend: str = "auto") -> World:
         raise UserError("--dist_backend nccl needs GPUs; use gloo on a CPU.")
     try:
         store, _, _ = next(dist.rendezvous("env://", timeout=TIMEOUT))
+        store = fresh_store(store, rank, world_size, TIMEOUT.total_seconds())
         dist.init_process_group(
             chosen,
             store=store,

@@ -51,6 +51,7 @@ from utils.plots import plot_curves
 from utils.precision import Precision, choose_precision
 from utils.report import Reporter, RunClock
 from utils.run_folder import HPARAMS, RESULTS, as_json, describe_environment, make_folder, open_run, read_results
+from utils.saving import Saver
 from utils.schedule import Schedule
 from utils.seed import STREAM_INIT, STREAM_STEP, draw_seed, fold_in
 from utils.step import CudaRecorder, ReplayedStep, WeightUpdate, as_written, check_replayable, compile_modules
@@ -236,6 +237,7 @@ class Trainer:
         self.stopping = False  # what all processes have agreed on
         # steps between two questions whether to stop: to GPUs the answer of the others is a synchronisation
         self.ask_every = config.print_freq if world.world_size > 1 and world.device.type == "cuda" else 1
+        self.saver = Saver(self.folder, keep=config.max_ckpt_nums, stops=config.on_save_error == "stop")
         self.log = RunLog(self.folder, self.num_networks, active=world.is_main)
         self.report = Reporter(
             self.log, epochs=config.epochs, steps_per_epoch=self.steps_per_epoch, visible=world.is_main
@@ -389,33 +391,13 @@ class Trainer:
             ) from None
 
     def save(self, name: str) -> None:
-        """Write a checkpoint of this name (process 0), and drop the oldest ones beyond --max_ckpt_nums."""
+        """Begin to write a checkpoint of this name (process 0); the oldest ones beyond --max_ckpt_nums go then."""
         self.method.synchronise()
         meters = distributed.gather_values(
             {"interval": self.meter.state_dict(), "epoch": self.epoch_meter.state_dict()}
         )
-        if not self.world.is_main:
-            return
-        path = self.folder / name
-        try:
-            ckpt.save_checkpoint(self.state(meters), path)
-        except WriteError as error:
-            self._not_saved(error)
-            return
-        if ckpt.run_position(path) is not None:
-            ckpt.prune_checkpoints(self.folder, self.config.max_ckpt_nums)
-
-    def _not_saved(self, error: WriteError) -> None:
-        if self.config.on_save_error == "stop":
-            raise RunError(f"{error} What was written before is whole; stopped by --on_save_error stop.") from None
-        logger.warning("%s What was written before is whole; going on.", error)
-
-    def _write(self, name: str, content: bytes | str) -> None:
-        """Write a small file of the run."""
-        try:
-            ckpt.write_file(self.folder / name, content)
-        except WriteError as error:
-            self._not_saved(error)
+        if self.world.is_main:
+            self.saver.checkpoint(name, self.state(meters))
 
     # ---- one epoch ---------------------------------------------------------------------------------------------------
 
@@ -589,6 +571,7 @@ class Trainer:
         means = self.meter.read(distributed.all_reduce_sum)
         self.meter.reset()
         self._check_finite()
+        self.saver.check()
         self.report.interval(
             epoch=progress.epoch,
             step=progress.step,
@@ -650,27 +633,33 @@ class Trainer:
             Stopped: SIGTERM or SIGINT; a checkpoint was written.
             RunError: a non-finite step, a bad image, a full disk under --on_save_error stop.
         """
-        with self.stop:
-            while self.step < self.total_steps or self.batch == self.steps_per_epoch:
-                with self.report.epoch(self.epoch, self.batch):
-                    self.train_epoch()
-                if self.stopping:
+        try:
+            with self.stop:
+                self._train_and_evaluate()
+                return self.finish()
+        finally:
+            self.saver.close()
+
+    def _train_and_evaluate(self) -> None:
+        while self.step < self.total_steps or self.batch == self.steps_per_epoch:
+            with self.report.epoch(self.epoch, self.batch):
+                self.train_epoch()
+            if self.stopping:
+                self._save_and_stop()
+            complete = self.batch == self.steps_per_epoch
+            if complete:
+                self.epoch, self.batch = self.epoch + 1, 0
+            if self.step >= self.total_steps or (complete and self.epoch % self.config.eval_per_epoch == 0):
+                try:
+                    self.evaluate_epoch()
+                except Stopped:  # the resumed run begins with this evaluation
+                    if complete:
+                        self.epoch, self.batch = self.epoch - 1, self.steps_per_epoch
                     self._save_and_stop()
-                complete = self.batch == self.steps_per_epoch
-                if complete:
-                    self.epoch, self.batch = self.epoch + 1, 0
-                if self.step >= self.total_steps or (complete and self.epoch % self.config.eval_per_epoch == 0):
-                    try:
-                        self.evaluate_epoch()
-                    except Stopped:  # the resumed run begins with this evaluation
-                        if complete:
-                            self.epoch, self.batch = self.epoch - 1, self.steps_per_epoch
-                        self._save_and_stop()
-                within = "" if complete else f"_{self.step}"
-                self.save(f"checkpoint_{self.epoch}{within}.pth.tar")
-                self._write_method_files(final=False)
-                self._list_bad_images()
-            return self.finish()
+            within = "" if complete else f"_{self.step}"
+            self.save(f"checkpoint_{self.epoch}{within}.pth.tar")
+            self._write_method_files(final=False)
+            self._list_bad_images()
 
     def _list_bad_images(self) -> None:
         """Name the images that --on_bad_image skip has left out so far, in the log and in bad_images.txt."""
@@ -683,14 +672,14 @@ class Trainer:
         self.bad_images.update(new)
         if new:
             name = "bad_images.txt" if self.world.is_main else f"bad_images_{self.world.rank}.txt"
-            self._write(name, "".join(f"{path}: {why}\n" for path, why in sorted(self.bad_images.items())))
+            self.saver.file(name, "".join(f"{path}: {why}\n" for path, why in sorted(self.bad_images.items())))
 
     def _write_method_files(self, *, final: bool) -> None:
         """What the method wants to have in the run directory, such as an architecture that it found."""
         if not self.world.is_main:
             return
         for name, content in self.method.run_files(final=final).items():
-            self._write(name, content)
+            self.saver.file(name, content)
             if isinstance(content, bytes):
                 self.log.picture(Path(name).stem, content, self.epoch)
 
@@ -699,9 +688,10 @@ class Trainer:
         if self.report.last is None or self.report.last["step"] != self.step:  # it was stopped within its evaluation
             self.evaluate_epoch()
         self._write_method_files(final=True)
+        self.saver.wait()
         results = self.results()
         if self.world.is_main:
-            self._write(RESULTS, as_json(results))
+            self.saver.file(RESULTS, as_json(results))
             self.log.hparams(
                 {name: item for name, item in self.config.values().items() if item is not None},
                 {f"final/{name}": results[name] for name in ("ensemble_acc1", "best_ensemble_acc1")},
@@ -710,7 +700,7 @@ class Trainer:
             try:
                 plot_curves([("", self.folder)], self.folder / "curves.png")
             except OSError as error:
-                self._not_saved(WriteError(f"{self.folder / 'curves.png'}: could not be written: {reason(error)}."))
+                self.saver.failed(WriteError(f"{self.folder / 'curves.png'}: could not be written: {reason(error)}."))
         return results
 
     def results(self) -> dict[str, Any]:
@@ -744,6 +734,7 @@ class Trainer:
     def _save_and_stop(self) -> None:
         self._check_finite()
         self.save(f"checkpoint_{self.epoch}_{self.step}.pth.tar")
+        self.saver.wait()
         raise Stopped(self.stop.number)
 
 

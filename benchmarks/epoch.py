@@ -91,6 +91,7 @@ def _own_epoch(trainer: Trainer) -> Callable[[], None]:
         trainer.train_epoch()
         trainer.evaluate_epoch()
         trainer.save("checkpoint_1.pth.tar")
+        trainer.saver.wait()  # or it would go on while the other side is timed
 
     return call
 

@@ -36,8 +36,8 @@ _NAME = re.compile(r"^checkpoint_(\d+)(?:_(\d+))?\.pth\.tar$")
 
 
 def published_keys(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """A SplitNet's state dict under the published names `module.models.<i>...`, as CPU tensors."""
-    return {PUBLISHED_PREFIX + name: value.detach().cpu() for name, value in state.items()}
+    """A SplitNet's state dict under the published names `module.models.<i>...`."""
+    return {PUBLISHED_PREFIX + name: value.detach() for name, value in state.items()}
 
 
 def plain_keys(state: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -497,7 +497,7 @@ def size_supernet(minimum: float, maximum: float, space: SearchSpace = PUBLISHED
         f"--flops_minimum {minimum:g} --flops_maximum {maximum:g}: no supernet of this search space reaches that "
         "interval (millions of operations); widen it, or give the depths as --sta_num."
     )
-    if minimum > maximum:
+    if not minimum <= maximum:  # nor is NaN an interval
         raise invalid
     table = cost_table(space)
     depths = [1] * len(space.stages)

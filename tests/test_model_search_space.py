@@ -150,6 +150,12 @@ def test_an_interval_the_wrong_way_round_is_refused():
         size_supernet(300, 200)
 
 
+@pytest.mark.parametrize("interval", [(float("nan"), 600), (0, float("nan"))])
+def test_what_is_no_number_is_no_interval(interval):
+    with pytest.raises(UserError, match=r"--flops_minimum .* --flops_maximum"):
+        size_supernet(*interval)
+
+
 def test_sizing_of_another_space_steps_by_its_own_stride():
     full = size_supernet(0, 600, PUBLISHED_SMALL)
     assert full == ((4, 4, 4, 4, 4), 32)

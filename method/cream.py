@@ -25,6 +25,7 @@ from loss import at_least_float32
 from loss.classification import mixed_cross_entropy
 from loss.soft_target import soft_cross_entropy
 from method import Method, Progress, StepOutput, Targets, average_over_processes, methods
+from model import LARGE, request_of
 from model.search_space import PUBLISHED, PUBLISHED_SMALL, Arch, est_flops, read_space, size_supernet, space_to_text
 from model.splitnet import SplitNet
 from model.supernet import Supernet
@@ -456,7 +457,9 @@ class Cream(Method):
             "honour_single_block": 1,
             "crop_size": self._side,
         }
-        if self.supernet.space not in (PUBLISHED, PUBLISHED_SMALL):
+        if self.supernet.global_pool != "avg":
+            flags["global_pool"] = self.supernet.global_pool
+        if self.supernet.space != (PUBLISHED if request_of(self.supernet).shape == LARGE else PUBLISHED_SMALL):
             flags["search_space"] = space_to_text(self.supernet.space)
         return files | {
             "found.yaml": yaml.safe_dump(flags, sort_keys=False, width=10**6),
@@ -465,8 +468,10 @@ class Cream(Method):
         }
 
     def training_state(self) -> dict[str, Any]:
-        """Board, its history, the sampler and the meta optimiser."""
+        """Board, its history, the sampler, the meta optimiser, and what an evaluation knows of the last step."""
         return {
+            "epoch": self._epoch,
+            "side": self._side,
             "board": self.board.state_dict(),
             "history": self.history,
             "sampler": self.path_sampler.state_dict(),
@@ -475,6 +480,7 @@ class Cream(Method):
 
     def load_training_state(self, state: Mapping[str, Any]) -> None:
         """Inverse of `training_state`."""
+        self._epoch, self._side = int(state["epoch"]), int(state["side"])
         self.board.load_state_dict(state["board"], self.supernet.path.device)
         self.history = list(state["history"])
         self.path_sampler.load_state_dict(state["sampler"])

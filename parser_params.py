@@ -179,6 +179,7 @@ class OptimizerOptions:
     is_linear_lr: bool = option(False, "scale learning rate and momentum with the batch size")
     momentum: float = option(0.9, "momentum of SGD and RMSprop")
     is_nesterov: bool = option(True, "Nesterov momentum in SGD")
+    optimizer_eps: float | None = option(None, "eps of Adam and RMSprop", default_text="the optimiser's own")
     weight_decay: float = option(1e-4, "weight decay; an explicit value is taken as given", default_text=RECIPE)
     is_wd_test: bool = option(False, "published: take --weight_decay as given; always so here, accepted")
     is_div_wd: bool = option(True, "multiply the recipe's weight decay by exp(1/S - 1) when S > 1")

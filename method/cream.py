@@ -392,16 +392,20 @@ class Cream(Method):
         return StepOutput(loss, metrics, logits_BK.detach()[None])
 
     def after_step(self, views_SBCHW: Tensor, targets: Targets, output: StepOutput, progress: Progress) -> None:
-        """Offer the path to the board, with its accuracy on the batch before the update."""
+        """Offer the path to the board, with its accuracy on the batch before the update.
+
+        A path whose outputs are not finite is not offered: as a teacher it would spoil every later step.
+        """
         assert self._step is not None
         step, self._step = self._step, None
         if progress.epoch <= self.options.meta_sta_epoch:
             return
         logits_BK = output.logits_SBK[0]
         correct = (logits_BK.argmax(dim=1) == targets.labels_B).sum()
-        counts = all_reduce_sum(torch.stack([correct, torch.full_like(correct, len(logits_BK))])).tolist()
-        score = 100.0 * counts[0] / counts[1]
-        if self.board.admits(score, step.flops, progress.epoch):
+        count, broken = torch.full_like(correct, len(logits_BK)), (~logits_BK.isfinite()).any().to(correct)
+        hits, everyone, spoilt = all_reduce_sum(torch.stack([correct, count, broken])).tolist()
+        score = 100.0 * hits / everyone
+        if not spoilt and self.board.admits(score, step.flops, progress.epoch):
             size = self.supernet.slice_size
             images = views_SBCHW[0][:size].clone(memory_format=torch.contiguous_format)
             probs = _probabilities(logits_BK[:size])

@@ -421,6 +421,16 @@ def test_a_non_finite_batch_does_not_reach_the_meta_layer():
     assert equal_states(method.supernet.meta_layer.state_dict(), before)
 
 
+def test_a_non_finite_path_does_not_reach_the_board():
+    """As under --on_nonfinite skip: the step is skipped, and training goes on without it."""
+    method = tiny_method()
+    images, targets = batch(82)
+    progress = progress_at(STEPS + 1)
+    method.before_step(images * torch.nan, targets, progress)
+    method.after_step(images, targets, method(images * torch.nan, targets, progress), progress)
+    assert len(method.board) == 0
+
+
 def test_what_a_trainer_froze_learns_again():
     request = BackboneRequest(
         arch="cream_supernet", num_classes=K, shape=SMALL, options={"search_space": SPACE, "sta_num": (2, 2)}

@@ -73,7 +73,7 @@ class CreamSearchOptions:
         for name, known in (("pick_method", ("meta", "top1")), ("how_to_prob", ("even", "pre_prob", "teacher"))):
             if getattr(self, name) not in known:
                 raise UserError(f"--{name} {getattr(self, name)!r} is not one of {', '.join(known)}.")
-        if min(self.pre_prob, default=-1) < 0 or abs(sum(self.pre_prob) - 1) > 1e-6:
+        if not (min(self.pre_prob, default=-1) >= 0 and abs(sum(self.pre_prob) - 1) <= 1e-6):
             raise UserError(f"--pre_prob {self.pre_prob}: expected probabilities that add up to 1.")
 
 

@@ -656,6 +656,8 @@ def test_unused_blocks_do_not_move():
         ({"how_to_prob": "random"}, "--how_to_prob"),
         ({"pre_prob": (0.5, 0.6)}, "--pre_prob"),
         ({"pre_prob": (1.5, -0.5)}, "--pre_prob"),
+        ({"pre_prob": (0.5, float("nan"))}, "--pre_prob"),
+        ({"pre_prob": (float("nan"), 0.5)}, "--pre_prob"),
         ({"pre_prob": ()}, "--pre_prob"),
     ],
 )

@@ -519,13 +519,15 @@ def size_supernet(minimum: float, maximum: float, space: SearchSpace = PUBLISHED
                 depths[stage - 1] += 1
         if highest / 1e6 < minimum:
             raise invalid
+    # a resolution that was not lowered need not be a multiple of the stride
+    resolution = space.resolution if steps == full else space.total_stride * steps
     for stage, cap in space.deepening:
         while depths[stage - 1] < cap:
             highest += dearest[stage - 1]
             if highest / 1e6 > maximum:
-                return SupernetSize(tuple(depths), space.total_stride * steps)
+                return SupernetSize(tuple(depths), resolution)
             depths[stage - 1] += 1
-    return SupernetSize(tuple(depths), space.total_stride * steps)
+    return SupernetSize(tuple(depths), resolution)
 
 
 # ---- reading ---------------------------------------------------------------------------------------------------------

@@ -163,6 +163,17 @@ def test_sizing_of_another_space_steps_by_its_own_stride():
     assert size_supernet(0, lowest * 0.9, PUBLISHED_SMALL) == ((1, 1, 1, 1, 1), 24)
 
 
+@pytest.mark.parametrize("resolution", [28, 10, 6])
+def test_a_resolution_that_is_no_multiple_of_the_stride_is_kept(resolution):
+    space = dataclasses.replace(PUBLISHED_SMALL, resolution=resolution)
+    assert space.total_stride == 8
+    assert size_supernet(0, 600, space).resolution == resolution
+    assert size_supernet(0, 600, dataclasses.replace(PUBLISHED, resolution=100)).resolution == 100
+    lowest = sum(min(cost.ref_flops for cost in costs) for costs in cost_table(space).first) / 1e6
+    if resolution == 28:
+        assert size_supernet(0, lowest * 0.9, space).resolution == 16
+
+
 @given(st.floats(0, 700), st.floats(0, 700))
 def test_sizing_keeps_the_dearest_path_below_the_maximum_where_the_minimum_allows(low, high):
     low, high = min(low, high), max(low, high)

@@ -232,6 +232,9 @@ class DeviceOptions:
     nproc_per_node: int | None = option(None, "processes per node of that launcher", default_text="one per GPU")
     world_size: int = option(1, "number of nodes (torchrun's environment wins)")
     rank: int = option(0, "number of this node")
+    local_rank: int | None = option(
+        None, "what launchers pass; accepted, their LOCAL_RANK decides", default_text="none"
+    )
     dist_url: str = option("env://", "where the processes meet, as tcp://HOST:PORT")
     dist_backend: str = option("auto", "auto is nccl on GPUs and gloo on CPUs", choices=("auto", "nccl", "gloo"))
 

@@ -179,6 +179,7 @@ class OptimizerOptions:
     is_linear_lr: bool = option(False, "scale learning rate and momentum with the batch size")
     momentum: float = option(0.9, "momentum of SGD and RMSprop")
     is_nesterov: bool = option(True, "Nesterov momentum in SGD")
+    optimizer_eps: float | None = option(None, "eps of Adam and RMSprop", default_text="the optimiser's own")
     weight_decay: float = option(1e-4, "weight decay; an explicit value is taken as given", default_text=RECIPE)
     is_wd_test: bool = option(False, "published: take --weight_decay as given; always so here, accepted")
     is_div_wd: bool = option(True, "multiply the recipe's weight decay by exp(1/S - 1) when S > 1")
@@ -231,6 +232,9 @@ class DeviceOptions:
     nproc_per_node: int | None = option(None, "processes per node of that launcher", default_text="one per GPU")
     world_size: int = option(1, "number of nodes (torchrun's environment wins)")
     rank: int = option(0, "number of this node")
+    local_rank: int | None = option(
+        None, "what launchers pass; accepted, their LOCAL_RANK decides", default_text="none"
+    )
     dist_url: str = option("env://", "where the processes meet, as tcp://HOST:PORT")
     dist_backend: str = option("auto", "auto is nccl on GPUs and gloo on CPUs", choices=("auto", "nccl", "gloo"))
 

@@ -196,6 +196,7 @@ class Trainer:
             lr=config.lr,
             momentum=config.momentum,
             nesterov=config.is_nesterov,
+            eps=config.optimizer_eps,
             capturable=config.cuda_graph,
         )
         self.schedule = Schedule(

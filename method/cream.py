@@ -25,6 +25,7 @@ from loss import at_least_float32
 from loss.classification import mixed_cross_entropy
 from loss.soft_target import soft_cross_entropy
 from method import Method, Progress, StepOutput, Targets, average_over_processes, methods
+from model import LARGE, request_of
 from model.search_space import PUBLISHED, PUBLISHED_SMALL, Arch, est_flops, read_space, size_supernet, space_to_text
 from model.splitnet import SplitNet
 from model.supernet import Supernet
@@ -72,7 +73,7 @@ class CreamSearchOptions:
         for name, known in (("pick_method", ("meta", "top1")), ("how_to_prob", ("even", "pre_prob", "teacher"))):
             if getattr(self, name) not in known:
                 raise UserError(f"--{name} {getattr(self, name)!r} is not one of {', '.join(known)}.")
-        if min(self.pre_prob, default=-1) < 0 or abs(sum(self.pre_prob) - 1) > 1e-6:
+        if not (min(self.pre_prob, default=-1) >= 0 and abs(sum(self.pre_prob) - 1) <= 1e-6):
             raise UserError(f"--pre_prob {self.pre_prob}: expected probabilities that add up to 1.")
 
 
@@ -391,16 +392,20 @@ class Cream(Method):
         return StepOutput(loss, metrics, logits_BK.detach()[None])
 
     def after_step(self, views_SBCHW: Tensor, targets: Targets, output: StepOutput, progress: Progress) -> None:
-        """Offer the path to the board, with its accuracy on the batch before the update."""
+        """Offer the path to the board, with its accuracy on the batch before the update.
+
+        A path whose outputs are not finite is not offered: as a teacher it would spoil every later step.
+        """
         assert self._step is not None
         step, self._step = self._step, None
         if progress.epoch <= self.options.meta_sta_epoch:
             return
         logits_BK = output.logits_SBK[0]
         correct = (logits_BK.argmax(dim=1) == targets.labels_B).sum()
-        counts = all_reduce_sum(torch.stack([correct, torch.full_like(correct, len(logits_BK))])).tolist()
-        score = 100.0 * counts[0] / counts[1]
-        if self.board.admits(score, step.flops, progress.epoch):
+        count, broken = torch.full_like(correct, len(logits_BK)), (~logits_BK.isfinite()).any().to(correct)
+        hits, everyone, spoilt = all_reduce_sum(torch.stack([correct, count, broken])).tolist()
+        score = 100.0 * hits / everyone
+        if not spoilt and self.board.admits(score, step.flops, progress.epoch):
             size = self.supernet.slice_size
             images = views_SBCHW[0][:size].clone(memory_format=torch.contiguous_format)
             probs = _probabilities(logits_BK[:size])
@@ -456,7 +461,9 @@ class Cream(Method):
             "honour_single_block": 1,
             "crop_size": self._side,
         }
-        if self.supernet.space not in (PUBLISHED, PUBLISHED_SMALL):
+        if self.supernet.global_pool != "avg":
+            flags["global_pool"] = self.supernet.global_pool
+        if self.supernet.space != (PUBLISHED if request_of(self.supernet).shape == LARGE else PUBLISHED_SMALL):
             flags["search_space"] = space_to_text(self.supernet.space)
         return files | {
             "found.yaml": yaml.safe_dump(flags, sort_keys=False, width=10**6),
@@ -465,8 +472,10 @@ class Cream(Method):
         }
 
     def training_state(self) -> dict[str, Any]:
-        """Board, its history, the sampler and the meta optimiser."""
+        """Board, its history, the sampler, the meta optimiser, and what an evaluation knows of the last step."""
         return {
+            "epoch": self._epoch,
+            "side": self._side,
             "board": self.board.state_dict(),
             "history": self.history,
             "sampler": self.path_sampler.state_dict(),
@@ -475,6 +484,7 @@ class Cream(Method):
 
     def load_training_state(self, state: Mapping[str, Any]) -> None:
         """Inverse of `training_state`."""
+        self._epoch, self._side = int(state["epoch"]), int(state["side"])
         self.board.load_state_dict(state["board"], self.supernet.path.device)
         self.history = list(state["history"])
         self.path_sampler.load_state_dict(state["sampler"])

@@ -1,5 +1,6 @@
 """Checkpoint -> networks: the structure comes from what the file says, the rest from the user's flags."""
 
+import logging
 import re
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -23,6 +24,8 @@ from model import (
 from model.splitnet import SplitNet
 from utils.checkpoint import plain_keys
 from utils.errors import UserError
+
+logger = logging.getLogger(__name__)
 
 WEIGHTS = ("auto", "raw", "ema")
 # Entries of checkpoints like Cream's released ones, whose `arch` is the name of a run or of another library's network.
@@ -218,6 +221,8 @@ def network_state(content: Mapping[str, Any], weights: str, source: str) -> tupl
     if weights == "ema" and not average:
         raise UserError(f"{source}: holds no moving average of the weights; use --weights raw or auto.")
     taken = "ema" if average and weights != "raw" else "raw"
+    if weights == "auto" and not average and FOREIGN & content.keys():
+        logger.warning("%s: holds no moving average of the weights; taking the raw ones.", source)
     plain = bool(content) and all(isinstance(value, Tensor) for value in content.values())
     state = average if taken == "ema" else content if plain else content.get("state_dict")
     if not isinstance(state, Mapping) or not all(isinstance(value, Tensor) for value in state.values()):

@@ -497,7 +497,7 @@ def size_supernet(minimum: float, maximum: float, space: SearchSpace = PUBLISHED
         f"--flops_minimum {minimum:g} --flops_maximum {maximum:g}: no supernet of this search space reaches that "
         "interval (millions of operations); widen it, or give the depths as --sta_num."
     )
-    if minimum > maximum:
+    if not minimum <= maximum:  # nor is NaN an interval
         raise invalid
     table = cost_table(space)
     depths = [1] * len(space.stages)
@@ -519,13 +519,15 @@ def size_supernet(minimum: float, maximum: float, space: SearchSpace = PUBLISHED
                 depths[stage - 1] += 1
         if highest / 1e6 < minimum:
             raise invalid
+    # a resolution that was not lowered need not be a multiple of the stride
+    resolution = space.resolution if steps == full else space.total_stride * steps
     for stage, cap in space.deepening:
         while depths[stage - 1] < cap:
             highest += dearest[stage - 1]
             if highest / 1e6 > maximum:
-                return SupernetSize(tuple(depths), space.total_stride * steps)
+                return SupernetSize(tuple(depths), resolution)
             depths[stage - 1] += 1
-    return SupernetSize(tuple(depths), space.total_stride * steps)
+    return SupernetSize(tuple(depths), resolution)
 
 
 # ---- reading ---------------------------------------------------------------------------------------------------------
@@ -550,6 +552,12 @@ def parse_arch_list(text: str | Arch, space: SearchSpace = PUBLISHED) -> tuple[t
     return arch
 
 
+def _whole(value: Any) -> int:
+    if type(value) is not int or value < 1:
+        raise ValueError(f"{value!r}: every number must be whole and at least 1")
+    return value
+
+
 def space_from_mapping(mapping: Mapping[str, Any], where: str) -> SearchSpace:
     """A space from the keys of `SearchSpace`: operators [kernel, expansion], stages {channels, stride, template}.
 
@@ -568,19 +576,21 @@ def space_from_mapping(mapping: Mapping[str, Any], where: str) -> SearchSpace:
     if lost:
         raise UserError(f"{where}: the search space lacks {', '.join(lost)}.")
     try:
-        operators = tuple(Operator(int(kernel), int(expansion)) for kernel, expansion in mapping["operators"])
+        operators = tuple(Operator(_whole(kernel), _whole(expansion)) for kernel, expansion in mapping["operators"])
         stages = tuple(
             Stage(**{**stage, "template": Operator(*stage["template"]) if stage.get("template") else None})
             for stage in mapping["stages"]
         )
-        deepening = tuple((int(stage), int(cap)) for stage, cap in mapping["deepening"])
-        numbers = {name: int(mapping[name]) for name in fields[3:]}
-        counts = [n for op in operators for n in (op.kernel, op.expansion)]
-        counts += [n for stage in stages for n in (stage.channels, stage.stride)]
-        counts += [n for pair in deepening for n in pair] + list(numbers.values())
-        if not operators or not stages or not all(type(n) is int and n >= 1 for n in counts):
-            raise ValueError("every number must be whole and at least 1, and operators and stages are needed")
-        if any(op.kernel % 2 == 0 for op in operators):
+        deepening = tuple((_whole(stage), _whole(cap)) for stage, cap in mapping["deepening"])
+        numbers = {name: _whole(mapping[name]) for name in fields[3:]}
+        templates = [stage.template for stage in stages if stage.template]
+        for number in (n for stage in stages for n in (stage.channels, stage.stride)):
+            _whole(number)
+        for number in (n for op in templates for n in (op.kernel, op.expansion)):
+            _whole(number)
+        if not operators or not stages:
+            raise ValueError("operators and stages are needed")
+        if any(op.kernel % 2 == 0 for op in (*operators, *templates)):
             raise ValueError("kernels must be odd")
         if any(stage > len(stages) for stage, _ in deepening):
             raise ValueError(f"deepening names a stage beyond the {len(stages)} there are")

@@ -18,8 +18,8 @@ from loss.classification import cross_entropy
 from loss.soft_target import soft_cross_entropy
 from method import Progress, methods
 from method.cream import Cream, frozen_statistics, match_features, match_scores, meta_gradient
-from model import SMALL, BackboneRequest, build_network, build_splitnet
-from model.search_space import est_flops, read_space
+from model import LARGE, SMALL, BackboneRequest, build_network, build_splitnet
+from model.search_space import PUBLISHED, PUBLISHED_SMALL, est_flops, read_space, space_to_text
 from utils.distributed import free_port
 from utils.errors import UserError
 from utils.path_board import BoardEntry, PathSampler
@@ -421,6 +421,16 @@ def test_a_non_finite_batch_does_not_reach_the_meta_layer():
     assert equal_states(method.supernet.meta_layer.state_dict(), before)
 
 
+def test_a_non_finite_path_does_not_reach_the_board():
+    """As under --on_nonfinite skip: the step is skipped, and training goes on without it."""
+    method = tiny_method()
+    images, targets = batch(82)
+    progress = progress_at(STEPS + 1)
+    method.before_step(images * torch.nan, targets, progress)
+    method.after_step(images, targets, method(images * torch.nan, targets, progress), progress)
+    assert len(method.board) == 0
+
+
 def test_what_a_trainer_froze_learns_again():
     request = BackboneRequest(
         arch="cream_supernet", num_classes=K, shape=SMALL, options={"search_space": SPACE, "sta_num": (2, 2)}
@@ -523,6 +533,40 @@ def test_run_files_name_a_network_that_can_be_built(caplog):
     assert sorted(weights) == sorted(p.shape for p in method.supernet.active_parameters(expected.arch))
 
 
+def found_flags(method, arch):
+    """What found.yaml says of a board with this one path."""
+    size = method.supernet.slice_size
+    images, probs = torch.zeros(size, 3, 8, 8), torch.full((size, K), 1 / K)
+    method.board.add(BoardEntry(50.0, 0.1, arch, images, probs))
+    return yaml.safe_load(method.run_files(final=False)["found.yaml"])
+
+
+@pytest.mark.parametrize("pool", ["avg", "max", "avgmax"])
+def test_what_was_found_keeps_the_pooling_of_the_search(pool):
+    method = tiny_method()
+    method.supernet.global_pool = pool
+    flags = found_flags(method, [[0], [1, 2], [0, 1], [0]])
+    child = build_network(BackboneRequest(arch="cream", num_classes=K, shape=SMALL, options=flags))
+    assert child.global_pool == pool
+
+
+@pytest.mark.parametrize("shape", [SMALL, LARGE])
+@pytest.mark.parametrize("text", [None, space_to_text(PUBLISHED), space_to_text(PUBLISHED_SMALL)])
+def test_what_was_found_keeps_the_space_of_the_search(shape, text):
+    """Also where it is the published space, given for images that take another one by default."""
+    request = BackboneRequest(arch="cream_supernet", num_classes=K, shape=shape, options={"sta_num": (1,) * 5})
+    if text:
+        request = dataclasses.replace(request, options={**request.options, "search_space": text})
+    with torch.device("meta"):
+        network = build_splitnet(request, seed=0)
+    arch = [[0], *[[2]] * 5, [0]]
+    flags = found_flags(Cream(network, Cream.Options()), arch)
+    assert ("search_space" in flags) == (network.models[0].space != (PUBLISHED if shape == LARGE else PUBLISHED_SMALL))
+    with torch.device("meta"):
+        child = build_network(dataclasses.replace(request, arch="cream", options=flags))
+    assert child.plan == network.models[0].space.plan(arch, K, honour_single_block=True)
+
+
 def test_a_result_outside_the_interval_is_said(caplog):
     method = tiny_method()
     train(method, optimizer_of(method), range(STEPS, STEPS + 3))
@@ -564,6 +608,29 @@ def test_resume_is_exact(tmp_path):
     assert resumed.supernet.default_path == unbroken.supernet.default_path
 
 
+def test_a_run_resumed_for_its_evaluation_alone_evaluates_the_same(tmp_path):
+    """A run stopped within an epoch's evaluation makes no step before the next one."""
+    unbroken = tiny_method()
+    train(unbroken, optimizer_of(unbroken), range(STEPS, STEPS + 1))
+    wide = torch.randn(1, BATCH, 3, 12, 12, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    labels = torch.arange(BATCH) % K
+    targets, progress = Targets(labels, labels, torch.ones(())), progress_at(4 * STEPS - 1)
+    unbroken.before_step(wide, targets, progress)
+    unbroken.after_step(wide, targets, unbroken(wide, targets, progress), progress)
+
+    torch.save({"network": unbroken.network.state_dict(), "method": unbroken.training_state()}, tmp_path / "state.pt")
+    state = torch.load(tmp_path / "state.pt", weights_only=True)
+    resumed = tiny_method()
+    resumed.network.load_state_dict(state["network"])
+    resumed.load_training_state(state["method"])
+    images, _ = batch(3)
+    rows = [m.eval().extra_logits(images[0])["random_path"] for m in (unbroken, resumed, tiny_method())]
+    assert torch.equal(rows[0], rows[1])
+    files = resumed.run_files(final=True)
+    assert files == unbroken.run_files(final=True)
+    assert yaml.safe_load(files["found.yaml"])["crop_size"] == 12
+
+
 def test_unused_blocks_do_not_move():
     method = tiny_method()
     optimizer = optimizer_of(method)
@@ -589,6 +656,8 @@ def test_unused_blocks_do_not_move():
         ({"how_to_prob": "random"}, "--how_to_prob"),
         ({"pre_prob": (0.5, 0.6)}, "--pre_prob"),
         ({"pre_prob": (1.5, -0.5)}, "--pre_prob"),
+        ({"pre_prob": (0.5, float("nan"))}, "--pre_prob"),
+        ({"pre_prob": (float("nan"), 0.5)}, "--pre_prob"),
         ({"pre_prob": ()}, "--pre_prob"),
     ],
 )

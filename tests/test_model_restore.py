@@ -319,7 +319,7 @@ class CfgNode(dict):
 
 @pytest.mark.parametrize("zipped", [True, False])
 @pytest.mark.parametrize(("prefix", "average"), [("module.", True), ("", True), ("module.", False)])
-def test_released_cream_files(tmp_path, monkeypatch, zipped, prefix, average):
+def test_released_cream_files(tmp_path, monkeypatch, caplog, zipped, prefix, average):
     """Averaged weights, settings as objects, `module.` or not, and a name that is no backbone's."""
     request = BackboneRequest(arch="cream_14", num_classes=5, dataset="imagenet", shape="large", crop_size=64)
     raw, ema = (build_splitnet(request, seed=seed).models[0].state_dict() for seed in (1, 2))
@@ -339,6 +339,7 @@ def test_released_cream_files(tmp_path, monkeypatch, zipped, prefix, average):
     assert read["args"]["NET"] == {"SELECTION": 14}
     restored, info = restore_splitnet(read, arch="cream_14", dataset="imagenet")
     assert (info.num_classes, info.crop_size, info.weights) == (5, 64, "ema" if average else "raw")
+    assert ("holds no moving average of the weights; taking the raw ones" in caplog.text) == (not average)
     wanted = ema if average else raw
     assert all(torch.equal(value, wanted[key]) for key, value in restored.models[0].state_dict().items())
     assert all(

@@ -150,11 +150,28 @@ def test_an_interval_the_wrong_way_round_is_refused():
         size_supernet(300, 200)
 
 
+@pytest.mark.parametrize("interval", [(float("nan"), 600), (0, float("nan"))])
+def test_what_is_no_number_is_no_interval(interval):
+    with pytest.raises(UserError, match=r"--flops_minimum .* --flops_maximum"):
+        size_supernet(*interval)
+
+
 def test_sizing_of_another_space_steps_by_its_own_stride():
     full = size_supernet(0, 600, PUBLISHED_SMALL)
     assert full == ((4, 4, 4, 4, 4), 32)
     lowest = sum(min(cost.ref_flops for cost in costs) for costs in cost_table(PUBLISHED_SMALL).first) / 1e6
     assert size_supernet(0, lowest * 0.9, PUBLISHED_SMALL) == ((1, 1, 1, 1, 1), 24)
+
+
+@pytest.mark.parametrize("resolution", [28, 10, 6])
+def test_a_resolution_that_is_no_multiple_of_the_stride_is_kept(resolution):
+    space = dataclasses.replace(PUBLISHED_SMALL, resolution=resolution)
+    assert space.total_stride == 8
+    assert size_supernet(0, 600, space).resolution == resolution
+    assert size_supernet(0, 600, dataclasses.replace(PUBLISHED, resolution=100)).resolution == 100
+    lowest = sum(min(cost.ref_flops for cost in costs) for costs in cost_table(space).first) / 1e6
+    if resolution == 28:
+        assert size_supernet(0, lowest * 0.9, space).resolution == 16
 
 
 @given(st.floats(0, 700), st.floats(0, 700))
@@ -229,6 +246,11 @@ def changed(**values):
         (changed(operators=[]), "operators and stages are needed"),
         (changed(operators=[[4, 6]]), "kernels must be odd"),
         (changed(operators=[3]), "form of a search space"),
+        (changed(operators=[[3.7, 6]]), "3.7: every number must be whole"),
+        (changed(operators=[[3, True]]), "True: every number must be whole"),
+        (changed(resolution=32.5), "32.5: every number must be whole"),
+        (changed(stages=[{"channels": 24, "stride": 2, "template": [4, 6]}], deepening=[]), "kernels must be odd"),
+        (changed(stages=[{"channels": 24, "stride": 2, "template": ["a", 6]}], deepening=[]), "'a': every number"),
         (changed(stages=[{"channels": 24}]), "stride"),
         (changed(stages=[{"channels": 24, "stride": 2, "depth": 3}]), "depth"),
         (changed(stages=[{"channels": 0, "stride": 2}], deepening=[]), "at least 1"),

@@ -160,6 +160,7 @@ def test_retraining_file():
         "arch": "cream_14",
         "crop_size": 64,
         "optimizer": "RMSpropTF",
+        "optimizer_eps": 1e-3,
         "lr": 0.064,
         "lr_mode": "epoch_step",
         "decay_epochs": 2.4,
@@ -262,6 +263,17 @@ def test_switches():
     assert "SUPERNET.SLICE" in warnings[0]
 
 
+@pytest.mark.parametrize("text", [TRAIN, RETRAIN])
+def test_the_optimisers_of_the_dialect(text):
+    for name, ours in (("adam", "Adam"), ("AdamW", "AdamW"), ("rmsproptf", "RMSpropTF")):
+        flags = read(text, "OPT", name, "OPT_EPS", "1e-5").flags
+        assert (flags["optimizer"], flags["optimizer_eps"]) == (ours, 1e-5)
+    flags, warnings, _ = read(text, "OPT", "sgd", "OPT_EPS", "1e-5")
+    assert "optimizer_eps" not in flags
+    assert "OPT_EPS" in warnings[0]
+    assert read(TRAIN, "OPT", "adam").flags["optimizer_eps"] == 1e-2  # the published default
+
+
 def test_number_of_processes_is_the_launchers():
     flags, warnings, _ = read(TRAIN, processes=2)
     assert flags["batch_size"] == 256
@@ -287,8 +299,7 @@ def test_number_of_processes_is_the_launchers():
         (("NET.SELECTION", "-1"), "needs INPUT_ARCH"),
         (("SCHED", "sgd"), "SCHED 'sgd' is not one of cosine, step"),
         (("SCHED", "cosin"), "Did you mean 'cosine'"),
-        (("OPT", "adam"), "OPT 'adam' is not one of"),
-        (("OPT_EPS", "1e-2"), "OPT_EPS 0.01"),
+        (("OPT", "adamax"), "OPT 'adamax' is not one of"),
         (("TTA", "2"), "TTA 2 is not supported"),
         (("EVAL_METRICS", "prec5"), "EVAL_METRICS"),
         (("SUPERNET.RESUNIT", "True"), "RESUNIT True is not supported"),

@@ -109,13 +109,14 @@ def test_unknown_names_are_refused() -> None:
     network = small_network()
     with pytest.raises(UserError, match="--no_decay 'norm' is not known"):
         parameter_groups(network, network.named_parameters(), weight_decay=0.1, no_decay="norm")
-    with pytest.raises(UserError, match=r"--optimizer 'AdamV' .* Did you mean 'AdamW'\?"):
-        build(network, "AdamV")
+    with pytest.raises(UserError, match=r"--optimizer 'AdomW' .* Did you mean 'AdamW'\?"):
+        build(network, "AdomW")
 
 
 # ---- optimisers ------------------------------------------------------------------------------------------------------
 
 PLAIN = {
+    "Adam": lambda groups: torch.optim.Adam(groups, 0.1, (0.9, 0.999), 1e-8, foreach=False),
     "SGD": lambda groups: torch.optim.SGD(groups, 0.1, 0.9, nesterov=True, foreach=False),
     "AdamW": lambda groups: torch.optim.AdamW(groups, 0.1, (0.9, 0.999), 1e-4, foreach=False),
     "RMSprop": lambda groups: torch.optim.RMSprop(groups, 0.1, 0.9, 1e-8, momentum=0.9, foreach=False),
@@ -136,6 +137,24 @@ def test_equals_torchs_plain_optimiser(name: str, layout: torch.memory_format) -
         plain.step()
         for ours, theirs in zip(network.parameters(), reference.parameters(), strict=True):
             torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("name", ["Adam", "AdamW", "RMSprop", "RMSpropTF"])
+def test_eps_stands_in_the_denominator(name: str) -> None:
+    """One step from zero state with gradient 1: the update is lr, divided by what eps makes of the root."""
+    weights = nn.Parameter(torch.zeros(1, dtype=torch.float64))
+    group = {"params": [weights], "weight_decay": 0.0, "lr_multiplier": 1.0}
+    optimizer = build_optimizer(name, [group], lr=0.1, eps=0.5)
+    weights.grad = torch.ones_like(weights)
+    guarded_step(optimizer, flag(0.0))
+    expected = {"Adam": 1.5, "AdamW": 1.5, "RMSprop": 0.1**0.5 + 0.5, "RMSpropTF": 1.5**0.5}[name]
+    assert weights.item() == pytest.approx(-0.1 / expected, rel=1e-12)
+
+
+def test_an_eps_that_cannot_be_is_refused() -> None:
+    for name, eps in (("SGD", 1e-3), ("Adam", 0.0), ("RMSpropTF", math.nan)):
+        with pytest.raises(UserError, match="--optimizer_eps"):
+            build(small_network(), name, eps=eps)
 
 
 def test_missing_momentum_is_zero_momentum() -> None:

@@ -115,6 +115,11 @@ def test_probabilities_are_honoured():
     assert ((counts - expected) ** 2 / expected).sum() < 20.5
 
 
+def test_probabilities_may_be_rounded():
+    third = (0.3333333,) * 3
+    assert PathSampler((4,), 3, 1, third).draw() == PathSampler((4,), 3, 1, (1 / 3,) * 3).draw()
+
+
 def test_histogram_leaves_out_the_fixed_stages():
     sampler = PathSampler((2, 1), 4, 0)
     assert sampler.histogram([]) is None

@@ -126,7 +126,7 @@ KEYS: Mapping[str, Key] = {
     "NET.EMA.USE": Key(_truth, True, part=NETWORK),
     "NET.EMA.DECAY": Key(_number, 0.9998, part=NETWORK),
     "OPT": Key(_text, "sgd"),
-    "OPT_EPS": Key(_number, 1e-2, part=NETWORK),
+    "OPT_EPS": Key(_number, 1e-2),
     "MOMENTUM": Key(_number, 0.9, "momentum"),
     "WEIGHT_DECAY": Key(_number, 1e-4, "weight_decay"),
     "LR": Key(_number, 1e-2, "lr"),
@@ -171,7 +171,8 @@ DECIDES: Mapping[str, tuple[str, ...]] = {
     "DATASET.VAL_BATCH_MUL": ("eval_batch_size",),
     "NET.EMA.USE": ("ema_decay",),
     "NET.EMA.DECAY": ("ema_decay",),
-    "OPT": ("optimizer", "is_nesterov"),
+    "OPT": ("optimizer", "is_nesterov", "optimizer_eps"),
+    "OPT_EPS": ("optimizer_eps",),
     "EPOCHS": ("epochs", "decay_epochs"),
     "SCHED": ("lr_mode", "epochs", "decay_epochs", "decay_factor", "end_lr"),
     "MIN_LR": ("end_lr",),
@@ -218,11 +219,11 @@ OPTIMIZERS: Mapping[str, Mapping[str, Any]] = {
     "sgd": {"optimizer": "SGD", "is_nesterov": True},
     "nesterov": {"optimizer": "SGD", "is_nesterov": True},
     "momentum": {"optimizer": "SGD", "is_nesterov": False},
+    "adam": {"optimizer": "Adam"},
     "adamw": {"optimizer": "AdamW"},
     "rmsprop": {"optimizer": "RMSprop"},
     "rmsproptf": {"optimizer": "RMSpropTF"},
 }
-RMSPROP_TF_EPS = 1e-3
 
 
 # ---- reading ---------------------------------------------------------------------------------------------------------
@@ -336,6 +337,10 @@ def _translate(
         "is_mixup": False,
         **_optimizer(values["OPT"], where),
     }
+    if flags["optimizer"] != "SGD":
+        flags["optimizer_eps"] = values["OPT_EPS"]
+    elif "OPT_EPS" in given:
+        idle.append("OPT_EPS")
     if values["AUTO_RESUME"] and values["RESUME_PATH"] is not None:
         flags["resume"] = values["RESUME_PATH"]
     if part == SEARCH:
@@ -416,10 +421,6 @@ def _network(
         idle += [name for name in ("AUGMENTATION.COLOR_JITTER",) if name in given]
     else:
         flags["color_jitter"] = values["AUGMENTATION.COLOR_JITTER"]
-    if values["OPT"].lower() == "rmsproptf" and "OPT_EPS" in given and values["OPT_EPS"] != RMSPROP_TF_EPS:
-        raise UserError(
-            f"{where}: OPT_EPS {values['OPT_EPS']}: rmsproptf has {RMSPROP_TF_EPS}, as in the published runs."
-        )
     return flags | _schedule(values, where)
 
 

@@ -3,6 +3,7 @@
 Nothing here waits for the device: norms, flags and (for CUDA graphs) learning rates are tensors on it.
 """
 
+import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -15,7 +16,7 @@ from torch.optim import Optimizer
 from utils.errors import UserError
 from utils.registry import nearest_name
 
-OPTIMIZERS = ("SGD", "AdamW", "RMSprop", "RMSpropTF")
+OPTIMIZERS = ("SGD", "Adam", "AdamW", "RMSprop", "RMSpropTF")
 NO_DECAY = ("bias", "norm_bias", "none")
 
 NORMS = (_NormBase, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm)
@@ -63,12 +64,14 @@ def build_optimizer(
     lr: float,
     momentum: float = 0.9,
     nesterov: bool = True,
+    eps: float | None = None,
     capturable: bool = False,
 ) -> Optimizer:
     """One of OPTIMIZERS over the groups of `parameter_groups`, in the fused form where torch has one.
 
     SGD; AdamW (betas 0.9, 0.999, eps 1e-4); RMSprop (alpha 0.9, eps 1e-8) and RMSpropTF (alpha 0.9, eps 1e-3): the
-    settings of arXiv:2011.14660, torch's own eps for RMSprop, which has no published one.
+    settings of arXiv:2011.14660, torch's own eps for RMSprop, which has no published one. Adam, with the decay in the
+    gradient, is as torch has it (betas 0.9, 0.999, eps 1e-8).
 
     Args:
         name: the value of --optimizer.
@@ -76,29 +79,36 @@ def build_optimizer(
         lr: learning rate before the first `set_learning_rate`.
         momentum: of SGD and RMSprop.
         nesterov: of SGD; means nothing without momentum.
+        eps: in place of the optimiser's own; SGD has none.
         capturable: keep learning rates on the device, so that a step can be captured in a CUDA graph.
 
     Raises:
-        UserError: unknown name.
+        UserError: unknown name, or an eps that it cannot take.
     """
     if name not in OPTIMIZERS:
         raise UserError(
             f"--optimizer {name!r} is not a known optimiser.{nearest_name(name, OPTIMIZERS)} "
             f"Known: {', '.join(OPTIMIZERS)}."
         )
+    if eps is not None and name == "SGD":
+        raise UserError("--optimizer_eps is none of --optimizer SGD's settings: leave it away.")
+    if eps is not None and not 0 < eps < math.inf:
+        raise UserError(f"--optimizer_eps must be above 0, got {eps}.")
     parameters = [p for group in groups for p in group["params"]]
     device = parameters[0].device
     groups = [{**group, "lr": torch.tensor(lr, device=device) if capturable else lr} for group in groups]
     optimizer: Optimizer
     if name == "SGD":
         optimizer = torch.optim.SGD(groups, lr, momentum, nesterov=nesterov and momentum > 0, fused=True)
-    elif name == "AdamW":
+    elif name in ("Adam", "AdamW"):
         on_gpu = capturable and device.type == "cuda"
-        optimizer = torch.optim.AdamW(groups, lr, betas=(0.9, 0.999), eps=1e-4, fused=True, capturable=on_gpu)
+        kind, usual = (torch.optim.Adam, 1e-8) if name == "Adam" else (torch.optim.AdamW, 1e-4)
+        eps = usual if eps is None else eps
+        optimizer = kind(groups, lr, betas=(0.9, 0.999), eps=eps, fused=True, capturable=on_gpu)
         # Steps before the capture are not a mistake.
         optimizer._warned_capturable_if_run_uncaptured = True
     else:
-        optimizer = RMSprop(groups, lr, momentum=momentum, tensorflow=name == "RMSpropTF")
+        optimizer = RMSprop(groups, lr, momentum=momentum, tensorflow=name == "RMSpropTF", eps=eps)
     _fill_momentum(optimizer)
     _keep_form(optimizer)
     set_learning_rate(optimizer, lr)
@@ -220,7 +230,8 @@ class RMSprop(Optimizer):
         alpha: decay of the mean square.
         momentum: decay of the buffer; 0: none.
         weight_decay: added to the gradient.
-        tensorflow: which of the two forms; also decides eps, 1e-3 (TensorFlow's) or 1e-8.
+        tensorflow: which of the two forms.
+        eps: None: 1e-3 (TensorFlow's) or 1e-8.
     """
 
     _step_supports_amp_scaling = True
@@ -234,8 +245,10 @@ class RMSprop(Optimizer):
         momentum: float = 0.9,
         weight_decay: float = 0.0,
         tensorflow: bool = False,
+        eps: float | None = None,
     ) -> None:
-        eps = 1e-3 if tensorflow else 1e-8
+        if eps is None:
+            eps = 1e-3 if tensorflow else 1e-8
         super().__init__(
             params,
             {

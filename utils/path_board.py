@@ -106,7 +106,7 @@ class PathSampler:
         depths: blocks of every searchable stage.
         num_operators: how many operators a block chooses from.
         seed: of the generator.
-        probs: probability of every operator, or None for equal ones.
+        probs: probability of every operator, in proportion, or None for equal ones.
     """
 
     def __init__(
@@ -114,7 +114,8 @@ class PathSampler:
     ) -> None:
         self.depths = tuple(depths)
         self.num_operators = num_operators
-        self.probs = None if probs is None else np.asarray(probs, dtype=np.float64)
+        # NumPy refuses a sum that is off by more than 1.5e-8, which seven digits of a third are
+        self.probs = None if probs is None else np.asarray(probs, dtype=np.float64) / np.sum(probs)
         self.generator = np.random.RandomState(seed % 2**32)
 
     def draw(self, probs: Sequence[float] | None = None) -> list[list[int]]:

@@ -127,7 +127,7 @@ _NO_LONG_WARM_UP = ("shake_resnet*", "pyramidnet*", "densenet*")
 _LONGER_WARM_UP = ("resnext29_16x64d", "se_resnet164")
 
 # Ours: learning rates for an optimiser that the user puts in place of the recipe's, at which it does not diverge.
-_OTHER_LR = {"SGD": 0.1, "AdamW": 1e-3, "RMSprop": 1e-2, "RMSpropTF": 1e-2}
+_OTHER_LR = {"SGD": 0.1, "Adam": 1e-3, "AdamW": 1e-3, "RMSprop": 1e-2, "RMSpropTF": 1e-2}
 
 
 def _matches(arch: str, patterns: Any) -> bool:

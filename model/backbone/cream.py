@@ -80,6 +80,14 @@ def _option(request: BackboneRequest, name: str) -> Any:
     return request.options.get(name, getattr(CreamOptions(), name))
 
 
+def _dropout(request: BackboneRequest) -> float:
+    """Rate before the classifier of one of S networks."""
+    rate = _option(request, "dropout_rate")
+    if not 0 <= rate < 1:
+        raise UserError(f"--dropout_rate must be 0 or more and below 1, got {rate}.")
+    return float(rate / request.split_factor**0.5)
+
+
 def _space(request: BackboneRequest) -> SearchSpace:
     text = _option(request, "search_space")
     if text:
@@ -92,8 +100,7 @@ def _network(request: BackboneRequest, space: SearchSpace, arch_list: Any, *, ho
     key = tuple(map(tuple, arch))
     space = divided(space, key, request.split_factor, request.num_classes, honour_single_block=honour_single_block)
     plan = space.plan(arch, request.num_classes, honour_single_block=honour_single_block)
-    dropout = _option(request, "dropout_rate") / request.split_factor**0.5
-    return CreamNet(plan, dropout=dropout, global_pool=_option(request, "global_pool"))
+    return CreamNet(plan, dropout=_dropout(request), global_pool=_option(request, "global_pool"))
 
 
 def _build_released(arch_list: str, request: BackboneRequest) -> CreamNet:
@@ -120,7 +127,7 @@ def _build_supernet(request: BackboneRequest) -> Supernet:
         depths,
         request.num_classes,
         slice_size=_option(request, "slice"),
-        dropout=_option(request, "dropout_rate"),
+        dropout=_dropout(request),
         global_pool=_option(request, "global_pool"),
         interval=interval,
     )

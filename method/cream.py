@@ -10,7 +10,7 @@ rate, the schedule is 1 - step / steps, auxiliary forward passes leave the runni
 
 import json
 import logging
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
@@ -26,7 +26,16 @@ from loss.classification import mixed_cross_entropy
 from loss.soft_target import soft_cross_entropy
 from method import Method, Progress, StepOutput, Targets, average_over_processes, methods
 from model import LARGE, request_of
-from model.search_space import PUBLISHED, PUBLISHED_SMALL, Arch, est_flops, read_space, size_supernet, space_to_text
+from model.search_space import (
+    PUBLISHED,
+    PUBLISHED_SMALL,
+    Arch,
+    NetworkPlan,
+    est_flops,
+    read_space,
+    size_supernet,
+    space_to_text,
+)
 from model.splitnet import SplitNet
 from model.supernet import Supernet
 from utils.cream_plots import plot_board, plot_network
@@ -433,11 +442,13 @@ class Cream(Method):
     def run_files(self, *, final: bool) -> dict[str, str | bytes]:
         """board.json: the board and its state after every epoch; found.yaml: flags of the network that was found.
 
-        board.png and found.png are the two as pictures.
+        board.png and found.png are the two as pictures. Entries have their network's MACs beside the estimate of
+        operations that the search goes by.
         The network is the best entry whose estimate lies in the interval of operations; where there is none it is the
         best entry, and `final` warns.
         """
-        board = {"board": self.board.rows(), "history": self.history}
+        history = [{**past, "entries": self._with_macs(past["entries"])} for past in self.history]
+        board = {"board": self._with_macs(self.board.rows()), "history": history}
         files: dict[str, str | bytes] = {"board.json": json.dumps(board, indent=1) + "\n"}
         minimum, maximum = self.supernet.interval
         found = self.board.result(minimum, maximum)
@@ -453,8 +464,9 @@ class Cream(Method):
                 maximum,
                 entry.flops,
             )
-        plan = self.supernet.space.plan(entry.arch, self.supernet.classifier.out_features, honour_single_block=True)
-        title = f"found: {entry.flops:.3g} million operations (estimate), {entry.score:.1f} % on its training batch"
+        plan = self._plan(entry.arch)
+        macs = plan.cost(self._side).macs / 1e6
+        title = f"found: {macs:.3g} million MACs, {entry.score:.1f} % on its training batch"
         flags = {
             "arch": "cream",
             "arch_list": json.dumps([list(stage) for stage in entry.arch]),
@@ -470,6 +482,13 @@ class Cream(Method):
             "board.png": plot_board(board),
             "found.png": plot_network(plan.stages, title=title),
         }
+
+    def _plan(self, arch: Arch) -> NetworkPlan:
+        return self.supernet.space.plan(arch, self.supernet.classifier.out_features, honour_single_block=True)
+
+    def _with_macs(self, rows: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
+        """Rows of the board with `macs` in millions, of the whole network and the images of the search."""
+        return [{**row, "macs": self._plan(row["arch"]).cost(self._side).macs / 1e6} for row in rows]
 
     def training_state(self) -> dict[str, Any]:
         """Board, its history, the sampler, the meta optimiser, and what an evaluation knows of the last step."""

@@ -18,8 +18,8 @@ def drawn(monkeypatch):
     return figures
 
 
-def row(score, flops):
-    return {"score": score, "flops": flops, "arch": [[0], [1], [0]]}
+def row(score, macs):
+    return {"score": score, "macs": macs, "flops": 2 * macs, "arch": [[0], [1], [0]]}
 
 
 def test_board_has_one_point_per_entry_coloured_by_its_arrival(drawn):

@@ -26,11 +26,11 @@ class Block(Protocol):
 
 
 def plot_board(board: Mapping[str, Any]) -> bytes:
-    """PNG: score against operations of everything that was on the board, coloured by the epoch it came.
+    """PNG: score against MACs of everything that was on the board, coloured by the epoch it came.
 
     Args:
         board: content of board.json: `board`, the last state, and `history`, that after every epoch; entries have
-            score [%], flops [million operations] and arch.
+            score [%], macs [millions] and arch.
     """
     from matplotlib.figure import Figure
     from matplotlib.ticker import MaxNLocator
@@ -40,10 +40,10 @@ def plot_board(board: Mapping[str, Any]) -> bytes:
     arrivals: dict[tuple[float, float], int] = {}
     for snapshot in board["history"]:
         for entry in snapshot["entries"]:
-            arrivals.setdefault((entry["flops"], entry["score"]), snapshot["epoch"] + 1)
+            arrivals.setdefault((entry["macs"], entry["score"]), snapshot["epoch"] + 1)
     if arrivals:
         points = axes.scatter(
-            [flops for flops, _ in arrivals],
+            [macs for macs, _ in arrivals],
             [score for _, score in arrivals],
             c=list(arrivals.values()),
             cmap="viridis",
@@ -52,7 +52,7 @@ def plot_board(board: Mapping[str, Any]) -> bytes:
         )
         figure.colorbar(points, ax=axes, label="epoch of arrival", ticks=MaxNLocator(integer=True))
     axes.scatter(
-        [entry["flops"] for entry in board["board"]],
+        [entry["macs"] for entry in board["board"]],
         [entry["score"] for entry in board["board"]],
         s=110,
         facecolors="none",
@@ -61,10 +61,10 @@ def plot_board(board: Mapping[str, Any]) -> bytes:
         label="on the board now",
     )
     for entry in board["board"][:1]:
-        axes.scatter(entry["flops"], entry["score"], marker="*", s=90, color="#c22f2f", label="best", zorder=3)
+        axes.scatter(entry["macs"], entry["score"], marker="*", s=90, color="#c22f2f", label="best", zorder=3)
     axes.set(
         title="Board of prioritised paths",
-        xlabel="estimated operations in millions",
+        xlabel="MACs in millions",
         ylabel="top-1 on the path's training batch in %",
     )
     axes.grid(color="#dddddd", linewidth=0.6)

@@ -9,14 +9,9 @@ import argparse
 import dataclasses
 import math
 import sys
-import types
-import typing
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Any, ClassVar, NoReturn
-
-import yaml
+from typing import Any, ClassVar
 
 from dataset import sources
 from dataset.views import ERASE_MODES, PADDING_MODES
@@ -24,11 +19,20 @@ from method import methods
 from model import backbones, split_list
 from model.execution import EXECUTIONS
 from model.plan import DIVIDE_BY
+from utils.command_line import (
+    FlagParser,
+    add_flags,
+    early_value,
+    fenced,
+    last_pairs,
+    read_yaml,
+    with_underscores,
+)
 from utils.cream_yaml import is_published, is_published_key, read_published
 from utils.distributed import processes_on_this_machine
-from utils.errors import UserError, reason
+from utils.errors import UserError
 from utils.optim import OPTIMIZERS
-from utils.options import option
+from utils.options import Flag, flags_of, option
 from utils.recipe import RECIPES, recipe_defaults
 from utils.registry import nearest_name
 from utils.schedule import MODES
@@ -293,183 +297,12 @@ class Config(DeviceOptions, EvaluationOptions, OptimizerOptions, ModelOptions, D
         return split_list(self.arch)
 
 
-# ---- values from text ------------------------------------------------------------------------------------------------
-
-
-def _to_bool(text: str) -> bool:
-    lowered = text.strip().lower()
-    if lowered in ("1", "true", "yes", "on"):
-        return True
-    if lowered in ("0", "false", "no", "off"):
-        return False
-    raise ValueError("expected 0 or 1")
-
-
-def _value_type(annotation: Any) -> tuple[type, bool, bool]:
-    """(element type, may be None, is a tuple) of a field's annotation."""
-    if typing.get_origin(annotation) in (typing.Union, types.UnionType):
-        (inner,) = (a for a in typing.get_args(annotation) if a is not type(None))
-        element, _, several = _value_type(inner)
-        return element, True, several
-    if typing.get_origin(annotation) is tuple:
-        return typing.get_args(annotation)[0], False, True
-    return annotation, False, False
-
-
-def _convert_one(element: type, text: str) -> Any:
-    if element is bool:
-        return _to_bool(text)
-    if element is int:
-        try:
-            return int(text)
-        except ValueError:
-            raise ValueError("expected a whole number") from None
-    if element is float:
-        try:
-            return float(text)
-        except ValueError:
-            raise ValueError("expected a number") from None
-    return text
-
-
-@dataclass(frozen=True)
-class Flag:
-    """One field seen as a flag: how to read its value from text or from YAML."""
-
-    name: str
-    element: type
-    optional: bool
-    several: bool
-    default: Any
-    help: str
-    unit: str
-    choices: tuple[Any, ...] | None
-    aliases: Mapping[str, Mapping[str, str]]
-    default_text: str
-    metavar: str | None
-
-    def parse(self, value: Any, where: str, spelling: str = "") -> Any:
-        """Typed value of what a command line or a YAML file gave under the flag's own name or an alias.
-
-        Raises:
-            UserError: wrong type or not one of the choices; `where` names the flag or the file and key.
-        """
-        ours = self.aliases.get(spelling)
-        if ours:
-            if str(value) not in ours:
-                raise UserError(f"{where}: {value!r} is not one of {', '.join(ours)}.{nearest_name(str(value), ours)}")
-            value = ours[str(value)]
-        if value is None or (self.optional and isinstance(value, str) and value.lower() in ("none", "null")):
-            if self.optional:
-                return None
-            raise UserError(f"{where}: a value is missing; expected {self.expected()}.")
-        try:
-            if self.several:
-                parts = value if isinstance(value, list | tuple) else [value]
-                texts = [t for part in parts for t in str(part).replace(",", " ").split()]
-                return tuple(_convert_one(self.element, text) for text in texts)
-            if isinstance(value, list | tuple | dict):
-                raise ValueError(f"expected {self.expected()}")
-            converted = _convert_one(self.element, str(value))
-        except ValueError as error:
-            raise UserError(f"{where}: {value!r} is not usable: {error}.") from None
-        if self.choices is not None and converted not in self.choices:
-            near = nearest_name(str(converted), map(str, self.choices))
-            raise UserError(f"{where}: {converted!r} is not one of {', '.join(map(str, self.choices))}.{near}")
-        return converted
-
-    def expected(self) -> str:
-        """What kind of value the flag takes, in words."""
-        words = {bool: "0 or 1", int: "a whole number", float: "a number", str: "a text"}
-        return words.get(self.element, "a value") + (" or several" if self.several else "")
-
-
-def flags_of(options: type) -> list[Flag]:
-    """The flags that the fields of an options dataclass stand for (inherited fields left out for sections)."""
-    hints = typing.get_type_hints(options)
-    flags = []
-    for item in dataclasses.fields(options):
-        if "help" not in item.metadata:
-            continue
-        element, optional, several = _value_type(hints[item.name])
-        flags.append(
-            Flag(
-                name=item.name,
-                element=element,
-                optional=optional,
-                several=several,
-                default=item.default,
-                **{k: item.metadata[k] for k in ("help", "unit", "choices", "aliases", "default_text", "metavar")},
-            )
-        )
-    return flags
-
-
 def backbone_option_types() -> list[type]:
     """The distinct option dataclasses of all registered backbone families."""
     return list(dict.fromkeys(entry.options for _, entry in backbones.items() if entry.options is not None))
 
 
 # ---- the parser ------------------------------------------------------------------------------------------------------
-
-
-class _Parser(argparse.ArgumentParser):
-    """Argument parser whose errors are UserErrors instead of exits."""
-
-    def error(self, message: str) -> NoReturn:
-        raise UserError(message.replace("argument ", "", 1) + f". See {self.prog} --help.")
-
-
-def _help_text(flag: Flag) -> str:
-    default: Any = flag.default_text
-    if not default:
-        default = {True: 1, False: 0, None: "none"}.get(flag.default, flag.default) if flag.default != () else "none"
-    unit = f", in {flag.unit}" if flag.unit else ""
-    choices = f" ({', '.join(map(str, flag.choices))})" if flag.choices else ""
-    return f"{flag.help}{choices}{unit} [default: {default}]".replace("%", "%%")
-
-
-# flags that need no value, and what they mean without one
-BARE_FLAGS = types.MappingProxyType(
-    dict.fromkeys(("evaluate", "no_cuda", "multiprocessing_distributed", "benchmark"), "1")
-    | {"pretrained": "", "resume": "auto", "compile": "default"}
-)
-
-_BARE = object()
-
-
-class _Store(argparse.Action):
-    """Keep the spelling with the value; a bare flag does not undo a value that another spelling gave."""
-
-    def __call__(
-        self, parser: Any, namespace: argparse.Namespace, values: Any, option_string: str | None = None
-    ) -> None:
-        assert option_string is not None
-        if values is not _BARE:
-            setattr(namespace, self.dest, (option_string.lstrip("-"), values))
-        elif not hasattr(namespace, self.dest):
-            setattr(namespace, self.dest, (option_string.lstrip("-"), BARE_FLAGS[self.dest]))
-
-
-def _add_flags(parser: _Parser, title: str, flags: Sequence[Flag]) -> None:
-    group = parser.add_argument_group(title)
-    for flag in flags:
-        extra: dict[str, Any] = {}
-        if flag.several:
-            extra["nargs"] = "+"
-        elif flag.name in BARE_FLAGS:
-            extra.update(nargs="?", const=_BARE)
-        words = {bool: "0|1", int: "N", float: "X", str: "NAME"}
-        names = [f"--{name}" for name in (flag.name, *flag.aliases)]
-        group.add_argument(
-            *names,
-            action=_Store,
-            dest=flag.name,
-            default=argparse.SUPPRESS,
-            help=_help_text(flag),
-            metavar=flag.metavar or words.get(flag.element, "VALUE"),
-            **extra,
-        )
 
 
 def _title(options: type) -> str:
@@ -487,7 +320,7 @@ def _sections(method: str, extra: type | None = None) -> list[tuple[str, list[Fl
 
 def build_parser(method: str, program: str | None = None, extra: type | None = None) -> argparse.ArgumentParser:
     """The parser of all flags, with those of one method and of one entry point."""
-    parser = _Parser(
+    parser = FlagParser(
         prog=program,
         usage="%(prog)s [--flag VALUE ...] [KEY VALUE ...]",
         description="Divide a backbone into S small networks and train them together.",
@@ -499,66 +332,11 @@ def build_parser(method: str, program: str | None = None, extra: type | None = N
         allow_abbrev=False,
     )
     for title, flags in _sections(method, extra):
-        _add_flags(parser, title, flags)
+        add_flags(parser, title, flags)
     parser.add_argument(
         "overrides", nargs="*", metavar="KEY VALUE", help="flag names and values, winning over all else"
     )
     return parser
-
-
-def _read_yaml(path: str) -> dict[str, Any]:
-    """The mapping in a YAML file.
-
-    Raises:
-        UserError: unreadable, not YAML, not a mapping of names to values, or with a name that stands there twice.
-    """
-    try:
-        text = Path(path).read_text(encoding="utf-8")
-        aliases = any(isinstance(event, yaml.AliasEvent) for event in yaml.parse(text, yaml.SafeLoader))
-        content = yaml.safe_load(text)
-        root = yaml.compose(text, yaml.SafeLoader)
-    except OSError as error:
-        raise UserError(f"--config {path}: cannot be read: {error.strerror or error}.") from None
-    except (yaml.YAMLError, UnicodeDecodeError, ValueError, RecursionError) as error:
-        raise UserError(f"--config {path}: is not valid YAML: {reason(error)}") from None
-    if content is None:
-        return {}
-    if aliases:
-        raise UserError(f"--config {path}: YAML's aliases (*name) are not read: a few of them make any size.")
-    if not isinstance(root, yaml.MappingNode) or not all(isinstance(key, str) for key in content):
-        raise UserError(f"--config {path}: expected 'flag: value' lines, found {type(content).__name__}.")
-    keys = [key.value for key, _ in root.value]
-    for key in content:
-        if keys.count(key) > 1:  # YAML itself would silently take the last one
-            raise UserError(f"--config {path}: {key!r} stands there {keys.count(key)} times; keep one.")
-    return content
-
-
-def _early(argv: Sequence[str], name: str) -> str | None:
-    """Last value of `--name VALUE` or `--name=VALUE` on a command line, before the parser exists."""
-    found = None
-    for i, token in enumerate(argv):
-        if token == f"--{name}" and i + 1 < len(argv):
-            found = argv[i + 1]
-        elif token.startswith(f"--{name}="):
-            found = token.split("=", 1)[1]
-    return found
-
-
-def _early_overrides(argv: Sequence[str]) -> list[str]:
-    """The KEY VALUE pairs at the end of a command line, before the parser exists."""
-    end = len(argv)
-    while end >= 2 and not any(token.startswith("--") for token in argv[end - 2 : end]):
-        end -= 2
-    return list(argv[end:])
-
-
-def _fenced(argv: Sequence[str], early: Sequence[str], is_key: Callable[[str], bool]) -> list[str]:
-    """The command line with `--` before its overrides, so that a flag with any number of values takes none of them."""
-    for place in range(len(argv) - len(early), len(argv), 2):
-        if is_key(argv[place]):
-            return [*argv[:place], "--", *argv[place:]]
-    return list(argv)
 
 
 def _published_part(pairs: Sequence[str]) -> list[str]:
@@ -569,7 +347,7 @@ def _published_part(pairs: Sequence[str]) -> list[str]:
 def _method_name(argv: Sequence[str], overrides: Sequence[str], from_yaml: Mapping[str, Any]) -> str:
     """The method, which decides what flags exist: an override, a flag, the YAML file, the default."""
     named = dict(zip(overrides[::2], overrides[1::2], strict=False))
-    return named.get("method") or _early(argv, "method") or str(from_yaml.get("method", ModelOptions.method))
+    return named.get("method") or early_value(argv, "method") or str(from_yaml.get("method", ModelOptions.method))
 
 
 def _known_flags(method: str, extra: type | None = None) -> dict[str, Flag]:
@@ -577,14 +355,6 @@ def _known_flags(method: str, extra: type | None = None) -> dict[str, Flag]:
     return {
         name: flag for _, flags in _sections(method, extra) for flag in flags for name in (flag.name, *flag.aliases)
     }
-
-
-def _with_underscores(argument: str) -> str:
-    """`--feat-dim=8` as `--feat_dim=8`; what is no flag stays."""
-    if not argument.startswith("--"):
-        return argument
-    name, equals, value = argument[2:].partition("=")
-    return f"--{name.replace('-', '_')}{equals}{value}"
 
 
 def _lookup(known: Mapping[str, Flag], name: str, where: str) -> Flag:
@@ -605,10 +375,10 @@ def parse_config(argv: Sequence[str] | None = None, program: str | None = None, 
     Raises:
         UserError: an unknown flag, key or name, a value that cannot be used, or flags that contradict each other.
     """
-    arguments = [_with_underscores(argument) for argument in (sys.argv[1:] if argv is None else argv)]
-    yaml_path = _early(arguments, "config")
-    from_yaml = _read_yaml(yaml_path) if yaml_path else {}
-    early = _early_overrides(arguments)
+    arguments = [with_underscores(argument) for argument in (sys.argv[1:] if argv is None else argv)]
+    yaml_path = early_value(arguments, "config")
+    from_yaml = read_yaml(yaml_path) if yaml_path else {}
+    early = last_pairs(arguments)
     published = None
     if is_published(from_yaml):
         published = read_published(
@@ -625,7 +395,7 @@ def parse_config(argv: Sequence[str] | None = None, program: str | None = None, 
     def is_key(text: str) -> bool:
         return text.replace("-", "_") in known or (published is not None and is_published_key(text))
 
-    namespace, unknown = parser.parse_known_args(_fenced(arguments, early, is_key))
+    namespace, unknown = parser.parse_known_args(fenced(arguments, early, is_key))
     for token in unknown:
         _lookup(known, token.split("=", 1)[0], token.split("=", 1)[0])
         raise UserError(f"{token}: unexpected here. Write '--flag value', and overrides 'KEY VALUE' last.")

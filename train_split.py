@@ -36,7 +36,7 @@ from utils.distributed import World
 from utils.ensemble import ensemble_rule
 from utils.errors import RunError, UserError, WriteError, reason
 from utils.evaluation import evaluate
-from utils.guard import NonfiniteGuard
+from utils.guard import NonfiniteGuard, judge_nonfinite
 from utils.interrupt import Stopped, StopRequest
 from utils.logger import RunLog, plain_json, set_up_text_log
 from utils.macs import count_macs, count_params
@@ -125,106 +125,8 @@ class Trainer:
 
         self.network.execution = self._choose_execution(resumed)
 
-        # data
-        self.num_views = 1 if self.method.shared_view or not config.is_diff_data_train else self.num_networks
-        self.views = ViewMaker(
-            view_spec(
-                source.recipe,
-                crop_size=config.crop_size,
-                padding=config.padding,
-                padding_mode=config.padding_mode,
-                is_autoaugment=config.is_autoaugment,
-                randaa=config.randaa,
-                is_cutout=config.is_cutout,
-                erase_p=config.erase_p,
-                mean=source.mean,
-                std=source.std,
-                color_jitter=config.color_jitter,
-                erase_mode=config.erase_mode,
-                erase_area=config.erase_area,
-                erase_ratio=config.erase_ratio,
-            ),
-            self.seed,
-        )
-        self.loader = build_train_loader(
-            source,
-            crop_size=config.crop_size,
-            batch_size=config.batch_size * world.num_nodes,
-            num_views=self.num_views,
-            seed=self.seed,
-            rank=world.rank,
-            world_size=world.world_size,
-            device=world.device,
-            workers=config.workers,
-            sampler=self.method.sampler,
-            on_bad_image=config.on_bad_image,
-            crop_area=config.crop_area,
-        )
-        self.eval_loaders = {
-            name: build_eval_loader(
-                split,
-                crop_size=config.crop_size,
-                batch_size=config.eval_batch_size,
-                rank=world.rank,
-                world_size=world.world_size,
-                device=world.device,
-                workers=config.workers,
-                on_bad_image=config.on_bad_image,
-                crop_pct=config.crop_pct,
-            )
-            for name, split in (("val", source.val), ("test", source.test))
-            if split is not None
-        }
-        self.steps_per_epoch = self.loader.steps_per_epoch
-        self.total_steps = config.epochs * self.steps_per_epoch
-        if config.max_steps is not None:
-            self.total_steps = min(self.total_steps, config.max_steps)
-        self.method.prepare(source.train.targets.to(world.device), self.seed)
-
-        # optimisation
-        groups = parameter_groups(
-            self.method,
-            self.method.trained_parameters(),
-            weight_decay=config.weight_decay,
-            no_decay="none" if config.is_wd_all else config.no_decay,
-            new_heads=new_heads,
-            new_head_multiplier=config.lr_multiplier,
-        )
-        self.optimizer = build_optimizer(
-            config.optimizer,
-            groups,
-            lr=config.lr,
-            momentum=config.momentum,
-            nesterov=config.is_nesterov,
-            eps=config.optimizer_eps,
-            capturable=config.cuda_graph,
-        )
-        self.schedule = Schedule(
-            mode=config.lr_mode,
-            base_lr=config.lr,
-            epochs=config.epochs,
-            steps_per_epoch=self.steps_per_epoch,
-            slow_start_epochs=config.slow_start_epochs,
-            slow_start_lr=config.slow_start_lr,
-            end_lr=config.end_lr,
-            milestones=config.lr_milestones,
-            step_multiplier=config.lr_step_multiplier,
-            decay_factor=config.decay_factor,
-            decay_epochs=config.decay_epochs,
-        )
-        self.scaler = torch.amp.GradScaler(world.device.type, enabled=self.precision.scaler)
-        self.guard = NonfiniteGuard(self.num_networks, world.device, sticky=config.on_nonfinite == "stop")
-        self.average = WeightAverage(self.network, config.ema_decay) if config.ema_decay > 0 else None
-        self.update = WeightUpdate(
-            network=self.network,
-            parameters=[p for _, p in self.method.trained_parameters()],
-            optimizer=self.optimizer,
-            scaler=self.scaler,
-            guard=self.guard,
-            average=self.average,
-            clip_grad=config.clip_grad,
-            restores_buffers=config.on_nonfinite == "skip",
-        )
+        self._prepare_data(source)
+        self._prepare_optimisation(new_heads)
 
         # where training stands: the next epoch, the next batch in it, batches done in all
         self.epoch = 0
@@ -297,6 +199,115 @@ class Trainer:
         for name in renewed:
             logger.info("--pretrained: the head %s has another size there and starts anew.", name)
         return tuple(f"network.{name}." for name in renewed)
+
+    def _prepare_data(self, source: DataSource) -> None:
+        """Views and loaders, and how many steps there are."""
+        config, world = self.config, self.world
+        self.num_views = 1 if self.method.shared_view or not config.is_diff_data_train else self.num_networks
+        self.views = ViewMaker(
+            view_spec(
+                source.recipe,
+                crop_size=config.crop_size,
+                padding=config.padding,
+                padding_mode=config.padding_mode,
+                is_autoaugment=config.is_autoaugment,
+                randaa=config.randaa,
+                is_cutout=config.is_cutout,
+                erase_p=config.erase_p,
+                mean=source.mean,
+                std=source.std,
+                color_jitter=config.color_jitter,
+                erase_mode=config.erase_mode,
+                erase_area=config.erase_area,
+                erase_ratio=config.erase_ratio,
+            ),
+            self.seed,
+        )
+        self.loader = build_train_loader(
+            source,
+            crop_size=config.crop_size,
+            batch_size=config.batch_size * world.num_nodes,
+            num_views=self.num_views,
+            seed=self.seed,
+            rank=world.rank,
+            world_size=world.world_size,
+            device=world.device,
+            workers=config.workers,
+            sampler=self.method.sampler,
+            on_bad_image=config.on_bad_image,
+            crop_area=config.crop_area,
+        )
+        self.eval_loaders = {
+            name: build_eval_loader(
+                split,
+                crop_size=config.crop_size,
+                batch_size=config.eval_batch_size,
+                rank=world.rank,
+                world_size=world.world_size,
+                device=world.device,
+                workers=config.workers,
+                on_bad_image=config.on_bad_image,
+                crop_pct=config.crop_pct,
+            )
+            for name, split in (("val", source.val), ("test", source.test))
+            if split is not None
+        }
+        self.steps_per_epoch = self.loader.steps_per_epoch
+        self.total_steps = config.epochs * self.steps_per_epoch
+        if config.max_steps is not None:
+            self.total_steps = min(self.total_steps, config.max_steps)
+        self.method.prepare(source.train.targets.to(world.device), self.seed)
+
+    def _prepare_optimisation(self, new_heads: tuple[str, ...]) -> None:
+        """Optimiser, schedule, and what follows a backward pass.
+
+        Args:
+            new_heads: prefixes of the parameters that --pretrained did not bring.
+        """
+        config, world = self.config, self.world
+        groups = parameter_groups(
+            self.method,
+            self.method.trained_parameters(),
+            weight_decay=config.weight_decay,
+            no_decay="none" if config.is_wd_all else config.no_decay,
+            new_heads=new_heads,
+            new_head_multiplier=config.lr_multiplier,
+        )
+        self.optimizer = build_optimizer(
+            config.optimizer,
+            groups,
+            lr=config.lr,
+            momentum=config.momentum,
+            nesterov=config.is_nesterov,
+            eps=config.optimizer_eps,
+            capturable=config.cuda_graph,
+        )
+        self.schedule = Schedule(
+            mode=config.lr_mode,
+            base_lr=config.lr,
+            epochs=config.epochs,
+            steps_per_epoch=self.steps_per_epoch,
+            slow_start_epochs=config.slow_start_epochs,
+            slow_start_lr=config.slow_start_lr,
+            end_lr=config.end_lr,
+            milestones=config.lr_milestones,
+            step_multiplier=config.lr_step_multiplier,
+            decay_factor=config.decay_factor,
+            decay_epochs=config.decay_epochs,
+        )
+        self.scaler = torch.amp.GradScaler(world.device.type, enabled=self.precision.scaler)
+        self.guard = NonfiniteGuard(self.num_networks, world.device, sticky=config.on_nonfinite == "stop")
+        self.average = WeightAverage(self.network, config.ema_decay) if config.ema_decay > 0 else None
+        self.update = WeightUpdate(
+            network=self.network,
+            parameters=[p for _, p in self.method.trained_parameters()],
+            optimizer=self.optimizer,
+            scaler=self.scaler,
+            guard=self.guard,
+            average=self.average,
+            clip_grad=config.clip_grad,
+            restores_buffers=config.on_nonfinite == "skip",
+        )
 
     # ---- state -------------------------------------------------------------------------------------------------------
 
@@ -553,19 +564,8 @@ class Trainer:
         found = self.guard.read(distributed.all_reduce_sum)
         if found is None:
             return
-        where = f"step {found.first_step} (epoch {found.first_step // self.steps_per_epoch + 1})"
-        networks = ", ".join(str(i + 1) for i in found.networks) or "none in its logits, so in a loss or gradient"
-        if self.config.on_nonfinite == "stop":
-            raise RunError(
-                f"non-finite loss or gradient at {where}, network {networks}: the weights were left untouched. Lower "
-                "--lr, set --clip_grad, or --on_nonfinite skip; the last checkpoint is whole."
-            )
-        if found.count > self.config.nonfinite_limit:
-            raise RunError(
-                f"{found.count} steps were non-finite, more than --nonfinite_limit {self.config.nonfinite_limit}; "
-                f"the first was {where}, network {networks}."
-            )
-        logger.warning("Skipped %d non-finite steps so far; the first: %s, network %s.", found.count, where, networks)
+        limit = self.config.nonfinite_limit if self.config.on_nonfinite == "skip" else None
+        logger.warning("%s", judge_nonfinite(found, limit, self.steps_per_epoch))
 
     def _report_interval(self, progress: Progress, **speed: float) -> None:
         """Read the meters (the one host synchronisation of an interval), log them, and look for non-finite steps."""

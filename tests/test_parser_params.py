@@ -10,8 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from method import methods
-from parser_params import Config, build_parser, flags_of, parse_config, resolve_config
+from parser_params import Config, build_parser, parse_config, resolve_config
 from utils.errors import UserError
+from utils.options import flags_of
 from utils.recipe import RECIPES
 
 ROOT = Path(__file__).parent.parent

@@ -1,9 +1,11 @@
 """The guard names the first bad step and its networks, and holds the weights afterwards."""
 
+import pytest
 import torch
 from torch import Tensor
 
-from utils.guard import NonfiniteGuard
+from utils.errors import RunError
+from utils.guard import NonfiniteGuard, NonfiniteSteps, judge_nonfinite
 
 CPU = torch.device("cpu")
 
@@ -42,3 +44,15 @@ def test_state_round_trip() -> None:
     guard.judge(torch.tensor(float("nan")), torch.full((2, 1, 2), float("inf")), 9)
     other.load_state_dict(guard.state_dict())
     assert other.read(alone) == guard.read(alone)
+
+
+def test_what_was_found_ends_the_run_or_is_a_warning() -> None:
+    found = NonfiniteSteps(count=3, first_step=25, networks=(0, 2))
+    with pytest.raises(RunError, match=r"at step 25 \(epoch 3\), network 1, 3: the weights .* --on_nonfinite skip"):
+        judge_nonfinite(found, None, 10)
+    with pytest.raises(
+        RunError, match=r"3 steps were non-finite, more than --nonfinite_limit 2; the first was step 25"
+    ):
+        judge_nonfinite(found, 2, 10)
+    assert judge_nonfinite(found, 3, 10).startswith("Skipped 3 non-finite steps so far; the first: step 25 (epoch 3)")
+    assert "none in its logits" in judge_nonfinite(NonfiniteSteps(1, 0, ()), 3, 10)

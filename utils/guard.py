@@ -6,6 +6,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from utils.errors import RunError
+
 _NEVER = 2**62
 
 
@@ -16,6 +18,32 @@ class NonfiniteSteps:
     count: int
     first_step: int
     networks: tuple[int, ...]
+
+
+def judge_nonfinite(found: NonfiniteSteps, limit: int | None, steps_per_epoch: int) -> str:
+    """What non-finite steps mean to the run: a warning where they may be skipped.
+
+    Args:
+        found: from `NonfiniteGuard.read`.
+        limit: how many of them may be skipped (--on_nonfinite skip); None: none.
+        steps_per_epoch: to name the epoch.
+
+    Raises:
+        RunError: the end of the run.
+    """
+    where = f"step {found.first_step} (epoch {found.first_step // steps_per_epoch + 1})"
+    networks = ", ".join(str(i + 1) for i in found.networks) or "none in its logits, so in a loss or gradient"
+    if limit is None:
+        raise RunError(
+            f"non-finite loss or gradient at {where}, network {networks}: the weights were left untouched. Lower "
+            "--lr, set --clip_grad, or --on_nonfinite skip; the last checkpoint is whole."
+        )
+    if found.count > limit:
+        raise RunError(
+            f"{found.count} steps were non-finite, more than --nonfinite_limit {limit}; "
+            f"the first was {where}, network {networks}."
+        )
+    return f"Skipped {found.count} non-finite steps so far; the first: {where}, network {networks}."
 
 
 class NonfiniteGuard:

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 import train_split
+from dataset.pipeline import eval_resize
 from method import Progress, Targets, methods
 from method.l_mcl import LMCL, ClassTable, LMCLOptions, Outputs
 from model import BackboneRequest, build_network, build_splitnet
@@ -531,6 +532,10 @@ def test_names_stand_for_their_backbones():
     assert names("resnet20, resnet56") == ["resnet20", "resnet56"]
     with pytest.raises(UserError, match="--number_net 3"):
         names("lmcl_res56_wrn_40_2_cifar", number_net=3)
+    assert names("resnet20,resnet20,resnet56", number_net=3) == ["resnet20", "resnet20", "resnet56"]
+    assert names("resnet20,resnet20,resnet56") == ["resnet20", "resnet20", "resnet56"]
+    with pytest.raises(UserError, match="--number_net 3"):
+        names("resnet20, resnet56", number_net=3)
 
 
 @pytest.mark.parametrize(
@@ -558,6 +563,7 @@ def test_published_recipes():
     assert own.items() <= imagenet.items()
     assert LMCLOptions(**own).neg_k == 8192
     assert LMCL.recipe("imagenet", 10)["lr_milestones"] == (3, 6, 9)
+    assert LMCL.recipe("imagenet", 1)["lr_milestones"] == (1, 1)
     assert "lr" not in LMCL.recipe("digits", None)
 
 
@@ -580,6 +586,16 @@ def test_the_recipe_gives_the_published_learning_rate(dataset, row):
     for epoch, rate in GOLDEN["lr"][row].items():
         for step in (0, 6):
             assert schedule(7 * int(epoch) + step) == pytest.approx(rate, rel=1e-6)
+
+
+def test_the_published_crops_of_large_images():
+    """Crops of 8 % of an image or more; in evaluation the short side becomes 256 pixels."""
+    config = resolve_config(
+        parse_config(["--method", "l_mcl", "--dataset", "imagenet", "--arch", "lmcl_resnet18_imagenet"]),
+        data_recipe="imagenet",
+    )
+    assert (config.crop_size, config.crop_area) == (224, (0.08, 1.0))
+    assert eval_resize(config.crop_size, config.crop_pct) == 256
 
 
 # ---- processes ------------------------------------------------------------------------------------------------------

@@ -385,6 +385,15 @@ class LMCL(Method):
             found[f"{i}_aggregated"] = aggregated_BK
         return found
 
+    def complete_figures(self, figures: dict[str, Any]) -> dict[str, Any]:
+        """With `<i>_exit_max`: the best exit of network i, its own output included, as the published code selects."""
+        extra = dict(figures.get("extra", {}))
+        for i, acc1 in enumerate(figures["acc1"], 1):
+            exits = [value for name, value in extra.items() if name.startswith(f"{i}_exit")]
+            if exits and acc1 is not None:
+                extra[f"{i}_exit_max"] = max(acc1, *exits)
+        return figures | {"extra": extra}
+
     def training_state(self) -> dict[str, Any]:
         """Exits, heads, gates, pair weights, banks, and the momentum of the pair weights."""
         return super().training_state() | {"weight_optimizer": self.weight_optimizer.state_dict()}

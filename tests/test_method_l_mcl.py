@@ -479,7 +479,13 @@ def test_a_run_that_stops_within_an_epoch_goes_on_as_if_it_had_not(tmp_path, cap
     assert [key for key in whole["method"] if key.startswith("weight_net.")]
     rows = [json.loads(line) for line in (tmp_path / "whole" / "metrics.jsonl").read_text().splitlines()]
     extra = next(row["test"]["extra"] for row in rows if row["kind"] == "eval")
-    assert set(extra) == {f"{i}_{name}" for i in (1, 2) for name in ("exit1", "exit2", "aggregated")}
+    assert set(extra) == {f"{i}_{name}" for i in (1, 2) for name in ("exit1", "exit2", "exit_max", "aggregated")}
+    network = next(row["test"]["acc1"] for row in rows if row["kind"] == "eval")
+    for i in (1, 2):
+        assert extra[f"{i}_exit_max"] == max(network[i - 1], extra[f"{i}_exit1"], extra[f"{i}_exit2"])
+    results = json.loads((tmp_path / "whole" / "results.json").read_text())
+    assert results["last"]["extra"] == extra
+    assert results["own_best"].keys() == {"1", "2"} | extra.keys()
 
 
 def same(one, other) -> bool:
@@ -502,6 +508,15 @@ def test_the_kept_network_is_the_plain_backbone():
         with torch.no_grad():
             assert torch.equal(plain(images), trained(images))
     assert not any(name.startswith("network.") for name in method.training_state())
+
+
+def test_the_best_exit_is_told_apart_from_the_network():
+    extra = {"1_aggregated": 90.0, "1_exit1": 55.0, "2_exit1": 10.0, "10_exit1": 99.0}
+    figures = {"acc1": [50.0, 60.0], "extra": extra}
+    found = make().complete_figures(figures)
+    assert found["acc1"] == [50.0, 60.0]
+    assert found["extra"] == extra | {"1_exit_max": 55.0, "2_exit_max": 60.0}
+    assert make().complete_figures({"acc1": [None, None]}) == {"acc1": [None, None], "extra": {}}
 
 
 def test_extra_rows():

@@ -606,7 +606,7 @@ class Trainer:
         # not compiled, as in eval.py, so that both find the same figures
         with as_written(self.config.compile is not None), self._evaluated_weights():
             distributed.broadcast_buffers(self.network)  # an average's are each process's own until here
-            return evaluate(
+            evaluation = evaluate(
                 self.network,
                 self.stop.until_stopped(loader, rounds=loader.rounds, device=self.world.device, every=self.ask_every),
                 prepare=lambda images: self.views.evaluate(images, dtype=self.precision.weights),
@@ -619,7 +619,8 @@ class Trainer:
                 autocast_dtype=self.precision.autocast,
                 extra=self.method.extra_logits,
                 all_reduce=distributed.all_reduce_sum,
-            ).figures
+            )
+            return self.method.complete_figures(evaluation.figures)
 
     def _evaluated_weights(self) -> AbstractContextManager[Any]:
         """The moving average of the weights in place of the weights, where there is one."""

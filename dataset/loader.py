@@ -271,7 +271,12 @@ class ClassBalancedSampler:
     def __init__(self, targets_N: Tensor, *, batch_size: int, seed: int, per_class: int = 2) -> None:
         self._targets_N, self._batch_size, self._seed, self._per_class = targets_N, batch_size, seed, per_class
         used = images_per_class(len(targets_N.unique()), batch_size, per_class)
-        if used != per_class:
+        if used == batch_size and used != per_class:
+            logger.warning(
+                "class-balanced batches of %d are of one class, without negatives: give another --batch_size",
+                batch_size,
+            )
+        elif used != per_class:
             logger.info("class-balanced batches of %d hold %d images of a class, not %d", batch_size, used, per_class)
 
     def __call__(self, epoch: int) -> np.ndarray:

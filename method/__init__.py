@@ -143,6 +143,10 @@ class Method(nn.Module):
         """Logits [B, K] by name of classifiers beside the networks, for evaluations during training."""
         return {}
 
+    def complete_figures(self, figures: dict[str, Any]) -> dict[str, Any]:
+        """The figures of such an evaluation, with what the method derives from them under `extra`: top-1 in percent."""
+        return figures
+
     def trained_parameters(self) -> list[tuple[str, nn.Parameter]]:
         """(name, parameter) pairs for the main optimiser; everything trainable by default."""
         return [(name, p) for name, p in self.named_parameters() if p.requires_grad]

@@ -14,6 +14,7 @@ from method import Method, Progress, StepOutput, Targets, methods
 from model.heads import require_stages, synergy_branches
 from model.splitnet import SplitNet
 from utils.options import option
+from utils.recipe import scaled_milestones
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,7 +77,7 @@ class DKS(Method):
             "momentum": 0.9,
             "is_nesterov": False,
             "lr_mode": "step",
-            "lr_milestones": tuple(round(epoch * total / 200) for epoch in (59, 119, 159)),
+            "lr_milestones": scaled_milestones((59, 119, 159), total / 200),
             "lr_step_multiplier": 0.2,
             "slow_start_epochs": -1,
             "end_lr": 0.0,

@@ -30,6 +30,7 @@ from utils.errors import UserError
 from utils.meta import VirtualSGD, buffers_restored, meta_gradient
 from utils.optim import finite_sgd_step
 from utils.options import option
+from utils.recipe import scaled_milestones
 from utils.seed import STREAM_METHOD, counter_uniform_on_device, fold_in, torch_generator
 
 META_MOMENTUM = 0.9
@@ -250,9 +251,11 @@ class LMCL(Method):
                 "epochs": total,
                 "batch_size": 256,
                 "lr_mode": "step",
-                "lr_milestones": tuple(round(epoch * total / 100) for epoch in (30, 60, 90)),
+                "lr_milestones": scaled_milestones((30, 60, 90), total / 100),
                 "lr_step_multiplier": 0.1,
                 "weight_decay": 1e-4,
+                "crop_area": (0.08, 1.0),
+                "crop_pct": 0.875,  # 256 pixels for a crop of 224
                 "contrast": "bank",
                 "tau": 0.07,
                 "alpha": 0.01,
@@ -266,7 +269,7 @@ class LMCL(Method):
         """Backbones behind `--arch`: a published pair's two, --number_net of an `lmcl_<backbone>`, or a comma list.
 
         Raises:
-            UserError: a number of networks that a published pair does not have.
+            UserError: a number of networks that a published pair or the list does not have.
         """
         if arch in MIXED_PAIRS:
             if options.number_net != 2:
@@ -276,7 +279,12 @@ class LMCL(Method):
             return [*MIXED_PAIRS[arch]]
         if arch.startswith("lmcl_"):
             return [arch.removeprefix("lmcl_")] * options.number_net
-        return super().backbone_names(arch, options)
+        names = super().backbone_names(arch, options)
+        if len(names) > 1 and options.number_net not in (2, len(names)):  # 2: the default, which nobody may have given
+            raise UserError(
+                f"--number_net {options.number_net}: --arch {arch} has {len(names)} networks; leave it away."
+            )
+        return names
 
     def prepare(self, labels_N: Tensor, seed: int) -> None:
         """With memory banks: make them, and the table from which an image's positives and negatives are drawn.
@@ -376,6 +384,15 @@ class LMCL(Method):
                 found[f"{i}_exit{j}"] = logits_BK
             found[f"{i}_aggregated"] = aggregated_BK
         return found
+
+    def complete_figures(self, figures: dict[str, Any]) -> dict[str, Any]:
+        """With `<i>_exit_max`: the best exit of network i, its own output included, as the published code selects."""
+        extra = dict(figures.get("extra", {}))
+        for i, acc1 in enumerate(figures["acc1"], 1):
+            exits = [value for name, value in extra.items() if name.startswith(f"{i}_exit")]
+            if exits and acc1 is not None:
+                extra[f"{i}_exit_max"] = max(acc1, *exits)
+        return figures | {"extra": extra}
 
     def training_state(self) -> dict[str, Any]:
         """Exits, heads, gates, pair weights, banks, and the momentum of the pair weights."""

@@ -190,6 +190,11 @@ def build_splitnet(
         UserError: as `check_request`, or an option that cannot go with `archs`.
     """
     if archs is not None:
+        if request.split_factor not in (1, len(archs)):
+            raise UserError(
+                f"--split_factor {request.split_factor} cannot go with the {len(archs)} full networks of --arch "
+                f"({','.join(archs)}): leave it away."
+            )
         if train_separately:
             raise UserError("--is_train_sep needs one divided network: give --arch one name, with a --split_factor.")
         if identical_init and len(set(archs)) > 1:

@@ -4,7 +4,9 @@ Shapes: B images, K classes, D embedding size of a network, E exits of a network
 M exits of all networks, numbered network by network.
 """
 
+from collections import OrderedDict
 from collections.abc import Iterable, Sequence
+from itertools import islice
 
 import torch
 from torch import Tensor, nn
@@ -91,9 +93,16 @@ def first_blocks(stage: nn.Module, depth: int | None) -> nn.Module:
     """
     if depth is None:
         return stage
-    if not isinstance(stage, nn.Sequential):
+    if not _is_sequence(stage):
         raise UserError(f"--arch: a stage of this backbone cannot be cut to {depth} blocks. Pick another --arch.")
-    return stage[:depth]
+    # not stage[:depth]: a subclass of a library may take other arguments
+    blocks = ((name, block) for name, block in stage._modules.items() if block is not None)
+    return nn.Sequential(OrderedDict(islice(blocks, depth)))
+
+
+def _is_sequence(stage: nn.Module) -> bool:
+    """Whether the stage runs its children one after the other and does nothing else."""
+    return isinstance(stage, nn.Sequential) and type(stage).forward is nn.Sequential.forward
 
 
 def _probe(network: StagedBackbone) -> Tensor:
@@ -118,9 +127,16 @@ def _drop(module: nn.Module, unwanted: set[int]) -> None:
     for name, child in module.named_children():
         found = [id(p) in unwanted for p in child.parameters()]
         if found and all(found):
-            setattr(module, name, nn.Identity())
+            setattr(module, name, _placeholder(child))
         elif any(found):
             _drop(child, unwanted)
+
+
+def _placeholder(module: nn.Module) -> nn.Module:
+    """An identity, in a container of as many: networks of libraries find their parts in one by position."""
+    if isinstance(module, nn.Sequential | nn.ModuleList):
+        return nn.Sequential(*map(_placeholder, module))
+    return nn.Identity()
 
 
 def fresh_network(network: StagedBackbone, *, wide: bool = False) -> StagedBackbone:
@@ -185,7 +201,7 @@ def synergy_branches(network: StagedBackbone, taps: Sequence[int] | None = None)
 def _can_lose_blocks(network: StagedBackbone, depth: int) -> bool:
     """Whether the first `depth` blocks of the last stage give a map of the same shape as the whole stage."""
     *before, last = network.stages
-    if not isinstance(last, nn.Sequential):
+    if not _is_sequence(last):
         return False
     training = network.training
     network.eval()

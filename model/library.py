@@ -105,6 +105,12 @@ class LibraryBackbone(StagedBackbone):
     def classifier_name(self) -> str:
         return self.family.classifier
 
+    def halved_depth(self) -> int:
+        parts = [*self.stages[-1].children()]
+        if any(isinstance(part, nn.Sequential) for part in parts):
+            return len(parts)  # these are a downsampling layer and sequences of blocks, so half of them is not half
+        return super().halved_depth()
+
     def forward(self, images_BCHW: Tensor) -> Tensor:
         logits_BK: Tensor = self._network(images_BCHW)
         return logits_BK

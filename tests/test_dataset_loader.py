@@ -417,6 +417,10 @@ def test_the_class_balanced_sampler_drives_the_loader(caplog):
     assert torch.equal(torch.cat([b.indices_B for b in batches]), torch.from_numpy(sampler(0)))
     assert sampler(0).tolist() != sampler(1).tolist()
     caplog.clear()
+    ClassBalancedSampler(targets, batch_size=31, seed=1)  # a prime: no smaller groups fill the batch
+    assert [record.levelname for record in caplog.records] == ["WARNING"]
+    assert "of one class" in caplog.text
+    caplog.clear()
     with caplog.at_level(logging.INFO):
         ClassBalancedSampler(torch.arange(400) % 100, batch_size=128, seed=1)
     assert caplog.text == ""

@@ -175,6 +175,7 @@ def test_published_recipe():
     assert (recipe["epochs"], recipe["lr_milestones"], recipe["lr_step_multiplier"]) == (200, (59, 119, 159), 0.2)
     assert (recipe["weight_decay"], recipe["is_wd_all"], recipe["is_nesterov"]) == (5e-4, True, False)
     assert methods.get("dks").recipe("cifar10", 20)["lr_milestones"] == (6, 12, 16)
+    assert methods.get("dks").recipe("cifar10", 1)["lr_milestones"] == (1, 1)  # none at the start
     assert (recipe["padding_mode"], recipe["mean"][0], recipe["std"][2]) == ("reflect", 125.3 / 255, 66.7 / 255)
     assert set(methods.get("dks").recipe("digits", None)) <= {
         "is_mixup", "is_autoaugment", "is_cutout", "is_label_smoothing"

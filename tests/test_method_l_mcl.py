@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 import train_split
+from dataset.pipeline import eval_resize
 from method import Progress, Targets, methods
 from method.l_mcl import LMCL, ClassTable, LMCLOptions, Outputs
 from model import BackboneRequest, build_network, build_splitnet
@@ -478,7 +479,13 @@ def test_a_run_that_stops_within_an_epoch_goes_on_as_if_it_had_not(tmp_path, cap
     assert [key for key in whole["method"] if key.startswith("weight_net.")]
     rows = [json.loads(line) for line in (tmp_path / "whole" / "metrics.jsonl").read_text().splitlines()]
     extra = next(row["test"]["extra"] for row in rows if row["kind"] == "eval")
-    assert set(extra) == {f"{i}_{name}" for i in (1, 2) for name in ("exit1", "exit2", "aggregated")}
+    assert set(extra) == {f"{i}_{name}" for i in (1, 2) for name in ("exit1", "exit2", "exit_max", "aggregated")}
+    network = next(row["test"]["acc1"] for row in rows if row["kind"] == "eval")
+    for i in (1, 2):
+        assert extra[f"{i}_exit_max"] == max(network[i - 1], extra[f"{i}_exit1"], extra[f"{i}_exit2"])
+    results = json.loads((tmp_path / "whole" / "results.json").read_text())
+    assert results["last"]["extra"] == extra
+    assert results["own_best"].keys() == {"1", "2"} | extra.keys()
 
 
 def same(one, other) -> bool:
@@ -501,6 +508,15 @@ def test_the_kept_network_is_the_plain_backbone():
         with torch.no_grad():
             assert torch.equal(plain(images), trained(images))
     assert not any(name.startswith("network.") for name in method.training_state())
+
+
+def test_the_best_exit_is_told_apart_from_the_network():
+    extra = {"1_aggregated": 90.0, "1_exit1": 55.0, "2_exit1": 10.0, "10_exit1": 99.0}
+    figures = {"acc1": [50.0, 60.0], "extra": extra}
+    found = make().complete_figures(figures)
+    assert found["acc1"] == [50.0, 60.0]
+    assert found["extra"] == extra | {"1_exit_max": 55.0, "2_exit_max": 60.0}
+    assert make().complete_figures({"acc1": [None, None]}) == {"acc1": [None, None], "extra": {}}
 
 
 def test_extra_rows():
@@ -531,6 +547,10 @@ def test_names_stand_for_their_backbones():
     assert names("resnet20, resnet56") == ["resnet20", "resnet56"]
     with pytest.raises(UserError, match="--number_net 3"):
         names("lmcl_res56_wrn_40_2_cifar", number_net=3)
+    assert names("resnet20,resnet20,resnet56", number_net=3) == ["resnet20", "resnet20", "resnet56"]
+    assert names("resnet20,resnet20,resnet56") == ["resnet20", "resnet20", "resnet56"]
+    with pytest.raises(UserError, match="--number_net 3"):
+        names("resnet20, resnet56", number_net=3)
 
 
 @pytest.mark.parametrize(
@@ -558,6 +578,7 @@ def test_published_recipes():
     assert own.items() <= imagenet.items()
     assert LMCLOptions(**own).neg_k == 8192
     assert LMCL.recipe("imagenet", 10)["lr_milestones"] == (3, 6, 9)
+    assert LMCL.recipe("imagenet", 1)["lr_milestones"] == (1, 1)
     assert "lr" not in LMCL.recipe("digits", None)
 
 
@@ -580,6 +601,16 @@ def test_the_recipe_gives_the_published_learning_rate(dataset, row):
     for epoch, rate in GOLDEN["lr"][row].items():
         for step in (0, 6):
             assert schedule(7 * int(epoch) + step) == pytest.approx(rate, rel=1e-6)
+
+
+def test_the_published_crops_of_large_images():
+    """Crops of 8 % of an image or more; in evaluation the short side becomes 256 pixels."""
+    config = resolve_config(
+        parse_config(["--method", "l_mcl", "--dataset", "imagenet", "--arch", "lmcl_resnet18_imagenet"]),
+        data_recipe="imagenet",
+    )
+    assert (config.crop_size, config.crop_area) == (224, (0.08, 1.0))
+    assert eval_resize(config.crop_size, config.crop_pct) == 256
 
 
 # ---- processes ------------------------------------------------------------------------------------------------------

@@ -269,11 +269,13 @@ def test_training_one_of_S_separately():
 
 
 def test_several_full_networks():
-    network = build_splitnet(make_request("resnet50", 4), seed=0, archs=["resnet20", "resnet32"])
+    network = build_splitnet(make_request("resnet50", 2), seed=0, archs=["resnet20", "resnet32"])
     assert [len(one.layer1) for one in network.models] == [3, 5]
     assert [one.fc.in_features for one in network.models] == [64, 64]
     assert network(torch.zeros(2, 3, 16, 16)).shape == (2, 2, 10)
 
+    with pytest.raises(UserError, match="--split_factor 4 cannot go with the 2 full networks"):
+        build_splitnet(make_request("resnet50", 4), seed=0, archs=["resnet20", "resnet32"])
     with pytest.raises(UserError, match="--is_identical_init needs equal networks"):
         build_splitnet(make_request("resnet20"), seed=0, archs=["resnet20", "resnet32"], identical_init=True)
     with pytest.raises(UserError, match="--is_train_sep needs one divided network"):

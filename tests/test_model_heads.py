@@ -180,6 +180,35 @@ def test_our_rule_for_branches_of_other_backbones(arch, depths, widths):
     assert [branch.tap for branch in branches] == [last - 2, last - 1]
 
 
+# arch, blocks of the last stage of the two branches; parts of a trunk that are found by position, stages of other types
+@pytest.mark.parametrize(
+    ("arch", "depths"),
+    [
+        ("torchvision/vgg11", [0, 0]),  # its last stage is a max-pool
+        ("torchvision/convnext_tiny", [2, 2]),  # a downsampling layer and all blocks
+        ("torchvision/regnet_x_400mf", [6, 12]),
+        ("torchvision/mobilenet_v3_small", [1, 3]),
+        ("timm/mobilenetv3_small_050", [2, 2]),
+        ("timm/efficientnet_b0", [2, 2]),
+    ],
+)
+def test_branches_and_exits_of_library_networks(arch, depths):
+    if arch.startswith("timm/"):
+        pytest.importorskip("timm")
+    with torch.device("meta"):
+        network = build_network(BackboneRequest(arch=arch, num_classes=5, dataset="synthetic", crop_size=64))
+        branches, exits = synergy_branches(network), exit_heads(network)
+        for heads in (branches, exits):
+            embeddings, logits = heads(network, torch.empty(2, 3, 64, 64))
+            assert {e.shape for e in embeddings} == {(2, embedding_size(network))}
+            assert {one.shape for one in logits} == {(2, 5)}
+            loss = torch.stack(logits).sum()
+            trained = [p for p in heads.parameters() if p.requires_grad]
+            gradients = torch.autograd.grad(loss, trained, allow_unused=True)
+            assert all(gradient is not None for gradient in gradients)  # nothing that is not used was kept
+    assert [len([*branch.stages[-1].children()]) for branch in branches] == depths
+
+
 def test_branches_hang_where_they_are_asked_to():
     network = build("resnet18_imagenet", num_classes=5)
     branches = synergy_branches(network, (3, 1))

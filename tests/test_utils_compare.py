@@ -114,4 +114,28 @@ def test_what_is_no_finished_run_is_one_line(tmp_path: Path, capsys: pytest.Capt
         assert error.count("\n") == 1
     assert main([str(good), "--out", str(good / "results.json" / "c")]) == 2
     assert "--out" in capsys.readouterr().err
-    assert main([str(good), str(good), "--out", str(tmp_path / "c")]) == 0  # the same folder twice is one run
+
+
+def test_the_same_folder_twice_is_one_run(tmp_path: Path) -> None:
+    good = make_run(tmp_path, "dml", 1, [60.0, 62.0], 64.0)
+    (tmp_path / "link").symlink_to(good)
+    for again in (good, tmp_path / "link"):
+        (row,) = compare_runs([read_run(good), read_run(again)])
+        assert (row.seeds, row.single_last.std) == ((1,), None)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("acc1", 5), ("acc1", []), ("best_acc1", [None, 1.0]), ("ensemble_acc1", None), ("seconds", "x"), ("arch", 5),
+     ("seed", None), ("macs_total", True)],
+)  # fmt: skip
+def test_figures_that_are_none_are_one_line(
+    name: str, value: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = make_run(tmp_path, "dml", 1, [60.0, 62.0], 64.0)
+    results = json.loads((run / "results.json").read_text())
+    (run / "results.json").write_text(json.dumps(results | {name: value}))
+    assert main([str(run), "--out", str(tmp_path / "c")]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith(f"compare: {run}: results.json has {name}")
+    assert error.count("\n") == 1

@@ -166,7 +166,12 @@ def _cot_warm_up_epochs(data_recipe: str, epochs: int) -> int:
 def _milestones(data_recipe: str, epochs: int) -> tuple[int, ...]:
     """Ours: the epochs at which `step` multiplies, in proportion to those usual for 120 and 300 epochs."""
     base, usual = (120, (30, 60, 90)) if data_recipe == "imagenet" else (300, (100, 225))
-    return tuple(m for m in (round(epoch * epochs / base) for epoch in usual) if m > 0)
+    return scaled_milestones(usual, epochs / base)
+
+
+def scaled_milestones(usual: tuple[int, ...], scale: float) -> tuple[int, ...]:
+    """The usual milestones, in epochs, in proportion; those that fall on the start of a short run are left out."""
+    return tuple(m for m in (round(epoch * scale) for epoch in usual) if m > 0)
 
 
 def _for_architecture(data_recipe: str, arch: str, epochs: int, batch_size: int) -> dict[str, Any]:

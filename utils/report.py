@@ -71,6 +71,7 @@ class Reporter:
         self.visible = visible
         self.last: dict[str, Any] | None = None
         self.best: dict[str, Any] | None = None
+        self.own_best: dict[str, dict[str, Any]] = {}
         self.chosen_on = "test"
         self._bar: tqdm[Any] | None = None
 
@@ -159,8 +160,13 @@ class Reporter:
             "ensemble_acc1": test["ensemble_acc1"],
             "ensemble_acc5": test["ensemble_acc5"],
             "acc1": test["acc1"],
+            "extra": dict(test.get("extra", {})),
             "criterion": figures[self.chosen_on]["ensemble_acc1"],
         }
+        tested = _by_classifier(test)
+        for name, value in _by_classifier(figures[self.chosen_on]).items():
+            if value is not None and value > self.own_best.get(name, {"criterion": -1.0})["criterion"]:
+                self.own_best[name] = {"epoch": epoch, "acc1": tested[name], "criterion": value}
         is_best = self.best is None or self.last["criterion"] > self.best["criterion"]
         if is_best or self.best is None:
             self.best = self.last
@@ -205,15 +211,26 @@ class Reporter:
 
     def state_dict(self) -> dict[str, Any]:
         """Plain values for a checkpoint."""
-        return {"last": self.last, "best": self.best, "chosen_on": self.chosen_on, "log": self.log.positions()}
+        return {
+            "last": self.last,
+            "best": self.best,
+            "own_best": self.own_best,
+            "chosen_on": self.chosen_on,
+            "log": self.log.positions(),
+        }
 
     def load_state_dict(self, state: Mapping[str, Any], *, epoch: int, step: int) -> None:
         """Inverse of `state_dict`; the logs go back to where they were, `epoch` and `step` being the next ones."""
         self.last, self.best, self.chosen_on = state["last"], state["best"], state["chosen_on"]
+        self.own_best = dict(state.get("own_best", {}))  # absent in checkpoints of earlier versions
         self.log.rewind(state["log"], epoch=epoch, step=step)
 
     def results(self) -> dict[str, Any]:
-        """Last and best figures for the JSON object that a run ends with; accuracies in percent."""
+        """Last and best figures for the JSON object that a run ends with; accuracies in percent.
+
+        `best` is the epoch of the best ensemble, for all; `own_best` is each classifier's own best epoch: of network
+        "1" ... "S", and by name of the classifiers beside the networks.
+        """
         assert self.last is not None
         assert self.best is not None
         return {
@@ -226,4 +243,10 @@ class Reporter:
             "best_chosen_on": self.chosen_on,
             "last": self.last,
             "best": self.best,
+            "own_best": self.own_best,
         }
+
+
+def _by_classifier(figures: Mapping[str, Any]) -> dict[str, float | None]:
+    """Top-1 of network "1" ... "S", and by name of the classifiers beside them."""
+    return {str(i): value for i, value in enumerate(figures["acc1"], 1)} | dict(figures.get("extra", {}))

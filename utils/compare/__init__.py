@@ -6,6 +6,7 @@
 import csv
 import io
 import json
+import math
 import statistics
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -102,17 +103,35 @@ def read_run(folder: Path) -> FinishedRun:
     missing = NEEDED - results.keys()
     if missing:
         raise UserError(f"{folder}: results.json is not that of a training run: no {min(missing)}. Leave it out.")
+    for name in sorted(NEEDED):
+        if not _is_usable(name, results[name]):
+            raise UserError(f"{folder}: results.json has {name} {results[name]!r}, no figure to compare. Leave it out.")
     return FinishedRun(folder, settings, results)
+
+
+def _is_usable(name: str, value: Any) -> bool:
+    """Whether a value of results.json is of its kind; a figure that was not finite is none there."""
+    if name in ("method", "arch", "best_chosen_on"):
+        return isinstance(value, str)
+    if name in ("acc1", "best_acc1"):
+        return isinstance(value, list) and bool(value) and all(map(_is_number, value))
+    return _is_number(value)
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def compare_runs(runs: Sequence[FinishedRun]) -> list[Row]:
     """One row per configuration, in the order in which each was met first; runs of one differ by the seed alone.
 
+    A folder that was given twice counts once.
+
     Raises:
         UserError: two runs of one configuration with the same seed.
     """
     groups: dict[str, list[FinishedRun]] = {}
-    for run in runs:
+    for run in {run.folder.resolve(): run for run in runs}.values():
         groups.setdefault(json.dumps(run.settings, sort_keys=True), []).append(run)
     for group in groups.values():
         first: dict[int, Path] = {}

@@ -93,6 +93,7 @@ class DataOptions:
     num_classes: int | None = option(None, "number of classes", default_text="known by the data set")
     workers: int = option(8, "decoding processes per training process; 0 decodes in the process itself")
     batch_size: int = option(128, "images per node over all its processes, per step before accumulation", unit="images")
+    drop_last: bool = option(True, "leave out the images of an epoch that fill no batch; 0: train on them too")
     eval_batch_size: int = option(100, "images per process in evaluation", unit="images")
     crop_size: int = option(32, "side of the network's input", unit="pixels", default_text=RECIPE)
     padding: int = option(4, "padding before the random crop of small images", unit="pixels")

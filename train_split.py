@@ -236,6 +236,7 @@ class Trainer:
             sampler=self.method.sampler,
             on_bad_image=config.on_bad_image,
             crop_area=config.crop_area,
+            drop_last=config.drop_last,
         )
         self.eval_loaders = {
             name: build_eval_loader(

@@ -4,6 +4,7 @@ import torch
 
 from dataset import DataSource, ImageSet
 from dataset.loader import ClassBalancedSampler, EvalLoader, ResizedCropSpec, TrainLoader
+from utils.errors import UserError
 from utils.seed import STREAM_SAMPLER, fold_in
 
 RESIZE_FACTOR = 1.15  # evaluation of large images: the short side is this times the crop, rounded down
@@ -33,6 +34,7 @@ def build_train_loader(
     sampler: str = "shuffled",
     on_bad_image: str = "fail",
     crop_area: tuple[float, ...] = (0.1, 1.0),
+    drop_last: bool = True,
 ) -> TrainLoader:
     """Training batches: images in memory come whole, files as random resized crops, one per view.
 
@@ -44,12 +46,16 @@ def build_train_loader(
         sampler: "shuffled", or "class_balanced" (L-MCL).
         seed, rank, world_size, device, workers, on_bad_image: as in `TrainLoader`.
         crop_area: smallest and largest part of a file that a crop covers.
+        drop_last: leave an incomplete last batch out, as in `TrainLoader`.
 
     Raises:
-        UserError: too few images for the batch size, the sampler or the number of processes.
+        UserError: too few images for the batch size, the sampler or the number of processes, or an incomplete batch
+            that the sampler does not make.
     """
     order = None
     if sampler == "class_balanced":
+        if not drop_last:
+            raise UserError("--drop_last 0: class-balanced batches are all complete; leave the flag away.")
         order = ClassBalancedSampler(source.train.targets, batch_size=batch_size, seed=fold_in(seed, STREAM_SAMPLER))
     return TrainLoader(
         source.train,
@@ -64,6 +70,7 @@ def build_train_loader(
         if source.train.images is None
         else None,
         sampler=order,
+        drop_last=drop_last,
         on_bad_image=on_bad_image,
     )
 

@@ -191,6 +191,16 @@ def test_an_incomplete_accumulation_group_still_updates_the_weights(tmp_path: Pa
     assert not torch.equal(content["ema"][key], content["state_dict"][key])
 
 
+@pytest.mark.parametrize(("drop_last", "steps"), [(1, 14), (0, 15)])
+def test_the_images_that_fill_no_batch_are_left_out_or_not(drop_last: int, steps: int, tmp_path: Path) -> None:
+    argv = [*TINY, "--epochs", 1, "--print_freq", 1, "--drop_last", drop_last]
+    run = train([*argv, "--model_dir", tmp_path / "m"], tmp_path)
+    assert run.result["steps"] == steps == -(-1438 // 96) - drop_last
+    assert load_checkpoint(tmp_path / "m" / "checkpoint_1.pth.tar")["clock"]["images"] == (
+        1438 if not drop_last else 1344
+    )
+
+
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
@@ -201,6 +211,10 @@ def test_an_incomplete_accumulation_group_still_updates_the_weights(tmp_path: Pa
         (["--dataset", "imagenet", "--arch", "resnet20"], "--data data_dir is not a folder"),
         (["--dataset", "synthetic", "--arch", "resnet20"], "--num_classes"),
         (["--dataset", "digits", "--arch", "resnet20", "--num_classes", 7], "--num_classes"),
+        (
+            ["--dataset", "digits", "--method", "l_mcl", "--arch", "lmcl_resnet20_cifar", "--drop_last", 0],
+            "--drop_last 0",
+        ),
         (["--dataset", "digits", "--arch", "resnet20", "--gpu", 7], "--gpu 7: no such GPU"),
         (["--dataset", "digits", "--arch", "resnet20", "--resume", "/nowhere.pth.tar"], "--resume /nowhere.pth.tar"),
         (["--dataset", "digits", "--arch", "resnet20", "--pretrained", "/nowhere.pth.tar"], "--pretrained /nowhere"),

@@ -88,7 +88,8 @@ def count_operations(step: Callable[[], object]) -> int:
     """Operations that one step issues, from every thread of autograd."""
     for _ in range(2):
         step()
-    with profile(activities=[ProfilerActivity.CPU]) as recorded:
+    # one cycle, so acc_events changes no count: without it older versions of torch warn, of cycles that there are not
+    with profile(activities=[ProfilerActivity.CPU], acc_events=True) as recorded:
         step()
     events = recorded.events() or []
     return sum(

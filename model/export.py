@@ -3,11 +3,13 @@
 B images, S networks, K classes.
 """
 
+import contextlib
 import importlib.util
 import io
 import json
 import logging
-from collections.abc import Callable, Mapping, Sequence
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -80,13 +82,24 @@ def onnx_bytes(program: ExportedProgram, metadata: Mapping[str, Any]) -> bytes:
     require(ONNX_PACKAGES)
     # the exporter tells its steps to the root logger's level
     logging.getLogger("torch.onnx").setLevel(logging.ERROR)
-    converted = torch.onnx.export(
-        program, input_names=["images"], output_names=list(OUTPUTS), dynamo=True, verbose=False, external_data=False
-    )
+    with _own_warnings_ignored():
+        converted = torch.onnx.export(
+            program, input_names=["images"], output_names=list(OUTPUTS), dynamo=True, verbose=False, external_data=False
+        )
     assert converted is not None
     converted.model.metadata_props["metadata"] = json.dumps(metadata)
     contents: bytes = converted.model_proto.SerializeToString()
     return contents
+
+
+@contextlib.contextmanager
+def _own_warnings_ignored() -> Iterator[None]:
+    """Without what torch 2.11 says of its own insides while it reads a program or converts one."""
+    with warnings.catch_warnings():
+        # it makes tensors over the bytes that it read, to which nobody writes
+        warnings.filterwarnings("ignore", message="The given buffer is not writable", category=UserWarning)
+        warnings.filterwarnings("ignore", message=r"`isinstance\(treespec, LeafSpec\)`", category=FutureWarning)
+        yield
 
 
 def require(packages: Sequence[str]) -> None:
@@ -119,5 +132,6 @@ def load_exported(path: Path) -> tuple[Exported, dict[str, Any]]:
 
         return run, json.loads(metadata)
     files = {METADATA: ""}
-    module = torch.export.load(path, extra_files=files).module()
+    with _own_warnings_ignored():
+        module = torch.export.load(path, extra_files=files).module()
     return lambda images_BCHW: module(images_BCHW), json.loads(files[METADATA])

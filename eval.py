@@ -41,7 +41,7 @@ from utils.evaluation import evaluate
 from utils.latency import Latency, as_plain
 from utils.logger import plain_json, set_up_text_log
 from utils.options import option
-from utils.precision import Precision, choose_precision
+from utils.precision import Precision, choose_precision, lay_out
 from utils.prediction import predict, write_prediction
 from utils.run_folder import HPARAMS, RESULTS, as_json
 
@@ -220,7 +220,7 @@ def _backbone_names(config: Config, trained: Mapping[str, Any]) -> Callable[[str
 
 def _place(network: SplitNet, config: Config, precision: Precision, device: torch.device, gpus: list[int]) -> nn.Module:
     network.to(device, precision.weights)
-    network.to(memory_format=precision.memory_format)
+    lay_out(network, precision.memory_format)
     for flag in ("is_test_on_multigpus", "is_test_with_multistreams"):
         if getattr(config, flag) and device.type != "cuda":
             raise UserError(f"--{flag} 1 needs a GPU, and this run is on the CPU: leave it away.")

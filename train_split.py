@@ -48,7 +48,7 @@ from utils.optim import (
     set_learning_rate,
 )
 from utils.plots import plot_curves
-from utils.precision import Precision, choose_precision
+from utils.precision import Precision, choose_precision, lay_out
 from utils.report import Reporter, RunClock
 from utils.run_folder import HPARAMS, RESULTS, as_json, describe_environment, make_folder, open_run, read_results
 from utils.saving import Saver
@@ -119,7 +119,7 @@ class Trainer:
         self.macs_total = count_macs(self.network, (3, config.crop_size, config.crop_size))
         new_heads = self._load_pretrained() if config.pretrained is not None and resumed is None else ()
         self.method.to(world.device, self.precision.weights)
-        self.method.to(memory_format=self.precision.memory_format)
+        lay_out(self.method, self.precision.memory_format)
         if config.is_syncbn and world.world_size > 1:
             distributed.synchronise_batchnorm(self.method, world.device)
 

@@ -13,13 +13,14 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image, ImageEnhance, ImageOps
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from torchvision import transforms
 
 from dataset.augment.policy import AUTOAUGMENT_POLICIES
 from dataset.views import ViewSpec
 from model.splitnet import SplitNet
+from utils.precision import lay_out
 
 GREY = (128, 128, 128)
 
@@ -271,6 +272,4 @@ def baseline_evaluate(
 
 def plain_network(network: SplitNet, device: torch.device) -> SplitNet:
     """The networks in float32 and NCHW on their device, as the published code holds them."""
-    moved: nn.Module = network.to(device, torch.float32).to(memory_format=torch.contiguous_format)
-    assert isinstance(moved, SplitNet)
-    return moved
+    return lay_out(network.to(device, torch.float32), torch.contiguous_format)

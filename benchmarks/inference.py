@@ -17,7 +17,7 @@ from model import BackboneRequest, build_splitnet
 from model.execution import EXECUTIONS
 from model.inference import Contender, candidates_of, undivided
 from utils.latency import Candidate
-from utils.precision import choose_precision
+from utils.precision import choose_precision, lay_out
 
 OWN_LARGE = 0.85  # G9, beside our own large network
 
@@ -45,7 +45,7 @@ def run(options: argparse.Namespace, device: torch.device) -> list[dict[str, Any
     formatted = images.contiguous(memory_format=like)
     found: list[Candidate] = []
     for name, network in (("large", undivided(request)), ("ensemble", build_splitnet(request, seed=0).eval())):
-        network.to(device).to(memory_format=like)
+        lay_out(network.to(device), like)
         found += candidates_of(Contender(name, network, None), formatted, EXECUTIONS)
     rows = []
     for size in sizes:

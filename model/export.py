@@ -21,6 +21,7 @@ from model.fold import fold_batch_norm
 from model.splitnet import SplitNet
 from utils.ensemble import ensemble_scores
 from utils.errors import UserError
+from utils.precision import lay_out
 
 METADATA = "metadata.json"  # beside the program inside a .pt2 file, and the property "metadata" of an ONNX model
 ONNX_PACKAGES = ("onnx", "onnxscript")
@@ -58,7 +59,7 @@ def export_ensemble(network: SplitNet, rule: str, image_shape: Sequence[int]) ->
     Returns:
         a program: images [B, C, H, W] -> (scores [B, K] that order the classes as the ensemble does, logits [S, B, K]).
     """
-    folded = fold_batch_norm(network, image_shape).to(memory_format=torch.contiguous_format)
+    folded = lay_out(fold_batch_norm(network, image_shape), torch.contiguous_format)
     example_BCHW = torch.zeros(2, *image_shape, dtype=next(folded.parameters()).dtype)
     with torch.no_grad():
         return torch.export.export(

@@ -12,7 +12,7 @@ from model.execution import EXECUTIONS
 from model.fold import fold_batch_norm
 from model.splitnet import SplitNet
 from utils.latency import BATCH_SIZES, Candidate, Latency, measure
-from utils.precision import Precision
+from utils.precision import Precision, lay_out
 
 
 def undivided(request: BackboneRequest) -> SplitNet:
@@ -76,7 +76,7 @@ def candidates_of(
         names.append(f"{len(devices)} devices")
     found = []
     for name in names:
-        network = copy.deepcopy(folded).to(images_BCHW.device, images_BCHW.dtype).to(memory_format=like)
+        network = lay_out(copy.deepcopy(folded).to(images_BCHW.device, images_BCHW.dtype), like)
         if name in EXECUTIONS:
             network.execution = name
         else:

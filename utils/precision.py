@@ -1,10 +1,14 @@
 """Numeric precision of a run: decided once from the flags and the hardware."""
 
 from dataclasses import dataclass
+from typing import Any, TypeVar
 
 import torch
+from torch import nn
 
 from utils.errors import UserError
+
+AnyModule = TypeVar("AnyModule", bound=nn.Module)
 
 
 @dataclass(frozen=True)
@@ -60,3 +64,9 @@ def choose_precision(device: torch.device, *, is_amp: bool, amp_dtype: str) -> P
         scaler=name == "fp16",
         memory_format=torch.channels_last if channels_last else torch.contiguous_format,
     )
+
+
+def lay_out(module: AnyModule, memory_format: torch.memory_format) -> AnyModule:
+    """Give the module's 4-dimensional parameters and buffers this layout, in place; returns the module."""
+    layout: dict[str, Any] = {"memory_format": memory_format}  # an overload that the stubs of torch 2.11 do not have
+    return module.to(**layout)

@@ -1,6 +1,7 @@
 """What every registered backbone must do. A new file in model/backbone/ is tested as soon as it is there."""
 
 import copy
+from collections import Counter
 from functools import lru_cache
 
 import pytest
@@ -9,6 +10,7 @@ from torch import Tensor, nn
 
 from model import LARGE, SMALL, BackboneRequest, backbones, build_network, build_splitnet
 from model.backbone.base import StagedBackbone
+from model.layers.random import RandomLayer
 from utils.macs import count_macs, count_params
 
 NUM_CLASSES = 7
@@ -109,10 +111,16 @@ def test_every_architecture_runs_and_divides(arch, shape):
     params = [count_params(network) for network in networks]
     assert params == sorted(set(params), reverse=True)
     assert count_macs(networks[-1], (3, CROP_SIZES[shape], CROP_SIZES[shape])) > 0
+    # met twice under one key, a random layer draws the same numbers twice
+    met = Counter()
+    for name, module in networks[-1].named_modules():
+        if isinstance(module, (RandomLayer, nn.Dropout, nn.Dropout2d)):
+            module.register_forward_hook(lambda *_, name=name: met.update([name]))
     # without storage the graph of the gradients is there all the same
     networks[-1](torch.empty(2, 3, CROP_SIZES[shape], CROP_SIZES[shape], device="meta")).sum().backward()
     without = {name for name, parameter in networks[-1].named_parameters() if parameter.grad is None}
     assert without == unused_names(networks[-1])
+    assert set(met.values()) <= {1}
 
 
 @pytest.mark.parametrize("arch", sorted({request.arch for request in REQUESTS.values()}))

@@ -5,7 +5,6 @@ name says: *.safetensors, else a checkpoint of ours. The networks and what eval.
 the state of the run (optimiser, sampler) is not.
 """
 
-import argparse
 import sys
 from pathlib import Path
 from typing import Any
@@ -17,7 +16,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # started as a 
 from model.restore import network_state, restore_splitnet
 from utils import safe_tensors
 from utils.checkpoint import FORMAT_VERSION, load_checkpoint, published_keys, save_checkpoint, write_file
-from utils.errors import RunError, UserError, reason
+from utils.errors import OneLineParser, RunError, UserError, reason
 
 # of a checkpoint of ours: what says which networks these are, and what they were trained on
 KEPT = ("epoch", "arch", "widths", "best_acc1", "config", "classes", "mean", "std", "crop_size", "data_recipe")
@@ -67,7 +66,7 @@ def convert(
 
 def main(argv: list[str] | None = None) -> int:
     """The command line; returns the exit code."""
-    parser = argparse.ArgumentParser(prog="python script/convert_checkpoint.py", description=__doc__)
+    parser = OneLineParser(prog="python script/convert_checkpoint.py", description=__doc__)
     parser.add_argument("source", metavar="IN", type=Path)
     parser.add_argument("target", metavar="OUT", type=Path, help="*.safetensors, or any other name for ours")
     parser.add_argument("--arch", help="backbone, where IN does not say it (torchvision/resnet50)")

@@ -17,7 +17,7 @@ from model.backbone import timm_nets, torchvision_nets
 from model.backbone.base import StagedBackbone
 from model.division import TOLERANCE, channel_unit, solve_factor, solve_widths
 from model.library import LibraryBackbone, fill
-from model.plan import division_plan
+from model.plan import division_plan, main
 from utils.errors import UserError
 from utils.macs import count_macs, count_params
 
@@ -252,6 +252,35 @@ def test_refusals(arch, split_factor, message):
     with pytest.raises(UserError, match=message) as error, torch.device("meta"):
         build_network(make_request(arch, split_factor))
     assert "\n" not in str(error.value)
+
+
+def test_the_plan_of_an_undivided_network_that_cannot_be_divided():
+    plan = division_plan(make_request("torchvision/squeezenet1_1"))
+    assert plan.params_one == plan.params_full == count_params(models.squeezenet1_1(num_classes=7))
+    assert (plan.stages, plan.widths, plan.macs_difference) == ((), (), 0)
+    assert division_plan(make_request("torchvision/resnet18")).widths == (64, 128, 256, 512)
+
+
+@pytest.mark.parametrize(
+    ("argv", "named"),
+    [
+        ((), "arch"),
+        (("resnet50", "--foo"), "--foo"),
+        (("torchvision/resnet18", "--split_factor", "two"), "--split_factor: invalid int value: 'two'"),
+        (("torchvision/resnet18", "--split_factor", "0"), "--split_factor"),
+        (("resnet50", "--crop_size", "-5"), "--crop_size must be 1 or more, got -5"),
+        (("resnet50", "--split_factor", "3"), "--split_factor 3 is not possible for --arch resnet50"),
+    ],
+)
+def test_a_wrong_flag_is_one_line(argv, named, capsys):
+    try:
+        code = main(argv)
+    except SystemExit as leaving:
+        code = leaving.code
+    said = capsys.readouterr()
+    assert (code, said.out) == (2, "")
+    assert len(said.err.splitlines()) == 1
+    assert named in said.err
 
 
 def test_an_image_too_small():

@@ -99,7 +99,9 @@ def test_the_graph_counts_what_is_built(arch):
         grown[number] += unit
         assert graph.count(grown) > graph.count(widths)
         grown[number] -= unit
-    for wanted in (graph.widths, widths):
+    # the stem's channels meet those of the next stage in a squeeze-and-excitation: one stage may not move alone
+    wider_stem = (widths[0] + graph.units[0], *widths[1:])
+    for wanted in (graph.widths, widths, wider_stem):
         network = library._on_meta(arch, 1000)
         before = [(m.in_channels // m.groups, m.groups) for m in grouped(network)]
         graph.resize(network, wanted)
@@ -306,6 +308,8 @@ def test_the_solver_on_worked_numbers():
     # 128 / sqrt(3) is 73.9; 72 twice is 5.1 % short of the budget, 72 and 76 is 0.3 % above it
     assert sorted(solve_widths([128, 128], [4, 4], lambda w: w[0] ** 2 + w[1] ** 2, 3)) == [72, 76]
     assert solve_widths([7, 9], [1, 1], sum, 1) == (7, 9)
+    # 3 * 4 + 8 * 4 is 44 for a budget of 40, and one step makes it 28, 56 or 60; two give 3 * 8 + 8 * 2
+    assert solve_widths([8, 12], [4, 2], lambda w: 3 * w[0] + 8 * w[1], 3) == (8, 2)
     # no choice of widths: the nearest comes back, and the caller judges it
     assert solve_widths([8], [8], lambda w: w[0], 4) == (8,)
     factor = solve_factor(lambda f: round((1000 * f) ** 2), 4)

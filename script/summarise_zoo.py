@@ -29,7 +29,7 @@ TITLES = (
     "published",
     "thop all G",
 )
-MARKS = ("<!-- zoo: script/summary.sh all -- --markdown miscs/checkpoints.md -->", "<!-- zoo ends -->")
+MARKS = ("<!-- zoo: script/summary.sh all -- --thop --markdown miscs/checkpoints.md -->", "<!-- zoo ends -->")
 LEGEND = (
     "A published figure that is not ours rounded has its distance from ours behind it. MACs are multiply-adds of "
     "convolutions and matrix products. Most published MACs are counts of the package thop, which adds batch norm and "

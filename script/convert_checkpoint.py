@@ -13,6 +13,7 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # started as a file, Python looks in script/ only
 
+from dataset import sources
 from model.restore import network_state, restore_splitnet
 from utils import safe_tensors
 from utils.checkpoint import FORMAT_VERSION, load_checkpoint, published_keys, save_checkpoint, write_file
@@ -32,11 +33,14 @@ def convert(
         arch, split_factor, dataset: what the source does not say.
 
     Raises:
-        UserError: the source is no checkpoint of these networks, or the target is the source.
+        UserError: the source is no checkpoint of these networks, there is no such data set, or the target is the
+            source.
         RunError: the target cannot be written.
     """
     if source.resolve() == target.resolve():
         raise UserError(f"{target}: is the file that is read; name another one to write.")
+    if dataset is not None:
+        sources.get(dataset)
     content = load_checkpoint(source, "IN")
     _, info = restore_splitnet(
         content, arch=arch, split_factor=split_factor, dataset=dataset, weights="raw", source=f"IN {source}"
@@ -46,7 +50,8 @@ def convert(
     config = written.get("config") or {}
     named = {"arch": ",".join(info.archs), "split_factor": info.split_factor, "dataset": info.dataset}
     written["config"] = {**named, **config}
-    written.setdefault("arch", written["config"]["arch"])
+    # a library's training script wrote the name without the library's
+    written["arch"] = written["config"]["arch"]
     written["format_version"] = FORMAT_VERSION
     if isinstance(written.get("best_acc1"), Tensor):
         written["best_acc1"] = float(written["best_acc1"])

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
@@ -69,6 +69,8 @@ class Backbone:
         split_factors: shape -> the legal S in ascending order; an open rule ("any S up to 64") lists them all.
             A shape that is not a key cannot be built.
         options: dataclass of the family's own flags (fields made by utils.options.option), or None.
+        options_in: names of a network's tensors -> the flags of the family that they show, for released files, which
+            do not say; None where no flag changes the names.
         crop_size: the architecture's own input size on imagenet, None where the data set decides.
         crop_pct: side of its input over the short side of the image in evaluation, None where the data set decides.
         build_wide: makes the same network with twice the width in its last stage (a branch of DKS), or None where
@@ -81,6 +83,7 @@ class Backbone:
     family: str
     split_factors: Mapping[str, tuple[int, ...]]
     options: type | None = None
+    options_in: Callable[[Collection[str]], Mapping[str, Any]] | None = None
     crop_size: int | None = None
     crop_pct: float | None = None
     build_wide: BackboneBuilder | None = None

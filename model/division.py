@@ -173,7 +173,8 @@ def solve_widths(
 ) -> tuple[int, ...]:
     """Stage widths of one of S copies that cost together what the undivided network costs. Ours.
 
-    First all widths shrink by one factor, then single stages move by one unit, whichever comes nearest to the budget.
+    First all widths shrink by one factor, then single stages move by one unit, whichever comes nearest to the budget;
+    two at once where no single one helps.
     The result may miss the budget by more than TOLERANCE where no choice of widths meets it.
 
     Args:
@@ -202,15 +203,22 @@ def solve_widths(
         factors = [now / before for now, before in zip(candidate, widths, strict=True)]
         return max(factors) / min(factors)
 
-    best = min(at(low), at(high), key=miss)
-    while miss(best) > AIM:
-        steps = [
-            (*best[:i], best[i] + step, *best[i + 1 :])
+    def steps(start: tuple[int, ...]) -> list[tuple[int, ...]]:
+        """`start` with one stage moved by one unit."""
+        return [
+            (*start[:i], start[i] + step, *start[i + 1 :])
             for i, unit in enumerate(units)
             for step in (-unit, unit)
-            if unit <= best[i] + step <= widths[i]
+            if unit <= start[i] + step <= widths[i]
         ]
-        better = [candidate for candidate in steps if miss(candidate) < miss(best)]
+
+    best = min(at(low), at(high), key=miss)
+    while miss(best) > AIM:
+        better = [candidate for candidate in steps(best) if miss(candidate) < miss(best)]
+        if not better and miss(best) > TOLERANCE:
+            # every single step overshoots, but two that go against each other need not
+            pairs = (candidate for one in steps(best) for candidate in steps(one))
+            better = [candidate for candidate in pairs if miss(candidate) < miss(best)]
         if not better:
             break
         # the one that keeps the shape of the network best, of those that arrive if any does

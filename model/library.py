@@ -235,17 +235,26 @@ class Library:
 
     @lru_cache(maxsize=64)  # noqa: B019
     def _plan(self, arch: str, split_factor: int, num_classes: int, crop_size: int, divide_by: str) -> DivisionPlan:
-        graph = self.graph(arch, num_classes, crop_size)
-        which = 0 if divide_by == "params" else 1
-        widths = solve_widths(graph.widths, graph.units, lambda w: graph.count(w)[which], split_factor)
+        stages: tuple[str, ...] = ()
+        full: tuple[int, ...] = ()
+        widths: tuple[int, ...] = ()
+        try:
+            graph = self.graph(arch, num_classes, crop_size)
+        except UserError:
+            if split_factor > 1:
+                raise  # as it is, a network need not be one that can be divided
+        else:
+            which = 0 if divide_by == "params" else 1
+            stages, full = graph.stages, graph.widths
+            widths = solve_widths(full, graph.units, lambda w: graph.count(w)[which], split_factor)
         params_full, macs_full = self._measure(arch, num_classes, crop_size, None)
-        params_one, macs_one = self._measure(arch, num_classes, crop_size, widths)
+        params_one, macs_one = self._measure(arch, num_classes, crop_size, widths if split_factor > 1 else None)
         plan = DivisionPlan(
             arch=arch,
             split_factor=split_factor,
             divide_by=divide_by,
-            stages=graph.stages,
-            widths_full=graph.widths,
+            stages=stages,
+            widths_full=full,
             widths=widths,
             params_full=params_full,
             params_one=params_one,

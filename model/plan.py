@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
@@ -12,7 +11,7 @@ import torch
 
 from model import LARGE, BackboneRequest, backbones, build_network, check_request, image_shape
 from model.backbone.base import StagedBackbone
-from utils.errors import UserError
+from utils.errors import OneLineParser, UserError
 from utils.macs import count_macs, count_params
 
 DIVIDE_BY = ("params", "macs")
@@ -122,7 +121,7 @@ def _measure(request: BackboneRequest) -> tuple[tuple[int, ...], int, int]:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The command line of `python -m model.division`; returns the exit code."""
-    parser = argparse.ArgumentParser(
+    parser = OneLineParser(
         prog="python -m model.division", description="Print what one of S copies of a network looks like."
     )
     parser.add_argument("arch", help="backbone: a name of ours, torchvision/NAME, timm/NAME or FILE.py:FACTORY")
@@ -134,6 +133,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         if given.split_factor < 1 or given.num_classes < 1:
             raise UserError("--split_factor and --num_classes must be 1 or more.")
+        if given.crop_size is not None and given.crop_size < 1:
+            raise UserError(f"--crop_size must be 1 or more, got {given.crop_size}.")
         entry = backbones.get(given.arch)
         crop = given.crop_size or entry.crop_size or (224 if LARGE in entry.split_factors else 32)
         shape = image_shape("folder", crop)

@@ -3,7 +3,7 @@
 One pass without storage records which layer feeds which, so that a network can be rebuilt with other channel counts
 however its author wrote it: residual sums, squeeze-and-excitation, depthwise and grouped convolutions, concatenation.
 The rule that keeps everything consistent: two tensors of one stage that had the same number of channels keep the same
-number. Ours.
+number, and so do two of different stages that meet in a sum or a product. Ours.
 """
 
 from __future__ import annotations
@@ -81,6 +81,7 @@ class ChannelGraph:
         loose: parameters of no layer (layer scale) -> the stage whose classes their dimensions follow, and their shape.
         group_widths: class -> channels come in multiples of this, because a grouped convolution takes them.
         groups_kept: classes whose convolution keeps its number of groups; the others keep the width of a group.
+        follows: class -> class of another stage whose channels it has, because the two meet in a sum or a product.
     """
 
     stages: tuple[str, ...]
@@ -91,13 +92,15 @@ class ChannelGraph:
     loose: Mapping[str, tuple[int, tuple[int, ...]]]
     group_widths: Mapping[ChannelClass, int]
     groups_kept: Mapping[ChannelClass, bool]
+    follows: Mapping[ChannelClass, ChannelClass]
 
     def channels(self, widths: Sequence[int]) -> dict[ChannelClass, int]:
         """Channels of every class where the stages have these widths."""
         scaled = {}
         for of in self.classes:
-            stage, before = of
-            unit = self.group_widths.get(of) or channel_unit(before)
+            leader = self.follows.get(of, of)
+            stage, before = leader
+            unit = self.group_widths.get(leader) or channel_unit(before)
             same = widths[stage] == self.widths[stage]
             scaled[of] = before if same else scaled_width(before, widths[stage] / self.widths[stage], unit)
         return scaled
@@ -185,6 +188,7 @@ class _Recorder:
     uses: dict[str, _Use] = field(default_factory=dict)
     unit: str = ""
     order: dict[str, int] = field(default_factory=dict)  # unit -> channels that it gives
+    ties: dict[tuple[Label, Label], None] = field(default_factory=dict)  # channels that met in a sum or a product
 
 
 class _Follow(TorchFunctionMode):
@@ -212,7 +216,11 @@ class _Follow(TorchFunctionMode):
             labels: tuple[Label, ...] = tuple(label for part in args[0] for label in _labels(part))
         else:
             everything = (*args, *kwargs.values())
-            labels = next((_labels(arg) for arg in everything if isinstance(arg, Tensor) and _labels(arg)), ())
+            known = [_labels(arg) for arg in everything if isinstance(arg, Tensor) and _labels(arg)]
+            labels = known[0] if known else ()
+            for other in known[1:]:
+                pairs = zip(labels, other, strict=False)
+                self.recorder.ties |= {(a, b): None for a, b in pairs if a != b and a[1] == b[1]}
         owner = self.recorder.owners.get(id(weight))
         if owner is not None:
             labels = self._note(*owner, labels, result)
@@ -318,6 +326,8 @@ def _graph(network: nn.Module, recorder: _Recorder, arch: str) -> ChannelGraph:
     def class_of(label: Label) -> ChannelClass:
         return renumbered[stage_of[label[0]]], label[1]
 
+    own_widths = {renumbered[stage_of[uses[name].unit]]: uses[name].outputs for name in scaling}
+    follows = _follows([(class_of(a), class_of(b)) for a, b in recorder.ties], own_widths)
     group_widths: dict[ChannelClass, int] = {}
     groups_kept: dict[ChannelClass, bool] = {}
     layers = []
@@ -356,12 +366,13 @@ def _graph(network: nn.Module, recorder: _Recorder, arch: str) -> ChannelGraph:
                 per_channel=(kind == "norm") + (module.bias is not None),
             )
         )
+    for follower, leader in follows.items():
+        if follower in group_widths:
+            group_widths[leader] = math.lcm(group_widths[follower], group_widths.get(leader, 1))
     names: dict[int, list[str]] = {}
-    widths = {}
     for name in scaling:
-        stage = renumbered[stage_of[uses[name].unit]]
-        names.setdefault(stage, []).append(uses[name].unit)
-        widths[stage] = uses[name].outputs
+        names.setdefault(renumbered[stage_of[uses[name].unit]], []).append(uses[name].unit)
+    widths = own_widths
     known = {(renumbered[stage_of[uses[n].unit]], uses[n].outputs) for n in scaling}
     loose = _loose_parameters(network, uses, stage_of, renumbered, known, arch)
     return ChannelGraph(
@@ -373,7 +384,23 @@ def _graph(network: nn.Module, recorder: _Recorder, arch: str) -> ChannelGraph:
         loose=loose,
         group_widths=group_widths,
         groups_kept=groups_kept,
+        follows=follows,
     )
+
+
+def _follows(
+    ties: Sequence[tuple[ChannelClass, ChannelClass]], own_widths: Mapping[int, int]
+) -> dict[ChannelClass, ChannelClass]:
+    """Every class that met one of another stage -> the class that all of them take their channels from.
+
+    That is one that is its stage's width, the first of them, because a stage's width is what the solver sets.
+    """
+    sets: list[set[ChannelClass]] = []
+    for tie in ties:
+        joined = set(tie).union(*(one for one in sets if not one.isdisjoint(tie)))
+        sets = [one for one in sets if one.isdisjoint(tie)] + [joined]
+    leaders = [(min(one, key=lambda of: (of[1] != own_widths[of[0]], of)), one) for one in sets]
+    return {of: leader for leader, one in leaders for of in one if of != leader}
 
 
 def _loose_parameters(

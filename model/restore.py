@@ -82,7 +82,8 @@ def restore_splitnet(
     """Networks of a checkpoint, on the CPU, in evaluation mode, with the checkpoint's weights.
 
     Backbone, S and K come from the file: its `config`, else its `arch`, the number of networks among its keys and the
-    shape of the classifier. A released file names no data set; `dataset` is what it was trained on then.
+    shape of the classifier; a family's implementation, where it has two, from the names of the tensors. A released file
+    names no data set; `dataset` is what it was trained on then.
 
     Args:
         content: a loaded checkpoint, keys of its `state_dict` (and `state_dict_ema`) with or without `module.` in
@@ -107,6 +108,8 @@ def restore_splitnet(
     in_file = _entry(config, "arch", str, source)
     if in_file is None and not FOREIGN & content.keys():
         in_file = _entry(content, "arch", str, source)
+        if in_file is not None and not names_user_code(in_file):
+            in_file = _released_arch(arch, in_file, backbone_names, source)
     arch = _arch(arch, in_file, source)
     names = tuple(backbone_names(arch))
     train_separately = train_separately or bool(config.get("is_train_sep"))
@@ -125,13 +128,15 @@ def restore_splitnet(
     size_in_file = _entry(content, "crop_size", int, source) or _entry(config, "crop_size", int, source)
     shape = image_shape(made_for, size_in_file or crop_size or 32)
     usual_size = (backbones.get(names[0]).crop_size or 224) if shape == LARGE else 32
+    options_in = backbones.get(names[0]).options_in
+    shown = options_in({key.removeprefix("models.0.") for key in state}) if options_in else {}
     request = BackboneRequest(
         arch=names[0],
         split_factor=factor,
         shape=shape,
         dataset=made_for,
         crop_size=crop_size or size_in_file or usual_size,
-        options={**config, **(options or {})},
+        options={**shown, **config, **(options or {})},
         divide_by=_entry(config, "divide_by", str, source),
         widths=stored_widths(content, source),
     )
@@ -231,6 +236,24 @@ def network_state(content: Mapping[str, Any], weights: str, source: str) -> tupl
     if not any(key.startswith("models.") for key in state):
         state = {f"models.0.{key}": value for key, value in state.items()}
     return state, taken
+
+
+def _released_arch(
+    claimed: str | None, in_file: str, backbone_names: Callable[[str], Sequence[str]], source: str
+) -> str | None:
+    """The backbone that a file of others names, in our words; None where only the flag can say it."""
+    if claimed is not None and claimed.rpartition("/")[2] == in_file:
+        return claimed  # training scripts of the libraries write a network's name without the library's
+    try:
+        for name in backbone_names(in_file):
+            backbones.get(name)
+    except UserError:
+        if claimed is None:
+            raise UserError(
+                f"{source}: calls its networks {in_file!r}, which is no backbone here: add --arch NAME."
+            ) from None
+        return None
+    return in_file
 
 
 def _arch(claimed: str | None, in_file: str | None, source: str) -> str:

@@ -5,7 +5,6 @@ name says: *.safetensors, else a checkpoint of ours. The networks and what eval.
 the state of the run (optimiser, sampler) is not.
 """
 
-import argparse
 import sys
 from pathlib import Path
 from typing import Any
@@ -14,10 +13,11 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # started as a file, Python looks in script/ only
 
+from dataset import sources
 from model.restore import network_state, restore_splitnet
 from utils import safe_tensors
 from utils.checkpoint import FORMAT_VERSION, load_checkpoint, published_keys, save_checkpoint, write_file
-from utils.errors import RunError, UserError, reason
+from utils.errors import OneLineParser, RunError, UserError, reason
 
 # of a checkpoint of ours: what says which networks these are, and what they were trained on
 KEPT = ("epoch", "arch", "widths", "best_acc1", "config", "classes", "mean", "std", "crop_size", "data_recipe")
@@ -33,11 +33,14 @@ def convert(
         arch, split_factor, dataset: what the source does not say.
 
     Raises:
-        UserError: the source is no checkpoint of these networks, or the target is the source.
+        UserError: the source is no checkpoint of these networks, there is no such data set, or the target is the
+            source.
         RunError: the target cannot be written.
     """
     if source.resolve() == target.resolve():
         raise UserError(f"{target}: is the file that is read; name another one to write.")
+    if dataset is not None:
+        sources.get(dataset)
     content = load_checkpoint(source, "IN")
     _, info = restore_splitnet(
         content, arch=arch, split_factor=split_factor, dataset=dataset, weights="raw", source=f"IN {source}"
@@ -47,7 +50,8 @@ def convert(
     config = written.get("config") or {}
     named = {"arch": ",".join(info.archs), "split_factor": info.split_factor, "dataset": info.dataset}
     written["config"] = {**named, **config}
-    written.setdefault("arch", written["config"]["arch"])
+    # a library's training script wrote the name without the library's
+    written["arch"] = written["config"]["arch"]
     written["format_version"] = FORMAT_VERSION
     if isinstance(written.get("best_acc1"), Tensor):
         written["best_acc1"] = float(written["best_acc1"])
@@ -67,7 +71,7 @@ def convert(
 
 def main(argv: list[str] | None = None) -> int:
     """The command line; returns the exit code."""
-    parser = argparse.ArgumentParser(prog="python script/convert_checkpoint.py", description=__doc__)
+    parser = OneLineParser(prog="python script/convert_checkpoint.py", description=__doc__)
     parser.add_argument("source", metavar="IN", type=Path)
     parser.add_argument("target", metavar="OUT", type=Path, help="*.safetensors, or any other name for ours")
     parser.add_argument("--arch", help="backbone, where IN does not say it (torchvision/resnet50)")

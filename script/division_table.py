@@ -1,11 +1,10 @@
 """What the solver makes of the families that it divides, as a table: `python -m script.division_table [ARCH ...]`."""
 
-import argparse
 import sys
 
 from model import LARGE, BackboneRequest, backbones
 from model.plan import DIVIDE_BY, division_plan
-from utils.errors import UserError
+from utils.errors import OneLineParser, UserError
 
 ARCHS = (
     *(f"torchvision/{name}" for name in ("resnet18", "resnet50", "resnext50_32x4d", "wide_resnet50_2")),
@@ -48,7 +47,7 @@ def rows(archs: list[str], split_factors: list[int], divide_by: str) -> list[tup
 
 def main() -> int:
     """The command line; returns the exit code."""
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = OneLineParser(description=__doc__)
     parser.add_argument(
         "archs", nargs="*", help="torchvision/NAME, timm/NAME or FILE.py:FACTORY [default: a selection]"
     )

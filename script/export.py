@@ -6,7 +6,6 @@ in the file. Weights and rule are chosen as in eval.py, whose flags all work her
 eval.py, and it is not kept.
 """
 
-import argparse
 import json
 import os
 import sys
@@ -28,7 +27,7 @@ from parser_params import parse_config
 from utils import distributed
 from utils.checkpoint import PARTIAL
 from utils.ensemble import ensemble_scores
-from utils.errors import RunError, UserError, reason
+from utils.errors import OneLineParser, RunError, UserError, reason
 from utils.logger import plain_json
 
 BATCH_SIZES = (1, 2, 7)
@@ -107,7 +106,7 @@ def export(argv: Sequence[str]) -> tuple[dict[str, Any], list[Difference], bool]
         UserError: a wrong flag or checkpoint, a missing package.
         RunError: the file cannot be written.
     """
-    parser = argparse.ArgumentParser(prog="export.py", description=__doc__, allow_abbrev=False)
+    parser = OneLineParser(prog="export.py", description=__doc__, allow_abbrev=False)
     parser.add_argument("checkpoint", help="checkpoint of train_split.py, or a released one (see eval.py --help)")
     parser.add_argument("--out", type=Path, help="file to write, .pt2 or .onnx [default: CHECKPOINT's name, .pt2]")
     parser.add_argument(

@@ -3,7 +3,6 @@
 `python -m script.summarise_zoo [ARCH ...]` prints the table; `--markdown FILE` puts it between the marks of a file.
 """
 
-import argparse
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -12,7 +11,7 @@ from model import LARGE, SMALL, BackboneRequest, backbones, image_shape
 from model.summary import NUM_CLASSES, network_sizes
 from script.published import PUBLISHED, Size
 from utils.checkpoint import write_file
-from utils.errors import UserError, reason
+from utils.errors import OneLineParser, UserError, reason
 
 # the data set that stands for a form of the networks, and its crop
 SHAPES = {SMALL: ("cifar100", 32), LARGE: ("imagenet", 224)}
@@ -30,7 +29,7 @@ TITLES = (
     "published",
     "thop all G",
 )
-MARKS = ("<!-- zoo: script/summary.sh all -- --markdown miscs/checkpoints.md -->", "<!-- zoo ends -->")
+MARKS = ("<!-- zoo: script/summary.sh all -- --thop --markdown miscs/checkpoints.md -->", "<!-- zoo ends -->")
 LEGEND = (
     "A published figure that is not ours rounded has its distance from ours behind it. MACs are multiply-adds of "
     "convolutions and matrix products. Most published MACs are counts of the package thop, which adds batch norm and "
@@ -151,7 +150,7 @@ def replace_table(path: Path, text: str) -> None:
 
 def main() -> int:
     """The command line; returns the exit code."""
-    parser = argparse.ArgumentParser(prog="summarise_zoo", description=__doc__.partition("\n")[0])
+    parser = OneLineParser(prog="summarise_zoo", description=__doc__.partition("\n")[0])
     parser.add_argument("archs", nargs="*", metavar="ARCH", help="backbones [default: all]")
     parser.add_argument("--split_factors", type=int, nargs="+", default=SPLIT_FACTORS, metavar="S")
     parser.add_argument("--thop", action="store_true", help="count published rows with the package thop too")

@@ -21,6 +21,8 @@ from model.splitnet import SplitNet
 from script import export
 from tests import runs
 from utils.ensemble import ensemble_scores
+from utils.errors import UserError
+from utils.step import compile_modules
 
 HAS_ONNX = all(importlib.util.find_spec(name) for name in ("onnx", "onnxscript", "onnxruntime"))
 SIZE = 32
@@ -104,6 +106,28 @@ def test_family_trains_compiled_as_one_graph(family):
         network(images(2)).square().mean().backward()
     for (name, ours), theirs in zip(other.named_parameters(), eager.parameters(), strict=True):
         torch.testing.assert_close(ours.grad, theirs.grad, rtol=1e-7, atol=1e-9, msg=lambda m, n=name: f"{n}: {m}")
+
+
+def test_one_family_trains_the_same_under_inductor(monkeypatch):
+    monkeypatch.setattr("torch._inductor.config.compile_threads", 1)  # no pool of processes for one small network
+    torch.manual_seed(0)
+    request = BackboneRequest(arch="resnet20", split_factor=16, num_classes=5, crop_size=16)
+    eager = SplitNet([scrambled(build_network(request)).float(), scrambled(build_network(request)).float()]).train()
+    other = copy.deepcopy(eager)
+    torch._dynamo.reset()
+    try:
+        compile_modules([*other.models], "default", torch.device("cpu"))
+    except UserError as error:
+        pytest.skip(str(error))
+    found = [network(images(4, 16).float()) for network in (other, eager)]
+    torch.testing.assert_close(found[0], found[1], rtol=0, atol=1e-4 * float(found[1].detach().abs().max()))
+    for logits_SBK in found:
+        logits_SBK.square().mean().backward()
+    for (name, ours), theirs in zip(other.named_parameters(), eager.parameters(), strict=True):
+        scale = float(theirs.grad.abs().max())
+        torch.testing.assert_close(ours.grad, theirs.grad, rtol=0, atol=1e-3 * scale, msg=lambda m, n=name: f"{n}: {m}")
+    for ours, theirs in zip(other.buffers(), eager.buffers(), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("rule", ["max_softmax", "geometric_mean"])

@@ -198,7 +198,7 @@ def test_senet154_projects_by_a_3x3_convolution_from_stage_2_on():
 @pytest.mark.parametrize(("crop_size", "block_size"), [(224, 3), (320, 4), (32, 1), (416, 5)])
 def test_dropblock_of_se_resnet50_b(crop_size, block_size):
     network = build("se_resnet50_B", 4, crop_size=crop_size)
-    assert [len(found(stage, DropBlock)) for stage in network.stages] == [0, 0, 6, 3]
+    assert [len(found(stage, DropBlock)) for stage in network.stages] == [0, 0, 18, 9]
     for layer in found(network, DropBlock):
         assert layer.block_size == block_size
         assert layer.drop_prob == pytest.approx(0.05)
@@ -209,10 +209,10 @@ def test_dropblock_of_se_resnet50_b(crop_size, block_size):
 def test_dropblock_follows_each_batch_norm():
     block = build("se_resnet50_B", 8).layer3[1]
     calls = []
-    for name in ("bn1", "bn2", "bn3", "drop", "se_module"):
+    for name in ("bn1", "bn2", "bn3", "drop1", "drop2", "drop3", "se_module"):
         block.get_submodule(name).register_forward_hook(lambda *_, name=name: calls.append(name))
     block(torch.empty(2, 4 * 96, 4, 4, device="meta"))
-    assert calls == ["bn1", "drop", "bn2", "drop", "bn3", "drop", "se_module"]
+    assert calls == ["bn1", "drop1", "bn2", "drop2", "bn3", "drop3", "se_module"]
 
 
 @pytest.mark.parametrize(

@@ -17,7 +17,7 @@ from model.backbone import timm_nets, torchvision_nets
 from model.backbone.base import StagedBackbone
 from model.division import TOLERANCE, channel_unit, solve_factor, solve_widths
 from model.library import LibraryBackbone, fill
-from model.plan import division_plan
+from model.plan import division_plan, main
 from utils.errors import UserError
 from utils.macs import count_macs, count_params
 
@@ -99,7 +99,9 @@ def test_the_graph_counts_what_is_built(arch):
         grown[number] += unit
         assert graph.count(grown) > graph.count(widths)
         grown[number] -= unit
-    for wanted in (graph.widths, widths):
+    # the stem's channels meet those of the next stage in a squeeze-and-excitation: one stage may not move alone
+    wider_stem = (widths[0] + graph.units[0], *widths[1:])
+    for wanted in (graph.widths, widths, wider_stem):
         network = library._on_meta(arch, 1000)
         before = [(m.in_channels // m.groups, m.groups) for m in grouped(network)]
         graph.resize(network, wanted)
@@ -254,6 +256,35 @@ def test_refusals(arch, split_factor, message):
     assert "\n" not in str(error.value)
 
 
+def test_the_plan_of_an_undivided_network_that_cannot_be_divided():
+    plan = division_plan(make_request("torchvision/squeezenet1_1"))
+    assert plan.params_one == plan.params_full == count_params(models.squeezenet1_1(num_classes=7))
+    assert (plan.stages, plan.widths, plan.macs_difference) == ((), (), 0)
+    assert division_plan(make_request("torchvision/resnet18")).widths == (64, 128, 256, 512)
+
+
+@pytest.mark.parametrize(
+    ("argv", "named"),
+    [
+        ((), "arch"),
+        (("resnet50", "--foo"), "--foo"),
+        (("torchvision/resnet18", "--split_factor", "two"), "--split_factor: invalid int value: 'two'"),
+        (("torchvision/resnet18", "--split_factor", "0"), "--split_factor"),
+        (("resnet50", "--crop_size", "-5"), "--crop_size must be 1 or more, got -5"),
+        (("resnet50", "--split_factor", "3"), "--split_factor 3 is not possible for --arch resnet50"),
+    ],
+)
+def test_a_wrong_flag_is_one_line(argv, named, capsys):
+    try:
+        code = main(argv)
+    except SystemExit as leaving:
+        code = leaving.code
+    said = capsys.readouterr()
+    assert (code, said.out) == (2, "")
+    assert len(said.err.splitlines()) == 1
+    assert named in said.err
+
+
 def test_an_image_too_small():
     with pytest.raises(UserError, match="give a larger --crop_size"), torch.device("meta"):
         build_network(make_request("torchvision/densenet121", 2, crop_size=16))
@@ -277,6 +308,8 @@ def test_the_solver_on_worked_numbers():
     # 128 / sqrt(3) is 73.9; 72 twice is 5.1 % short of the budget, 72 and 76 is 0.3 % above it
     assert sorted(solve_widths([128, 128], [4, 4], lambda w: w[0] ** 2 + w[1] ** 2, 3)) == [72, 76]
     assert solve_widths([7, 9], [1, 1], sum, 1) == (7, 9)
+    # 3 * 4 + 8 * 4 is 44 for a budget of 40, and one step makes it 28, 56 or 60; two give 3 * 8 + 8 * 2
+    assert solve_widths([8, 12], [4, 2], lambda w: 3 * w[0] + 8 * w[1], 3) == (8, 2)
     # no choice of widths: the nearest comes back, and the caller judges it
     assert solve_widths([8], [8], lambda w: w[0], 4) == (8,)
     factor = solve_factor(lambda f: round((1000 * f) ** 2), 4)

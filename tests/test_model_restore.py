@@ -103,6 +103,48 @@ def test_arch_of_a_file_that_does_not_say(released, network):
     assert same(restore_splitnet(released, arch="resnet20", dataset="cifar10")[0], network)
 
 
+def test_arch_of_a_file_that_calls_it_otherwise(released, network):
+    released["arch"] = "resnet20_of_others"
+    with pytest.raises(UserError, match=r"x\.tar: calls its networks 'resnet20_of_others', .* add --arch NAME"):
+        restore_splitnet(released, dataset="cifar10", source="--resume x.tar")
+    assert same(restore_splitnet(released, arch="resnet20", dataset="cifar10")[0], network)
+
+
+# the name is one of ours too in the second case, and of another network
+@pytest.mark.parametrize("name", ["resnet18", "resnet50"])
+def test_a_file_of_a_librarys_training_script(name):
+    theirs = torchvision.models.get_model(name, num_classes=5)
+    content = {"epoch": 9, "arch": name, "best_acc1": 70.0, "optimizer": {}}
+    content["state_dict"] = {f"module.{key}": value for key, value in theirs.state_dict().items()}
+    restored, info = restore_splitnet(content, arch=f"torchvision/{name}", dataset="imagenet", crop_size=64)
+    assert info.archs == (f"torchvision/{name}",)
+    images_BCHW = torch.randn(2, 3, 64, 64)
+    with torch.inference_mode():
+        torch.testing.assert_close(restored(images_BCHW)[0], theirs.eval()(images_BCHW))
+
+
+@pytest.mark.parametrize(
+    ("arch", "dataset", "options"),
+    [
+        ("efficientnetb0", "imagenet", {"is_lukemelas_efficientnet": True}),
+        ("efficientnetb0", "imagenet", {"is_lukemelas_efficientnet": False}),
+        ("densenet190", "cifar100", {"is_official_densenet": False}),
+        ("densenet190", "cifar100", {"is_official_densenet": True}),
+    ],
+)
+def test_the_names_of_the_tensors_tell_the_implementation(arch, dataset, options):
+    shape = "large" if dataset == "imagenet" else "small"
+    request = BackboneRequest(arch=arch, split_factor=4, num_classes=5, shape=shape, dataset=dataset, options=options)
+    network = build_splitnet(request, seed=3)
+    content = {"arch": arch, "state_dict": published_keys(network.state_dict())}
+    restored, info = restore_splitnet(content, dataset=dataset)
+    assert same(restored, network)
+    assert options.items() <= info.request.options.items()
+    ((flag, value),) = options.items()
+    with pytest.raises(UserError, match=f"not the weights of --arch {arch}"):
+        restore_splitnet(content, dataset=dataset, options={flag: not value})
+
+
 def test_moving_average_is_preferred(ours, network):
     average = build_splitnet(REQUEST, seed=4)
     ours["ema"] = published_keys(average.state_dict())

@@ -38,6 +38,20 @@ def nothing(width, num_classes):
 def too_deep(width, num_classes):
     return nn.Sequential(nn.Conv2d(3, 4, 99), tiny(width, num_classes))
 
+def leaving(width, num_classes):
+    raise SystemExit(3)
+
+class Failing(nn.Module):
+    def __init__(self, width, num_classes):
+        super().__init__()
+        self.fc = nn.Linear(3, num_classes)
+
+    def forward(self, images):
+        return {}["mine"]
+
+def lazy(width, num_classes):
+    return nn.Sequential(nn.LazyConv2d(8, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, num_classes))
+
 number = 3
 """
 
@@ -82,6 +96,9 @@ def test_its_width_is_solved_and_kept(file):
         ("nothing", 1, "returns NoneType, expected an nn.Module"),
         ("wrong_shape", 1, r"two images give \[2, 11\], expected logits \[2, 10\]"),
         ("too_deep", 1, r"--crop_size 16: its network \(width=1\) does not run"),
+        ("leaving", 1, "raises SystemExit for width=1: 3"),
+        ("Failing", 1, r"its network \(width=1\) does not run: KeyError: 'mine'"),
+        ("lazy", 1, r"its parameter 0\.weight has no size yet"),
         ("coarse", 4, "no widths of .* give 4 copies with the params .* the nearest differ by"),
     ],
 )

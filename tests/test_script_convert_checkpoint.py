@@ -136,3 +136,16 @@ def test_the_header_is_plain_json(ours, tmp_path):
     size = int.from_bytes(target.read_bytes()[:8], "little")
     header = json.loads(target.read_bytes()[8 : 8 + size])
     assert json.loads(header["__metadata__"][safe_tensors.HEADER])["classes"][3] == "Ziffer 3 é"
+
+
+def test_a_file_of_a_librarys_training_script(tmp_path, capsys):
+    theirs = torchvision.models.resnet18(num_classes=5)
+    path, target = tmp_path / "checkpoint.pth.tar", tmp_path / "ours.pth.tar"
+    torch.save({"epoch": 9, "arch": "resnet18", "state_dict": published_keys(theirs.state_dict())}, path)
+    argv = [str(path), str(target), "--arch", "torchvision/resnet18", "--dataset"]
+    assert main([*argv, "imagenette"]) == 2
+    assert "--dataset 'imagenette' is not a known data set" in capsys.readouterr().err
+    assert main([*argv, "imagenet"]) == 0
+    assert load_checkpoint(target)["arch"] == "torchvision/resnet18"
+    restored, _ = restore_splitnet(load_checkpoint(target))
+    assert torch.equal(restored.models[0].fc.weight, theirs.fc.weight)

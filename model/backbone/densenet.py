@@ -5,7 +5,7 @@ can apply ShakeDrop to the new features of each layer; "densenet3" has neither. 
 """
 
 from collections import OrderedDict
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -228,7 +228,18 @@ def build(request: BackboneRequest) -> nn.Module:
     )
 
 
+def options_in(names: Collection[str]) -> dict[str, bool]:
+    """Which implementation has tensors of these names."""
+    return {"is_official_densenet": "conv1.weight" not in names}
+
+
 backbones.add(
     "densenet190",
-    Backbone(build=build, family="densenet", split_factors={SMALL: ANY_SPLIT}, options=DenseNetOptions),
+    Backbone(
+        build=build,
+        family="densenet",
+        split_factors={SMALL: ANY_SPLIT},
+        options=DenseNetOptions,
+        options_in=options_in,
+    ),
 )

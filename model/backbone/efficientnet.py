@@ -6,6 +6,7 @@ the residual branches, "lukemelas" (the released ImageNet weights) pads like Ten
 
 import math
 from collections import OrderedDict
+from collections.abc import Collection
 from dataclasses import dataclass
 from functools import partial
 from typing import NamedTuple
@@ -376,6 +377,11 @@ def build(request: BackboneRequest) -> nn.Module:
     return LukemelasEfficientNet(structure, request.num_classes, dropout, swish, nominal_size)
 
 
+def options_in(names: Collection[str]) -> dict[str, bool]:
+    """Which implementation has tensors of these names."""
+    return {"is_lukemelas_efficientnet": "_conv_stem.weight" in names}
+
+
 _splits = tuple(EFFICIENTNET_CHANNELS)
 for _name, _coefficients in COEFFICIENTS.items():
     backbones.add(
@@ -385,6 +391,7 @@ for _name, _coefficients in COEFFICIENTS.items():
             family="efficientnet",
             split_factors={LARGE: _splits} if _name in _LARGE_ONLY else {LARGE: _splits, SMALL: _splits},
             options=EfficientNetOptions,
+            options_in=options_in,
             crop_size=_coefficients.image_size,
         ),
     )

@@ -104,14 +104,15 @@ class SEBottleneck(nn.Module):
             self.downsample: nn.Module = nn.Sequential(*conv_bn(in_channels, out_channels, 3, stride))
         else:
             self.downsample = projection_shortcut(in_channels, out_channels, stride)
-        self.drop = make_drop()
+        # one each: a layer draws the same numbers whenever it is met under one key
+        self.drop1, self.drop2, self.drop3 = make_drop(), make_drop(), make_drop()
         self.relu = nn.ReLU(inplace=True)
 
     def forward(self, features_BCHW: Tensor) -> Tensor:
         """[B, C, H, W] -> [B, 4p, ~H/stride, ~W/stride]."""
-        branch = self.relu(self.drop(self.bn1(self.conv1(features_BCHW))))
-        branch = self.relu(self.drop(self.bn2(self.conv2(branch))))
-        branch = self.se_module(self.drop(self.bn3(self.conv3(branch))))
+        branch = self.relu(self.drop1(self.bn1(self.conv1(features_BCHW))))
+        branch = self.relu(self.drop2(self.bn2(self.conv2(branch))))
+        branch = self.se_module(self.drop3(self.bn3(self.conv3(branch))))
         return self.relu(branch + self.downsample(features_BCHW))
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import torch
 from torch import nn
+from torch.nn.parameter import is_lazy
 
 from model import LARGE, SMALL, Backbone, BackboneRequest, backbones, names_user_code
 from model.division import ANY_SPLIT, solve_factor
@@ -73,12 +74,15 @@ def _call(arch: str, width: float, num_classes: int) -> nn.Module:
     factory = load_factory(arch)
     try:
         network = factory(width=width, num_classes=num_classes)
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         raise UserError(
             f"--arch {arch}: raises {type(error).__name__} for width={width:g}: {reason(error)[:200]}."
         ) from None
     if not isinstance(network, nn.Module):
         raise UserError(f"--arch {arch}: returns {type(network).__name__}, expected an nn.Module.")
+    lazy = next((key for key, value in network.named_parameters() if is_lazy(value)), None)
+    if lazy is not None:
+        raise UserError(f"--arch {arch}: its parameter {lazy} has no size yet: give lazy layers their channels.")
     return network
 
 
@@ -94,9 +98,10 @@ def _measure(arch: str, width: float, num_classes: int, crop_size: int) -> tuple
     try:
         macs = count_macs(network, (3, crop_size, crop_size))
         logits_BK = network.to("meta").eval()(torch.empty(2, 3, crop_size, crop_size, device="meta"))
-    except (RuntimeError, ValueError, TypeError, AssertionError) as error:
+    except (Exception, SystemExit) as error:  # the user's code may raise anything
         raise UserError(
-            f"--arch {arch} --crop_size {crop_size}: its network (width={width:g}) does not run: {reason(error)[:200]}."
+            f"--arch {arch} --crop_size {crop_size}: its network (width={width:g}) does not run: "
+            f"{type(error).__name__}: {reason(error)[:200]}."
         ) from None
     shape = list(getattr(logits_BK, "shape", ()))
     if shape != [2, num_classes]:

@@ -10,6 +10,7 @@ import torch
 
 from benchmarks.report import describe, markdown, write
 from utils.checkpoint import write_file
+from utils.command_line import OneLineParser
 from utils.errors import RunError, UserError, reason
 
 SUBJECTS = {
@@ -28,7 +29,7 @@ SUBJECTS = {
 
 def build_parser() -> argparse.ArgumentParser:
     """One parser for each subject; what is common comes first."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
+    parser = OneLineParser(prog="python -m benchmarks", description=__doc__)
     subjects = parser.add_subparsers(dest="subject", required=True, metavar="SUBJECT")
     for name, text in SUBJECTS.items():
         own = subjects.add_parser(name, help=text, description=text)

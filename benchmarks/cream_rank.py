@@ -22,6 +22,7 @@ from model.search_space import Arch
 from model.supernet import Supernet
 from parser_params import parse_config
 from utils.checkpoint import write_file
+from utils.command_line import OneLineParser
 from utils.distributed import join
 from utils.errors import RunError, UserError
 from utils.evaluation import evaluate
@@ -161,7 +162,7 @@ def main(argv: list[str] | None = None) -> int:
     """The command line; the exit code is 2 for the user's mistake and 1 for a failed run."""
     arguments = sys.argv[1:] if argv is None else argv
     own = arguments[: arguments.index("--")] if "--" in arguments else arguments
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = OneLineParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config", required=True, help="YAML file of a search", metavar="FILE")
     parser.add_argument("--out", required=True, help="where runs and results go", metavar="DIR")
     parser.add_argument("--paths", type=int, default=8, help="how many are drawn [default: 8]")

@@ -5,7 +5,6 @@ train_split.py, S = 2, on a fixed part of the images; the table and the picture 
 ended is not repeated and one that was stopped goes on, so the same command continues. No speed is claimed.
 """
 
-import argparse
 import json
 import os
 import shlex
@@ -21,6 +20,7 @@ import torch
 from benchmarks.report import describe
 from dataset.class_folders import iterate_images
 from utils.checkpoint import write_file
+from utils.command_line import OneLineParser
 from utils.errors import RunError, UserError
 from utils.plots import COLOURS
 from utils.run_folder import read_results
@@ -212,7 +212,7 @@ def report(outcomes: Mapping[str, Outcome]) -> str:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The command line; returns the exit code: 0 done, 1 a run failed or a loss did not fall, 2 the user's mistake."""
-    parser = argparse.ArgumentParser(prog="benchmarks.families", description=__doc__)
+    parser = OneLineParser(prog="benchmarks.families", description=__doc__)
     parser.add_argument("--data", type=Path, required=True, help="folder of train/<class>/* and test/<class>/*")
     parser.add_argument("--runs", type=Path, required=True, help="folder for the runs, families.md and families.png")
     parser.add_argument("--family", nargs="+", choices=PLANS, default=list(PLANS), help="which [default: all]")

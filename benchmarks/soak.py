@@ -6,7 +6,6 @@ processes of the run, memory, open files and threads, and the files that the run
 and OUTPUT.png; exit code 1 where something grows that should not. Needs Linux (/proc). Measures growth, never speed.
 """
 
-import argparse
 import csv
 import itertools
 import json
@@ -26,6 +25,7 @@ from PIL import Image
 
 from benchmarks.report import hardware, versions
 from utils.checkpoint import PARTIAL, list_checkpoints, run_position
+from utils.command_line import OneLineParser
 
 ROOT = Path(__file__).parent.parent
 KEPT = 3  # checkpoints
@@ -337,7 +337,7 @@ def picture(samples: Sequence[Sample], path: Path) -> None:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The command line; 0: flat, 1: something grows."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.soak", description="Does a long run stay flat?")
+    parser = OneLineParser(prog="python -m benchmarks.soak", description="Does a long run stay flat?")
     parser.add_argument("--minutes", type=float, default=30.0, help="length (default: 30)")
     parser.add_argument("--resumes", type=int, default=2, help="how often it is stopped and resumed (default: 2)")
     parser.add_argument("--output", type=Path, default=Path("soak"), help="stem of the reports (default: soak)")

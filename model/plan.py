@@ -11,7 +11,8 @@ import torch
 
 from model import LARGE, BackboneRequest, backbones, build_network, check_request, image_shape
 from model.backbone.base import StagedBackbone
-from utils.errors import OneLineParser, UserError
+from utils.command_line import OneLineParser
+from utils.errors import UserError
 from utils.macs import count_macs, count_params
 
 DIVIDE_BY = ("params", "macs")

@@ -17,7 +17,8 @@ from dataset import sources
 from model.restore import network_state, restore_splitnet
 from utils import safe_tensors
 from utils.checkpoint import FORMAT_VERSION, load_checkpoint, published_keys, save_checkpoint, write_file
-from utils.errors import OneLineParser, RunError, UserError, reason
+from utils.command_line import OneLineParser
+from utils.errors import RunError, UserError, reason
 
 # of a checkpoint of ours: what says which networks these are, and what they were trained on
 KEPT = ("epoch", "arch", "widths", "best_acc1", "config", "classes", "mean", "std", "crop_size", "data_recipe")

@@ -4,7 +4,8 @@ import sys
 
 from model import LARGE, BackboneRequest, backbones
 from model.plan import DIVIDE_BY, division_plan
-from utils.errors import OneLineParser, UserError
+from utils.command_line import OneLineParser
+from utils.errors import UserError
 
 ARCHS = (
     *(f"torchvision/{name}" for name in ("resnet18", "resnet50", "resnext50_32x4d", "wide_resnet50_2")),

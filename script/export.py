@@ -26,8 +26,9 @@ from model.splitnet import SplitNet
 from parser_params import parse_config
 from utils import distributed
 from utils.checkpoint import PARTIAL
+from utils.command_line import OneLineParser
 from utils.ensemble import ensemble_scores
-from utils.errors import OneLineParser, RunError, UserError, reason
+from utils.errors import RunError, UserError, reason
 from utils.logger import plain_json
 
 BATCH_SIZES = (1, 2, 7)

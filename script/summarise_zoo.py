@@ -11,7 +11,8 @@ from model import LARGE, SMALL, BackboneRequest, backbones, image_shape
 from model.summary import NUM_CLASSES, network_sizes
 from script.published import PUBLISHED, Size
 from utils.checkpoint import write_file
-from utils.errors import OneLineParser, UserError, reason
+from utils.command_line import OneLineParser
+from utils.errors import UserError, reason
 
 # the data set that stands for a form of the networks, and its crop
 SHAPES = {SMALL: ("cifar100", 32), LARGE: ("imagenet", 224)}

@@ -8,6 +8,7 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 import torch
+import torch._inductor.config
 from torch import Tensor, nn
 
 from model import LARGE, SMALL, BackboneRequest, backbones, build_network, build_splitnet
@@ -108,8 +109,8 @@ def test_family_trains_compiled_as_one_graph(family):
         torch.testing.assert_close(ours.grad, theirs.grad, rtol=1e-7, atol=1e-9, msg=lambda m, n=name: f"{n}: {m}")
 
 
-def test_one_family_trains_the_same_under_inductor(monkeypatch):
-    monkeypatch.setattr("torch._inductor.config.compile_threads", 1)  # no pool of processes for one small network
+@torch._inductor.config.patch(compile_threads=1)  # no pool of processes for one small network
+def test_one_family_trains_the_same_under_inductor():
     torch.manual_seed(0)
     request = BackboneRequest(arch="resnet20", split_factor=16, num_classes=5, crop_size=16)
     eager = SplitNet([scrambled(build_network(request)).float(), scrambled(build_network(request)).float()]).train()

@@ -7,6 +7,7 @@ from unittest import mock
 
 import pytest
 import torch
+import torch._inductor.config
 from torch import nn
 from torch.utils import _pytree as pytree
 
@@ -190,8 +191,8 @@ def test_compiled_training_is_the_same(trainer_of, method):
     assert counters["stats"]["unique_graphs"] == 1
 
 
-def test_inductor_computes_the_same(monkeypatch):
-    monkeypatch.setattr("torch._inductor.config.compile_threads", 1)  # no pool of processes for one small network
+@torch._inductor.config.patch(compile_threads=1)  # no pool of processes for one small network
+def test_inductor_computes_the_same():
 
     def network() -> nn.Module:
         torch.manual_seed(0)

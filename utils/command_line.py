@@ -27,6 +27,13 @@ class FlagParser(argparse.ArgumentParser):
         raise UserError(message.replace("argument ", "", 1) + f". See {self.prog} --help.")
 
 
+class OneLineParser(argparse.ArgumentParser):
+    """Argument parser of a small program: a wrong flag is one line on stderr and exit code 2, without the usage."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(UserError.exit_code, f"{self.prog}: {message.removeprefix('argument ')}\n")
+
+
 class _Store(argparse.Action):
     """Keep the spelling with the value; a bare flag does not undo a value that another spelling gave."""
 

@@ -1,8 +1,5 @@
 """The two kinds of failure that a user sees as one line instead of a traceback."""
 
-import argparse
-from typing import NoReturn
-
 
 class UserError(ValueError):
     """Something the user gave is wrong (flag, YAML, data, checkpoint, GPU id); entry points exit with code 2.
@@ -21,13 +18,6 @@ class RunError(RuntimeError):
 
 class WriteError(RunError):
     """A file of the run could not be written (full disk, read-only folder); what its name held before is whole."""
-
-
-class OneLineParser(argparse.ArgumentParser):
-    """Argument parser of a small program: a wrong flag is one line on stderr and exit code 2, without the usage."""
-
-    def error(self, message: str) -> NoReturn:
-        self.exit(UserError.exit_code, f"{self.prog}: {message.removeprefix('argument ')}\n")
 
 
 def reason(error: BaseException) -> str:

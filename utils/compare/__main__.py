@@ -1,17 +1,17 @@
 """Compare finished runs in one table (Markdown, CSV) and one picture; runs that differ by the seed alone make a row."""
 
-import argparse
 import sys
 from pathlib import Path
 
 from utils.checkpoint import write_file
+from utils.command_line import OneLineParser
 from utils.compare import compare_runs, csv_table, markdown, plot_comparison, read_run
 from utils.errors import RunError, UserError, reason
 
 
 def main(argv: list[str] | None = None) -> int:
     """The command line; returns the exit code."""
-    parser = argparse.ArgumentParser(prog="python -m utils.compare", description=__doc__)
+    parser = OneLineParser(prog="python -m utils.compare", description=__doc__)
     parser.add_argument("folders", nargs="+", metavar="RUN_DIR", help="run directories (--model_dir of train_split.py)")
     parser.add_argument(
         "--out",

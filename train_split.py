@@ -25,7 +25,7 @@ from dataset.mixup import apply_mix, draw_mix
 from dataset.pipeline import build_eval_loader, build_train_loader
 from dataset.views import ViewMaker, view_spec
 from method import Method, Progress, StepOutput, methods
-from model import backbone_request, build_splitnet, request_of
+from model import backbone_request, build_splitnet, network_requests, request_of
 from model.plan import solver_plan
 from model.restore import library_weights, load_pretrained, stored_widths
 from model.summary import NUM_CLASSES, format_table, network_sizes
@@ -880,10 +880,11 @@ def summarise(config: Config) -> dict[str, Any]:
     config = resolve_config(config, data_recipe=recipe, crop_size=config.crop_size)
     request = backbone_request(config, num_classes=num_classes)
     names = methods.get(config.method).backbone_names(config.arch, config.method_options)
-    if len(names) > 1:
-        requests = [replace(request, arch=name, split_factor=1) for name in names]
-    else:
-        requests = [replace(request, arch=names[0])] * (1 if config.is_train_sep else config.split_factor)
+    requests = network_requests(
+        replace(request, arch=names[0]),
+        train_separately=config.is_train_sep,
+        archs=names if len(names) > 1 else None,
+    )
     result: dict[str, Any] = {
         "arch": config.arch,
         "dataset": config.dataset,

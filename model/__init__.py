@@ -170,6 +170,27 @@ def classifier_name(network: nn.Module) -> str | None:
     return layers[-1] if layers else None
 
 
+def network_requests(
+    request: BackboneRequest, *, train_separately: bool = False, archs: Sequence[str] | None = None
+) -> list[BackboneRequest]:
+    """What each of the S networks of a division is, or each of several full networks; arguments as `build_splitnet`.
+
+    Raises:
+        UserError: as `check_request`, or an S or an option that cannot go with `archs`.
+    """
+    if archs is None:
+        check_request(request)
+        return [request] * (1 if train_separately else request.split_factor)
+    if request.split_factor not in (1, len(archs)):
+        raise UserError(
+            f"--split_factor {request.split_factor} cannot go with the {len(archs)} full networks of --arch "
+            f"({','.join(archs)}): leave it away."
+        )
+    if train_separately:
+        raise UserError("--is_train_sep needs one divided network: give --arch one name, with a --split_factor.")
+    return [replace(request, arch=arch, split_factor=1) for arch in archs]
+
+
 def build_splitnet(
     request: BackboneRequest,
     *,
@@ -192,20 +213,9 @@ def build_splitnet(
     Raises:
         UserError: as `check_request`, or an option that cannot go with `archs`.
     """
-    if archs is not None:
-        if request.split_factor not in (1, len(archs)):
-            raise UserError(
-                f"--split_factor {request.split_factor} cannot go with the {len(archs)} full networks of --arch "
-                f"({','.join(archs)}): leave it away."
-            )
-        if train_separately:
-            raise UserError("--is_train_sep needs one divided network: give --arch one name, with a --split_factor.")
-        if identical_init and len(set(archs)) > 1:
-            raise UserError(f"--is_identical_init needs equal networks, not --arch {','.join(archs)}: give one name.")
-        requests = [replace(request, arch=arch, split_factor=1) for arch in archs]
-    else:
-        check_request(request)
-        requests = [request] * (1 if train_separately else request.split_factor)
+    if identical_init and archs is not None and len(set(archs)) > 1:
+        raise UserError(f"--is_identical_init needs equal networks, not --arch {','.join(archs)}: give one name.")
+    requests = network_requests(request, train_separately=train_separately, archs=archs)
     networks = []
     for i, one in enumerate(requests):
         # manual_seed of the CPU's generator alone: torch.manual_seed would also reseed every GPU

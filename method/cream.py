@@ -425,7 +425,7 @@ class Cream(Method):
             self.board.add(BoardEntry(score, step.flops, step.path, images, probs))
             self.supernet.default_path = self.board.entries[0].arch
         if progress.batch + 1 == progress.steps_per_epoch:
-            self.history.append({"epoch": progress.epoch, "entries": self.board.rows()})
+            self.history.append({"epoch": progress.epoch, "entries": self._with_macs(self.board.rows())})
 
     def extra_logits(self, images_BCHW: Tensor) -> dict[str, Tensor]:
         """random_path: logits [B, K] of one uniformly drawn path, another one every epoch."""
@@ -447,8 +447,7 @@ class Cream(Method):
         The network is the best entry whose estimate lies in the interval of operations; where there is none it is the
         best entry, and `final` warns.
         """
-        history = [{**past, "entries": self._with_macs(past["entries"])} for past in self.history]
-        board = {"board": self._with_macs(self.board.rows()), "history": history}
+        board = {"board": self._with_macs(self.board.rows()), "history": self.history}
         files: dict[str, str | bytes] = {"board.json": json.dumps(board, indent=1) + "\n"}
         minimum, maximum = self.supernet.interval
         found = self.board.result(minimum, maximum)
@@ -465,8 +464,7 @@ class Cream(Method):
                 entry.flops,
             )
         plan = self._plan(entry.arch)
-        macs = plan.cost(self._side).macs / 1e6
-        title = f"found: {macs:.3g} million MACs, {entry.score:.1f} % on its training batch"
+        title = f"found: {self._macs(plan):.3g} million MACs, {entry.score:.1f} % on its training batch"
         flags = {
             "arch": "cream",
             "arch_list": json.dumps([list(stage) for stage in entry.arch]),
@@ -488,7 +486,10 @@ class Cream(Method):
 
     def _with_macs(self, rows: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
         """Rows of the board with `macs` in millions, of the whole network and the images of the search."""
-        return [{**row, "macs": self._plan(row["arch"]).cost(self._side).macs / 1e6} for row in rows]
+        return [{**row, "macs": self._macs(self._plan(row["arch"]))} for row in rows]
+
+    def _macs(self, plan: NetworkPlan) -> float:
+        return plan.cost(self._side).macs / 1e6
 
     def training_state(self) -> dict[str, Any]:
         """Board, its history, the sampler, the meta optimiser, and what an evaluation knows of the last step."""

@@ -372,13 +372,12 @@ def _graph(network: nn.Module, recorder: _Recorder, arch: str) -> ChannelGraph:
     names: dict[int, list[str]] = {}
     for name in scaling:
         names.setdefault(renumbered[stage_of[uses[name].unit]], []).append(uses[name].unit)
-    widths = own_widths
     known = {(renumbered[stage_of[uses[n].unit]], uses[n].outputs) for n in scaling}
     loose = _loose_parameters(network, uses, stage_of, renumbered, known, arch)
     return ChannelGraph(
         stages=_stage_names([names[i] for i in range(len(used))]),
-        widths=tuple(widths[i] for i in range(len(used))),
-        units=tuple(group_widths.get((i, widths[i])) or channel_unit(widths[i]) for i in range(len(used))),
+        widths=tuple(own_widths[i] for i in range(len(used))),
+        units=tuple(group_widths.get((i, own_widths[i])) or channel_unit(own_widths[i]) for i in range(len(used))),
         classes=frozenset(known),
         layers=tuple(layers),
         loose=loose,

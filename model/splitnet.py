@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from model.execution import Execution
 from model.layers.dilated import mend_dilated_convolutions
+from model.layers.narrow_norm import widen_narrow_norms
 from model.layers.random import RandomLayer, follow, replace_dropout
 from utils.seed import fold_in
 
@@ -27,6 +28,7 @@ class SplitNet(nn.Module):
         for network in networks:
             replace_dropout(network)
             mend_dilated_convolutions(network)
+            widen_narrow_norms(network)
         self.models = nn.ModuleList(networks)
         self._execution = Execution()
         self._keys_S: Tensor | None = None

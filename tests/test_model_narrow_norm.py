@@ -85,6 +85,23 @@ def test_gradients_are_right_twice_over():
     assert torch.autograd.gradgradcheck(by_rows, (x.detach(), weight, bias.detach()))
 
 
+def test_gradients_that_can_be_differentiated_are_the_plain_ones():
+    grad_out = channels_last(2, 3, 4, 4, seed=1)
+    x, (weight, bias, *_) = channels_last(2, 3, 4, 4).requires_grad_(), tensors(3)
+    plain, differentiable = (
+        torch.autograd.grad(
+            batch_norm_by_rows(x, weight, bias, None, None, 0.1, 0.5, 4),
+            (x, weight, bias),
+            grad_out,
+            create_graph=graph,
+        )
+        for graph in (False, True)
+    )
+    for one, other in zip(plain, differentiable, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-10, atol=1e-11)
+        assert other.requires_grad
+
+
 def test_output_may_be_changed_in_place():
     x = channels_last(2, 3, 4, 4).requires_grad_()
     weight, bias, *_ = tensors(3)

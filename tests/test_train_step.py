@@ -9,12 +9,15 @@ import pytest
 import torch
 import torch._inductor.config
 from torch import nn
+from torch._subclasses.fake_tensor import unset_fake_temporarily
 from torch.utils import _pytree as pytree
 
 import train_split
 from dataset import SourceRequest, open_source
 from dataset.augment.color import count_without_waiting
+from method.l_mcl import LMCL
 from parser_params import parse_config, resolve_config
+from tests.fake_gpu import GPU, fake_gpu
 from train_split import Trainer
 from utils.distributed import World
 from utils.errors import UserError
@@ -63,10 +66,11 @@ def trainer_of(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
         argv += ["--model_dir", str(tmp_path), *map(str, flags)]
         if device == "cpu":
             monkeypatch.setattr(torch, "bincount", count_without_waiting)  # as on a GPU
-        config = parse_config(argv, program="train_split.py")
-        request = SourceRequest(dataset=config.dataset, root=tmp_path, num_classes=config.num_classes, crop_size=8)
-        source = open_source(request)
-        config = resolve_config(config, data_recipe=source.recipe, crop_size=source.crop_size)
+        with unset_fake_temporarily():
+            config = parse_config(argv, program="train_split.py")
+            request = SourceRequest(dataset=config.dataset, root=tmp_path, num_classes=config.num_classes, crop_size=8)
+            source = open_source(request)
+            config = resolve_config(config, data_recipe=source.recipe, crop_size=source.crop_size)
         trainer = Trainer(config, World(0, 1, 0, 1, torch.device(device)), source, None)
         trainer.method.train()
         return trainer
@@ -111,6 +115,32 @@ def test_a_step_waits_for_nothing(trainer_of, flags):
         trainer._interval(batches)
     assert trainer.step == 4
     assert audit.found == []
+
+
+ON_A_GPU = {
+    **ROWS,
+    "fp16": ["--split_factor", 2, "--amp_dtype", "fp16"],
+    "shake": ["--arch", "shake_resnet26_2x96d", "--split_factor", 2],
+    "efficientnet": ["--arch", "efficientnetb0", "--split_factor", 2],
+}
+del ON_A_GPU["l_mcl_bank"]  # its preparation reads counts of labels, once in a run
+
+
+@pytest.mark.parametrize("flags", ON_A_GPU.values(), ids=ON_A_GPU)
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a real GPU, which other tests use, refuses mixtures itself")
+@pytest.mark.filterwarnings("ignore:.*CUDA is not available", "ignore:Accessing the data pointer")
+def test_a_step_on_a_gpu_mixes_no_devices(trainer_of, monkeypatch, flags):
+    if "--optimizer" not in flags:
+        flags = [*flags, "--optimizer", "AdamW"]  # torch's fused SGD has no fake form
+    monkeypatch.setattr(LMCL, "after_step", lambda *step: None)  # differentiates twice
+    with fake_gpu(monkeypatch, num_classes=10):
+        trainer = trainer_of(*flags, device="cuda:0")
+        monkeypatch.setattr(trainer.log, "views", lambda *views: None)  # reads a picture back, once in a run
+        batches = trainer.loader.epoch(0)
+        trainer._interval(batches)
+        trainer._interval(batches)
+        assert {tensor.device for tensor in trainer.method.state_dict().values()} == {GPU}
+    assert trainer.step == 4
 
 
 def test_a_search_reads_the_two_numbers_that_decide_what_comes_next(trainer_of):

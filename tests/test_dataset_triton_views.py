@@ -107,6 +107,35 @@ def test_the_kernel_equals_the_plain_ops():
     assert done.returncode == 0, done.stderr
 
 
+def compile_for(capability: int) -> str:
+    """The kernel's PTX for a compute capability, which Triton's own assembler has accepted; this needs no GPU."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    from dataset.augment.triton_views import COMPILER_OPTIONS
+    from dataset.augment.triton_views import _make_view as kernel
+
+    pointers = {"views": "*fp32", "images": "*u8", "tables": "*u8", "scale": "*fp64"}
+    pointers |= dict.fromkeys(("windows", "records"), "*i64")
+    # what a launch makes constant: the two options, and every number that is 1, as the stride of channels-last views
+    constants = {"reflect": True, "size": 32, "stride_c": 1}
+    types = {name: "constexpr" if name in constants else pointers.get(name, "i32") for name in kernel.arg_names}
+    source = ASTSource(fn=kernel, signature=types, constexprs=constants, attrs={})
+    return triton.compile(source, target=GPUTarget("cuda", capability, 32), options=COMPILER_OPTIONS).asm["ptx"]
+
+
+@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs triton")
+def test_the_kernel_compiles_for_a_gpu_without_fused_multiply_adds():
+    # in a process of its own, so that no test before it has chosen the interpreter
+    code = "import tests.test_dataset_triton_views as here; print(here.compile_for(90))"
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert ".target sm_90" in done.stdout
+    assert "fma.rn" not in done.stdout  # Pillow rounds after each product
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_a_gpu_agrees():

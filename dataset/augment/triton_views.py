@@ -60,6 +60,8 @@ for _op in Op:
     for _resample in Resample:
         _KINDS[_op, _resample] = _kind(_op, _resample)
 
+COMPILER_OPTIONS = {"enable_fp_fusion": False}  # a fused multiply-add rounds once where PIL rounds twice
+
 
 def make_views(
     views_VBCHW: Tensor,
@@ -102,7 +104,7 @@ def make_views(
         *views_VBCHW.stride(),
         reflect=reflect,
         size=size,
-        enable_fp_fusion=False,  # a fused multiply-add rounds once where PIL rounds twice
+        **COMPILER_OPTIONS,
     )
 
 

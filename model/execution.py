@@ -212,15 +212,19 @@ class Streams:
         """Views [S, B, C, H, W] -> logits [S, B, K]."""
         here = torch.cuda.current_stream(self.home)
         ready = here.record_event()
-        logits = []
+        found = []
         for i, (network, device, stream) in enumerate(zip(self.networks, self.devices, self.streams, strict=True)):
             with torch.cuda.stream(stream):
                 stream.wait_event(ready)
                 views_SBCHW.record_stream(stream)  # the allocator must not hand their memory on before it is read
-                logits.append(network(views_SBCHW[i].to(device, non_blocking=True)).to(self.home, non_blocking=True))
-        for stream, logits_BK in zip(self.streams, logits, strict=True):
+                found.append(network(views_SBCHW[i].to(device, non_blocking=True)))
+        # only now: a copy between GPUs makes `here` wait for it, and with that the copies of views after it
+        logits = []
+        for stream, logits_BK in zip(self.streams, found, strict=True):
+            with torch.cuda.stream(stream):
+                logits.append(logits_BK.to(self.home, non_blocking=True))
             here.wait_stream(stream)
-            logits_BK.record_stream(here)
+            logits[-1].record_stream(here)
         return torch.stack(logits)
 
 

@@ -17,6 +17,7 @@ from torch.profiler import ProfilerActivity, profile
 from benchmarks import own
 from benchmarks.step import published_step
 from dataset.augment.color import count_without_waiting
+from utils.command_line import at_least
 from utils.sync_audit import SyncAudit
 
 ROOT = Path(__file__).parent.parent
@@ -44,7 +45,7 @@ FREE = frozenset(
 def add_flags(parser: argparse.ArgumentParser) -> None:
     """Flags of this benchmark beside the common ones."""
     parser.add_argument("--arch", default="resnet110", help="backbone (default resnet110)")
-    parser.add_argument("--batch_size", type=int, default=128, help="images (default 128)")
+    parser.add_argument("--batch_size", type=at_least(1), default=128, help="images (default 128)")
     parser.add_argument("--cases", default="fp32+loop", help="comma list such as bf16+stacked (default fp32+loop)")
 
 

@@ -23,6 +23,7 @@ from dataset.decode import read_size
 from dataset.pipeline import build_train_loader
 from dataset.source import cifar, imagenet
 from dataset.views import ViewMaker, ViewSpec, view_spec
+from utils.command_line import at_least
 from utils.errors import UserError
 
 BATCHES = ((128, "a step's batch"), (2048, "a chunk of many steps"))
@@ -33,16 +34,18 @@ FILES = 96  # files read in a round
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
     """Flags of this benchmark beside the common ones."""
-    parser.add_argument("--image_size", type=int, default=32, help="pixels of the images in memory (default 32)")
+    parser.add_argument(
+        "--image_size", type=at_least(1), default=32, help="pixels of the images in memory (default 32)"
+    )
     parser.add_argument(
         "--recipe", default="cifar10", choices=("cifar10", "cifar100", "svhn"), help="(default cifar10)"
     )
     parser.add_argument("--data", type=Path, help="folder of image files; larger ones than 64 px are read as files")
     parser.add_argument(
-        "--enlarge", type=int, nargs=2, metavar=("W", "H"), help="first scale the files up to this size"
+        "--enlarge", type=at_least(1), nargs=2, metavar=("W", "H"), help="first scale the files up to this size"
     )
     parser.add_argument(
-        "--workers", type=int, default=0, help="processes of the Pillow loader (default 0: in this one)"
+        "--workers", type=at_least(0), default=0, help="processes of the Pillow loader (default 0: in this one)"
     )
 
 

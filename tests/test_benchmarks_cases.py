@@ -135,6 +135,25 @@ def test_mistakes_are_one_line(argv, words, capsys):
     assert error.count("\n") == 1
 
 
+@pytest.mark.parametrize(
+    ("argv", "flag", "least"),
+    [
+        (["step", "--threads", "-1"], "--threads", 0),
+        (["views", "--split_factor", "0"], "--split_factor", 1),
+        (["counts", "--batch_size", "-1"], "--batch_size", 1),
+        (["inference", "--batch_sizes", "1,x"], "--batch_sizes", 1),
+        (["convolutions", "--widths", "8,0"], "--widths", 1),
+    ],
+)
+def test_numbers_that_cannot_be_are_one_line_too(argv, flag, least, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        main(argv)
+    assert stopped.value.code == 2
+    error = capsys.readouterr().err
+    assert f"{flag}: expected a whole number from {least} on, got" in error
+    assert error.count("\n") == 1
+
+
 def test_every_subject_has_a_help_text():
     for name in SUBJECTS:
         with pytest.raises(SystemExit) as stopped:

@@ -193,6 +193,10 @@ def test_benchmark_times_every_strategy_beside_the_undivided_network(run_dir, tm
     monkeypatch.setattr(inference, "measure", lambda *_, **__: pytest.fail("nothing is timed"))
     line = refuse(*argv, "--benchmark", "--large", argv[1], capsys=capsys)
     assert line == f"eval.py: --large {argv[1]}: expected one network for 10 classes."
+    line = refuse(*argv, "--benchmark", "--large", tmp_path / "none.pth.tar", capsys=capsys)
+    assert line == f"eval.py: --large {tmp_path / 'none.pth.tar'}: does not exist."
+    line = refuse(*argv, "--benchmark", "--predict", tmp_path, capsys=capsys)
+    assert line == "eval.py: --benchmark follows an evaluation, and --predict takes its place: use one of them."
     line = refuse(*argv, "--benchmark", "--devices", "cuda:97", capsys=capsys)
     assert "--devices cuda:97: cuda:97 is none of this machine's" in line
     assert "are for --benchmark" in refuse(*argv, "--devices", "cuda:0", capsys=capsys)

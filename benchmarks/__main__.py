@@ -76,6 +76,8 @@ def _device(name: str) -> torch.device:
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError) as error:
         raise UserError(f"--device {name}: {reason(error)[:150]}. Use cpu, or cuda where there is a GPU.") from None
+    if device.type == "cuda" and device.index is not None:
+        torch.cuda.set_device(device)  # where events are recorded and Triton's kernels run
     return device
 
 

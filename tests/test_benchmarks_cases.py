@@ -9,6 +9,7 @@ import pytest
 import torch
 from PIL import Image
 
+import benchmarks.__main__ as runner
 from benchmarks import baseline, inference, own, views
 from benchmarks.__main__ import SUBJECTS, build_parser, main
 from benchmarks.counts import count_operations
@@ -159,6 +160,15 @@ def test_mistakes_are_one_line(argv, words, capsys):
     error = capsys.readouterr().err
     assert words in error
     assert error.count("\n") == 1
+
+
+def test_a_gpu_that_is_named_becomes_the_current_one(monkeypatch):
+    current = []
+    monkeypatch.setattr(torch, "empty", lambda *_, **__: None)
+    monkeypatch.setattr(torch.cuda, "set_device", current.append)
+    for name in ("cuda:1", "cuda", "cpu"):
+        runner._device(name)
+    assert current == [torch.device("cuda", 1)]
 
 
 @pytest.mark.parametrize(

@@ -161,6 +161,14 @@ def test_gpu_ids_that_do_not_exist_are_refused() -> None:
     assert distributed.visible_gpus(no_cuda=True, gpu=None, gpu_ids=None) == []
 
 
+def test_several_gpus_are_named_once_each(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    named = distributed.named_gpus("--devices", "cuda:1, cuda:0")
+    assert named == [torch.device("cuda", 1), torch.device("cuda", 0)]
+    with pytest.raises(UserError, match="--devices cuda,cuda:0: names a GPU twice"):
+        distributed.named_gpus("--devices", "cuda,cuda:0")
+
+
 def test_several_nodes_need_a_meeting_point() -> None:
     with pytest.raises(UserError, match="meeting point"):
         distributed.spawn(print, (), processes=1, nodes=2, node=0, url="env://")

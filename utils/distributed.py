@@ -94,7 +94,7 @@ def named_gpus(flag: str, names: str | None) -> list[torch.device]:
     """The GPUs of a comma list such as cuda:0,cuda:1.
 
     Raises:
-        UserError: a name that is no GPU of this machine; the line names `flag`.
+        UserError: a name that is no GPU of this machine, or one twice; the line names `flag`.
     """
     devices, present = [], torch.cuda.device_count()
     for name in (part.strip() for part in (names or "").split(",") if part.strip()):
@@ -104,6 +104,8 @@ def named_gpus(flag: str, names: str | None) -> list[torch.device]:
                 f"{flag} {names}: {name} is none of this machine's {present} GPUs; name them cuda:0,cuda:1."
             )
         devices.append(torch.device("cuda", int(number or "0")))
+    if len(set(devices)) < len(devices):
+        raise UserError(f"{flag} {names}: names a GPU twice; name each once.")
     return devices
 
 

@@ -211,14 +211,33 @@ def test_what_cannot_run_says_why_in_one_line_and_runs_as_a_loop(case: str, capl
     assert torch.equal(found_SBK, reference(views))
 
 
-def test_a_strategy_that_would_be_wrong_is_not_used(caplog: pytest.LogCaptureFixture, monkeypatch) -> None:
+WRONG = {
+    "of each other": lambda self: torch.cat(self.tensors[::-1]),
+    "not finite": lambda self: torch.cat(self.tensors).fill_(torch.nan),
+}
+
+
+@pytest.mark.parametrize("weights", WRONG)
+def test_a_strategy_that_would_be_wrong_is_not_used(
+    weights: str, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
     network = split_net(FAMILIES["wrn"], 2)
     network.execution = "stacked"
-    monkeypatch.setattr("model.stacking.Joined.cat", lambda self: torch.cat(self.tensors[::-1]))
+    monkeypatch.setattr("model.stacking.Joined.cat", WRONG[weights])
     with caplog.at_level(logging.INFO):
         network(some_views(network, 0))
     assert "differ from the loop's" in caplog.text
     assert network.execution == "loop"
+
+
+def test_a_strategy_may_give_zeros_where_the_loop_does() -> None:
+    network = split_net(FAMILIES["wrn"], 2)
+    for one in network.models:
+        for parameter in one.fc.parameters():
+            nn.init.zeros_(parameter)
+    network.execution = "stacked"
+    assert not network(some_views(network, 0)).any()
+    assert network.execution == "stacked"
 
 
 ACROSS_IMAGES = {

@@ -145,14 +145,17 @@ class Session:
 # ---- from flags to a session -----------------------------------------------------------------------------------------
 
 
-def open_session(config: Config, world: World, gpus: list[int]) -> Session:
+def open_session(config: Config, world: World, gpus: list[int], flag: str = "--resume") -> Session:
     """Networks of --resume on their device, what is known of them, and flags completed by the training run's.
+
+    Args:
+        flag: that the checkpoint was given by; named in errors.
 
     Raises:
         UserError: no checkpoint, not one of networks, or one that contradicts the flags.
     """
     options = config.extra_options if isinstance(config.extra_options, EvalOptions) else EvalOptions()
-    content, path = _read_checkpoint(config)
+    content, path = _read_checkpoint(config, flag)
     trained = content.get("config")
     trained = trained if isinstance(trained, Mapping) else {}
     given = config.given
@@ -173,7 +176,7 @@ def open_session(config: Config, world: World, gpus: list[int]) -> Session:
         train_separately=config.is_train_sep,
         backbone_names=_backbone_names(config, trained),
         weights=options.weights,
-        source=f"--resume {path}",
+        source=f"{flag} {path}",
     )
     if config.crop_pct is None and info.archs[0] in backbones:
         config = replace(config, crop_pct=trained.get("crop_pct", backbones.get(info.archs[0]).crop_pct))
@@ -194,11 +197,11 @@ def open_session(config: Config, world: World, gpus: list[int]) -> Session:
     )
 
 
-def _read_checkpoint(config: Config) -> tuple[dict[str, Any], Path]:
+def _read_checkpoint(config: Config, flag: str) -> tuple[dict[str, Any], Path]:
     if config.resume is None:
         raise UserError("--resume PATH is missing: the checkpoint to evaluate.")
     if config.resume != "auto":
-        return ckpt.load_checkpoint(config.resume), Path(config.resume)
+        return ckpt.load_checkpoint(config.resume, flag), Path(config.resume)
     newest = ckpt.load_newest(Path(config.model_dir))
     if newest is None:
         raise UserError(f"--resume auto: --model_dir {config.model_dir} holds no checkpoint.")
@@ -337,7 +340,7 @@ def open_timing(session: Session) -> Callable[[float], list[Latency]] | None:
     large = Contender("undivided", undivided(info.request), None) if divided else None
     if options.large is not None:
         given = {flag: value for flag, value in session.config.given.items() if flag not in ("arch", "split_factor")}
-        other = open_session(replace(session.config, resume=options.large, given=given), world, [])
+        other = open_session(replace(session.config, resume=options.large, given=given), world, [], "--large")
         if other.info.num_networks != 1 or other.info.num_classes != info.num_classes:
             raise UserError(f"--large {options.large}: expected one network for {info.num_classes} classes.")
         large = Contender("undivided", other.network, evaluate_session(other)[0]["ensemble_acc1"])
@@ -494,7 +497,9 @@ def run(config: Config) -> dict[str, Any]:
             world.device,
             session.precision.name,
         )
-        predict = session.config.extra_options.predict
+        predict = session.options.predict
+        if predict is not None and session.options.benchmark:
+            raise UserError("--benchmark follows an evaluation, and --predict takes its place: use one of them.")
         return run_evaluation(session) if predict is None else run_prediction(session, Path(predict))
     finally:
         distributed.leave(world)

@@ -491,9 +491,13 @@ class Trainer:
         if self.step == 0:
             self.log.views(views, self.source.mean, self.source.std, 0)
         count = len(batch.labels_B)
-        first, everyone = shard(batch.global_batch_size, world.rank, world.world_size).start, batch.global_batch_size
+        parts = [shard(batch.global_batch_size, rank, world.world_size) for rank in range(world.world_size)]
+        first, everyone = parts[world.rank].start, batch.global_batch_size
+        counts = None
         if config.on_bad_image == "skip":
             first, everyone = distributed.place_among_processes(count, world)
+        else:
+            counts = [part.stop - part.start for part in parts]
         if config.is_mixup:
             mix = draw_mix(
                 self.seed,
@@ -503,7 +507,7 @@ class Trainer:
                 first=first,
                 count=count,
             )
-            views, targets = apply_mix(views, batch.labels_B, mix)
+            views, targets = apply_mix(views, batch.labels_B, mix, counts)
         else:
             targets = plain_targets(batch.labels_B)
         last = self.batch + 1 == self.steps_per_epoch or self.step + 1 >= self.total_steps

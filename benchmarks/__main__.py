@@ -10,7 +10,7 @@ import torch
 
 from benchmarks.report import describe, markdown, write
 from utils.checkpoint import write_file
-from utils.command_line import OneLineParser
+from utils.command_line import OneLineParser, at_least
 from utils.errors import RunError, UserError, reason
 
 SUBJECTS = {
@@ -34,9 +34,9 @@ def build_parser() -> argparse.ArgumentParser:
     for name, text in SUBJECTS.items():
         own = subjects.add_parser(name, help=text, description=text)
         own.add_argument("--device", default="auto", help="cpu, cuda, cuda:1 … (default: the GPU where there is one)")
-        own.add_argument("--threads", type=int, default=0, help="of a CPU (default 0: what torch finds)")
-        own.add_argument("--split_factor", type=int, default=4, help="S (default 4)")
-        own.add_argument("--rounds", type=int, default=50, help="timed rounds at most (default 50)")
+        own.add_argument("--threads", type=at_least(0), default=0, help="of a CPU (default 0: what torch finds)")
+        own.add_argument("--split_factor", type=at_least(1), default=4, help="S (default 4)")
+        own.add_argument("--rounds", type=at_least(1), default=50, help="timed rounds at most (default 50)")
         own.add_argument("--seconds", type=float, default=180, help="no new round begins after (default 180)")
         own.add_argument("--json", type=Path, help="write the rows there, and the table beside it as .md")
         importlib.import_module(f"benchmarks.{name}").add_flags(own)
@@ -76,6 +76,8 @@ def _device(name: str) -> torch.device:
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError) as error:
         raise UserError(f"--device {name}: {reason(error)[:150]}. Use cpu, or cuda where there is a GPU.") from None
+    if device.type == "cuda" and device.index is not None:
+        torch.cuda.set_device(device)  # where events are recorded and Triton's kernels run
     return device
 
 

@@ -7,14 +7,17 @@ from typing import Any
 import torch
 
 from benchmarks.report import Side, interleave, row
+from utils.command_line import at_least
 
 LAUNCHES = 1000
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
     """Flags of this benchmark beside the common ones."""
-    parser.add_argument("--side", type=int, help="of the square matrices (default 8192 on a GPU, 1024 on a CPU)")
-    parser.add_argument("--copy_mib", type=int, help="copied at once (default 8192 on a GPU, 256 on a CPU)")
+    parser.add_argument(
+        "--side", type=at_least(1), help="of the square matrices (default 8192 on a GPU, 1024 on a CPU)"
+    )
+    parser.add_argument("--copy_mib", type=at_least(1), help="copied at once (default 8192 on a GPU, 256 on a CPU)")
 
 
 def matrix_side(device: torch.device) -> int:

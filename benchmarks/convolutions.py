@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.report import Side, interleave, row
+from utils.command_line import several_at_least
 
 FORMATS = {"NCHW": torch.contiguous_format, "NHWC": torch.channels_last}
 PASSES = ("forward", "input gradient", "weight gradient")
@@ -22,25 +23,18 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     widths, sides, batches = "8,16,32,64,128,160,320", "32,16,8", "128,512"
     if not torch.cuda.is_available():
         widths, sides, batches = "16,64", "16", "32"
-    parser.add_argument("--widths", default=widths, help=f"channels of one small network (default {widths})")
-    parser.add_argument("--sides", default=sides, help=f"pixels of the map (default {sides})")
-    parser.add_argument("--batches", default=batches, help=f"images (default {batches})")
+    parser.add_argument(
+        "--widths", type=several_at_least(1), default=widths, help=f"channels of one small network (default {widths})"
+    )
+    parser.add_argument("--sides", type=several_at_least(1), default=sides, help=f"pixels of the map (default {sides})")
+    parser.add_argument("--batches", type=several_at_least(1), default=batches, help=f"images (default {batches})")
 
 
 def run(options: argparse.Namespace, device: torch.device) -> list[dict[str, Any]]:
     """Time every shape; seconds are shared among them."""
-    shapes = [
-        (width, side, batch)
-        for width in _numbers(options.widths)
-        for side in _numbers(options.sides)
-        for batch in _numbers(options.batches)
-    ]
+    shapes = [(width, side, batch) for width in options.widths for side in options.sides for batch in options.batches]
     share = options.seconds / len(shapes)
     return [one for shape in shapes for one in _shape_rows(*shape, options, device, share)]
-
-
-def _numbers(text: str) -> list[int]:
-    return [int(part) for part in text.split(",")]
 
 
 def _shape_rows(

@@ -14,9 +14,10 @@ from unittest.mock import patch
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-from benchmarks import own
+from benchmarks import baseline, own
 from benchmarks.step import published_step
 from dataset.augment.color import count_without_waiting
+from utils.command_line import at_least
 from utils.sync_audit import SyncAudit
 
 ROOT = Path(__file__).parent.parent
@@ -44,7 +45,7 @@ FREE = frozenset(
 def add_flags(parser: argparse.ArgumentParser) -> None:
     """Flags of this benchmark beside the common ones."""
     parser.add_argument("--arch", default="resnet110", help="backbone (default resnet110)")
-    parser.add_argument("--batch_size", type=int, default=128, help="images (default 128)")
+    parser.add_argument("--batch_size", type=at_least(1), default=128, help="images (default 128)")
     parser.add_argument("--cases", default="fp32+loop", help="comma list such as bf16+stacked (default fp32+loop)")
 
 
@@ -57,6 +58,7 @@ def run(options: argparse.Namespace, device: torch.device) -> list[dict[str, Any
     subject = f"training step of {options.arch} S={options.split_factor}, batch {options.batch_size}"
     published = published_step(options, device)
     before, waits = count_operations(published), count_waits(published, device)
+    forms = {"baseline_dtype": baseline.precision_name(device), "baseline_layout": "NCHW"}
     rows = [_row(subject, "published step", before, waits, None)]
     with tempfile.TemporaryDirectory() as folder:
         for i, case in enumerate(options.cases.split(",")):
@@ -65,18 +67,23 @@ def run(options: argparse.Namespace, device: torch.device) -> list[dict[str, Any
             trainer = own.open_trainer(flags, Path(folder) / str(i), device)
             with_views = count_waits(own.training_step(trainer, ready_views=False), device)
             operations = count_operations(own.training_step(trainer))
-            rows.append(_row(subject, case, operations, with_views, before))
+            own_forms = {"dtype": own.case_dtype(case), "layout": own.layout(trainer)}
+            rows.append(_row(subject, case, operations, with_views, before) | own_forms | forms)
     return rows
 
 
 def _row(subject: str, case: str, operations: int, waits: list[str], before: int | None) -> dict[str, Any]:
+    ratio = None if before is None else before / operations
     return {
         "goal": None if before is None else "G8",
         "subject": subject,
         "case": case,
         "baseline": None if before is None else "published step",
         "operations": operations,
-        "ratio": None if before is None else before / operations,
+        "ratio": ratio,
+        "ratio_min": ratio,  # a count does not vary
+        "ratio_max": ratio,
+        "memory_mib": None,
         "host_waits": len(waits),
         "waits": waits,
         "commit": 0,

@@ -16,6 +16,7 @@ import torch
 from benchmarks import own
 from benchmarks.ceilings import matrix_product, matrix_side
 from benchmarks.report import Side, interleave, peak_memory_mib, row
+from utils.command_line import at_least
 
 GOALS = {"one": 0.50, "divided": 0.35}  # G3 on a GPU: least part of the matrix product
 MOST = 1.40  # G4: step time of S = 4 over S = 1
@@ -25,9 +26,11 @@ STEP_FLOP_PER_MAC = 6
 def add_flags(parser: argparse.ArgumentParser) -> None:
     """Flags of this benchmark beside the common ones."""
     parser.add_argument("--arch", default="wide_resnet28_10", help="backbone (default wide_resnet28_10)")
-    parser.add_argument("--batch_size", type=int, default=128, help="images (default 128)")
+    parser.add_argument("--batch_size", type=at_least(1), default=128, help="images (default 128)")
     parser.add_argument("--case", help="such as bf16+parallel+graph (default: the fastest precision, in a loop)")
-    parser.add_argument("--side", type=int, help="of the square matrices (default 8192 on a GPU, 1024 on a CPU)")
+    parser.add_argument(
+        "--side", type=at_least(1), help="of the square matrices (default 8192 on a GPU, 1024 on a CPU)"
+    )
 
 
 def run(options: argparse.Namespace, device: torch.device) -> list[dict[str, Any]]:

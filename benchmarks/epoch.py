@@ -18,6 +18,7 @@ from dataset import ImageSet
 from model import BackboneRequest, build_splitnet
 from model.splitnet import SplitNet
 from train_split import Trainer
+from utils.command_line import at_least
 
 GPU_GOALS = {("wide_resnet16_8", 4): 2.5, ("resnet110", 4): 5.0, ("wide_resnet28_10", 4): 1.7}  # G7
 EVALUATION_GOAL = 2.4  # G11, on a CPU
@@ -26,10 +27,10 @@ EVALUATION_GOAL = 2.4  # G11, on a CPU
 def add_flags(parser: argparse.ArgumentParser) -> None:
     """Flags of this benchmark beside the common ones."""
     parser.add_argument("--arch", default="resnet110", help="backbone (default resnet110)")
-    parser.add_argument("--batch_size", type=int, default=128, help="images (default 128)")
-    parser.add_argument("--workers", type=int, default=2, help="of the published loader (default 2)")
+    parser.add_argument("--batch_size", type=at_least(1), default=128, help="images (default 128)")
+    parser.add_argument("--workers", type=at_least(0), default=2, help="of the published loader (default 2)")
     parser.add_argument("--data", type=Path, help="class folders of images up to 64 px (default: synthetic images)")
-    parser.add_argument("--images", type=int, help="use so many of every split (default: all)")
+    parser.add_argument("--images", type=at_least(1), help="use so many of every split (default: all)")
     parser.add_argument("--cases", help="comma list such as bf16+stacked (default: every execution and precision)")
     parser.add_argument(
         "--evaluation_only", action="store_true", help="time evaluations of the test images alone (G11)"

@@ -16,6 +16,7 @@ from benchmarks.report import Side, interleave, peak_memory_mib, row
 from method import Progress
 from method.l_mcl import LMCL, LMCLOptions
 from model import BackboneRequest, build_splitnet
+from utils.command_line import at_least
 from utils.targets import plain_targets
 
 MOST = 1.3  # the contrast should cost at most so many times the plain forward-backward, both together
@@ -26,8 +27,8 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     """Flags of this benchmark beside the common ones."""
     parser.set_defaults(split_factor=2)
     parser.add_argument("--arch", default="resnet32_cifar", help="backbone of all networks (default resnet32_cifar)")
-    parser.add_argument("--batch_size", type=int, default=128, help="images (default 128)")
-    parser.add_argument("--meta_freq", type=int, default=50, help="steps for each meta round (default 50)")
+    parser.add_argument("--batch_size", type=at_least(1), default=128, help="images (default 128)")
+    parser.add_argument("--meta_freq", type=at_least(1), default=50, help="steps for each meta round (default 50)")
 
 
 def run(options: argparse.Namespace, device: torch.device) -> list[dict[str, Any]]:

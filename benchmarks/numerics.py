@@ -11,14 +11,15 @@ from typing import Any
 import torch
 
 from benchmarks import own
+from utils.command_line import at_least
 from utils.logger import plain_json
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
     """Flags of this benchmark beside the common ones."""
     parser.add_argument("--arch", default="resnet20", help="backbone (default resnet20)")
-    parser.add_argument("--batch_size", type=int, default=128, help="images (default 128)")
-    parser.add_argument("--steps", type=int, default=200, help="training steps (default 200)")
+    parser.add_argument("--batch_size", type=at_least(1), default=128, help="images (default 128)")
+    parser.add_argument("--steps", type=at_least(1), default=200, help="training steps (default 200)")
     parser.add_argument("--cases", help="comma list; the first is what the others are compared with (default: all)")
 
 

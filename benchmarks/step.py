@@ -15,6 +15,7 @@ import torch
 from benchmarks import baseline, own
 from benchmarks.report import Side, interleave, peak_memory_mib, row
 from model import BackboneRequest, build_splitnet
+from utils.command_line import at_least
 
 GPU_GOALS = {("resnet110", 4): ("G1", 5.0), ("wide_resnet28_10", 4): ("G2", 1.6)}
 CPU_FLOAT32 = {"wide_resnet16_8": 1.15, "resnet110": 1.4}  # G10 by architecture; with bf16 1.9 for both
@@ -24,7 +25,7 @@ CPU_BF16 = 1.9
 def add_flags(parser: argparse.ArgumentParser) -> None:
     """Flags of this benchmark beside the common ones."""
     parser.add_argument("--arch", default="resnet110", help="backbone (default resnet110)")
-    parser.add_argument("--batch_size", type=int, default=128, help="images (default 128)")
+    parser.add_argument("--batch_size", type=at_least(1), default=128, help="images (default 128)")
     parser.add_argument("--cases", help="comma list such as bf16+stacked (default: every execution and precision)")
 
 

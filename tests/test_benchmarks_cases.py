@@ -1,6 +1,7 @@
 """The runner's subjects at their smallest, and the published side: it must do the work that it stands for."""
 
 import json
+import os
 from collections import Counter
 
 import numpy as np
@@ -8,7 +9,8 @@ import pytest
 import torch
 from PIL import Image
 
-from benchmarks import baseline, own, views
+import benchmarks.__main__ as runner
+from benchmarks import baseline, inference, own, views
 from benchmarks.__main__ import SUBJECTS, build_parser, main
 from benchmarks.counts import count_operations
 from benchmarks.views import _spec
@@ -47,9 +49,16 @@ def test_step_has_a_row_for_every_case_beside_the_published_step(capsys, tmp_pat
 def test_views_and_evaluation_write_rows_of_their_goals(capsys, tmp_path, monkeypatch):
     monkeypatch.setattr(views, "BATCHES", ((8, "few"), (16, "many")))
     monkeypatch.setattr(views, "SAMPLE", 8)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
+    rows, _ = rows_of(capsys, tmp_path, "views")
+    assert {(one["goal"], one["commit"]) for one in rows} == {("G5", 8)}
+    # no goal: not the images, or not the cores, that it names
     rows, _ = rows_of(capsys, tmp_path, "views", "--image_size", "8")
-    assert {one["goal"] for one in rows} == {"G5"}
-    assert {one["commit"] for one in rows} == {8}
+    assert {(one["goal"], one.get("commit")) for one in rows} == {(None, None)}
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
+    rows, _ = rows_of(capsys, tmp_path, "views")
+    assert {(one["goal"], one.get("commit")) for one in rows} == {(None, None)}
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
     files = tmp_path / "photos"
     files.mkdir()
     for i in range(3):
@@ -71,6 +80,21 @@ def test_inference_stands_beside_both_large_networks(capsys, tmp_path):
     for strategy in ("loop", "parallel", "stacked"):
         assert (f"ensemble, {strategy}", "published large network") in pairs
         assert (f"ensemble, {strategy}", "large, one network") in pairs
+
+
+def test_a_row_on_a_gpu_has_a_goal_only_with_what_the_goal_names(monkeypatch):
+    gpu, parser = torch.device("cuda"), build_parser()
+    monkeypatch.setattr(os, "cpu_count", lambda: 16)
+
+    def goal(subject, *argv):
+        return subject._goal(parser.parse_args([subject.__name__.rpartition(".")[2], *argv]), gpu)
+
+    assert goal(views, "--workers", "16") == ("G6", 50)
+    for argv in (["--workers", "0"], ["--workers", "16", "--recipe", "svhn"]):
+        assert goal(views, *argv) == (None, None)
+    assert goal(inference) == "G9"
+    for argv in (["--split_factor", "4"], ["--arch", "resnet20"]):
+        assert goal(inference, *argv) is None
 
 
 def test_ceilings_and_convolutions_at_their_smallest(capsys, tmp_path):
@@ -102,6 +126,9 @@ def test_counts_find_the_published_waits_and_none_of_ours(capsys, tmp_path):
     # S + 3 meters and mixup's copy
     assert published["host_waits"] == 2 + 3 + 1
     assert (ours["goal"], ours["host_waits"], ours["met"]) == ("G8", 0, True)
+    assert (ours["baseline_dtype"], ours["baseline_layout"]) == ("float32", "NCHW")
+    assert (ours["dtype"], ours["layout"]) == ("float32", "NHWC")
+    assert ours["ratio_min"] == ours["ratio"] == ours["ratio_max"]
     assert ours["ratio"] == published["operations"] / ours["operations"]
     assert "| G8 | training step of resnet20 S=2, batch 4 | fp32+loop |" in text
 
@@ -132,6 +159,34 @@ def test_mistakes_are_one_line(argv, words, capsys):
     assert main(argv) == 2
     error = capsys.readouterr().err
     assert words in error
+    assert error.count("\n") == 1
+
+
+def test_a_gpu_that_is_named_becomes_the_current_one(monkeypatch):
+    current = []
+    monkeypatch.setattr(torch, "empty", lambda *_, **__: None)
+    monkeypatch.setattr(torch.cuda, "set_device", current.append)
+    for name in ("cuda:1", "cuda", "cpu"):
+        runner._device(name)
+    assert current == [torch.device("cuda", 1)]
+
+
+@pytest.mark.parametrize(
+    ("argv", "flag", "least"),
+    [
+        (["step", "--threads", "-1"], "--threads", 0),
+        (["views", "--split_factor", "0"], "--split_factor", 1),
+        (["counts", "--batch_size", "-1"], "--batch_size", 1),
+        (["inference", "--batch_sizes", "1,x"], "--batch_sizes", 1),
+        (["convolutions", "--widths", "8,0"], "--widths", 1),
+    ],
+)
+def test_numbers_that_cannot_be_are_one_line_too(argv, flag, least, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        main(argv)
+    assert stopped.value.code == 2
+    error = capsys.readouterr().err
+    assert f"{flag}: expected a whole number from {least} on, got" in error
     assert error.count("\n") == 1
 
 

@@ -4,7 +4,9 @@ import importlib.util
 import os
 import subprocess
 import sys
+from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -134,6 +136,30 @@ def test_the_kernel_compiles_for_a_gpu_without_fused_multiply_adds():
     assert done.returncode == 0, done.stderr
     assert ".target sm_90" in done.stdout
     assert "fma.rn" not in done.stdout  # Pillow rounds after each product
+
+
+@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs triton")
+def test_the_kernel_is_launched_on_the_device_of_the_views(monkeypatch):
+    """Which need not be the current one."""
+    from dataset.augment import triton_views
+
+    events = []
+
+    @contextmanager
+    def device_of(tensor):
+        events.append(tensor)
+        yield
+        events.append("left")
+
+    monkeypatch.setattr(torch.cuda, "device_of", device_of)
+    kernel = SimpleNamespace()
+    monkeypatch.setattr(triton_views, "_make_view", {(2,): lambda *_, **__: events.append(kernel)})
+    spec = ViewSpec(crop_size=8, mean=(0.5, 0.5, 0.5), std=(0.25, 0.25, 0.25))
+    maker, views = ViewMaker(spec, seed=0), torch.empty(1, 2, 3, 8, 8)
+    parameters = maker.draw(0, np.arange(2), 1, (8, 8))
+    maker._fill_by_kernel(views, torch.zeros(2, 3, 8, 8, dtype=torch.uint8), parameters, slice(0, 2))
+    assert events[0] is views
+    assert events[1:] == [kernel, "left"]
 
 
 @pytest.mark.gpu

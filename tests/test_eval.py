@@ -25,6 +25,8 @@ from model.splitnet import SplitNet
 from tests.golden.fill import fill, image
 from utils import latency
 from utils.checkpoint import FORMAT_VERSION, published_keys, save_checkpoint
+from utils.errors import WriteError
+from utils.eval_files import write_latencies
 
 ROOT = Path(__file__).parent.parent
 GOLDEN = Path(__file__).parent / "golden"
@@ -171,6 +173,17 @@ def test_evaluation(run_dir, test_logits_SNK, tmp_path, capsys):
         assert confusion.size[0] > 300
 
 
+def test_pictures_that_cannot_be_written_are_one_line(run_dir, tmp_path, capsys):
+    for name in ("confusion.png", "latency.png"):
+        (tmp_path / name).mkdir()
+    line = refuse("--resume", run_dir / "checkpoint_1.pth.tar", "--model_dir", tmp_path, capsys=capsys, code=1)
+    assert line == f"eval.py: {tmp_path / 'confusion.png'}: could not be written: Is a directory."
+    figures = {"p50_ms": 1.0, "p99_ms": 1.0, "images_per_second": 1.0, "rounds": 1, "accuracy": 50.0}
+    row = latency.Latency(name="a", strategy="loop", batch_size=1, **figures)
+    with pytest.raises(WriteError, match=r"latency.png: could not be written: Is a directory\."):
+        write_latencies([row], tmp_path)
+
+
 def test_benchmark_times_every_strategy_beside_the_undivided_network(run_dir, tmp_path, monkeypatch, capsys):
     quick = functools.partial(latency.measure, batch_sizes=(1, 3), seconds=0)
     monkeypatch.setattr(inference, "measure", quick)
@@ -193,6 +206,10 @@ def test_benchmark_times_every_strategy_beside_the_undivided_network(run_dir, tm
     monkeypatch.setattr(inference, "measure", lambda *_, **__: pytest.fail("nothing is timed"))
     line = refuse(*argv, "--benchmark", "--large", argv[1], capsys=capsys)
     assert line == f"eval.py: --large {argv[1]}: expected one network for 10 classes."
+    line = refuse(*argv, "--benchmark", "--large", tmp_path / "none.pth.tar", capsys=capsys)
+    assert line == f"eval.py: --large {tmp_path / 'none.pth.tar'}: does not exist."
+    line = refuse(*argv, "--benchmark", "--predict", tmp_path, capsys=capsys)
+    assert line == "eval.py: --benchmark follows an evaluation, and --predict takes its place: use one of them."
     line = refuse(*argv, "--benchmark", "--devices", "cuda:97", capsys=capsys)
     assert "--devices cuda:97: cuda:97 is none of this machine's" in line
     assert "are for --benchmark" in refuse(*argv, "--devices", "cuda:0", capsys=capsys)

@@ -4,7 +4,10 @@ import copy
 import itertools
 import logging
 from collections.abc import Callable
+from contextlib import nullcontext
 from functools import partial
+from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -30,7 +33,7 @@ from model.backbone.senet import SEBottleneck, _drop_block
 from model.backbone.shake_resnet import ShakeResNet
 from model.backbone.shufflenetv2 import ShuffleNetV2
 from model.backbone.wrn import WideResNet
-from model.execution import EXECUTIONS, Threads
+from model.execution import EXECUTIONS, Streams, Threads
 from model.layers.random import RandomLayer
 from model.layers.resnet_parts import ResNetSkeleton, cifar_stem, deep_stem, make_stage, projection_shortcut
 from model.layers.split_attention import SplitAttentionBottleneck
@@ -208,14 +211,33 @@ def test_what_cannot_run_says_why_in_one_line_and_runs_as_a_loop(case: str, capl
     assert torch.equal(found_SBK, reference(views))
 
 
-def test_a_strategy_that_would_be_wrong_is_not_used(caplog: pytest.LogCaptureFixture, monkeypatch) -> None:
+WRONG = {
+    "of each other": lambda self: torch.cat(self.tensors[::-1]),
+    "not finite": lambda self: torch.cat(self.tensors).fill_(torch.nan),
+}
+
+
+@pytest.mark.parametrize("weights", WRONG)
+def test_a_strategy_that_would_be_wrong_is_not_used(
+    weights: str, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
     network = split_net(FAMILIES["wrn"], 2)
     network.execution = "stacked"
-    monkeypatch.setattr("model.stacking.Joined.cat", lambda self: torch.cat(self.tensors[::-1]))
+    monkeypatch.setattr("model.stacking.Joined.cat", WRONG[weights])
     with caplog.at_level(logging.INFO):
         network(some_views(network, 0))
     assert "differ from the loop's" in caplog.text
     assert network.execution == "loop"
+
+
+def test_a_strategy_may_give_zeros_where_the_loop_does() -> None:
+    network = split_net(FAMILIES["wrn"], 2)
+    for one in network.models:
+        for parameter in one.fc.parameters():
+            nn.init.zeros_(parameter)
+    network.execution = "stacked"
+    assert not network(some_views(network, 0)).any()
+    assert network.execution == "stacked"
 
 
 ACROSS_IMAGES = {
@@ -343,6 +365,31 @@ def test_a_failing_network_fails_in_its_thread_as_in_the_loop() -> None:
     threads = Threads([*network.models])
     with pytest.raises(RuntimeError, match="channels"):
         threads(torch.zeros(2, 1, 4, 8, 8, dtype=torch.float64))
+
+
+def test_on_several_gpus_no_network_waits_for_the_answer_of_another(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A copy between two GPUs makes the streams of both wait, so no logits may move before every network has begun."""
+    events: list[str] = []
+
+    class Map(Tensor):
+        def to(self, device: torch.device, **_: Any) -> Tensor:  # type: ignore[override]
+            events.append(f"to {device.index}")
+            return self
+
+        def record_stream(self, stream: Any) -> None: ...
+
+    class Network(nn.Module):
+        def forward(self, images_BCHW: Tensor) -> Tensor:
+            events.append("network")
+            return images_BCHW.flatten(1)
+
+    for name in ("Stream", "current_stream"):
+        monkeypatch.setattr(torch.cuda, name, lambda device: Mock(device=device))
+    monkeypatch.setattr(torch.cuda, "stream", nullcontext)
+    gpus = [torch.device("cuda", number) for number in range(3)]
+    logits_SBK = Streams([Network() for _ in gpus], gpus)(torch.zeros(3, 2, 3, 1, 1).as_subclass(Map))
+    assert logits_SBK.shape == (3, 2, 3)
+    assert events == ["to 0", "network", "to 1", "network", "to 2", "network", "to 0", "to 0", "to 0"]
 
 
 def test_unknown_names_are_refused() -> None:

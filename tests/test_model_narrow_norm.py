@@ -1,6 +1,7 @@
 """Batch norm of few channels by rows of pixels: equal to torch's, and used where it is faster only."""
 
 import copy
+import pickle
 
 import pytest
 import torch
@@ -147,14 +148,16 @@ def test_a_layer_trains_alike_and_keeps_its_state(dtype, monkeypatch):
         torch.testing.assert_close(one.grad, other.grad, rtol=1e-4, atol=5e-2)
 
 
-def test_a_copy_works_on_its_own_tensors():
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda norm: pickle.loads(pickle.dumps(norm))])
+def test_a_copy_works_on_its_own_tensors(copied, monkeypatch):
     norm, _ = norm_of()
-    other = copy.deepcopy(norm)
+    other, calls = copied(norm), count_rows(monkeypatch)
     other(channels_last(32, 12, 32, 32, dtype=torch.float32))
     assert int(norm.num_batches_tracked) == 0
     assert int(other.num_batches_tracked) == 1
     assert not norm.running_mean.any()
     assert other.running_mean.any()
+    assert calls == [32]
 
 
 @pytest.mark.parametrize(

@@ -17,6 +17,7 @@ from utils import distributed
 from utils.distributed import ProcessSyncBatchNorm, World, synchronise_batchnorm
 from utils.errors import RunError, UserError
 from utils.interrupt import Stopped, StopRequest
+from utils.sync_audit import SyncAudit
 
 
 def small_net() -> nn.Module:
@@ -103,12 +104,20 @@ def test_rows_of_uneven_processes_and_stop_requests(tmp_path: Path) -> None:
     assert seen == [[0, 1, -signal.SIGTERM], [0, 1, -signal.SIGTERM], [-signal.SIGTERM]]
 
 
-def mixed(rank: int, world_size: int) -> dict[str, Tensor]:
+def mixed(rank: int, world_size: int) -> dict[str, Any]:
+    """Mixed views and labels; what the host waits for where it knows the processes' counts, and where not."""
+    counts = [part.stop - part.start for part in (shard(7, other, world_size) for other in range(world_size))]
     mine = shard(7, rank, world_size)
-    views = torch.arange(2 * 7 * 3.0).view(2, 7, 3, 1, 1)[:, mine]
-    mix = draw_mix(11, 5, alpha=0.2, global_batch=7, first=mine.start, count=mine.stop - mine.start)
-    views, targets = apply_mix(views, torch.arange(7)[mine], mix)
-    return {"views": views, "other": targets.labels_other_B, "lam": targets.lam}
+    views, labels = torch.arange(2 * 7 * 3.0).view(2, 7, 3, 1, 1)[:, mine], torch.arange(7)[mine]
+    mix = draw_mix(11, 5, alpha=0.2, global_batch=7, first=mine.start, count=counts[rank])
+    with SyncAudit(torch.device("cpu")) as asking:
+        expected = apply_mix(views, labels, mix)
+    with SyncAudit(torch.device("cpu")) as knowing:
+        views, targets = apply_mix(views, labels, mix, counts)
+    assert torch.equal(views, expected[0])
+    assert torch.equal(targets.labels_other_B, expected[1].labels_other_B)
+    waits = [len(asking.found), len(knowing.found)]
+    return {"views": views, "other": targets.labels_other_B, "lam": targets.lam, "waits": waits}
 
 
 def test_mixup_does_not_depend_on_the_number_of_processes(tmp_path: Path) -> None:
@@ -117,6 +126,8 @@ def test_mixup_does_not_depend_on_the_number_of_processes(tmp_path: Path) -> Non
     torch.testing.assert_close(torch.cat([p["views"] for p in parts], dim=1), alone["views"], rtol=0, atol=0)
     assert torch.equal(torch.cat([p["other"] for p in parts]), alone["other"])
     assert all(p["lam"] == alone["lam"] for p in parts)
+    for asking, knowing in (p["waits"] for p in parts):
+        assert asking > knowing == 0
 
 
 def test_mixup_mixes_all_views_with_one_weight_and_one_permutation() -> None:
@@ -148,6 +159,14 @@ def test_gpu_ids_that_do_not_exist_are_refused() -> None:
     with pytest.raises(UserError, match=r"--gpu_ids 'zero'"):
         distributed.visible_gpus(no_cuda=False, gpu=None, gpu_ids="zero")
     assert distributed.visible_gpus(no_cuda=True, gpu=None, gpu_ids=None) == []
+
+
+def test_several_gpus_are_named_once_each(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    named = distributed.named_gpus("--devices", "cuda:1, cuda:0")
+    assert named == [torch.device("cuda", 1), torch.device("cuda", 0)]
+    with pytest.raises(UserError, match="--devices cuda,cuda:0: names a GPU twice"):
+        distributed.named_gpus("--devices", "cuda,cuda:0")
 
 
 def test_several_nodes_need_a_meeting_point() -> None:

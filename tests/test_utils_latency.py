@@ -1,5 +1,7 @@
 """Latencies: every candidate answers every batch size in turns; table and picture say what was measured."""
 
+from unittest.mock import Mock
+
 import pytest
 import torch
 
@@ -61,6 +63,15 @@ def test_the_slowest_of_a_few_rounds_is_the_99th_percentile(monkeypatch):
         [Candidate(name="a", strategy="loop", forward=torch.neg)], torch.ones(1, 1, 1, 1), batch_sizes=(2,), seconds=-1
     )
     assert (found.p50_ms, found.p99_ms, found.images_per_second) == (1000.0, 7000.0, 2.0)
+
+
+def test_an_answer_is_waited_for_on_the_gpu_where_it_comes(monkeypatch):
+    waits = []
+    monkeypatch.setattr(torch.cuda, "synchronize", waits.append)
+    asked, answered = torch.device("cuda", 0), torch.device("cuda", 1)
+    candidate = Candidate(name="a", strategy="2 devices", forward=lambda images: Mock(device=answered))
+    latency._seconds(candidate, Mock(device=asked))
+    assert waits == [asked, answered]
 
 
 def test_table_marks_the_fastest_of_each_size_whoever_it_is():

@@ -1,6 +1,7 @@
 """Checkpoints are written while training goes on, as the run was when they were asked for."""
 
 import logging
+import os
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -72,6 +73,24 @@ def test_no_more_than_two_wait_and_the_oldest_go(disk: Disk, tmp_path: Path) -> 
     third.join()
     saver.wait()
     assert [path.name for path in ckpt.list_checkpoints(tmp_path)] == ["checkpoint_3.pth.tar", "checkpoint_2.pth.tar"]
+    saver.close()
+
+
+def test_a_small_file_is_written_while_old_checkpoints_go(
+    disk: Disk, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    saver, replace = saver_in(tmp_path, stops=True), os.replace
+
+    def late(*names: Any) -> None:
+        disk.free.set()
+        saver.wait()
+        replace(*names)
+
+    saver.checkpoint("checkpoint_1.pth.tar", {})
+    monkeypatch.setattr(os, "replace", late)
+    saver.file("found.yaml", "whole")
+    assert (tmp_path / "found.yaml").read_text() == "whole"
+    assert disk.written == ["checkpoint_1.pth.tar"]
     saver.close()
 
 

@@ -200,8 +200,14 @@ def load_newest(folder: Path) -> tuple[dict[str, Any], Path] | None:
 
 
 def prune_checkpoints(folder: Path, keep: int) -> None:
-    """Delete all but the `keep` newest checkpoints, and what killed writers left."""
+    """Delete all but the `keep` newest checkpoints, and the half of one that a killed writer left.
+
+    Other half-written files stay: another thread or process may be writing them now. One that a kill left is replaced
+    when its file is written again.
+    """
     for path in list_checkpoints(folder)[keep:]:
         path.unlink(missing_ok=True)
     for path in folder.glob(f"*{PARTIAL}"):
-        path.unlink(missing_ok=True)
+        whole = path.with_name(path.name.removesuffix(PARTIAL))
+        if whole.name == BEST or run_position(whole) is not None:
+            path.unlink(missing_ok=True)

@@ -34,6 +34,23 @@ class OneLineParser(argparse.ArgumentParser):
         self.exit(UserError.exit_code, f"{self.prog}: {message.removeprefix('argument ')}\n")
 
 
+def at_least(least: int) -> Callable[[str], int]:
+    """Type of a small program's flag: a whole number from `least` on."""
+
+    def number(text: str) -> int:
+        if not text.isdecimal() or int(text) < least:
+            raise argparse.ArgumentTypeError(f"expected a whole number from {least} on, got {text!r}")
+        return int(text)
+
+    return number
+
+
+def several_at_least(least: int) -> Callable[[str], list[int]]:
+    """The same for a comma list."""
+    number = at_least(least)
+    return lambda text: [number(part.strip()) for part in text.split(",")]
+
+
 class _Store(argparse.Action):
     """Keep the spelling with the value; a bare flag does not undo a value that another spelling gave."""
 

@@ -9,7 +9,7 @@ import inspect
 import logging
 import os
 import socket
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -94,7 +94,7 @@ def named_gpus(flag: str, names: str | None) -> list[torch.device]:
     """The GPUs of a comma list such as cuda:0,cuda:1.
 
     Raises:
-        UserError: a name that is no GPU of this machine; the line names `flag`.
+        UserError: a name that is no GPU of this machine, or one twice; the line names `flag`.
     """
     devices, present = [], torch.cuda.device_count()
     for name in (part.strip() for part in (names or "").split(",") if part.strip()):
@@ -104,6 +104,8 @@ def named_gpus(flag: str, names: str | None) -> list[torch.device]:
                 f"{flag} {names}: {name} is none of this machine's {present} GPUs; name them cuda:0,cuda:1."
             )
         devices.append(torch.device("cuda", int(number or "0")))
+    if len(set(devices)) < len(devices):
+        raise UserError(f"{flag} {names}: names a GPU twice; name each once.")
     return devices
 
 
@@ -247,13 +249,18 @@ def all_reduce_sum(value: Tensor) -> Tensor:
     return value
 
 
-def all_gather_rows(rows: Tensor) -> Tensor:
-    """Rows [B_r, ...] of every process, in rank order -> [sum of B_r, ...]; B_r may differ. No gradient."""
+def all_gather_rows(rows: Tensor, sizes: Sequence[int] | None = None) -> Tensor:
+    """Rows [B_r, ...] of every process, in rank order -> [sum of B_r, ...]; B_r may differ. No gradient.
+
+    Args:
+        sizes: every process's B_r; None: the processes ask each other, for which the host waits.
+    """
     if not dist.is_initialized() or dist.get_world_size() == 1:
         return rows
-    counts = [torch.zeros((), dtype=torch.int64, device=rows.device) for _ in range(dist.get_world_size())]
-    dist.all_gather(counts, torch.tensor(len(rows), device=rows.device))
-    sizes = [int(count) for count in counts]
+    if sizes is None:
+        counts = [torch.zeros((), dtype=torch.int64, device=rows.device) for _ in range(dist.get_world_size())]
+        dist.all_gather(counts, torch.tensor(len(rows), device=rows.device))
+        sizes = [int(count) for count in counts]
     padded = rows.new_zeros((max(sizes), *rows.shape[1:]))
     padded[: len(rows)] = rows
     parts = [torch.empty_like(padded) for _ in sizes]

@@ -3,13 +3,15 @@
 import csv
 import io
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
 from utils.checkpoint import write_file
+from utils.errors import WriteError, reason
 from utils.evaluation import Evaluation
 from utils.latency import Latency, as_plain, format_latencies, plot_accuracy_latency
 from utils.plots import plot_confusion
@@ -84,7 +86,8 @@ def write_evaluation(results: Mapping[str, Any], confusion_KK: Tensor, classes: 
     write_file(folder / RESULTS, as_json(results))
     write_file(folder / "table.md", table + "\n")
     write_file(folder / "per_class.csv", csv_text(("class", "name", "images", "acc1"), rows))
-    plot_confusion(confusion_KK.numpy(), classes, folder / "confusion.png")
+    with _written(folder / "confusion.png") as path:
+        plot_confusion(confusion_KK.numpy(), classes, path)
     return table
 
 
@@ -92,13 +95,23 @@ def write_latencies(rows: Sequence[Latency], folder: Path) -> str:
     """Write latency.md, latency.json and latency.png; returns the table.
 
     Raises:
-        RunError: a file cannot be written.
+        WriteError: a file cannot be written.
     """
     table = format_latencies(rows)
     write_file(folder / "latency.md", table + "\n")
     write_file(folder / "latency.json", json.dumps(as_plain(rows), indent=2) + "\n")
-    plot_accuracy_latency(rows, folder / "latency.png")
+    with _written(folder / "latency.png") as path:
+        plot_accuracy_latency(rows, path)
     return table
+
+
+@contextmanager
+def _written(path: Path) -> Iterator[Path]:
+    """The path; where Matplotlib cannot write it, that is a WriteError."""
+    try:
+        yield path
+    except OSError as error:
+        raise WriteError(f"{path}: could not be written: {reason(error)}.") from None
 
 
 def csv_text(titles: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:

@@ -114,14 +114,14 @@ def _warm_up(candidate: Candidate, batch_BCHW: Tensor) -> None:
 
 
 def _seconds(candidate: Candidate, batch_BCHW: Tensor) -> float:
-    """Seconds from the question to the answer on the device."""
+    """Seconds from the question to the answer, which networks on several GPUs give on the first of these."""
     device = batch_BCHW.device
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     started = time.perf_counter()
-    candidate.forward(batch_BCHW)
+    answer = candidate.forward(batch_BCHW)
     if device.type == "cuda":
-        torch.cuda.synchronize(device)
+        torch.cuda.synchronize(answer.device)
     return time.perf_counter() - started
 
 

@@ -13,6 +13,7 @@ K = V x B views; P = size * size pixels of a view, a power of two.
 from collections.abc import Sequence
 
 import numpy as np
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -90,22 +91,23 @@ def make_views(
     places += [upload.add(array) for array in (records, tables, scale_3C)]
     window, record, table, scale = (tensor for tensor in upload.send(images_BCHW.device))
     assert places == [0, 1, 2, 3]
-    _make_view[(count,)](
-        views_VBCHW,
-        images_BCHW.contiguous(),
-        window,
-        record,
-        table,
-        scale,
-        len(steps),
-        len(images_BCHW),
-        *images_BCHW.shape[-2:],
-        padding,
-        *views_VBCHW.stride(),
-        reflect=reflect,
-        size=size,
-        **COMPILER_OPTIONS,
-    )
+    with torch.cuda.device_of(views_VBCHW):  # Triton launches on the current device, whatever its arguments say
+        _make_view[(count,)](
+            views_VBCHW,
+            images_BCHW.contiguous(),
+            window,
+            record,
+            table,
+            scale,
+            len(steps),
+            len(images_BCHW),
+            *images_BCHW.shape[-2:],
+            padding,
+            *views_VBCHW.stride(),
+            reflect=reflect,
+            size=size,
+            **COMPILER_OPTIONS,
+        )
 
 
 def _records(

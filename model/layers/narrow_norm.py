@@ -6,7 +6,7 @@ a row. The same kernels over such rows give the moments of k*C columns, which po
 scale and shift at full width.
 """
 
-import types
+from functools import partial
 from typing import Any
 
 import torch
@@ -28,7 +28,8 @@ def widen_narrow_norms(network: nn.Module) -> None:
     """
     for module in network.modules():
         if type(module) is nn.BatchNorm2d and module.num_features < MAX_CHANNELS and module.num_features % VECTOR:
-            module.forward = types.MethodType(_forward, module)  # type: ignore[method-assign]
+            # a partial, because a bound method would not come back from a pickle
+            module.forward = partial(_forward, module)  # type: ignore[method-assign]
 
 
 def _forward(norm: nn.BatchNorm2d, x: Tensor) -> Tensor:

@@ -35,7 +35,7 @@ def judge_nonfinite(found: NonfiniteSteps, limit: int | None, steps_per_epoch: i
     networks = ", ".join(str(i + 1) for i in found.networks) or "none in its logits, so in a loss or gradient"
     if limit is None:
         raise RunError(
-            f"non-finite loss or gradient at {where}, network {networks}: the weights were left untouched. Lower "
+            f"non-finite loss or gradient at {where}, network {networks}: that step changed no weights. Lower "
             "--lr, set --clip_grad, or --on_nonfinite skip; the last checkpoint is whole."
         )
     if found.count > limit:

@@ -26,6 +26,7 @@ from dataset.pipeline import build_eval_loader, build_train_loader
 from dataset.views import ViewMaker, view_spec
 from method import Method, Progress, StepOutput, methods
 from model import backbone_request, build_splitnet, network_requests, request_of
+from model.layers.narrow_norm import restore_narrow_norms
 from model.plan import solver_plan
 from model.restore import library_weights, load_pretrained, stored_widths
 from model.summary import NUM_CLASSES, format_table, network_sizes
@@ -154,7 +155,10 @@ class Trainer:
 
         # inside the DDP wrapper, whose gradient hooks sit on the parameters and so outside of what is compiled
         if config.compile is not None:
-            compile_modules(self.method.compiled_parts(), config.compile, world.device, self.network.execution)
+            parts = [*self.method.compiled_parts()]
+            for part in parts:
+                restore_narrow_norms(part)
+            compile_modules(parts, config.compile, world.device, self.network.execution)
         # last, because DDP copies process 0's weights to the others
         self.model: nn.Module = self.method
         if world.world_size > 1 and not self.method.reduces_own_gradients:

@@ -11,7 +11,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from model.layers import narrow_norm
-from model.layers.narrow_norm import batch_norm_by_rows, widen_narrow_norms
+from model.layers.narrow_norm import batch_norm_by_rows, restore_narrow_norms, widen_narrow_norms
 from model.splitnet import SplitNet
 
 
@@ -184,6 +184,13 @@ def test_any_other_pass_is_torchs_own(options, shape, dtype, layout, monkeypatch
     assert not calls
     for one, other in zip(norm.state_dict().values(), plain.state_dict().values(), strict=True):
         assert torch.equal(one, other)
+
+
+def test_a_norm_to_be_compiled_is_torchs_own_again():
+    norm, plain = norm_of()
+    assert "forward" in vars(norm)
+    restore_narrow_norms(nn.Sequential(norm))
+    assert vars(norm).keys() == vars(plain).keys()
 
 
 @pytest.mark.parametrize("channels", [16, 32, 48, 64, 100])

@@ -5,6 +5,7 @@ import io
 import json
 import math
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
@@ -242,6 +243,22 @@ def test_a_gradient_that_lies_otherwise_in_memory_is_read_right() -> None:
     for module in (network, reference):
         guarded_step(build(module, "SGD"), flag(0.0))
     assert torch.equal(network[0].weight, reference[0].weight)
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_the_gradient_of_a_1x1_convolution_is_not_copied_for_strides_that_mean_nothing(name: str) -> None:
+    network = nn.Conv2d(6, 4, 1).to(memory_format=torch.channels_last)
+    reference = copy.deepcopy(network)
+    give_gradients(reference, 0)
+    give_gradients(network, 0)
+    assert network.weight.grad is not None
+    gradient = network.weight.grad.as_strided((4, 6, 1, 1), (6, 1, 1, 1))
+    assert gradient.stride() != network.weight.stride()
+    network.weight.grad = gradient
+    with mock.patch("torch.empty_like", side_effect=AssertionError("a copy")):
+        guarded_step(build(network, name), flag(0.0))
+    guarded_step(build(reference, name), flag(0.0))
+    assert torch.equal(network.weight, reference.weight)
 
 
 @pytest.mark.parametrize("capturable", [False, True])

@@ -188,7 +188,7 @@ def guarded_step(optimizer: Optimizer, found_nonfinite: Tensor) -> None:
     for group in optimizer.param_groups:
         for parameter in group["params"]:
             gradient = parameter.grad
-            if gradient is not None and gradient.stride() != parameter.stride():
+            if gradient is not None and not _lie_alike(gradient, parameter):
                 # Fused kernels read memory as it lies; autograd's own gradients always lie as their parameters do.
                 parameter.grad = torch.empty_like(parameter).copy_(gradient)
     optimizer.found_inf = found_nonfinite  # type: ignore[attr-defined]
@@ -196,6 +196,11 @@ def guarded_step(optimizer: Optimizer, found_nonfinite: Tensor) -> None:
         optimizer.step()
     finally:
         del optimizer.found_inf  # type: ignore[attr-defined]
+
+
+def _lie_alike(one: Tensor, other: Tensor) -> bool:
+    """Whether tensors of one shape keep their elements in one order; strides of dimensions of size 1 mean nothing."""
+    return all(a == b for size, a, b in zip(one.shape, one.stride(), other.stride(), strict=True) if size > 1)
 
 
 @torch.no_grad()

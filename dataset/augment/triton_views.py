@@ -86,11 +86,10 @@ def make_views(
     """
     size, count = views_VBCHW.shape[-1], len(windows_K3)
     upload = Upload()
-    places = [upload.add(np.concatenate([windows_K3, boxes_K4, np.zeros((count, 1), np.int64)], axis=1))]
-    records, tables = _records(steps, count, size)
-    places += [upload.add(array) for array in (records, tables, scale_3C)]
-    window, record, table, scale = (tensor for tensor in upload.send(images_BCHW.device))
-    assert places == [0, 1, 2, 3]
+    windows_K8 = np.concatenate([windows_K3, boxes_K4, np.zeros((count, 1), np.int64)], axis=1)
+    for array in (windows_K8, *_records(steps, count, size), scale_3C):
+        upload.add(array)
+    window, record, table, scale = upload.send(images_BCHW.device)
     with torch.cuda.device_of(views_VBCHW):  # Triton launches on the current device, whatever its arguments say
         _make_view[(count,)](
             views_VBCHW,

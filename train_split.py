@@ -155,7 +155,7 @@ class Trainer:
 
         # inside the DDP wrapper, whose gradient hooks sit on the parameters and so outside of what is compiled
         if config.compile is not None:
-            parts = [*self.method.compiled_parts()]
+            parts = self.method.compiled_parts()
             for part in parts:
                 restore_narrow_norms(part)
             compile_modules(parts, config.compile, world.device, self.network.execution)
@@ -495,13 +495,12 @@ class Trainer:
         if self.step == 0:
             self.log.views(views, self.source.mean, self.source.std, 0)
         count = len(batch.labels_B)
-        parts = [shard(batch.global_batch_size, rank, world.world_size) for rank in range(world.world_size)]
-        first, everyone = parts[world.rank].start, batch.global_batch_size
-        counts = None
         if config.on_bad_image == "skip":
-            first, everyone = distributed.place_among_processes(count, world)
+            counts = distributed.gather_counts(count, world.device)
         else:
+            parts = (shard(batch.global_batch_size, rank, world.world_size) for rank in range(world.world_size))
             counts = [part.stop - part.start for part in parts]
+        first, everyone = sum(counts[: world.rank]), sum(counts)
         if config.is_mixup:
             mix = draw_mix(
                 self.seed,

@@ -14,7 +14,7 @@ from dataset.loader import shard
 from dataset.mixup import apply_mix, draw_mix
 from tests.processes import run_processes
 from utils import distributed
-from utils.distributed import ProcessSyncBatchNorm, World, synchronise_batchnorm
+from utils.distributed import ProcessSyncBatchNorm, synchronise_batchnorm
 from utils.errors import RunError, UserError
 from utils.interrupt import Stopped, StopRequest
 from utils.sync_audit import SyncAudit
@@ -67,10 +67,9 @@ def test_synchronised_batchnorm_alone_is_batchnorm() -> None:
 
 def gathered(rank: int, world_size: int) -> dict[str, Any]:
     rows = torch.full((rank + 1, 2), float(rank))
-    world = World(rank, world_size, rank, world_size, torch.device("cpu"))
     return {
         "rows": distributed.all_gather_rows(rows),
-        "place": list(distributed.place_among_processes(rank + 1, world)),
+        "counts": distributed.gather_counts(rank + 1, torch.device("cpu")),
         "agreed": asked_together(rank),
         "until_stopped": until_stopped(rank),
     }
@@ -96,9 +95,9 @@ def until_stopped(rank: int) -> list[int]:
 
 def test_rows_of_uneven_processes_and_stop_requests(tmp_path: Path) -> None:
     results = run_processes(3, gathered, tmp_path / "r")
-    for rank, result in enumerate(results):
+    for result in results:
         assert result["rows"][:, 0].tolist() == [0, 1, 1, 2, 2, 2]
-        assert result["place"] == [sum(range(1, rank + 1)), 6]
+        assert result["counts"] == [1, 2, 3]
         assert result["agreed"]
     seen = [result["until_stopped"] for result in results]
     assert seen == [[0, 1, -signal.SIGTERM], [0, 1, -signal.SIGTERM], [-signal.SIGTERM]]

@@ -258,9 +258,7 @@ def all_gather_rows(rows: Tensor, sizes: Sequence[int] | None = None) -> Tensor:
     if not dist.is_initialized() or dist.get_world_size() == 1:
         return rows
     if sizes is None:
-        counts = [torch.zeros((), dtype=torch.int64, device=rows.device) for _ in range(dist.get_world_size())]
-        dist.all_gather(counts, torch.tensor(len(rows), device=rows.device))
-        sizes = [int(count) for count in counts]
+        sizes = gather_counts(len(rows), rows.device)
     padded = rows.new_zeros((max(sizes), *rows.shape[1:]))
     padded[: len(rows)] = rows
     parts = [torch.empty_like(padded) for _ in sizes]
@@ -277,15 +275,14 @@ def gather_values(value: Any) -> list[Any]:
     return values
 
 
-def place_among_processes(count: int, world: World) -> tuple[int, int]:
-    """(sum of the counts of the processes before this one, sum over all); counts may differ."""
-    if world.world_size == 1:
-        return 0, count
-    counts = torch.zeros(world.world_size, dtype=torch.int64, device=world.device)
-    counts[world.rank] = count
+def gather_counts(count: int, device: torch.device) -> list[int]:
+    """Every process's count, in rank order; the host waits for them."""
+    if not dist.is_initialized() or dist.get_world_size() == 1:
+        return [count]
+    counts = torch.zeros(dist.get_world_size(), dtype=torch.int64, device=device)
+    counts[dist.get_rank()] = count
     dist.all_reduce(counts)
-    numbers = counts.tolist()
-    return sum(numbers[: world.rank]), sum(numbers)
+    return [int(number) for number in counts.tolist()]
 
 
 def wrap(module: nn.Module, world: World) -> DistributedDataParallel:

@@ -25,25 +25,25 @@ from dataset.pipeline import build_eval_loader
 from dataset.source import cifar, imagenet
 from dataset.unlabelled import Inputs, array_inputs, file_inputs
 from dataset.views import ViewMaker, plain_spec
+from evaluation.contenders import Contender, compare_latencies, undivided
+from evaluation.ensemble import ensemble_rule
+from evaluation.files import evaluation_results, write_evaluation, write_latencies
+from evaluation.latency import Latency, as_plain
+from evaluation.passes import evaluate
+from evaluation.prediction import predict, write_prediction
 from method import methods
 from model import backbones, split_list
-from model.inference import Contender, compare_latencies, undivided
 from model.restore import WEIGHTS, NetworkInfo, restore_splitnet
 from model.splitnet import SplitNet
 from parser_params import Config, parse_config
-from utils import checkpoint as ckpt
-from utils import distributed
-from utils.distributed import World
-from utils.ensemble import ensemble_rule
+from record import checkpoint as ckpt
+from record.logger import plain_json, set_up_text_log
+from record.run_folder import HPARAMS, RESULTS, as_json
+from utils import distributed, launch
 from utils.errors import RunError, UserError, reason
-from utils.eval_files import evaluation_results, write_evaluation, write_latencies
-from utils.evaluation import evaluate
-from utils.latency import Latency, as_plain
-from utils.logger import plain_json, set_up_text_log
+from utils.launch import World
 from utils.options import option
 from utils.precision import Precision, choose_precision, lay_out
-from utils.prediction import predict, write_prediction
-from utils.run_folder import HPARAMS, RESULTS, as_json
 
 logger = logging.getLogger("eval")
 
@@ -228,7 +228,7 @@ def _place(network: SplitNet, config: Config, precision: Precision, device: torc
         if getattr(config, flag) and device.type != "cuda":
             raise UserError(f"--{flag} 1 needs a GPU, and this run is on the CPU: leave it away.")
     if config.is_test_on_multigpus:
-        if distributed.under_launcher():
+        if launch.under_launcher():
             raise UserError("--is_test_on_multigpus 1 spreads networks, and torchrun spreads images: use one of them.")
         network.spread([torch.device("cuda", number) for number in gpus])
     else:
@@ -335,7 +335,7 @@ def open_timing(session: Session) -> Callable[[float], list[Latency]] | None:
         return None
     if world.world_size > 1:
         raise UserError(f"--benchmark times one process, and this job has {world.world_size}: start it alone.")
-    devices = distributed.named_gpus("--devices", options.devices)
+    devices = launch.named_gpus("--devices", options.devices)
     divided = len(info.archs) == 1 and info.split_factor > 1
     large = Contender("undivided", undivided(info.request), None) if divided else None
     if options.large is not None:
@@ -480,8 +480,8 @@ def run(config: Config) -> dict[str, Any]:
     Raises:
         UserError, RunError: see `open_session`, `run_evaluation`, `run_prediction`.
     """
-    gpus = distributed.visible_gpus(no_cuda=config.no_cuda, gpu=config.gpu, gpu_ids=config.gpu_ids)
-    world = distributed.join(gpus, backend=config.dist_backend)
+    gpus = launch.visible_gpus(no_cuda=config.no_cuda, gpu=config.gpu, gpu_ids=config.gpu_ids)
+    world = launch.join(gpus, backend=config.dist_backend)
     set_up_text_log(None, rank=world.rank)
     for line in config.warnings:
         logger.warning("%s", line)
@@ -502,7 +502,7 @@ def run(config: Config) -> dict[str, Any]:
             raise UserError("--benchmark follows an evaluation, and --predict takes its place: use one of them.")
         return run_evaluation(session) if predict is None else run_prediction(session, Path(predict))
     finally:
-        distributed.leave(world)
+        launch.leave(world)
 
 
 def evaluate_arguments(argv: list[str]) -> dict[str, Any]:
@@ -513,12 +513,12 @@ def evaluate_arguments(argv: list[str]) -> dict[str, Any]:
         SystemExit: a started process failed and has said why.
     """
     config = parse_config(argv, program="eval.py", extra=EvalOptions)
-    if not config.multiprocessing_distributed or distributed.under_launcher():
+    if not config.multiprocessing_distributed or launch.under_launcher():
         return run(config)
-    gpus = distributed.visible_gpus(no_cuda=config.no_cuda, gpu=config.gpu, gpu_ids=config.gpu_ids)
+    gpus = launch.visible_gpus(no_cuda=config.no_cuda, gpu=config.gpu, gpu_ids=config.gpu_ids)
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "results.json"
-        distributed.spawn(
+        launch.spawn(
             _worker,
             (argv, str(path)),
             processes=config.nproc_per_node or len(gpus) or 1,

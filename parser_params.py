@@ -17,8 +17,13 @@ from dataset import sources
 from dataset.views import ERASE_MODES, PADDING_MODES
 from method import methods
 from model import backbones, split_list
+from model.division.plan import DIVIDE_BY
 from model.execution import EXECUTIONS
-from model.plan import DIVIDE_BY
+from recipe.cream_yaml import is_published, is_published_key, read_published
+from recipe.published import RECIPES, recipe_defaults
+from training.compiling import COMPILE_MODES
+from training.optim import OPTIMIZERS
+from training.schedule import MODES
 from utils.command_line import (
     FlagParser,
     add_flags,
@@ -28,15 +33,10 @@ from utils.command_line import (
     read_yaml,
     with_underscores,
 )
-from utils.cream_yaml import is_published, is_published_key, read_published
-from utils.distributed import processes_on_this_machine
 from utils.errors import UserError
-from utils.optim import OPTIMIZERS
+from utils.launch import processes_on_this_machine
 from utils.options import Flag, flags_of, option
-from utils.recipe import RECIPES, recipe_defaults
 from utils.registry import nearest_name
-from utils.schedule import MODES
-from utils.step import COMPILE_MODES
 
 RECIPE = "set by the recipe"
 OF_DATA = "the data set's, or the method's recipe"

@@ -20,42 +20,41 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from dataset import DataSource, SourceRequest, open_source
-from dataset.loader import Batch, shard
+from dataset.loader import Batch
 from dataset.mixup import apply_mix, draw_mix
 from dataset.pipeline import build_eval_loader, build_train_loader
+from dataset.sampler import shard
 from dataset.views import ViewMaker, view_spec
+from evaluation.ensemble import ensemble_rule
+from evaluation.passes import evaluate
 from method import Method, Progress, StepOutput, methods
 from model import backbone_request, build_splitnet, network_requests, request_of
+from model.division.plan import solver_plan
 from model.layers.narrow_norm import restore_narrow_norms
-from model.plan import solver_plan
-from model.restore import library_weights, load_pretrained, stored_widths
+from model.layers.sync_norm import synchronise_batchnorm
+from model.restore import library_weights, load_pretrained, plain_keys, published_keys, stored_widths
 from model.summary import NUM_CLASSES, format_table, network_sizes
 from parser_params import Config, parse_config, resolve_config
-from utils import checkpoint as ckpt
-from utils import distributed
-from utils.distributed import World
-from utils.ensemble import ensemble_rule
+from record import checkpoint as ckpt
+from record.logger import RunLog, plain_json, set_up_text_log
+from record.plots import plot_curves
+from record.report import Reporter, RunClock
+from record.run_folder import HPARAMS, RESULTS, as_json, describe_environment, make_folder, open_run, read_results
+from record.saving import Saver
+from training.compiling import as_written, compile_modules
+from training.guard import NonfiniteGuard, judge_nonfinite
+from training.interrupt import Stopped, StopRequest
+from training.meters import MeanMeter
+from training.optim import WeightAverage, build_optimizer, parameter_groups, set_learning_rate
+from training.replay import CudaRecorder, ReplayedStep, check_replayable
+from training.schedule import Schedule
+from training.update import WeightUpdate
+from utils import distributed, launch
 from utils.errors import RunError, UserError, WriteError, reason
-from utils.evaluation import evaluate
-from utils.guard import NonfiniteGuard, judge_nonfinite
-from utils.interrupt import Stopped, StopRequest
-from utils.logger import RunLog, plain_json, set_up_text_log
+from utils.launch import World
 from utils.macs import count_macs, count_params
-from utils.meters import MeanMeter
-from utils.optim import (
-    WeightAverage,
-    build_optimizer,
-    parameter_groups,
-    set_learning_rate,
-)
-from utils.plots import plot_curves
 from utils.precision import Precision, choose_precision, lay_out
-from utils.report import Reporter, RunClock
-from utils.run_folder import HPARAMS, RESULTS, as_json, describe_environment, make_folder, open_run, read_results
-from utils.saving import Saver
-from utils.schedule import Schedule
 from utils.seed import STREAM_INIT, STREAM_STEP, draw_seed, fold_in
-from utils.step import CudaRecorder, ReplayedStep, WeightUpdate, as_written, check_replayable, compile_modules
 from utils.targets import Targets, plain_targets
 
 logger = logging.getLogger("train_split")
@@ -122,7 +121,7 @@ class Trainer:
         self.method.to(world.device, self.precision.weights)
         lay_out(self.method, self.precision.memory_format)
         if config.is_syncbn and world.world_size > 1:
-            distributed.synchronise_batchnorm(self.method, world.device)
+            synchronise_batchnorm(self.method, world.device)
 
         self.network.execution = self._choose_execution(resumed)
 
@@ -326,7 +325,7 @@ class Trainer:
             "epoch": self.epoch,
             "arch": self.config.arch,
             "widths": list(request_of(self.network.models[0]).widths or ()),
-            "state_dict": ckpt.published_keys(self.network.state_dict()),
+            "state_dict": published_keys(self.network.state_dict()),
             "best_acc1": best["ensemble_acc1"] if best else 0.0,
             "optimizer": self.optimizer.state_dict(),
             "method": self.method.training_state(),
@@ -348,7 +347,7 @@ class Trainer:
         if self.precision.scaler:
             state["scaler"] = self.scaler.state_dict()
         if self.average is not None:
-            state["ema"] = ckpt.published_keys(self.average.state_dict())
+            state["ema"] = published_keys(self.average.state_dict())
         return state
 
     def _environment(self) -> dict[str, Any]:
@@ -380,13 +379,13 @@ class Trainer:
                 before = state["environment"].get(name, value)
                 if before != value:
                     logger.warning("So far %s was %s, now it is %s: the last bits will differ.", name, before, value)
-            self.network.load_state_dict(ckpt.plain_keys(state["state_dict"]))
+            self.network.load_state_dict(plain_keys(state["state_dict"]))
             self.optimizer.load_state_dict(state["optimizer"])
             self.method.load_training_state(state["method"])
             if self.precision.scaler and "scaler" in state:
                 self.scaler.load_state_dict(state["scaler"])
             if self.average is not None and "ema" in state:
-                self.average.load_state_dict(ckpt.plain_keys(state["ema"]))
+                self.average.load_state_dict(plain_keys(state["ema"]))
             place = state["sampler"]
             self.epoch, self.batch, self.step = int(place["epoch"]), int(place["batch"]), int(place["step"])
             meters = state["meters"]
@@ -724,7 +723,7 @@ class Trainer:
             "steps": self.step,
             "seconds": round(self.clock.seconds, 3),
             "images_per_second": round(self.clock.images_per_second(), 1),
-            "state_sha256": ckpt.state_sha256(ckpt.published_keys(self.network.state_dict())),
+            "state_sha256": ckpt.state_sha256(published_keys(self.network.state_dict())),
             "arch": self.config.arch,
             "method": self.config.method,
             "split_factor": self.num_networks,
@@ -770,8 +769,8 @@ def run(config: Config) -> dict[str, Any]:
     Raises:
         UserError, RunError, Stopped: see `Trainer.run`.
     """
-    gpus = distributed.visible_gpus(no_cuda=config.no_cuda, gpu=config.gpu, gpu_ids=config.gpu_ids)
-    world = distributed.join(gpus, backend=config.dist_backend)
+    gpus = launch.visible_gpus(no_cuda=config.no_cuda, gpu=config.gpu, gpu_ids=config.gpu_ids)
+    world = launch.join(gpus, backend=config.dist_backend)
     set_up_text_log(None, rank=world.rank)
     folder = Path(config.model_dir)
     try:
@@ -793,12 +792,12 @@ def run(config: Config) -> dict[str, Any]:
         if world.is_main:
             ckpt.write_file(folder / HPARAMS, as_json(config.described()))
             ckpt.write_file(folder / "env.json", as_json(describe_environment(world)))
-        with distributed.naming_lost_processes(world):
+        with launch.naming_lost_processes(world):
             trainer = Trainer(config, world, source, resumed)
             announce(trainer)
             return trainer.run()
     finally:
-        distributed.leave(world)
+        launch.leave(world)
 
 
 def finished_results(folder: Path, config: Config, resumed: Mapping[str, Any] | None) -> dict[str, Any] | None:
@@ -929,9 +928,9 @@ def main(argv: list[str] | None = None) -> int:
             from eval import evaluate_arguments
 
             results = evaluate_arguments(arguments)
-        elif config.multiprocessing_distributed and not distributed.under_launcher():
-            gpus = distributed.visible_gpus(no_cuda=config.no_cuda, gpu=config.gpu, gpu_ids=config.gpu_ids)
-            distributed.spawn(
+        elif config.multiprocessing_distributed and not launch.under_launcher():
+            gpus = launch.visible_gpus(no_cuda=config.no_cuda, gpu=config.gpu, gpu_ids=config.gpu_ids)
+            launch.spawn(
                 worker,
                 (arguments,),
                 processes=config.nproc_per_node or len(gpus) or 1,

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 from benchmarks.report import describe, markdown, write
-from utils.checkpoint import write_file
+from record.checkpoint import write_file
 from utils.command_line import OneLineParser, at_least
 from utils.errors import RunError, UserError, reason
 

@@ -1,7 +1,8 @@
 """What a training step asks of the host: operations issued, and times that the host waits for the device (G8).
 
 Operations are those that compute or copy, forward, backward and update, as the profiler sees them; views of a tensor
-and memory that is only reserved are left out. Waits are counted by `utils.sync_audit`, with the making of the views.
+and memory that is only reserved are left out. Waits are counted by `benchmarks.sync_audit`, with the making of the
+views.
 """
 
 import argparse
@@ -16,9 +17,9 @@ from torch.profiler import ProfilerActivity, profile
 
 from benchmarks import baseline, own
 from benchmarks.step import published_step
+from benchmarks.sync_audit import SyncAudit
 from dataset.augment.color import count_without_waiting
 from utils.command_line import at_least
-from utils.sync_audit import SyncAudit
 
 ROOT = Path(__file__).parent.parent
 FREE = frozenset(

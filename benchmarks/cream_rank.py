@@ -18,15 +18,15 @@ from typing import Any
 import yaml
 
 from eval import Session, open_session, open_test_split
-from model.search_space import Arch
-from model.supernet import Supernet
+from evaluation.passes import evaluate
+from method.cream.board import PathSampler
+from model.search.space import Arch
+from model.search.supernet import Supernet
 from parser_params import parse_config
-from utils.checkpoint import write_file
+from record.checkpoint import write_file
 from utils.command_line import OneLineParser
-from utils.distributed import join
 from utils.errors import RunError, UserError
-from utils.evaluation import evaluate
-from utils.path_board import PathSampler
+from utils.launch import join
 from utils.seed import STREAM_METHOD, fold_in
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -19,11 +19,11 @@ import torch
 
 from benchmarks.report import describe
 from dataset.class_folders import iterate_images
-from utils.checkpoint import write_file
+from record.checkpoint import write_file
+from record.plots import COLOURS
+from record.run_folder import read_results
 from utils.command_line import OneLineParser
 from utils.errors import RunError, UserError
-from utils.plots import COLOURS
-from utils.run_folder import read_results
 
 ROOT = Path(__file__).resolve().parent.parent
 INTERVALS = 10  # progress lines of a run

@@ -13,11 +13,11 @@ from torch import Tensor
 
 from benchmarks import baseline, own
 from benchmarks.report import Side, interleave, peak_memory_mib, row
+from evaluation.contenders import Contender, candidates_of, undivided
+from evaluation.latency import Candidate
 from model import BackboneRequest, build_splitnet
 from model.execution import EXECUTIONS
-from model.inference import Contender, candidates_of, undivided
 from utils.command_line import several_at_least
-from utils.latency import Candidate
 from utils.precision import choose_precision, lay_out
 
 OWN_LARGE = 0.85  # G9, beside our own large network

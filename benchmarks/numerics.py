@@ -11,8 +11,8 @@ from typing import Any
 import torch
 
 from benchmarks import own
+from record.logger import plain_json
 from utils.command_line import at_least
-from utils.logger import plain_json
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:

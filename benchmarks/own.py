@@ -15,7 +15,7 @@ from dataset.views import ViewMaker
 from model.execution import EXECUTIONS
 from parser_params import parse_config, resolve_config
 from train_split import Trainer, open_shared_source, settle_seed
-from utils import distributed
+from utils import launch
 from utils.errors import UserError
 from utils.precision import has_fast_bf16
 
@@ -74,8 +74,8 @@ def open_trainer(flags: Sequence[str], folder: Path, device: torch.device) -> Tr
         argv += ["--dataset", "synthetic", "--num_classes", "10", "--crop_size", "32"]
     argv += ["--no_cuda"] if device.type == "cpu" else ["--gpu", str(device.index or 0)]
     config = parse_config(argv, program="train_split.py")
-    gpus = distributed.visible_gpus(no_cuda=config.no_cuda, gpu=config.gpu, gpu_ids=config.gpu_ids)
-    world = distributed.join(gpus)
+    gpus = launch.visible_gpus(no_cuda=config.no_cuda, gpu=config.gpu, gpu_ids=config.gpu_ids)
+    world = launch.join(gpus)
     folder.mkdir(parents=True, exist_ok=True)
     config = settle_seed(config, world, None)
     source = open_shared_source(config, world)

@@ -15,8 +15,8 @@ from typing import Any
 
 import torch
 
-from utils.checkpoint import write_file
-from utils.logger import plain_json
+from record.checkpoint import write_file
+from record.logger import plain_json
 from utils.precision import has_fast_bf16
 
 PACKAGES = ("torch", "torchvision", "numpy", "pillow", "timm", "triton")

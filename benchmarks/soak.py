@@ -24,7 +24,7 @@ import torch
 from PIL import Image
 
 from benchmarks.report import hardware, versions
-from utils.checkpoint import PARTIAL, list_checkpoints, run_position
+from record.checkpoint import PARTIAL, list_checkpoints, run_position
 from utils.command_line import OneLineParser
 
 ROOT = Path(__file__).parent.parent

@@ -14,22 +14,19 @@ import threading
 import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-import torch.nn.functional as F
-from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from dataset import ImageSet
-from dataset.augment.resized_crop import RESIZED_CROP_SLOTS, draw_resized_crops
-from dataset.decode import BadImage, read_rgb, refusal, resize_crop
+from dataset.cut import CentreCut, Cut, RandomCrops, Request, ResizedCropSpec
+from dataset.decode import BadImage, read_rgb, refusal
+from dataset.sampler import Shuffled, shard
 from utils.errors import RunError, UserError, reason
-from utils.seed import STREAM_ORDER, STREAM_SAMPLER, STREAM_VIEW, counter_uniform, fold_in, numpy_generator
 
 logger = logging.getLogger(__name__)
 
@@ -50,40 +47,6 @@ class Batch(NamedTuple):
     indices_B: Tensor
     positions_B: np.ndarray
     global_batch_size: int
-
-
-@dataclass(frozen=True, kw_only=True)
-class ResizedCropSpec:
-    """Random resized crops of image files.
-
-    Attributes:
-        size: side of the result in pixels.
-        area: smallest and largest part of the image's area.
-        ratio: smallest and largest width / height of the box.
-        interpolation: "bicubic" or "bilinear", antialiased; torch's for uint8, which is several times as fast as PIL's
-            and within 2 of its values where the image is not noise.
-    """
-
-    size: int
-    area: tuple[float, float] = (0.1, 1.0)
-    ratio: tuple[float, float] = (3 / 4, 4 / 3)
-    interpolation: str = "bicubic"
-
-
-class Request(NamedTuple):
-    """One batch of one process, before any pixel is read; fields as in `Batch`."""
-
-    epoch: int
-    indices_B: np.ndarray
-    positions_B: np.ndarray
-    global_batch_size: int
-
-
-def shard(size: int, rank: int, world_size: int) -> slice:
-    """The contiguous part of `size` things that belongs to a process; parts differ by one at most (np.array_split)."""
-    base, extra = divmod(size, world_size)
-    start = rank * base + min(rank, extra)
-    return slice(start, start + base + (rank < extra))
 
 
 class TrainLoader:
@@ -146,8 +109,8 @@ class TrainLoader:
         self.steps_per_epoch = whole + keeps_rest
         self._positions = min(self.steps_per_epoch * batch_size, len(train))
         self._batch_size, self._rank, self._world_size = batch_size, rank, world_size
-        self._sampler = sampler or _Shuffled(len(train), seed)
-        cut = None if crop is None else _RandomCrops(crop, num_views, seed)
+        self._sampler = sampler or Shuffled(len(train), seed)
+        cut = None if crop is None else RandomCrops(crop, num_views, seed)
         self._feed = _Feed(train, cut, device, workers, on_bad_image)
 
     @property
@@ -218,7 +181,7 @@ class EvalLoader:
         interpolation: str = "bicubic",
         on_bad_image: str = "fail",
     ) -> None:
-        cut = None if resize is None or crop is None else _CentreCut(resize, crop, interpolation)
+        cut = None if resize is None or crop is None else CentreCut(resize, crop, interpolation)
         self._feed = _Feed(split, cut, device, workers, on_bad_image)
         shards = [shard(len(split), r, world_size) for r in range(world_size)]
         self.rounds = -(-shards[0].stop // batch_size)  # no process has more images than the first
@@ -249,153 +212,6 @@ class EvalLoader:
                 yield batch if batch.images.dim() == 4 else batch._replace(images=batch.images[0])
 
 
-@dataclass(frozen=True)
-class _Shuffled:
-    """The ordinary sampler. (A bound method of the loader would tie the loader to itself, and it would not be freed,
-    nor its workers stopped, when it goes out of use.)"""
-
-    size: int
-    seed: int
-
-    def __call__(self, epoch: int) -> np.ndarray:
-        return numpy_generator(self.seed, STREAM_ORDER, epoch).permutation(self.size)
-
-
-class ClassBalancedSampler:
-    """`class_balanced_order` of every epoch, drawn from (seed, STREAM_SAMPLER, epoch): a sampler for `TrainLoader`.
-
-    Raises:
-        UserError: as `images_per_class`.
-    """
-
-    def __init__(self, targets_N: Tensor, *, batch_size: int, seed: int, per_class: int = 2) -> None:
-        self._targets_N, self._batch_size, self._seed, self._per_class = targets_N, batch_size, seed, per_class
-        used = images_per_class(len(targets_N.unique()), batch_size, per_class)
-        if used == batch_size and used != per_class:
-            logger.warning(
-                "class-balanced batches of %d are of one class, without negatives: give another --batch_size",
-                batch_size,
-            )
-        elif used != per_class:
-            logger.info("class-balanced batches of %d hold %d images of a class, not %d", batch_size, used, per_class)
-
-    def __call__(self, epoch: int) -> np.ndarray:
-        generator = numpy_generator(self._seed, STREAM_SAMPLER, epoch)
-        return class_balanced_order(
-            self._targets_N, batch_size=self._batch_size, per_class=self._per_class, generator=generator
-        )
-
-
-def images_per_class(num_classes: int, batch_size: int, per_class: int) -> int:
-    """The smallest divisor of the batch, from `per_class` up, with which the classes fill a batch.
-
-    Raises:
-        UserError: the batch is smaller than `per_class`.
-    """
-    if batch_size < per_class:
-        raise UserError(f"--batch_size {batch_size} is too small for class-balanced batches: give {per_class} or more.")
-    divisors = (m for m in range(per_class, batch_size + 1) if batch_size % m == 0)
-    return next(m for m in divisors if m * num_classes >= batch_size)
-
-
-def class_balanced_order(
-    targets_N: Tensor, *, batch_size: int, per_class: int = 2, generator: np.random.Generator
-) -> np.ndarray:
-    """Indices of floor(N / batch_size) batches, one at the least, of m images of each of batch_size / m random classes.
-
-    m = `images_per_class`; the m images are distinct (with replacement only where a class has fewer than m) and stand
-    side by side. Batches are independent of each other. The sampler of L-MCL (arXiv:2207.11518), int64 [batches *
-    batch_size].
-
-    Raises:
-        UserError: as `images_per_class`.
-    """
-    targets = targets_N.numpy()
-    classes, sizes = np.unique(targets, return_counts=True)
-    m = images_per_class(len(classes), batch_size, per_class)
-    num_batches = max(1, len(targets) // batch_size)
-    every_class = np.tile(np.arange(len(classes)), (num_batches, 1))
-    group_G = generator.permuted(every_class, axis=1)[:, : batch_size // m].ravel()
-
-    # Floyd's choice of m out of n without replacement, for all groups at once: draw from a range that grows by one, and
-    # take its new last element where the draw is taken already
-    size_G = sizes[group_G]
-    picks_GM = np.empty((len(group_G), m), dtype=np.int64)
-    for j in range(m):
-        last_G = size_G - m + j
-        draw_G = generator.integers(0, np.maximum(last_G, 0) + 1)
-        taken_G = (picks_GM[:, :j] == draw_G[:, None]).any(axis=1)
-        picks_GM[:, j] = np.where(taken_G, last_G, draw_G)
-    too_few_G = size_G < m
-    picks_GM[too_few_G] = generator.integers(0, size_G[too_few_G, None], (int(too_few_G.sum()), m))
-
-    members = np.argsort(targets, kind="stable")
-    first = np.cumsum(sizes) - sizes
-    return members[first[group_G][:, None] + picks_GM].ravel()
-
-
-class _Cut(Protocol):
-    """From a decoded image to V squares of one size; travels to the workers."""
-
-    @property
-    def num_views(self) -> int: ...
-
-    @property
-    def size(self) -> int: ...
-
-    def prepare(self, request: Request) -> Callable[[Image.Image, int], Tensor]:
-        """A function of a decoded image and its row in the request: uint8 [V, 3, size, size]."""
-
-
-@dataclass(frozen=True)
-class _RandomCrops:
-    spec: ResizedCropSpec
-    num_views: int
-    seed: int
-
-    @property
-    def size(self) -> int:
-        return self.spec.size
-
-    def prepare(self, request: Request) -> Callable[[Image.Image, int], Tensor]:
-        key = fold_in(self.seed, STREAM_VIEW, request.epoch, 1)
-        uniforms = counter_uniform(key, request.positions_B, np.arange(self.num_views), RESIZED_CROP_SLOTS)
-
-        def cut(image: Image.Image, row: int) -> Tensor:
-            boxes_V4 = draw_resized_crops(
-                uniforms[:, row], image.height, image.width, self.spec.area, self.spec.ratio
-            ).tolist()
-            pixels_1CHW = _pixels(image).unsqueeze(0)
-            views = [
-                F.interpolate(
-                    pixels_1CHW[..., top : top + height, left : left + width],
-                    (self.size, self.size),
-                    mode=self.spec.interpolation,
-                    antialias=True,
-                )
-                for top, left, height, width in boxes_V4
-            ]
-            return torch.cat(views)
-
-        return cut
-
-
-@dataclass(frozen=True)
-class _CentreCut:
-    resize: int
-    size: int
-    interpolation: str
-    num_views: int = 1
-
-    def prepare(self, request: Request) -> Callable[[Image.Image, int], Tensor]:
-        return lambda image, row: _pixels(resize_crop(image, self.resize, self.size, self.interpolation)).unsqueeze(0)
-
-
-def _pixels(image: Image.Image) -> Tensor:
-    """uint8 [3, H, W], its memory ordered as PIL's."""
-    return torch.from_numpy(np.array(image)).permute(2, 0, 1)
-
-
 class _Decoded(NamedTuple):
     """images: uint8 [V, B', 3, h, w] of the readable files; rows: int64 [B'], which ones; bad: the others."""
 
@@ -407,7 +223,7 @@ class _Decoded(NamedTuple):
 class _Files(Dataset[_Decoded]):
     """What a worker holds: the paths, and how to cut. An "item" is a whole batch."""
 
-    def __init__(self, paths: Sequence[Path], cut: _Cut) -> None:
+    def __init__(self, paths: Sequence[Path], cut: Cut) -> None:
         # one array instead of a million objects: small to send, and a look-up does not copy the pages of a fork
         self.paths = np.array([os.fsencode(path) for path in paths])
         self.cut = cut
@@ -432,9 +248,7 @@ class _Files(Dataset[_Decoded]):
 class _Feed:
     """Turns requests into batches, from memory or from files; what both loaders share."""
 
-    def __init__(
-        self, split: ImageSet, cut: _Cut | None, device: torch.device, workers: int, on_bad_image: str
-    ) -> None:
+    def __init__(self, split: ImageSet, cut: Cut | None, device: torch.device, workers: int, on_bad_image: str) -> None:
         if len(split) and (split.images is None) != (cut is not None):
             raise ValueError("files need a crop, images in memory take none")
         self.time_waiting = 0.0

@@ -3,7 +3,9 @@
 import torch
 
 from dataset import DataSource, ImageSet
-from dataset.loader import ClassBalancedSampler, EvalLoader, ResizedCropSpec, TrainLoader
+from dataset.cut import ResizedCropSpec
+from dataset.loader import EvalLoader, TrainLoader
+from dataset.sampler import ClassBalancedSampler
 from utils.errors import UserError
 from utils.seed import STREAM_SAMPLER, fold_in
 

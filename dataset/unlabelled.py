@@ -11,7 +11,8 @@ from torch import Tensor
 
 from dataset import ImageSet
 from dataset.class_folders import iterate_images
-from dataset.loader import EvalLoader, shard
+from dataset.loader import EvalLoader
+from dataset.sampler import shard
 from utils.errors import UserError, reason
 
 logger = logging.getLogger(__name__)

@@ -19,8 +19,8 @@ from torch import Tensor
 from dataset.augment import erasing, geometry
 from dataset.augment.plan import StepPlan, Upload, plan_mirror, plan_step
 from dataset.augment.policy import AUTOAUGMENT_POLICIES, AutoAugment, ColorJitter, Policy, Steps, parse_randaugment
+from dataset.memory import advise_huge_pages
 from utils.errors import UserError
-from utils.memory import advise_huge_pages
 from utils.seed import STREAM_VIEW, counter_uniform, fold_in
 
 HAS_TRITON = importlib.util.find_spec("triton") is not None

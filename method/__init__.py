@@ -1,14 +1,14 @@
 """Ways of learning together: the method registry and the contract between a method and the trainer."""
 
 from abc import abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, NamedTuple
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
+from method.inner import average_over_processes
 from model import split_list
 from model.splitnet import SplitNet
 from utils.distributed import broadcast_buffers
@@ -162,17 +162,6 @@ class Method(nn.Module):
         lost = [k for k in missing if not k.startswith("network.")]
         if lost:
             raise KeyError(f"method state lacks {', '.join(lost)}")
-
-
-def average_over_processes(tensors: Sequence[Tensor]) -> None:
-    """Replace each tensor by its mean over all processes, by one all-reduce; nothing happens with one process."""
-    if not (dist.is_initialized() and dist.get_world_size() > 1) or not tensors:
-        return
-    flat = torch.cat([tensor.flatten() for tensor in tensors])
-    dist.all_reduce(flat)
-    flat /= dist.get_world_size()
-    for tensor, mean in zip(tensors, flat.split([tensor.numel() for tensor in tensors]), strict=True):
-        tensor.copy_(mean.view_as(tensor))
 
 
 methods: Registry[type[Method]] = Registry("method", "--method", "method")

@@ -13,8 +13,8 @@ from loss.distillation import MATCHINGS, knowledge_synergy
 from method import Method, Progress, StepOutput, Targets, methods
 from model.heads import require_stages, synergy_branches
 from model.splitnet import SplitNet
+from recipe.published import scaled_milestones
 from utils.options import option
-from utils.recipe import scaled_milestones
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,7 +40,7 @@ class DKS(Method):
     only; `model.heads.synergy_branches` has the rule by which they are made.
 
     Args:
-        network: S networks with stages, made by `model.build_network`.
+        network: S networks with stages, made by `model.registry.build_network`.
         options: flags.
         label_smoothing: ε of every classification loss.
 

@@ -1,268 +1,44 @@
-"""Backbone registry and the one function that builds a (divided) network from its name."""
+"""Networks by name: registry, builder and SplitNet under one import; the rooms below have the rest."""
 
-from __future__ import annotations
-
-from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass, field, fields, replace
-from typing import TYPE_CHECKING, Any, Protocol, TypeVar
-
-import torch
-from torch import Tensor, nn
-
-from model.backbone.base import StagedBackbone
-from model.splitnet import SplitNet
-from utils.errors import UserError
-from utils.registry import Registry
-from utils.seed import STREAM_INIT, fold_in
-
-if TYPE_CHECKING:
-    from model.plan import DivisionPlan
-
-T = TypeVar("T")
-
-SMALL = "small"  # CIFAR-shaped: 3x3 stem, three stages, 32x32-like images
-LARGE = "large"  # ImageNet-shaped: stride-2 stem, four stages, 224-like images
-
-
-@dataclass(frozen=True, kw_only=True)
-class BackboneRequest:
-    """Everything that decides the structure of one of the S networks.
-
-    Attributes:
-        arch: registered name.
-        split_factor: S; the network built is ONE of the S small ones (S = 1: undivided).
-        num_classes: K.
-        shape: SMALL or LARGE, see `image_shape`.
-        dataset: name of the data set; a few published dropout rates depend on it.
-        crop_size: side of the square input in pixels.
-        options: values of the family's own flags by field name, beside those of others: see `family_options`.
-        divide_by: what the solver matches, "params" or "macs"; None: parameters. Not for families with a table.
-        widths: what the solver found before, as a checkpoint keeps it; None: it solves.
-    """
-
-    arch: str
-    split_factor: int = 1
-    num_classes: int = 10
-    shape: str = SMALL
-    dataset: str = "cifar10"
-    crop_size: int = 32
-    options: Mapping[str, Any] = field(default_factory=dict)
-    divide_by: str | None = None
-    widths: tuple[float, ...] | None = None
-
-
-class BackboneBuilder(Protocol):
-    """What a family file registers for each of its names."""
-
-    def __call__(self, request: BackboneRequest) -> nn.Module:
-        """Build one network; the module maps [B, 3, H, W] to logits [B, K]."""
-        ...
-
-
-@dataclass(frozen=True, kw_only=True)
-class Backbone:
-    """One registry entry.
-
-    Attributes:
-        build: makes one network from a request that `check_request` has accepted.
-        family: name of the family ("resnet"), equal to its file's name.
-        split_factors: shape -> the legal S in ascending order; an open rule ("any S up to 64") lists them all.
-            A shape that is not a key cannot be built.
-        options: dataclass of the family's own flags (fields made by utils.options.option), or None.
-        options_in: names of a network's tensors -> the flags of the family that they show, for released files, which
-            do not say; None where no flag changes the names.
-        crop_size: the architecture's own input size on imagenet, None where the data set decides.
-        crop_pct: side of its input over the short side of the image in evaluation, None where the data set decides.
-        build_wide: makes the same network with twice the width in its last stage (a branch of DKS), or None where
-            the family cannot express it.
-        plan: for networks of any origin, what the solver makes of a request; None where a table of the family decides.
-        pretrained: fetches the weights that the network's library publishes, by state-dict name; None: there are none.
-    """
-
-    build: BackboneBuilder
-    family: str
-    split_factors: Mapping[str, tuple[int, ...]]
-    options: type | None = None
-    options_in: Callable[[Collection[str]], Mapping[str, Any]] | None = None
-    crop_size: int | None = None
-    crop_pct: float | None = None
-    build_wide: BackboneBuilder | None = None
-    plan: Callable[[BackboneRequest], DivisionPlan] | None = None
-    pretrained: Callable[[], Mapping[str, Tensor]] | None = None
-
-
-backbones: Registry[Backbone] = Registry(
-    "backbone", "--arch", "model.backbone", also="torchvision/NAME, timm/NAME, FILE.py:FACTORY"
+from model.build import backbone_request, build_splitnet, network_requests
+from model.registry import (
+    LARGE,
+    SMALL,
+    Backbone,
+    BackboneBuilder,
+    BackboneRequest,
+    DivisionPlan,
+    backbones,
+    build_network,
+    check_request,
+    family_options,
+    image_shape,
+    names_user_code,
+    request_of,
+    split_list,
 )
+from model.splitnet import SplitNet
+from model.staged import StagedBackbone, classifier_name
 
-SMALL_IMAGE_DATASETS = ("digits", "cifar10", "cifar100", "svhn")
-
-
-def image_shape(dataset: str, crop_size: int) -> str:
-    """SMALL or LARGE: which form of a network a data set takes; open data sets go by their size (64 px is small)."""
-    if dataset in SMALL_IMAGE_DATASETS:
-        return SMALL
-    if dataset == "imagenet":
-        return LARGE
-    return SMALL if crop_size <= 64 else LARGE
-
-
-def check_request(request: BackboneRequest) -> Backbone:
-    """The registry entry of a request.
-
-    Raises:
-        UserError: unknown arch, a shape the family does not have, or an S that its division rule does not allow.
-    """
-    entry = backbones.get(request.arch)
-    if request.shape not in entry.split_factors:
-        others = " or ".join(entry.split_factors)
-        raise UserError(
-            f"--arch {request.arch} exists for {others} images only, and --dataset {request.dataset} "
-            f"(--crop_size {request.crop_size}) has {request.shape} ones. Pick another --arch or data set."
-        )
-    legal = entry.split_factors[request.shape]
-    if request.split_factor not in legal:
-        shown = ", ".join(map(str, legal)) if len(legal) <= 20 else f"{legal[0]} to {legal[-1]}"
-        raise UserError(
-            f"--split_factor {request.split_factor} is not possible for --arch {request.arch} "
-            f"({request.shape} images): use {shown}."
-        )
-    if request.divide_by is not None and entry.plan is None:
-        raise UserError(
-            f"--divide_by {request.divide_by}: --arch {request.arch} is divided by the paper's table, and the flag is "
-            "for torchvision/NAME, timm/NAME and FILE.py:FACTORY. Leave it away."
-        )
-    return entry
-
-
-def family_options(kind: type[T], request: BackboneRequest) -> T:
-    """A family's own options out of those of all families; what is not said keeps its default."""
-    own = {item.name for item in fields(kind)} & request.options.keys()  # type: ignore[arg-type]
-    return kind(**{name: request.options[name] for name in own})
-
-
-def build_network(request: BackboneRequest) -> nn.Module:
-    """One of the S networks of a division: [B, 3, H, W] -> logits [B, K].
-
-    Raises:
-        UserError: as `check_request`.
-    """
-    entry = check_request(request)
-    if entry.plan is not None and request.split_factor > 1 and request.widths is None:
-        request = replace(request, widths=entry.plan(request).widths)
-    network = entry.build(request)
-    network.request = request  # type: ignore[assignment]
-    return network
-
-
-def request_of(network: nn.Module) -> BackboneRequest:
-    """What a network of `build_network` was built from, its solved widths included."""
-    request = network.request
-    assert isinstance(request, BackboneRequest)
-    return request
-
-
-def classifier_name(network: nn.Module) -> str | None:
-    """Name of the linear layer that gives the logits; None where a network without stages ends in none."""
-    if isinstance(network, StagedBackbone):
-        return network.classifier_name
-    layers = [name for name, module in network.named_modules() if isinstance(module, nn.Linear)]
-    return layers[-1] if layers else None
-
-
-def network_requests(
-    request: BackboneRequest, *, train_separately: bool = False, archs: Sequence[str] | None = None
-) -> list[BackboneRequest]:
-    """What each of the S networks of a division is, or each of several full networks; arguments as `build_splitnet`.
-
-    Raises:
-        UserError: as `check_request`, or an S or an option that cannot go with `archs`.
-    """
-    if archs is None:
-        check_request(request)
-        return [request] * (1 if train_separately else request.split_factor)
-    if request.split_factor not in (1, len(archs)):
-        raise UserError(
-            f"--split_factor {request.split_factor} cannot go with the {len(archs)} full networks of --arch "
-            f"({','.join(archs)}): leave it away."
-        )
-    if train_separately:
-        raise UserError("--is_train_sep needs one divided network: give --arch one name, with a --split_factor.")
-    return [replace(request, arch=arch, split_factor=1) for arch in archs]
-
-
-def build_splitnet(
-    request: BackboneRequest,
-    *,
-    seed: int,
-    identical_init: bool = False,
-    train_separately: bool = False,
-    archs: Sequence[str] | None = None,
-) -> SplitNet:
-    """The S networks of a division, or several full networks, on the CPU; initial weights depend on `seed` only.
-
-    The global random state is left as it was.
-
-    Args:
-        request: structure of the networks.
-        seed: network i is initialised from (seed, i).
-        identical_init: initialise every network as network 0.
-        train_separately: only one network, with the structure of one of S.
-        archs: names of full (S = 1) networks for mutual learning, in place of `request.arch` and its S.
-
-    Raises:
-        UserError: as `check_request`, or an option that cannot go with `archs`.
-    """
-    if identical_init and archs is not None and len(set(archs)) > 1:
-        raise UserError(f"--is_identical_init needs equal networks, not --arch {','.join(archs)}: give one name.")
-    requests = network_requests(request, train_separately=train_separately, archs=archs)
-    networks = []
-    for i, one in enumerate(requests):
-        # manual_seed of the CPU's generator alone: torch.manual_seed would also reseed every GPU
-        with torch.random.fork_rng(devices=[]):
-            torch.default_generator.manual_seed(fold_in(seed, STREAM_INIT, 0 if identical_init else i))
-            networks.append(build_network(one))
-    return SplitNet(networks)
-
-
-def split_list(arch: str) -> list[str]:
-    """The entries of a comma list of backbones."""
-    return [name.strip() for name in arch.split(",") if name.strip()]
-
-
-def names_user_code(arch: str) -> bool:
-    """Whether looking this name up runs a file of the user's: FILE.py:FACTORY."""
-    return ".py:" in arch
-
-
-class NetworkConfig(Protocol):
-    """The part of a configuration that decides the structure of the networks."""
-
-    @property
-    def arch(self) -> str: ...
-    @property
-    def split_factor(self) -> int: ...
-    @property
-    def dataset(self) -> str: ...
-    @property
-    def crop_size(self) -> int: ...
-    @property
-    def output_stride(self) -> int: ...
-    @property
-    def divide_by(self) -> str | None: ...
-    @property
-    def backbone_options(self) -> Mapping[str, Any]: ...
-
-
-def backbone_request(config: NetworkConfig, *, num_classes: int) -> BackboneRequest:
-    """What the flags ask for, for K classes."""
-    return BackboneRequest(
-        arch=config.arch,
-        split_factor=config.split_factor,
-        num_classes=num_classes,
-        shape=image_shape(config.dataset, config.crop_size),
-        dataset=config.dataset,
-        crop_size=config.crop_size,
-        options={**config.backbone_options, "output_stride": config.output_stride},
-        divide_by=config.divide_by,
-    )
+__all__ = [
+    "LARGE",
+    "SMALL",
+    "Backbone",
+    "BackboneBuilder",
+    "BackboneRequest",
+    "DivisionPlan",
+    "SplitNet",
+    "StagedBackbone",
+    "backbone_request",
+    "backbones",
+    "build_network",
+    "build_splitnet",
+    "check_request",
+    "classifier_name",
+    "family_options",
+    "image_shape",
+    "names_user_code",
+    "network_requests",
+    "request_of",
+    "split_list",
+]

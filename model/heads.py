@@ -12,8 +12,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from model import check_request
-from model.backbone.base import StagedBackbone
+from model.registry import check_request
+from model.staged import StagedBackbone
 from utils.errors import UserError
 
 
@@ -143,7 +143,7 @@ def fresh_network(network: StagedBackbone, *, wide: bool = False) -> StagedBackb
     """Another network of the same structure with initial weights of its own, drawn from the global generator.
 
     Args:
-        network: made by `model.build_network`.
+        network: made by `model.registry.build_network`.
         wide: twice the width in the last stage where the family can express it, else the same width.
     """
     if network.request is None:

@@ -14,11 +14,11 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from model import LARGE, SMALL, Backbone, BackboneRequest
-from model.backbone.base import StagedBackbone
-from model.division import ANY_SPLIT, TOLERANCE, divided_rate, solve_widths
-from model.plan import DivisionPlan
-from model.rechannel import ChannelGraph, trace
+from model.division import ANY_SPLIT, divided_rate
+from model.division.rechannel import ChannelGraph, trace
+from model.division.solver import TOLERANCE, solve_widths
+from model.registry import LARGE, SMALL, Backbone, BackboneRequest, DivisionPlan
+from model.staged import StagedBackbone
 from utils.errors import UserError, reason
 from utils.macs import count_macs, count_params
 

@@ -9,28 +9,38 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from model import (
+from model.build import build_splitnet
+from model.registry import (
     LARGE,
     BackboneRequest,
     backbones,
     build_network,
-    build_splitnet,
-    classifier_name,
     image_shape,
     names_user_code,
     request_of,
     split_list,
 )
 from model.splitnet import SplitNet
-from utils.checkpoint import plain_keys
+from model.staged import classifier_name
 from utils.errors import UserError
 
 logger = logging.getLogger(__name__)
 
+PUBLISHED_PREFIX = "module."  # of every tensor of a released checkpoint
 WEIGHTS = ("auto", "raw", "ema")
 # Entries of checkpoints like Cream's released ones, whose `arch` is the name of a run or of another library's network.
 FOREIGN = frozenset({"state_dict_ema", "args", "version"})
 _NETWORK_KEY = re.compile(r"^models\.(\d+)\.")
+
+
+def published_keys(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """A SplitNet's state dict under the published names `module.models.<i>...`."""
+    return {PUBLISHED_PREFIX + name: value.detach() for name, value in state.items()}
+
+
+def plain_keys(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Inverse of `published_keys`; keys without the prefix pass through."""
+    return {name.removeprefix(PUBLISHED_PREFIX): value for name, value in state.items()}
 
 
 @dataclass(frozen=True, kw_only=True)

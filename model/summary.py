@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 
-from model import BackboneRequest, build_network
+from model.registry import BackboneRequest, build_network
 from model.splitnet import SplitNet
 from utils.macs import count_macs, count_params, thop_macs
 

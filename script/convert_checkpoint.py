@@ -14,9 +14,9 @@ from torch import Tensor
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # started as a file, Python looks in script/ only
 
 from dataset import sources
-from model.restore import network_state, restore_splitnet
-from utils import safe_tensors
-from utils.checkpoint import FORMAT_VERSION, load_checkpoint, published_keys, save_checkpoint, write_file
+from model.restore import network_state, published_keys, restore_splitnet
+from record import safe_tensors
+from record.checkpoint import FORMAT_VERSION, load_checkpoint, save_checkpoint, write_file
 from utils.command_line import OneLineParser
 from utils.errors import RunError, UserError, reason
 

@@ -3,7 +3,7 @@
 import sys
 
 from model import LARGE, BackboneRequest, backbones
-from model.plan import DIVIDE_BY, division_plan
+from model.division.plan import DIVIDE_BY, division_plan
 from utils.command_line import OneLineParser
 from utils.errors import UserError
 

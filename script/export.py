@@ -21,15 +21,15 @@ from torch import Tensor
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from eval import EvalOptions, Session, class_names_and_statistics, open_inputs, open_session
-from model.export import OUTPUTS, export_ensemble, load_exported, onnx_bytes, program_bytes, require
+from evaluation.ensemble import ensemble_scores
+from evaluation.export import OUTPUTS, export_ensemble, load_exported, onnx_bytes, program_bytes, require
 from model.splitnet import SplitNet
 from parser_params import parse_config
-from utils import distributed
-from utils.checkpoint import PARTIAL
+from record.checkpoint import PARTIAL
+from record.logger import plain_json
+from utils import launch
 from utils.command_line import OneLineParser
-from utils.ensemble import ensemble_scores
 from utils.errors import RunError, UserError, reason
-from utils.logger import plain_json
 
 BATCH_SIZES = (1, 2, 7)
 TOLERANCE = 1e-3
@@ -130,7 +130,7 @@ def export(argv: Sequence[str]) -> tuple[dict[str, Any], list[Difference], bool]
     # the file runs on any device and in full precision, whatever evaluates here
     words = ["--resume", str(checkpoint), *flags, "--no_cuda", "--amp_dtype", "fp32"]
     config = parse_config(words, program="export.py", extra=EvalOptions)
-    session = open_session(config, distributed.join([]), [])
+    session = open_session(config, launch.join([]), [])
     assert isinstance(session.network, SplitNet)
     crop = session.info.crop_size
     program = export_ensemble(session.network, session.rule, (3, crop, crop))

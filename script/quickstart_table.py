@@ -5,7 +5,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from utils.plots import plot_curves
+from record.plots import plot_curves
 
 
 def table(results: list[dict[str, Any]]) -> str:

@@ -9,8 +9,8 @@ from pathlib import Path
 
 from model import LARGE, SMALL, BackboneRequest, backbones, image_shape
 from model.summary import NUM_CLASSES, network_sizes
+from record.checkpoint import write_file
 from script.published import PUBLISHED, Size
-from utils.checkpoint import write_file
 from utils.command_line import OneLineParser
 from utils.errors import UserError, reason
 

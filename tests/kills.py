@@ -65,7 +65,7 @@ def _within_line(name: str, number: int) -> None:
                 file.write(line[: len(line) // 2])
             end()
 
-    _wrap("utils.logger.LineFile.write", half)
+    _wrap("record.logger.LineFile.write", half)
 
 
 def within_board(number: int) -> Hook:
@@ -81,7 +81,7 @@ def _within_board(number: int) -> None:
             file.write(record[: len(record) // 2])
             end()
 
-    _wrap("utils.events.append_whole", half)
+    _wrap("record.events.append_whole", half)
 
 
 def within_checkpoint(number: int) -> Hook:

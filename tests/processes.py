@@ -8,7 +8,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from utils.distributed import free_port
+from utils.launch import free_port
 
 
 def _worker(rank: int, world_size: int, port: int, folder: str, function: Callable[..., Any], arguments: Any) -> None:

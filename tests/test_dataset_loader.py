@@ -15,19 +15,11 @@ from torchvision.transforms.functional import resized_crop
 
 from dataset import DataSource, ImageSet
 from dataset.augment.resized_crop import RESIZED_CROP_SLOTS, draw_resized_crops
+from dataset.cut import Request, ResizedCropSpec, RandomCrops
 from dataset.decode import read_rgb, resize_crop
-from dataset.loader import (
-    ClassBalancedSampler,
-    EvalLoader,
-    Request,
-    ResizedCropSpec,
-    TrainLoader,
-    _RandomCrops,
-    class_balanced_order,
-    images_per_class,
-    shard,
-)
+from dataset.loader import EvalLoader, TrainLoader
 from dataset.pipeline import build_eval_loader, build_train_loader, eval_resize
+from dataset.sampler import ClassBalancedSampler, class_balanced_order, images_per_class, shard
 from utils.errors import RunError, UserError
 from utils.seed import STREAM_ORDER, STREAM_VIEW, counter_uniform, fold_in, numpy_generator
 
@@ -222,7 +214,7 @@ def test_crops_of_smooth_images_are_within_two_of_pils(interpolation, resample, 
     noise = np.random.default_rng(0).integers(0, 256, (9, 12, 3), dtype=np.uint8)
     image = Image.fromarray(noise).resize((100, 75), Image.Resampling.BICUBIC)
     crop = ResizedCropSpec(size=size, area=(1.0, 1.0), ratio=(4 / 3, 4 / 3), interpolation=interpolation)
-    view = _RandomCrops(crop, 1, seed=0).prepare(Request(0, np.zeros(1, np.int64), np.zeros(1, np.int64), 1))(image, 0)
+    view = RandomCrops(crop, 1, seed=0).prepare(Request(0, np.zeros(1, np.int64), np.zeros(1, np.int64), 1))(image, 0)
     expected = np.asarray(image.resize((size, size), resample), np.int16)
     assert np.abs(view[0].permute(1, 2, 0).numpy() - expected).max() <= 2
 

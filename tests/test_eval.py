@@ -20,13 +20,15 @@ from PIL import Image
 import eval as program
 from dataset import SourceRequest, open_source
 from dataset.views import ViewMaker, view_spec
-from model import BackboneRequest, build_splitnet, inference
+from evaluation import contenders as inference
+from evaluation import latency
+from evaluation.files import write_latencies
+from model import BackboneRequest, build_splitnet
+from model.restore import published_keys
 from model.splitnet import SplitNet
+from record.checkpoint import FORMAT_VERSION, save_checkpoint
 from tests.golden.fill import fill, image
-from utils import latency
-from utils.checkpoint import FORMAT_VERSION, published_keys, save_checkpoint
 from utils.errors import WriteError
-from utils.eval_files import write_latencies
 
 ROOT = Path(__file__).parent.parent
 GOLDEN = Path(__file__).parent / "golden"

@@ -15,11 +15,11 @@ from PIL import Image
 
 from dataset.decode import BadImage, read_rgb
 from model import BackboneRequest, build_splitnet
-from model.restore import restore_splitnet
+from model.restore import published_keys, restore_splitnet
 from parser_params import Config, parse_config
-from utils.checkpoint import load_checkpoint, published_keys, save_checkpoint
+from record.checkpoint import load_checkpoint, save_checkpoint
+from record.logger import LineFile
 from utils.errors import UserError
-from utils.logger import LineFile
 
 CASES = {"checkpoint": 150, "image": 240, "config": 120, "log": 60}  # 570 damaged files
 

@@ -20,17 +20,17 @@ from dataset.views import ViewMaker
 from loss.classification import cross_entropy
 from method import Method, Progress, StepOutput, Targets, methods
 from model import LARGE, SMALL, BackboneRequest, backbones, build_network, build_splitnet
-from model.backbone.base import StagedBackbone
 from model.splitnet import SplitNet
+from model.staged import StagedBackbone
+from record.checkpoint import load_checkpoint
+from record.run_folder import read_results
 from tests.processes import run_processes
 from tests.test_method_cream import SPACE
 from train_split import train_step
-from utils.checkpoint import load_checkpoint
+from training.optim import build_optimizer, parameter_groups
 from utils.errors import UserError
-from utils.optim import build_optimizer, parameter_groups
 from utils.options import option
 from utils.precision import choose_precision
-from utils.run_folder import read_results
 
 K, B, SIDE = 4, 8, 8
 REQUEST = BackboneRequest(arch="wrn_16_1", num_classes=K, dataset="synthetic", crop_size=SIDE)

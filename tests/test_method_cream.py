@@ -17,14 +17,17 @@ from torch import nn
 from loss.classification import cross_entropy
 from loss.soft_target import soft_cross_entropy
 from method import Progress, methods
-from method.cream import Cream, frozen_statistics, match_features, match_scores, meta_gradient
+from method.cream import Cream
+from method.cream.board import BoardEntry, PathSampler
+from method.cream.meta import frozen_statistics, match_features, match_scores, meta_gradient
 from model import LARGE, SMALL, BackboneRequest, build_network, build_splitnet
-from model.search_space import PUBLISHED, PUBLISHED_SMALL, est_flops, read_space, space_to_text
-from utils.distributed import free_port
+from model.search.estimates import est_flops
+from model.search.reading import read_space, space_to_text
+from model.search.space import PUBLISHED, PUBLISHED_SMALL
+from training.schedule import Schedule
 from utils.errors import UserError
+from utils.launch import free_port
 from utils.macs import count_macs
-from utils.path_board import BoardEntry, PathSampler
-from utils.schedule import Schedule
 from utils.targets import Targets
 
 GOLDEN = json.loads((Path(__file__).parent / "golden" / "cream.json").read_text())

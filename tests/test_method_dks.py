@@ -15,7 +15,7 @@ from method import Progress, Targets, methods
 from method.dks import DKSOptions
 from model import BackboneRequest, build_network, build_splitnet
 from model.splitnet import SplitNet
-from utils.checkpoint import load_checkpoint, save_checkpoint
+from record.checkpoint import load_checkpoint, save_checkpoint
 from utils.errors import UserError
 
 PROGRESS = Progress(0, 0, 0, 10, 2, 0.1, torch.arange(6))

@@ -12,15 +12,16 @@ from torch.func import functional_call
 import train_split
 from dataset.pipeline import eval_resize
 from method import Progress, Targets, methods
-from method.l_mcl import LMCL, ClassTable, LMCLOptions, Outputs
+from method.l_mcl import LMCL, LMCLOptions, Outputs
+from method.l_mcl.class_table import ClassTable
 from model import BackboneRequest, build_network, build_splitnet
 from model.heads import Gate, ProjectionHead
 from model.splitnet import SplitNet
 from parser_params import parse_config, resolve_config
+from record.checkpoint import load_checkpoint
 from tests.processes import run_processes
-from utils.checkpoint import load_checkpoint
+from training.schedule import Schedule
 from utils.errors import UserError
-from utils.schedule import Schedule
 from utils.seed import counter_uniform, counter_uniform_on_device, fold_in
 
 GOLDEN = json.loads((Path(__file__).parent / "golden" / "lmcl_loss.json").read_text())

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from model import LARGE, SMALL, BackboneRequest, backbones, build_network, build_splitnet
-from model.backbone.base import StagedBackbone
 from model.layers.random import RandomLayer
+from model.staged import StagedBackbone
 from utils.macs import count_macs, count_params
 
 NUM_CLASSES = 7

@@ -10,9 +10,12 @@ from torch import nn
 
 from model import LARGE, SMALL, BackboneRequest, backbones, build_network, build_splitnet
 from model.backbone.cream import CreamNet, CreamOptions
-from model.layers.mbconv import InvertedResidual, SqueezeExcite
-from model.search_space import PUBLISHED, BlockPlan, Operator, SearchSpace, Stage, size_supernet, space_to_text
-from model.supernet import Supernet
+from model.search.blocks import InvertedResidual, SqueezeExcite
+from model.search.costs import BlockPlan, Operator
+from model.search.estimates import size_supernet
+from model.search.reading import space_to_text
+from model.search.space import PUBLISHED, SearchSpace, Stage
+from model.search.supernet import Supernet
 from utils.errors import UserError
 from utils.macs import count_macs
 

@@ -33,12 +33,14 @@ from model.backbone.senet import SEBottleneck, _drop_block
 from model.backbone.shake_resnet import ShakeResNet
 from model.backbone.shufflenetv2 import ShuffleNetV2
 from model.backbone.wrn import WideResNet
-from model.execution import EXECUTIONS, Streams, Threads
+from model.execution import EXECUTIONS
+from model.execution.stacking import NotStackable, Stacked
+from model.execution.streams import Streams
+from model.execution.threads import Threads
 from model.layers.random import RandomLayer
 from model.layers.resnet_parts import ResNetSkeleton, cifar_stem, deep_stem, make_stage, projection_shortcut
 from model.layers.split_attention import SplitAttentionBottleneck
 from model.splitnet import SplitNet
-from model.stacking import NotStackable, Stacked
 from utils.macs import count_macs
 
 K = 5
@@ -223,7 +225,7 @@ def test_a_strategy_that_would_be_wrong_is_not_used(
 ) -> None:
     network = split_net(FAMILIES["wrn"], 2)
     network.execution = "stacked"
-    monkeypatch.setattr("model.stacking.Joined.cat", WRONG[weights])
+    monkeypatch.setattr("model.execution.stacking.Joined.cat", WRONG[weights])
     with caplog.at_level(logging.INFO):
         network(some_views(network, 0))
     assert "differ from the loop's" in caplog.text

@@ -11,7 +11,6 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from model import LARGE, SMALL, BackboneRequest, backbones, build_network, check_request
-from model.backbone.base import StagedBackbone
 from model.backbone.densenet import DenseNet, DenseNetOptions
 from model.backbone.efficientnet import (
     BlockSpec,
@@ -34,6 +33,7 @@ from model.layers.dropblock import DropBlock
 from model.layers.shake import ShakeDrop
 from model.layers.split_attention import SplitAttentionConv
 from model.layers.squeeze_excitation import SqueezeExcitation
+from model.staged import StagedBackbone
 from tests.processes import run_processes
 from utils.errors import UserError
 from utils.macs import count_params

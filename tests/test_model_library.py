@@ -14,10 +14,11 @@ from torchvision.models.convnext import CNBlockConfig
 
 from model import BackboneRequest, backbones, build_network, build_splitnet, request_of
 from model.backbone import timm_nets, torchvision_nets
-from model.backbone.base import StagedBackbone
-from model.division import TOLERANCE, channel_unit, solve_factor, solve_widths
+from model.division.__main__ import main
+from model.division.plan import division_plan
+from model.division.solver import TOLERANCE, channel_unit, solve_factor, solve_widths
 from model.library import LibraryBackbone, fill
-from model.plan import division_plan, main
+from model.staged import StagedBackbone
 from utils.errors import UserError
 from utils.macs import count_macs, count_params
 

@@ -11,8 +11,8 @@ import torchvision
 from torch import nn
 
 from model import BackboneRequest, build_splitnet
-from model.restore import library_weights, load_pretrained, restore_splitnet
-from utils.checkpoint import load_checkpoint, published_keys
+from model.restore import library_weights, load_pretrained, published_keys, restore_splitnet
+from record.checkpoint import load_checkpoint
 from utils.errors import UserError
 
 REQUEST = BackboneRequest(arch="resnet20", split_factor=2, num_classes=10, dataset="digits", crop_size=16)

@@ -4,9 +4,8 @@ import pytest
 import torch
 
 from model import BackboneRequest, build_network, build_splitnet, names_user_code
-from model.plan import division_plan
-from model.restore import restore_splitnet
-from utils.checkpoint import published_keys
+from model.division.plan import division_plan
+from model.restore import published_keys, restore_splitnet
 from utils.errors import UserError
 
 GOOD = """

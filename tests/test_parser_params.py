@@ -11,9 +11,9 @@ from hypothesis import strategies as st
 
 from method import methods
 from parser_params import Config, build_parser, parse_config, resolve_config
+from recipe.published import RECIPES
 from utils.errors import UserError
 from utils.options import flags_of
-from utils.recipe import RECIPES
 
 ROOT = Path(__file__).parent.parent
 

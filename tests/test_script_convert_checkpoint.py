@@ -9,10 +9,10 @@ import torch
 import torchvision
 
 from model import BackboneRequest, build_splitnet
-from model.restore import restore_splitnet
+from model.restore import published_keys, restore_splitnet
+from record import safe_tensors
+from record.checkpoint import load_checkpoint
 from script.convert_checkpoint import KEPT, main
-from utils import safe_tensors
-from utils.checkpoint import load_checkpoint, published_keys
 from utils.errors import UserError
 
 safetensors = pytest.importorskip("safetensors.torch")

@@ -11,9 +11,9 @@ from scipy.stats import kendalltau
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from benchmarks import cream_rank
+from record import checkpoint as ckpt
 from tests import kills
 from tests.runs import Run, train, without_times
-from utils import checkpoint as ckpt
 from utils.errors import UserError
 
 # 14 steps an epoch; the board opens with the second epoch, and the meta layer learns twice in it and in the third

@@ -13,10 +13,10 @@ from pathlib import Path
 import pytest
 import torch
 
+from record import checkpoint as ckpt
 from tests.kills import Hook, at_call, no_space_from_call
 from tests.runs import ROOT, TINY, Finished, Run, same_ending, without_times
-from utils import checkpoint as ckpt
-from utils.distributed import free_port
+from utils.launch import free_port
 
 SYNCED = ["--is_syncbn", 1, "--is_mixup", 1, "--split_factor", 2, "--seed", 5, "--print_freq", 2]
 
@@ -81,7 +81,7 @@ def test_two_processes_stop_within_an_evaluation_and_resume_bit_for_bit(
     folder = tmp_path / "m"
     again = [*argv, "--model_dir", folder, "--resume", "auto"]
 
-    asked = at_call("utils.evaluation.EvaluationCounts.update", 1, signal.SIGTERM)
+    asked = at_call("evaluation.passes.EvaluationCounts.update", 1, signal.SIGTERM)
     stopped = [run.wait(60) for run in start_together(again, tmp_path / "t", 2, before={1: asked})]
     assert [result.code for result in stopped] == [0, 0], stopped[0].stderr
     assert not (folder / "summary.csv").exists()  # no process ended the evaluation

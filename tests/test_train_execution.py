@@ -5,9 +5,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from record import checkpoint as ckpt
 from tests.runs import TINY, train
 from tests.test_train_distributed import train_together
-from utils import checkpoint as ckpt
 
 BASE = [*TINY, "--split_factor", 2, "--seed", 5, "--print_freq", 2, "--eval_batch_size", 200]
 

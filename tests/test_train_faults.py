@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from record import checkpoint as ckpt
 from tests.kills import no_space_from_call, small_files_only
 from tests.runs import TINY, Run, train, without_times
-from utils import checkpoint as ckpt
 
 
 @pytest.mark.parametrize("policy", ["warn", "stop"])

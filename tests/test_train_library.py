@@ -8,8 +8,8 @@ import torchvision
 
 from dataset import SourceRequest, open_source
 from dataset.views import ViewMaker, plain_spec
+from record import checkpoint as ckpt
 from tests.runs import train
-from utils import checkpoint as ckpt
 
 BASE = ["--dataset", "digits", "--batch_size", 96, "--amp_dtype", "fp32", "--no_cuda", "--seed", 5]
 ARCH = "torchvision/mobilenet_v3_small"

@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
+from record import checkpoint as ckpt
 from tests.kills import at_call, within_board, within_checkpoint, within_line
 from tests.runs import TINY, Finished, Run, same_ending, train, without_times
-from utils import checkpoint as ckpt
 
 BASE = [*TINY, "--split_factor", 2, "--epochs", 2, "--seed", 11, "--print_freq", 4, "--save_steps", 5]
 # 14 steps and 4 batches of evaluation an epoch, as BASE has, but small ones: there are many runs
@@ -28,9 +28,9 @@ CASES = {
 POINTS = {
     "before a flush to the disk": at_call("os.fsync", 1),
     "before a rename": at_call("os.replace", 4),
-    "before old checkpoints are dropped": at_call("utils.checkpoint.prune_checkpoints", 2),
+    "before old checkpoints are dropped": at_call("record.checkpoint.prune_checkpoints", 2),
     "before a checkpoint": at_call("torch.save", 3),
-    "within an evaluation": at_call("utils.evaluation.EvaluationCounts.update", 6),
+    "within an evaluation": at_call("evaluation.passes.EvaluationCounts.update", 6),
     "within a checkpoint": within_checkpoint(4),
     "within a line of metrics.jsonl": within_line("metrics.jsonl", 3),
     "within a line of summary.csv": within_line("summary.csv", 2),

@@ -10,8 +10,9 @@ import torch
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from model.restore import published_keys
+from record.checkpoint import load_checkpoint, state_sha256
 from tests.runs import TINY, Finished, train
-from utils.checkpoint import load_checkpoint, published_keys, state_sha256
 
 
 @pytest.fixture(scope="module")

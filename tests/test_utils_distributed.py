@@ -10,14 +10,14 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from dataset.loader import shard
+from benchmarks.sync_audit import SyncAudit
 from dataset.mixup import apply_mix, draw_mix
+from dataset.sampler import shard
+from model.layers.sync_norm import ProcessSyncBatchNorm, synchronise_batchnorm
 from tests.processes import run_processes
-from utils import distributed
-from utils.distributed import ProcessSyncBatchNorm, synchronise_batchnorm
+from training.interrupt import Stopped, StopRequest
+from utils import distributed, launch
 from utils.errors import RunError, UserError
-from utils.interrupt import Stopped, StopRequest
-from utils.sync_audit import SyncAudit
 
 
 def small_net() -> nn.Module:
@@ -152,27 +152,27 @@ def test_mixup_weight_is_beta_distributed() -> None:
 
 def test_gpu_ids_that_do_not_exist_are_refused() -> None:
     with pytest.raises(UserError, match=r"--gpu_ids 0,99: no such GPU"):
-        distributed.visible_gpus(no_cuda=False, gpu=None, gpu_ids="0,99")
+        launch.visible_gpus(no_cuda=False, gpu=None, gpu_ids="0,99")
     with pytest.raises(UserError, match=r"--gpu 99: no such GPU"):
-        distributed.visible_gpus(no_cuda=False, gpu=99, gpu_ids=None)
+        launch.visible_gpus(no_cuda=False, gpu=99, gpu_ids=None)
     with pytest.raises(UserError, match=r"--gpu_ids 'zero'"):
-        distributed.visible_gpus(no_cuda=False, gpu=None, gpu_ids="zero")
-    assert distributed.visible_gpus(no_cuda=True, gpu=None, gpu_ids=None) == []
+        launch.visible_gpus(no_cuda=False, gpu=None, gpu_ids="zero")
+    assert launch.visible_gpus(no_cuda=True, gpu=None, gpu_ids=None) == []
 
 
 def test_several_gpus_are_named_once_each(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    named = distributed.named_gpus("--devices", "cuda:1, cuda:0")
+    named = launch.named_gpus("--devices", "cuda:1, cuda:0")
     assert named == [torch.device("cuda", 1), torch.device("cuda", 0)]
     with pytest.raises(UserError, match="--devices cuda,cuda:0: names a GPU twice"):
-        distributed.named_gpus("--devices", "cuda,cuda:0")
+        launch.named_gpus("--devices", "cuda,cuda:0")
 
 
 def test_several_nodes_need_a_meeting_point() -> None:
     with pytest.raises(UserError, match="meeting point"):
-        distributed.spawn(print, (), processes=1, nodes=2, node=0, url="env://")
+        launch.spawn(print, (), processes=1, nodes=2, node=0, url="env://")
     with pytest.raises(UserError, match=r"--dist_url host:1"):
-        distributed.spawn(print, (), processes=1, nodes=2, node=0, url="host:1")
+        launch.spawn(print, (), processes=1, nodes=2, node=0, url="host:1")
 
 
 def test_a_port_in_use_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -183,14 +183,14 @@ def test_a_port_in_use_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
         for name, value in {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "RANK": 0, "WORLD_SIZE": 2}.items():
             monkeypatch.setenv(name, str(value))
         with pytest.raises(RunError, match=rf"--dist_url: no meeting at 127.0.0.1:{port} \(port in use") as caught:
-            distributed.join([])
+            launch.join([])
     assert "\n" not in str(caught.value)
 
 
 def test_a_second_signal_ends_the_process_unless_it_is_an_echo(monkeypatch: pytest.MonkeyPatch) -> None:
     now, raised = [100.0], []
-    monkeypatch.setattr("utils.interrupt.time.monotonic", lambda: now[0])
-    monkeypatch.setattr("utils.interrupt.signal.raise_signal", raised.append)
+    monkeypatch.setattr("training.interrupt.time.monotonic", lambda: now[0])
+    monkeypatch.setattr("training.interrupt.signal.raise_signal", raised.append)
     with StopRequest() as request:
         os.kill(os.getpid(), signal.SIGTERM)
         assert (request.number, raised) == (signal.SIGTERM, [])

@@ -12,7 +12,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from utils import distributed
+from utils import distributed, launch
 from utils.meeting import fresh_store
 
 
@@ -112,7 +112,7 @@ def _joined(local_rank: int, port: int, late: int, folder: str) -> None:
         TORCHELASTIC_AGENT_MASTER_PORT=str(port),
     )
     time.sleep(2.0 if local_rank == late else 0.0)
-    distributed.join([])
+    launch.join([])
     total = distributed.all_reduce_sum(torch.ones(()))
     (Path(folder) / f"{local_rank}.txt").write_text(str(int(total)))
     dist.barrier()

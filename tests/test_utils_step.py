@@ -4,8 +4,8 @@ import pytest
 import torch
 from torch import Tensor
 
+from training.replay import WARM_UP, ReplayedStep, check_replayable
 from utils.errors import UserError
-from utils.step import WARM_UP, ReplayedStep, check_replayable
 
 
 class Recorder:

@@ -1,1 +1,1 @@
-"""One family of networks per file; every file registers its architectures in `model.backbones`."""
+"""One family of networks per file; every file registers its architectures in `model.registry.backbones`."""

@@ -8,9 +8,9 @@ from functools import partial
 
 from torch import nn
 
-from model import SMALL, Backbone, BackboneRequest, backbones
 from model.backbone.imagenet_resnet import PlainResNet
 from model.layers.resnet_parts import cifar_stem
+from model.registry import SMALL, Backbone, BackboneRequest, backbones
 
 _PLANES = (16, 32, 64)
 

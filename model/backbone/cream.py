@@ -10,19 +10,13 @@ from typing import Any
 
 from torch import nn
 
-from model import LARGE, SMALL, Backbone, BackboneRequest, backbones
-from model.layers.mbconv import POOLS, ConvBnSwish, CreamFrame, DepthwiseSeparable, InvertedResidual, init_cream
-from model.search_space import (
-    PUBLISHED,
-    PUBLISHED_SMALL,
-    NetworkPlan,
-    SearchSpace,
-    divided,
-    parse_arch_list,
-    read_space,
-    size_supernet,
-)
-from model.supernet import Supernet
+from model.registry import LARGE, SMALL, Backbone, BackboneRequest, backbones
+from model.search.blocks import POOLS, ConvBnSwish, CreamFrame, DepthwiseSeparable, InvertedResidual, init_cream
+from model.search.costs import NetworkPlan
+from model.search.estimates import size_supernet
+from model.search.reading import parse_arch_list, read_space
+from model.search.space import PUBLISHED, PUBLISHED_SMALL, SearchSpace, divided
+from model.search.supernet import Supernet
 from utils.errors import UserError
 from utils.options import option
 

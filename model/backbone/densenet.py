@@ -14,11 +14,11 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from model import SMALL, Backbone, BackboneRequest, backbones, family_options
-from model.backbone.base import StagedBackbone
 from model.division import ANY_SPLIT, densenet_growth, densenet_shake_drop_rates
 from model.layers.resnet_parts import conv_bn
 from model.layers.shake import ShakeDrop
+from model.registry import SMALL, Backbone, BackboneRequest, backbones, family_options
+from model.staged import StagedBackbone
 from utils.errors import UserError
 from utils.options import option
 

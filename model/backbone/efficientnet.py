@@ -14,10 +14,10 @@ from typing import NamedTuple
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from model import LARGE, SMALL, Backbone, BackboneRequest, backbones, family_options
-from model.backbone.base import StagedBackbone
 from model.division import EFFICIENTNET_CHANNELS, divided_rate, efficientnet_channels
 from model.layers.squeeze_excitation import squeeze_excite
+from model.registry import LARGE, SMALL, Backbone, BackboneRequest, backbones, family_options
+from model.staged import StagedBackbone
 from utils.errors import UserError
 from utils.options import option
 

@@ -10,8 +10,8 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from model import SMALL, Backbone, BackboneRequest, backbones
-from model.backbone.base import StagedBackbone
+from model.registry import SMALL, Backbone, BackboneRequest, backbones
+from model.staged import StagedBackbone
 
 _UNITS_PER_BLOCK = 8
 

@@ -9,9 +9,9 @@ from functools import partial
 
 from torch import Tensor, nn
 
-from model import LARGE, Backbone, BackboneRequest, backbones
-from model.backbone.base import StagedBackbone
 from model.layers.resnet_parts import BasicBlock, Bottleneck, conv_bn, make_stage
+from model.registry import LARGE, Backbone, BackboneRequest, backbones
+from model.staged import StagedBackbone
 
 _PLANES = (64, 128, 256, 512)
 

@@ -8,11 +8,11 @@ from collections.abc import Sequence
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from model import SMALL, Backbone, BackboneRequest, backbones
-from model.backbone.base import StagedBackbone
 from model.division import ANY_SPLIT, pyramid_planes, pyramid_shake_drop_rates
 from model.layers.resnet_parts import conv_bn
 from model.layers.shake import ShakeDrop
+from model.registry import SMALL, Backbone, BackboneRequest, backbones
+from model.staged import StagedBackbone
 
 # arch -> (bottlenecks per stage (depth - 2) / 9, total widening alpha)
 _ARCHS = {"pyramidnet164": (18, 270), "pyramidnet272": (30, 200)}

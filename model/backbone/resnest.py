@@ -4,10 +4,10 @@ from collections.abc import Sequence
 
 from torch import Tensor, nn
 
-from model import LARGE, Backbone, BackboneRequest, backbones
-from model.backbone.base import StagedBackbone
 from model.layers.resnet_parts import conv_bn, deep_stem
 from model.layers.split_attention import SplitAttentionBottleneck
+from model.registry import LARGE, Backbone, BackboneRequest, backbones
+from model.staged import StagedBackbone
 
 _BLOCKS = {"resnest101": (3, 4, 23, 3), "resnest200": (3, 24, 36, 3), "resnest269": (3, 30, 48, 8)}
 

@@ -5,7 +5,6 @@ from functools import partial
 
 from torch import nn
 
-from model import LARGE, SMALL, Backbone, BackboneRequest, backbones
 from model.division import RESNET_WIDTHS, bottleneck_width, resnet_dropout
 from model.layers.resnet_parts import (
     BasicBlock,
@@ -16,6 +15,7 @@ from model.layers.resnet_parts import (
     init_resnet,
     make_stage,
 )
+from model.registry import LARGE, SMALL, Backbone, BackboneRequest, backbones
 
 
 def stage_strides(request: BackboneRequest) -> tuple[int, ...]:

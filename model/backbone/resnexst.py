@@ -5,10 +5,10 @@ from functools import partial
 
 from torch import nn
 
-from model import LARGE, Backbone, BackboneRequest, backbones
 from model.division import bottleneck_width, divided_groups, divided_rate, group_splits
 from model.layers.resnet_parts import ResNetSkeleton, deep_stem, init_resnet, make_stage, projection_shortcut
 from model.layers.split_attention import SplitAttentionBottleneck
+from model.registry import LARGE, Backbone, BackboneRequest, backbones
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -3,9 +3,9 @@
 from collections.abc import Sequence
 from functools import partial
 
-from model import LARGE, SMALL, Backbone, BackboneRequest, backbones
 from model.backbone.resnet import ResNet
 from model.division import divided_groups, group_splits
+from model.registry import LARGE, SMALL, Backbone, BackboneRequest, backbones
 
 WIDTH = 64  # of the stem and stage 1, both shapes; never divided
 

@@ -6,7 +6,6 @@ from functools import partial
 
 from torch import Tensor, nn
 
-from model import LARGE, SMALL, Backbone, BackboneRequest, backbones
 from model.division import (
     SE_RESNET_WIDTHS,
     bottleneck_width,
@@ -26,6 +25,7 @@ from model.layers.resnet_parts import (
     projection_shortcut,
 )
 from model.layers.squeeze_excitation import SqueezeExcitation
+from model.registry import LARGE, SMALL, Backbone, BackboneRequest, backbones
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -4,11 +4,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from model import SMALL, Backbone, BackboneRequest, backbones
-from model.backbone.base import StagedBackbone
 from model.division import SHAKE_RESNET_WIDTHS
 from model.layers.resnet_parts import conv_bn
 from model.layers.shake import ShakeShake
+from model.registry import SMALL, Backbone, BackboneRequest, backbones
+from model.staged import StagedBackbone
 
 
 class ShiftedShortcut(nn.Module):

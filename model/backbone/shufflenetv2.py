@@ -10,9 +10,9 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from model import LARGE, SMALL, Backbone, BackboneRequest, backbones
-from model.backbone.base import StagedBackbone
 from model.layers.resnet_parts import conv_bn
+from model.registry import LARGE, SMALL, Backbone, BackboneRequest, backbones
+from model.staged import StagedBackbone
 
 _DEPTHS = (4, 8, 4)
 _STEM_WIDTH = 24

@@ -10,8 +10,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from model import Backbone, backbones
 from model.library import Family, Library, layers_of, zero_bias
+from model.registry import Backbone, backbones
 from utils.errors import UserError, reason
 from utils.registry import nearest_name
 

@@ -28,8 +28,8 @@ from torchvision.models import (
     list_models,
 )
 
-from model import Backbone, backbones
 from model.library import Family, Library, layers_of, normal_by_outputs, zero_bias
+from model.registry import Backbone, backbones
 from utils.errors import UserError, reason
 from utils.registry import nearest_name
 

@@ -12,10 +12,10 @@ import torch
 from torch import nn
 from torch.nn.parameter import is_lazy
 
-from model import LARGE, SMALL, Backbone, BackboneRequest, backbones, names_user_code
-from model.division import ANY_SPLIT, solve_factor
+from model.division import ANY_SPLIT
+from model.division.solver import solve_factor
 from model.library import refuse_a_miss
-from model.plan import DivisionPlan
+from model.registry import LARGE, SMALL, Backbone, BackboneRequest, DivisionPlan, backbones, names_user_code
 from utils.errors import UserError, reason
 from utils.macs import count_macs, count_params
 

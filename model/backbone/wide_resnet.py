@@ -3,7 +3,6 @@
 from collections.abc import Sequence
 from functools import partial
 
-from model import LARGE, SMALL, Backbone, BackboneRequest, backbones
 from model.backbone.resnet import ResNet
 from model.division import (
     RESNET_WIDTHS,
@@ -12,6 +11,7 @@ from model.division import (
     wide_resnet_factor,
     wide_resnet_large_widths,
 )
+from model.registry import LARGE, SMALL, Backbone, BackboneRequest, backbones
 
 STEM_WIDTH = 16  # of the CIFAR networks; never divided
 

@@ -10,9 +10,9 @@ from functools import partial
 
 from torch import Tensor, nn
 
-from model import SMALL, Backbone, BackboneRequest, backbones, family_options
-from model.backbone.base import StagedBackbone
 from model.layers.resnet_parts import make_stage
+from model.registry import SMALL, Backbone, BackboneRequest, backbones, family_options
+from model.staged import StagedBackbone
 from utils.errors import UserError
 from utils.options import option
 

@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 
 from torch import Tensor, nn
 
-from model.backbone.base import StagedBackbone
+from model.staged import StagedBackbone
 
 
 def conv_bn(

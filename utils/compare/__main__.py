@@ -3,9 +3,9 @@
 import sys
 from pathlib import Path
 
-from utils.checkpoint import write_file
+from record.checkpoint import write_file
+from record.compare import compare_runs, csv_table, markdown, plot_comparison, read_run
 from utils.command_line import OneLineParser
-from utils.compare import compare_runs, csv_table, markdown, plot_comparison, read_run
 from utils.errors import RunError, UserError, reason
 
 

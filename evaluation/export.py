@@ -1,0 +1,138 @@
+"""An ensemble as one file that runs without this project: a torch.export program (.pt2) or ONNX (.onnx).
+
+B images, S networks, K classes.
+"""
+
+import contextlib
+import importlib.util
+import io
+import json
+import logging
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.export import Dim, ExportedProgram
+
+from evaluation.ensemble import ensemble_scores
+from model.fold import fold_batch_norm
+from model.splitnet import SplitNet
+from utils.errors import UserError
+from utils.precision import lay_out
+
+METADATA = "metadata.json"  # beside the program inside a .pt2 file, and the property "metadata" of an ONNX model
+ONNX_PACKAGES = ("onnx", "onnxscript")
+OUTPUTS = ("ensemble", "logits")
+
+Exported = Callable[[Tensor], tuple[Tensor, Tensor]]
+
+
+class Ensemble(nn.Module):
+    """The networks and the rule that joins them: images [B, 3, H, W] -> (ensemble scores [B, K], logits [S, B, K]).
+
+    Args:
+        network: its networks all see the same images.
+        rule: of `evaluation.ensemble.RULES`.
+    """
+
+    def __init__(self, network: nn.Module, rule: str) -> None:
+        super().__init__()
+        self.network = network
+        self.rule = rule
+
+    def forward(self, images_BCHW: Tensor) -> tuple[Tensor, Tensor]:
+        logits_SBK = self.network(images_BCHW)
+        return ensemble_scores(logits_SBK, self.rule), logits_SBK
+
+
+def export_ensemble(network: SplitNet, rule: str, image_shape: Sequence[int]) -> ExportedProgram:
+    """The networks and their rule as one graph for any batch size, in evaluation mode, batch norm folded.
+
+    Args:
+        network: on the CPU; it is left as it was.
+        rule: of `evaluation.ensemble.RULES`.
+        image_shape: [C, H, W] of an image.
+
+    Returns:
+        a program: images [B, C, H, W] -> (scores [B, K] that order the classes as the ensemble does, logits [S, B, K]).
+    """
+    folded = lay_out(fold_batch_norm(network, image_shape), torch.contiguous_format)
+    example_BCHW = torch.zeros(2, *image_shape, dtype=next(folded.parameters()).dtype)
+    with torch.no_grad():
+        return torch.export.export(
+            Ensemble(folded, rule).eval(), (example_BCHW,), dynamic_shapes=({0: Dim("batch", min=1)},)
+        )
+
+
+def program_bytes(program: ExportedProgram, metadata: Mapping[str, Any]) -> bytes:
+    """Contents of a .pt2 file with the metadata as JSON in its extra file METADATA."""
+    buffer = io.BytesIO()
+    torch.export.save(program, buffer, extra_files={METADATA: json.dumps(metadata)})
+    return buffer.getvalue()
+
+
+def onnx_bytes(program: ExportedProgram, metadata: Mapping[str, Any]) -> bytes:
+    """Contents of an .onnx file; input `images`, outputs `ensemble` and `logits`, the metadata as JSON in a property.
+
+    Raises:
+        UserError: a package is missing.
+    """
+    require(ONNX_PACKAGES)
+    # the exporter tells its steps to the root logger's level
+    logging.getLogger("torch.onnx").setLevel(logging.ERROR)
+    with _own_warnings_ignored():
+        converted = torch.onnx.export(
+            program, input_names=["images"], output_names=list(OUTPUTS), dynamo=True, verbose=False, external_data=False
+        )
+    assert converted is not None
+    converted.model.metadata_props["metadata"] = json.dumps(metadata)
+    contents: bytes = converted.model_proto.SerializeToString()
+    return contents
+
+
+@contextlib.contextmanager
+def _own_warnings_ignored() -> Iterator[None]:
+    """Without what torch 2.11 says of its own insides while it reads a program or converts one."""
+    with warnings.catch_warnings():
+        # it makes tensors over the bytes that it read, to which nobody writes
+        warnings.filterwarnings("ignore", message="The given buffer is not writable", category=UserWarning)
+        warnings.filterwarnings("ignore", message=r"`isinstance\(treespec, LeafSpec\)`", category=FutureWarning)
+        yield
+
+
+def require(packages: Sequence[str]) -> None:
+    """Check that optional packages are there.
+
+    Raises:
+        UserError: one is not, by its name.
+    """
+    missing = [name for name in packages if importlib.util.find_spec(name) is None]
+    if missing:
+        raise UserError(f"ONNX needs the package {missing[0]}: pip install {' '.join(missing)}, or write a .pt2 file.")
+
+
+def load_exported(path: Path) -> tuple[Exported, dict[str, Any]]:
+    """An exported file as (images [B, C, H, W] -> (ensemble [B, K], logits [S, B, K]), its metadata).
+
+    Raises:
+        UserError: a package for .onnx is missing.
+    """
+    if path.suffix == ".onnx":
+        require(("onnxruntime",))
+        import onnxruntime
+
+        session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+        metadata = session.get_modelmeta().custom_metadata_map["metadata"]
+
+        def run(images_BCHW: Tensor) -> tuple[Tensor, Tensor]:
+            ensemble_BK, logits_SBK = session.run(list(OUTPUTS), {"images": images_BCHW.contiguous().numpy()})
+            return torch.from_numpy(ensemble_BK), torch.from_numpy(logits_SBK)
+
+        return run, json.loads(metadata)
+    files = {METADATA: ""}
+    with _own_warnings_ignored():
+        module = torch.export.load(path, extra_files=files).module()
+    return lambda images_BCHW: module(images_BCHW), json.loads(files[METADATA])

@@ -1,0 +1,102 @@
+"""From flags or a request to the S networks of a division."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any, Protocol
+
+import torch
+
+from model.registry import BackboneRequest, build_network, check_request, image_shape
+from model.splitnet import SplitNet
+from utils.errors import UserError
+from utils.seed import STREAM_INIT, fold_in
+
+
+def network_requests(
+    request: BackboneRequest, *, train_separately: bool = False, archs: Sequence[str] | None = None
+) -> list[BackboneRequest]:
+    """What each of the S networks of a division is, or each of several full networks; arguments as `build_splitnet`.
+
+    Raises:
+        UserError: as `check_request`, or an S or an option that cannot go with `archs`.
+    """
+    if archs is None:
+        check_request(request)
+        return [request] * (1 if train_separately else request.split_factor)
+    if request.split_factor not in (1, len(archs)):
+        raise UserError(
+            f"--split_factor {request.split_factor} cannot go with the {len(archs)} full networks of --arch "
+            f"({','.join(archs)}): leave it away."
+        )
+    if train_separately:
+        raise UserError("--is_train_sep needs one divided network: give --arch one name, with a --split_factor.")
+    return [replace(request, arch=arch, split_factor=1) for arch in archs]
+
+
+def build_splitnet(
+    request: BackboneRequest,
+    *,
+    seed: int,
+    identical_init: bool = False,
+    train_separately: bool = False,
+    archs: Sequence[str] | None = None,
+) -> SplitNet:
+    """The S networks of a division, or several full networks, on the CPU; initial weights depend on `seed` only.
+
+    The global random state is left as it was.
+
+    Args:
+        request: structure of the networks.
+        seed: network i is initialised from (seed, i).
+        identical_init: initialise every network as network 0.
+        train_separately: only one network, with the structure of one of S.
+        archs: names of full (S = 1) networks for mutual learning, in place of `request.arch` and its S.
+
+    Raises:
+        UserError: as `check_request`, or an option that cannot go with `archs`.
+    """
+    if identical_init and archs is not None and len(set(archs)) > 1:
+        raise UserError(f"--is_identical_init needs equal networks, not --arch {','.join(archs)}: give one name.")
+    requests = network_requests(request, train_separately=train_separately, archs=archs)
+    networks = []
+    for i, one in enumerate(requests):
+        # manual_seed of the CPU's generator alone: torch.manual_seed would also reseed every GPU
+        with torch.random.fork_rng(devices=[]):
+            torch.default_generator.manual_seed(fold_in(seed, STREAM_INIT, 0 if identical_init else i))
+            networks.append(build_network(one))
+    return SplitNet(networks)
+
+
+class NetworkConfig(Protocol):
+    """The part of a configuration that decides the structure of the networks."""
+
+    @property
+    def arch(self) -> str: ...
+    @property
+    def split_factor(self) -> int: ...
+    @property
+    def dataset(self) -> str: ...
+    @property
+    def crop_size(self) -> int: ...
+    @property
+    def output_stride(self) -> int: ...
+    @property
+    def divide_by(self) -> str | None: ...
+    @property
+    def backbone_options(self) -> Mapping[str, Any]: ...
+
+
+def backbone_request(config: NetworkConfig, *, num_classes: int) -> BackboneRequest:
+    """What the flags ask for, for K classes."""
+    return BackboneRequest(
+        arch=config.arch,
+        split_factor=config.split_factor,
+        num_classes=num_classes,
+        shape=image_shape(config.dataset, config.crop_size),
+        dataset=config.dataset,
+        crop_size=config.crop_size,
+        options={**config.backbone_options, "output_stride": config.output_stride},
+        divide_by=config.divide_by,
+    )

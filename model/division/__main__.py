@@ -1,0 +1,48 @@
+"""`python -m model.division ARCH --split_factor S`: what becomes of a network."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+
+from model.division.plan import DIVIDE_BY, division_plan
+from model.registry import LARGE, BackboneRequest, backbones, image_shape
+from utils.command_line import OneLineParser
+from utils.errors import UserError
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The command line of `python -m model.division`; returns the exit code."""
+    parser = OneLineParser(
+        prog="python -m model.division", description="Print what one of S copies of a network looks like."
+    )
+    parser.add_argument("arch", help="backbone: a name of ours, torchvision/NAME, timm/NAME or FILE.py:FACTORY")
+    parser.add_argument("--split_factor", type=int, default=2, metavar="S", help="number of copies [default: 2]")
+    parser.add_argument("--divide_by", choices=DIVIDE_BY, help="what the copies together match [default: params]")
+    parser.add_argument("--num_classes", type=int, default=1000, metavar="K", help="[default: 1000]")
+    parser.add_argument("--crop_size", type=int, metavar="PIXELS", help="[default: the network's own, else 224 or 32]")
+    given = parser.parse_args(argv)
+    try:
+        if given.split_factor < 1 or given.num_classes < 1:
+            raise UserError("--split_factor and --num_classes must be 1 or more.")
+        if given.crop_size is not None and given.crop_size < 1:
+            raise UserError(f"--crop_size must be 1 or more, got {given.crop_size}.")
+        entry = backbones.get(given.arch)
+        crop = given.crop_size or entry.crop_size or (224 if LARGE in entry.split_factors else 32)
+        shape = image_shape("folder", crop)
+        plan = division_plan(
+            BackboneRequest(
+                arch=given.arch,
+                split_factor=given.split_factor,
+                num_classes=given.num_classes,
+                shape=shape,
+                dataset="imagenet" if shape == LARGE else "cifar100",
+                crop_size=crop,
+                divide_by=given.divide_by,
+            )
+        )
+    except UserError as error:
+        sys.stderr.write(f"model.division: {error}\n")
+        return error.exit_code
+    sys.stdout.write(plan.table() + "\n")
+    return 0

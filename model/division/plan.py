@@ -1,0 +1,53 @@
+"""What a division makes of a network: widths, parameters and multiply-adds beside those of the undivided one."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+
+from model.registry import BackboneRequest, DivisionPlan, build_network, check_request
+from model.staged import StagedBackbone
+from utils.macs import count_macs, count_params
+
+DIVIDE_BY = ("params", "macs")
+
+
+def division_plan(request: BackboneRequest) -> DivisionPlan:
+    """The plan of a request, by the solver or by the family's table; nothing is computed.
+
+    Raises:
+        UserError: as `model.registry.check_request`, or a network that cannot be divided by S.
+    """
+    entry = check_request(request)
+    if entry.plan is not None:
+        return entry.plan(request)
+    full, one = (_measure(replace(request, split_factor=s)) for s in (1, request.split_factor))
+    return DivisionPlan(
+        arch=request.arch,
+        split_factor=request.split_factor,
+        divide_by="table",
+        stages=tuple(f"stage {i + 1}" for i in range(len(full[0]))),
+        widths_full=full[0],
+        widths=one[0],
+        params_full=full[1],
+        params_one=one[1],
+        macs_full=full[2],
+        macs_one=one[2],
+    )
+
+
+def solver_plan(request: BackboneRequest) -> DivisionPlan | None:
+    """The plan of a request that the solver decides; None where a table does, or nothing is divided."""
+    return division_plan(request) if request.split_factor > 1 and check_request(request).plan is not None else None
+
+
+def _measure(request: BackboneRequest) -> tuple[tuple[int, ...], int, int]:
+    """(channels that each stage gives, parameters, multiply-adds) of one network."""
+    image = (3, request.crop_size, request.crop_size)
+    with torch.device("meta"):
+        network = build_network(request)
+        assert isinstance(network, StagedBackbone)
+        with torch.no_grad():
+            taps, _ = network.eval().forward_features(torch.empty(1, *image))
+    return tuple(tap.shape[1] for tap in taps), count_params(network), count_macs(network, image)

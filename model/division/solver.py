@@ -1,0 +1,100 @@
+"""The widths of one of S copies of any network, by the budget. Ours."""
+
+from collections.abc import Callable, Sequence
+
+# Ours: the copies may differ from the undivided network by this part of its budget, and the search ends within AIM.
+TOLERANCE = 0.02
+
+
+AIM = 0.005
+
+
+def channel_unit(channels: int) -> int:
+    """Divided widths are multiples of this: 8 where there are 128 channels or more, less where that would be coarse."""
+    return next(unit for unit in (8, 4, 2, 1) if channels >= 16 * unit or unit == 1)
+
+
+def scaled_width(width: int, factor: float, unit: int) -> int:
+    """`width` times `factor`, to the nearest multiple of `unit`, at least one."""
+    return max(unit, int(width * factor / unit + 0.5) * unit)
+
+
+def solve_widths(
+    widths: Sequence[int],
+    units: Sequence[int],
+    cost: Callable[[Sequence[int]], int],
+    split_factor: int,
+) -> tuple[int, ...]:
+    """Stage widths of one of S copies that cost together what the undivided network costs. Ours.
+
+    First all widths shrink by one factor, then single stages move by one unit, whichever comes nearest to the budget;
+    two at once where no single one helps.
+    The result may miss the budget by more than TOLERANCE where no choice of widths meets it.
+
+    Args:
+        widths: of the undivided network.
+        units: the width of each stage stays a multiple of this, or what it was.
+        cost: widths -> cost of one network, growing with every width.
+        split_factor: S.
+    """
+    if split_factor == 1:
+        return tuple(widths)
+    budget = cost(widths) / split_factor
+
+    def at(factor: float) -> tuple[int, ...]:
+        return tuple(scaled_width(width, factor, unit) for width, unit in zip(widths, units, strict=True))
+
+    low, high = 0.0, 1.0
+    for _ in range(16):
+        middle = (low + high) / 2
+        low, high = (low, middle) if cost(at(middle)) > budget else (middle, high)
+
+    def miss(candidate: Sequence[int]) -> float:
+        return abs(cost(candidate) - budget) / budget
+
+    def stretch(candidate: Sequence[int]) -> float:
+        """How far the stages' factors lie apart."""
+        factors = [now / before for now, before in zip(candidate, widths, strict=True)]
+        return max(factors) / min(factors)
+
+    def steps(start: tuple[int, ...]) -> list[tuple[int, ...]]:
+        """`start` with one stage moved by one unit."""
+        return [
+            (*start[:i], start[i] + step, *start[i + 1 :])
+            for i, unit in enumerate(units)
+            for step in (-unit, unit)
+            if unit <= start[i] + step <= widths[i]
+        ]
+
+    best = min(at(low), at(high), key=miss)
+    while miss(best) > AIM:
+        better = [candidate for candidate in steps(best) if miss(candidate) < miss(best)]
+        if not better and miss(best) > TOLERANCE:
+            # every single step overshoots, but two that go against each other need not
+            pairs = (candidate for one in steps(best) for candidate in steps(one))
+            better = [candidate for candidate in pairs if miss(candidate) < miss(best)]
+        if not better:
+            break
+        # the one that keeps the shape of the network best, of those that arrive if any does
+        arrived = [candidate for candidate in better if miss(candidate) <= AIM]
+        best = min(arrived or better, key=stretch)
+    return best
+
+
+def solve_factor(cost: Callable[[float], int], split_factor: int) -> float:
+    """Width factor of one of S copies of a network with a single width argument; see `solve_widths`.
+
+    Args:
+        cost: width factor in (0, 1] -> cost of one network, growing with the factor.
+        split_factor: S.
+    """
+    if split_factor == 1:
+        return 1.0
+    budget = cost(1.0) / split_factor
+    low, high = 0.0, 1.0
+    tried: dict[float, int] = {}
+    for _ in range(16):
+        middle = (low + high) / 2
+        tried[middle] = cost(middle)
+        low, high = (low, middle) if tried[middle] > budget else (middle, high)
+    return min(tried, key=lambda factor: abs(tried[factor] - budget))

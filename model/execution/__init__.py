@@ -1,0 +1,188 @@
+"""Ways to run S networks: one after another, at the same time, or stacked into one. All give the same numbers.
+
+`loop` is the definition. `parallel` gives each network a CUDA stream, or a thread on a CPU. `stacked` runs one network
+with S times the channels and groups (model/stacking.py). `auto` times them on the first batch and keeps the fastest.
+A strategy that cannot run these networks gives way to `loop`, and one line of the log says why.
+"""
+
+import logging
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.overrides import _get_current_function_mode
+from torch.utils._python_dispatch import _get_current_dispatch_mode
+
+from model.execution.stacking import NotStackable, StackedNetworks
+from model.execution.streams import Streams
+from model.execution.threads import Threads
+from utils.distributed import all_reduce_sum
+from utils.errors import reason
+
+logger = logging.getLogger(__name__)
+
+EXECUTIONS = ("loop", "parallel", "stacked", "auto")
+
+TRIAL_IMAGES = 2  # per view, in the trial before a strategy's first use
+TIMED_ROUNDS = 3  # of `auto`, after one to warm up
+
+Strategy = Callable[[Tensor], Tensor]  # views [S, B, C, H, W] -> logits [S, B, K]
+
+
+class Execution:
+    """The strategy of a SplitNet; built at the first forward pass, when the networks are where they will stay.
+
+    Args:
+        name: one of EXECUTIONS.
+        devices: spread the networks over these GPUs; None: they stay where they are.
+    """
+
+    def __init__(self, name: str = "loop", devices: Sequence[torch.device] | None = None) -> None:
+        if name not in EXECUTIONS:
+            raise ValueError(f"execution {name!r} is not known: use {', '.join(EXECUTIONS)}.")
+        self.name = name
+        self.devices = devices
+        self._strategy: Strategy | None = None
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "Execution":
+        return Execution(self.name, self.devices)  # threads and streams stay with the original
+
+    def __call__(self, networks: Sequence[nn.Module], views_SBCHW: Tensor) -> Tensor:
+        """Views [S, B, C, H, W] -> logits [S, B, K]."""
+        if self.name == "loop" or len(networks) == 1:
+            return run_loop(networks, views_SBCHW)
+        if not torch.compiler.is_compiling():  # a pass before compilation has prepared the strategy
+            if _is_observed():
+                return run_loop(networks, views_SBCHW)
+            if self._strategy is None:
+                self._prepare(networks, views_SBCHW)
+        return run_loop(networks, views_SBCHW) if self._strategy is None else self._strategy(views_SBCHW)
+
+    def _prepare(self, networks: Sequence[nn.Module], views_SBCHW: Tensor) -> None:
+        """Build and try the strategy; `name` becomes that of the one in use."""
+        if self.devices is not None:
+            self._strategy = Streams(networks, self.devices)
+            return
+        candidates = ("parallel", "stacked") if self.name == "auto" else (self.name,)
+        usable: dict[str, Strategy] = {}
+        for name in candidates:
+            try:
+                usable[name] = _tried(name, networks, views_SBCHW)
+            except NotStackable as why:
+                if self.name != "auto":
+                    logger.info("execution %s: %s; the networks run one after another (loop).", name, why)
+        if self.name == "auto" and usable:
+            self.name = _fastest(usable, networks, views_SBCHW)
+        elif not usable:
+            self.name = "loop"
+        self._strategy = usable.get(self.name)
+
+
+def run_loop(networks: Sequence[nn.Module], views_SBCHW: Tensor) -> Tensor:
+    """One network after another: views [S, B, C, H, W] -> logits [S, B, K]."""
+    return torch.stack([network(view) for network, view in zip(networks, views_SBCHW, strict=True)])
+
+
+def _is_observed() -> bool:
+    """Whether a mode that sees single operations (counters of MACs, audits) is on: other threads do not inherit it."""
+    return _get_current_function_mode() is not None or _get_current_dispatch_mode() is not None
+
+
+def _tried(name: str, networks: Sequence[nn.Module], views_SBCHW: Tensor) -> Strategy:
+    """A strategy that has run a few images and agreed with the loop.
+
+    Raises:
+        NotStackable: it cannot run these networks; the message says why.
+    """
+    device = views_SBCHW.device
+    few_SBCHW = views_SBCHW[:, :TRIAL_IMAGES].detach()
+    try:
+        with _left_as_they_were(networks), torch.no_grad(), torch.autocast(device.type, enabled=False):
+            if name == "stacked":
+                strategy: Strategy = StackedNetworks(networks)
+            elif device.type == "cuda":
+                strategy = Streams(networks)
+            else:
+                if networks[0].training:
+                    _require_own_draws(networks, few_SBCHW)
+                strategy = Threads(networks)
+            if networks[0].training:
+                strategy(few_SBCHW)
+            for network in networks:
+                network.eval()
+            expected_SBK, found_SBK = run_loop(networks, few_SBCHW).double(), strategy(few_SBCHW).double()
+    except (RuntimeError, TypeError, ValueError, AttributeError) as error:
+        # code of other libraries may do anything with a map that is no tensor
+        raise NotStackable(reason(error)) from None
+    if found_SBK.shape != expected_SBK.shape:
+        raise NotStackable(f"its logits have the shape {list(found_SBK.shape)}")
+    difference, size = float((found_SBK - expected_SBK).norm()), float(expected_SBK.norm())
+    if not difference <= 1e-2 * size:  # float32 and TF32 stay well below; NaN is above
+        raise NotStackable(
+            f"its logits differ from the loop's by {difference:.1g}, and theirs have the norm {size:.1g}"
+        )
+    return strategy
+
+
+def _require_own_draws(networks: Sequence[nn.Module], views_SBCHW: Tensor) -> None:
+    """Refuse networks that draw from the CPU's one default generator: in threads, the order would be chance.
+
+    Raises:
+        NotStackable: they do.
+    """
+    before = torch.get_rng_state()
+    run_loop(networks, views_SBCHW)
+    if not torch.equal(before, torch.get_rng_state()):
+        torch.set_rng_state(before)
+        raise NotStackable("a layer of these networks draws random numbers that cannot be told apart by network")
+
+
+@contextmanager
+def _left_as_they_were(networks: Sequence[nn.Module]) -> Iterator[None]:
+    """Afterwards buffers and modes are those of before."""
+    values = [buffer.clone() for network in networks for buffer in network.buffers()]
+    modes = {module: module.training for network in networks for module in network.modules()}
+    try:
+        yield
+    finally:
+        for module, training in modes.items():
+            module.training = training
+        # asked for again, because stacking puts views in their places
+        buffers = (buffer for network in networks for buffer in network.buffers())
+        with torch.no_grad():
+            for buffer, value in zip(buffers, values, strict=True):
+                buffer.copy_(value)
+
+
+def _fastest(usable: dict[str, Strategy], networks: Sequence[nn.Module], views_SBCHW: Tensor) -> str:
+    """Name of the strategy whose forward pass, with the backward pass in training, takes the least time here."""
+    device = views_SBCHW.device
+    parameters = [p for network in networks for p in network.parameters() if p.requires_grad]
+    strategies: dict[str, Strategy] = {"loop": lambda views: run_loop(networks, views), **usable}
+    learns = torch.is_grad_enabled() and bool(parameters)
+    times: dict[str, list[float]] = {name: [] for name in strategies}
+
+    def wait() -> None:
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+
+    with _left_as_they_were(networks):
+        for number in range(1 + TIMED_ROUNDS):
+            for name, strategy in strategies.items():
+                wait()
+                began = time.perf_counter()
+                logits_SBK = strategy(views_SBCHW)
+                if learns:
+                    torch.autograd.grad(logits_SBK.float().square().mean(), parameters, allow_unused=True)
+                wait()
+                if number:
+                    times[name].append(time.perf_counter() - began)
+    seconds = torch.tensor([sorted(times[name])[TIMED_ROUNDS // 2] for name in strategies], device=device)
+    shares = all_reduce_sum(seconds).tolist()  # every process must choose the same
+    chosen = min(zip(shares, strategies, strict=True))[1]
+    shown = ", ".join(f"{name} {1e3 * share:.1f} ms" for name, share in zip(strategies, shares, strict=True))
+    logger.info("execution auto: %s for a %s pass: %s.", shown, "training" if learns else "forward", chosen)
+    return chosen

@@ -1,0 +1,232 @@
+"""What a backbone is, by which name it is known, and the one function that builds a (divided) network from its name."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import asdict, dataclass, field, fields, replace
+from typing import Any, Protocol, TypeVar
+
+from torch import Tensor, nn
+
+from utils.errors import UserError
+from utils.registry import Registry
+
+
+@dataclass(frozen=True, kw_only=True)
+class DivisionPlan:
+    """One of S copies beside the undivided network.
+
+    Attributes:
+        arch, split_factor: what is divided, by S.
+        divide_by: what the solver matched, "params" or "macs"; "table" where the family's own rule decides.
+        stages: name of each width.
+        widths_full, widths: of the undivided network and of one copy.
+        params_full, params_one, macs_full, macs_one: parameters, and multiply-adds for one image.
+    """
+
+    arch: str
+    split_factor: int
+    divide_by: str
+    stages: tuple[str, ...]
+    widths_full: tuple[float, ...]
+    widths: tuple[float, ...]
+    params_full: int
+    params_one: int
+    macs_full: int
+    macs_one: int
+
+    @property
+    def params_difference(self) -> float:
+        """Parameters of the S copies together over those of the undivided network, minus 1."""
+        return self.split_factor * self.params_one / self.params_full - 1
+
+    @property
+    def macs_difference(self) -> float:
+        """Multiply-adds of the S copies together over those of the undivided network, minus 1."""
+        return self.split_factor * self.macs_one / self.macs_full - 1
+
+    def summary(self) -> str:
+        """One line: how near the copies come to the undivided network."""
+        return (
+            f"{self.arch} divided by {self.split_factor} ({self.divide_by}): "
+            f"{self.split_factor} x {self.params_one / 1e6:.3f} M parameters ({self.params_difference:+.2%} of "
+            f"{self.params_full / 1e6:.3f} M), {self.split_factor} x {self.macs_one / 1e6:.2f} M MACs "
+            f"({self.macs_difference:+.2%} of {self.macs_full / 1e6:.2f} M)"
+        )
+
+    def table(self) -> str:
+        """The width of every stage before and after, and `summary`."""
+        rows = [("stage", "S = 1", f"S = {self.split_factor}")]
+        rows += [
+            (name, f"{before:g}", f"{after:g}")
+            for name, before, after in zip(self.stages, self.widths_full, self.widths, strict=True)
+        ]
+        sizes = [max(map(len, column)) for column in zip(*rows, strict=True)]
+        lines = [f"{a.ljust(sizes[0])}  {b.rjust(sizes[1])}  {c.rjust(sizes[2])}" for a, b, c in rows]
+        return "\n".join([*lines, self.summary()])
+
+    def as_dict(self) -> dict[str, Any]:
+        """Everything as plain data."""
+        return {
+            **asdict(self),
+            "params_difference": self.params_difference,
+            "macs_difference": self.macs_difference,
+        }
+
+
+T = TypeVar("T")
+
+
+SMALL = "small"  # CIFAR-shaped: 3x3 stem, three stages, 32x32-like images
+
+
+LARGE = "large"  # ImageNet-shaped: stride-2 stem, four stages, 224-like images
+
+
+@dataclass(frozen=True, kw_only=True)
+class BackboneRequest:
+    """Everything that decides the structure of one of the S networks.
+
+    Attributes:
+        arch: registered name.
+        split_factor: S; the network built is ONE of the S small ones (S = 1: undivided).
+        num_classes: K.
+        shape: SMALL or LARGE, see `image_shape`.
+        dataset: name of the data set; a few published dropout rates depend on it.
+        crop_size: side of the square input in pixels.
+        options: values of the family's own flags by field name, beside those of others: see `family_options`.
+        divide_by: what the solver matches, "params" or "macs"; None: parameters. Not for families with a table.
+        widths: what the solver found before, as a checkpoint keeps it; None: it solves.
+    """
+
+    arch: str
+    split_factor: int = 1
+    num_classes: int = 10
+    shape: str = SMALL
+    dataset: str = "cifar10"
+    crop_size: int = 32
+    options: Mapping[str, Any] = field(default_factory=dict)
+    divide_by: str | None = None
+    widths: tuple[float, ...] | None = None
+
+
+class BackboneBuilder(Protocol):
+    """What a family file registers for each of its names."""
+
+    def __call__(self, request: BackboneRequest) -> nn.Module:
+        """Build one network; the module maps [B, 3, H, W] to logits [B, K]."""
+        ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class Backbone:
+    """One registry entry.
+
+    Attributes:
+        build: makes one network from a request that `check_request` has accepted.
+        family: name of the family ("resnet"), equal to its file's name.
+        split_factors: shape -> the legal S in ascending order; an open rule ("any S up to 64") lists them all.
+            A shape that is not a key cannot be built.
+        options: dataclass of the family's own flags (fields made by utils.options.option), or None.
+        options_in: names of a network's tensors -> the flags of the family that they show, for released files, which
+            do not say; None where no flag changes the names.
+        crop_size: the architecture's own input size on imagenet, None where the data set decides.
+        crop_pct: side of its input over the short side of the image in evaluation, None where the data set decides.
+        build_wide: makes the same network with twice the width in its last stage (a branch of DKS), or None where
+            the family cannot express it.
+        plan: for networks of any origin, what the solver makes of a request; None where a table of the family decides.
+        pretrained: fetches the weights that the network's library publishes, by state-dict name; None: there are none.
+    """
+
+    build: BackboneBuilder
+    family: str
+    split_factors: Mapping[str, tuple[int, ...]]
+    options: type | None = None
+    options_in: Callable[[Collection[str]], Mapping[str, Any]] | None = None
+    crop_size: int | None = None
+    crop_pct: float | None = None
+    build_wide: BackboneBuilder | None = None
+    plan: Callable[[BackboneRequest], DivisionPlan] | None = None
+    pretrained: Callable[[], Mapping[str, Tensor]] | None = None
+
+
+backbones: Registry[Backbone] = Registry(
+    "backbone", "--arch", "model.backbone", also="torchvision/NAME, timm/NAME, FILE.py:FACTORY"
+)
+
+
+SMALL_IMAGE_DATASETS = ("digits", "cifar10", "cifar100", "svhn")
+
+
+def image_shape(dataset: str, crop_size: int) -> str:
+    """SMALL or LARGE: which form of a network a data set takes; open data sets go by their size (64 px is small)."""
+    if dataset in SMALL_IMAGE_DATASETS:
+        return SMALL
+    if dataset == "imagenet":
+        return LARGE
+    return SMALL if crop_size <= 64 else LARGE
+
+
+def check_request(request: BackboneRequest) -> Backbone:
+    """The registry entry of a request.
+
+    Raises:
+        UserError: unknown arch, a shape the family does not have, or an S that its division rule does not allow.
+    """
+    entry = backbones.get(request.arch)
+    if request.shape not in entry.split_factors:
+        others = " or ".join(entry.split_factors)
+        raise UserError(
+            f"--arch {request.arch} exists for {others} images only, and --dataset {request.dataset} "
+            f"(--crop_size {request.crop_size}) has {request.shape} ones. Pick another --arch or data set."
+        )
+    legal = entry.split_factors[request.shape]
+    if request.split_factor not in legal:
+        shown = ", ".join(map(str, legal)) if len(legal) <= 20 else f"{legal[0]} to {legal[-1]}"
+        raise UserError(
+            f"--split_factor {request.split_factor} is not possible for --arch {request.arch} "
+            f"({request.shape} images): use {shown}."
+        )
+    if request.divide_by is not None and entry.plan is None:
+        raise UserError(
+            f"--divide_by {request.divide_by}: --arch {request.arch} is divided by the paper's table, and the flag is "
+            "for torchvision/NAME, timm/NAME and FILE.py:FACTORY. Leave it away."
+        )
+    return entry
+
+
+def family_options(kind: type[T], request: BackboneRequest) -> T:
+    """A family's own options out of those of all families; what is not said keeps its default."""
+    own = {item.name for item in fields(kind)} & request.options.keys()  # type: ignore[arg-type]
+    return kind(**{name: request.options[name] for name in own})
+
+
+def build_network(request: BackboneRequest) -> nn.Module:
+    """One of the S networks of a division: [B, 3, H, W] -> logits [B, K].
+
+    Raises:
+        UserError: as `check_request`.
+    """
+    entry = check_request(request)
+    if entry.plan is not None and request.split_factor > 1 and request.widths is None:
+        request = replace(request, widths=entry.plan(request).widths)
+    network = entry.build(request)
+    network.request = request  # type: ignore[assignment]
+    return network
+
+
+def request_of(network: nn.Module) -> BackboneRequest:
+    """What a network of `build_network` was built from, its solved widths included."""
+    request = network.request
+    assert isinstance(request, BackboneRequest)
+    return request
+
+
+def split_list(arch: str) -> list[str]:
+    """The entries of a comma list of backbones."""
+    return [name.strip() for name in arch.split(",") if name.strip()]
+
+
+def names_user_code(arch: str) -> bool:
+    """Whether looking this name up runs a file of the user's: FILE.py:FACTORY."""
+    return ".py:" in arch

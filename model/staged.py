@@ -1,0 +1,87 @@
+"""What every backbone with stages offers, so that branches, exits and stacking need no knowledge of a family."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+
+from torch import Tensor, nn
+
+from model.registry import BackboneRequest
+
+
+class StagedBackbone(nn.Module):
+    """A network in the parts stem -> stage 1 ... N -> tail -> classifier.
+
+    Submodule names stay those of the released checkpoints, so that these load; these methods give
+    the parts one set of names. `forward` is their composition and nothing else.
+
+    Attributes:
+        request: what the network was built from, set by `model.build_network`; fresh copies of
+            its parts need it.
+    """
+
+    request: BackboneRequest | None = None
+
+    @property
+    @abstractmethod
+    def stages(self) -> list[nn.Module]:
+        """The stages in order; stage i maps the feature map of stage i-1 (or the stem) to its own."""
+
+    @abstractmethod
+    def stem(self, images_BCHW: Tensor) -> Tensor:
+        """Images [B, 3, H, W] -> the feature map that stage 1 takes."""
+
+    @abstractmethod
+    def tail(self, features_BCHW: Tensor) -> Tensor:
+        """The last stage's map -> pooled embedding [B, D] (final norm and activation included, dropout not)."""
+
+    @abstractmethod
+    def classify(self, embedding_BD: Tensor) -> Tensor:
+        """Embedding [B, D] -> logits [B, K] (classifier dropout included)."""
+
+    @property
+    @abstractmethod
+    def classifier_name(self) -> str:
+        """Name of the submodule that holds the final linear layer ("fc"); re-initialised when fine-tuning."""
+
+    def unused_parameter_names(self) -> set[str]:
+        """Parameters that no forward pass runs, kept (frozen) because released checkpoints hold them; mostly none."""
+        return set()
+
+    def forward_features(self, images_BCHW: Tensor) -> tuple[list[Tensor], Tensor]:
+        """Images -> (the feature map after each stage, embedding [B, D])."""
+        features = self.stem(images_BCHW)
+        taps = []
+        for stage in self.stages:
+            features = stage(features)
+            taps.append(features)
+        return taps, self.tail(features)
+
+    def forward(self, images_BCHW: Tensor) -> Tensor:
+        """Images [B, 3, H, W] -> logits [B, K]."""
+        return self.classify(self.forward_features(images_BCHW)[1])
+
+    @property
+    def exit_plan(self) -> tuple[tuple[int, int | None], ...]:
+        """Auxiliary exits of layer-wise mutual learning as (tap, blocks), shallowest first.
+
+        The exit hangs behind stage `tap` (0: the stem) and has `blocks` blocks in each remaining stage, None: all.
+        Our rule where nothing is published: an exit behind each of the up to three stages before the last.
+        """
+        last = len(self.stages)
+        return tuple((tap, None) for tap in range(max(1, last - 3), last))
+
+    def become_auxiliary(self) -> None:
+        """Change what the family initialises differently when parts of the network serve as an auxiliary head."""
+
+    def halved_depth(self) -> int:
+        """How many blocks the shallowest branch of DKS keeps of the last stage: half, rounded down, at least 1."""
+        return max(1, len(list(self.stages[-1].children())) // 2)
+
+
+def classifier_name(network: nn.Module) -> str | None:
+    """Name of the linear layer that gives the logits; None where a network without stages ends in none."""
+    if isinstance(network, StagedBackbone):
+        return network.classifier_name
+    layers = [name for name, module in network.named_modules() if isinstance(module, nn.Linear)]
+    return layers[-1] if layers else None

@@ -1,0 +1,202 @@
+"""Checkpoints: plain tensors and dicts, written aside and renamed, never unpickling code when read.
+
+A checkpoint is a dict with the published keys `epoch` (the next one), `arch`, `state_dict` (`module.models.<i>...`),
+`best_acc1`, `optimizer`, `scaler`, and ours beside them: see `train_split.py`.
+"""
+
+import contextlib
+import hashlib
+import logging
+import os
+import pickle
+import re
+import warnings
+import zipfile
+from collections import OrderedDict
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import IO, Any
+
+import torch
+from torch import Tensor
+
+from record import safe_tensors
+from utils.errors import UserError, WriteError, reason
+
+# Classes of the settings that other projects keep in their checkpoints (Cream's, timm's).
+SETTINGS = ("yacs.config.CfgNode", "argparse.Namespace")
+
+logger = logging.getLogger(__name__)
+
+FORMAT_VERSION = 1
+BEST = "model_best.pth.tar"
+PARTIAL = ".partial"
+_NAME = re.compile(r"^checkpoint_(\d+)(?:_(\d+))?\.pth\.tar$")
+
+
+def state_sha256(state: Mapping[str, Tensor]) -> str:
+    """Hash of names, types, shapes and contents, in the order of the sorted names."""
+    digest = hashlib.sha256()
+    for name in sorted(state):
+        value = state[name].detach().cpu().contiguous()
+        digest.update(f"{name}|{value.dtype}|{tuple(value.shape)}|".encode())
+        digest.update(value.reshape(-1).view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+class _ReasonKeeper:
+    """A file for torch's zip writer, which hides why a write failed behind a position that it did not expect."""
+
+    def __init__(self, file: IO[bytes]) -> None:
+        self._file = file
+        self.error: OSError | None = None
+
+    def write(self, content: bytes) -> int:
+        try:
+            return self._file.write(content)
+        except OSError as error:
+            self.error = error
+            raise
+
+    def flush(self) -> None:
+        self._file.flush()
+
+
+@contextlib.contextmanager
+def _replacing(path: Path) -> Iterator[_ReasonKeeper]:
+    """A file to fill that takes the place of `path` at the end: written aside, flushed to the disk and renamed.
+
+    Raises:
+        WriteError: in place of any failure to write; `path` holds what it held before.
+    """
+    partial = path.with_name(path.name + PARTIAL)
+    keeper = None
+    try:
+        with partial.open("wb") as file:
+            keeper = _ReasonKeeper(file)
+            yield keeper
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(partial, path)
+    except (OSError, RuntimeError) as error:  # torch's zip writer turns a full disk into a RuntimeError
+        with contextlib.suppress(OSError):
+            partial.unlink(missing_ok=True)
+        cause = keeper.error if keeper is not None and keeper.error is not None else error
+        raise WriteError(f"{path}: could not be written: {reason(cause)[:300]}.") from None
+
+
+def write_file(path: Path, content: bytes | str) -> None:
+    """Replace a small file as a whole: a killed process leaves the old one or the new one, never half of one.
+
+    Raises:
+        WriteError: the disk is full or the folder cannot be written; `path` still holds what it held before.
+    """
+    with _replacing(path) as file:
+        file.write(content.encode() if isinstance(content, str) else content)
+
+
+def save_checkpoint(state: Mapping[str, Any], path: Path) -> None:
+    """Write a checkpoint aside, flush it to the disk, and rename it to `path`.
+
+    Raises:
+        WriteError: the disk is full or the folder cannot be written; `path` still holds what it held before.
+    """
+    with _replacing(path) as file:
+        torch.save(dict(state), file)  # type: ignore[arg-type]
+    with contextlib.suppress(OSError):  # the name is on the disk some time later then
+        folder = os.open(path.parent, os.O_RDONLY)
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)
+
+
+def load_checkpoint(path: str | Path, flag: str = "--resume") -> dict[str, Any]:
+    """Read a checkpoint without ever running code from it; objects with a run's settings become plain dicts.
+
+    Args:
+        path: the file; one named *.safetensors is read as such, see `record.safe_tensors`.
+        flag: named in errors.
+
+    Raises:
+        UserError: missing, unreadable, truncated, or holding anything but tensors and plain values.
+    """
+    path = Path(path)
+    if not path.is_file():
+        what = "is a folder, not a file" if path.is_dir() else "does not exist"
+        raise UserError(f"{flag} {path}: {what}.")
+    if path.suffix == safe_tensors.SUFFIX:
+        return safe_tensors.read(path, flag)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # about foreign pickle protocols: such a file is refused anyway
+            with torch.serialization.safe_globals([(OrderedDict, name) for name in SETTINGS]):
+                content = torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError:
+        raise UserError(
+            f"{flag} {path}: refused: it is not a checkpoint, or holds objects other than tensors and plain values."
+        ) from None
+    except (OSError, RuntimeError, ValueError, EOFError, KeyError, IndexError, AttributeError, TypeError) as error:
+        reason = "is empty" if path.stat().st_size == 0 else "is truncated, damaged or not a checkpoint"
+        logger.debug("%s: %r", path, error)
+        raise UserError(f"{flag} {path}: {reason}.") from None
+    except (zipfile.BadZipFile, MemoryError, AssertionError, ImportError, OverflowError, RecursionError, SystemError):
+        raise UserError(f"{flag} {path}: is truncated, damaged or not a checkpoint.") from None
+    if not isinstance(content, dict):
+        raise UserError(f"{flag} {path}: expected a dict with a 'state_dict', found {type(content).__name__}.")
+    return content
+
+
+def run_position(path: Path) -> tuple[int, float] | None:
+    """(epoch, step) from a checkpoint's name, ordered in time; None for other files.
+
+    `checkpoint_{epoch}.pth.tar` is written after `epoch` whole epochs, `checkpoint_{epoch}_{step}.pth.tar` inside epoch
+    number `epoch` (counted from 0), so it is the newer of the two.
+    """
+    match = _NAME.match(path.name)
+    if match is None:
+        return None
+    return int(match[1]), float(match[2]) if match[2] else -1.0
+
+
+def list_checkpoints(folder: Path) -> list[Path]:
+    """The run's checkpoints, newest first."""
+    found = [(position, path) for path in folder.glob("checkpoint_*.pth.tar") if (position := run_position(path))]
+    return [path for _, path in sorted(found, reverse=True)]
+
+
+def load_newest(folder: Path) -> tuple[dict[str, Any], Path] | None:
+    """The newest checkpoint of a run directory that can be read, or None where there is none.
+
+    A damaged one is named in a warning, and the one before it is taken.
+
+    Raises:
+        UserError: there are checkpoints and none can be read.
+    """
+    candidates = list_checkpoints(folder)
+    for path in candidates:
+        try:
+            content = load_checkpoint(path)
+            if "state_dict" not in content or "epoch" not in content:
+                raise UserError(f"--resume {path}: holds no run to continue (no 'state_dict' or 'epoch').")
+        except UserError as error:
+            logger.warning("%s Falling back to the one before it.", error)
+            continue
+        return content, path
+    if candidates:
+        raise UserError(f"--resume auto: none of the {len(candidates)} checkpoints in {folder} can be read.")
+    return None
+
+
+def prune_checkpoints(folder: Path, keep: int) -> None:
+    """Delete all but the `keep` newest checkpoints, and the half of one that a killed writer left.
+
+    Other half-written files stay: another thread or process may be writing them now. One that a kill left is replaced
+    when its file is written again.
+    """
+    for path in list_checkpoints(folder)[keep:]:
+        path.unlink(missing_ok=True)
+    for path in folder.glob(f"*{PARTIAL}"):
+        whole = path.with_name(path.name.removesuffix(PARTIAL))
+        if whole.name == BEST or run_position(whole) is not None:
+            path.unlink(missing_ok=True)

@@ -1,0 +1,251 @@
+"""What a run writes while it goes on: text log, metrics.jsonl, summary.csv and TensorBoard; only process 0 writes.
+
+Lines are counted, and the counts are stored in checkpoints: a resumed run cuts what a killed one wrote after its last
+checkpoint, so no line stands twice and none is missing.
+"""
+
+import contextlib
+import csv
+import io
+import json
+import logging
+import math
+import os
+import sys
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from record.append import append_whole
+from utils.errors import reason
+
+logger = logging.getLogger(__name__)
+
+
+class _TrainLog(logging.FileHandler):
+    """train.log; a disk that does not take it any more costs the log, not the run, and no traceback a line."""
+
+    def handleError(self, record: logging.LogRecord) -> None:
+        logging.getLogger().removeHandler(self)
+        error = sys.exc_info()[1]
+        with contextlib.suppress(OSError):
+            self.close()
+        logger.warning("%s: cannot be written; going on without it: %s", self.baseFilename, error and reason(error))
+
+
+def set_up_text_log(folder: Path | None, *, rank: int) -> None:
+    """Send the project's log records to stderr and, in process 0, to train.log; other processes only warn."""
+    root = logging.getLogger()
+    for handler in list(root.handlers):
+        root.removeHandler(handler)
+        handler.close()
+    plain = logging.Formatter("%(message)s" if rank == 0 else f"[process {rank}] %(message)s")
+    screen = logging.StreamHandler(sys.stderr)
+    screen.setFormatter(plain)
+    root.addHandler(screen)
+    root.setLevel(logging.INFO if rank == 0 else logging.WARNING)
+    if folder is not None and rank == 0:
+        file = _TrainLog(folder / "train.log", encoding="utf-8")
+        file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+        root.addHandler(file)
+
+
+def plain_json(value: Any) -> Any:
+    """`value` with everything that JSON cannot say replaced: non-finite numbers by None, tuples by lists."""
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, Mapping):
+        return {str(key): plain_json(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [plain_json(item) for item in value]
+    return value
+
+
+class LineFile:
+    """A text file that only grows, by whole lines; knows how many it has.
+
+    Args:
+        path: the file; made at the first line.
+        header: first line, written once, also over several resumed runs.
+    """
+
+    def __init__(self, path: Path, header: str | None = None) -> None:
+        self.path = path
+        self.header = header
+        self.lines = 0
+        self._file: io.FileIO | None = None
+
+    def rewind(self, lines: int) -> None:
+        """Keep the first `lines` lines (header included) and drop the rest, half-written ones too."""
+        self.close()
+        kept: list[bytes] = []
+        if self.path.exists():
+            with self.path.open("rb") as file:
+                for line in file:
+                    if len(kept) == lines or not line.endswith(b"\n"):
+                        break
+                    kept.append(line)
+            with self.path.open("r+b") as file:
+                file.truncate(sum(map(len, kept)))
+        if len(kept) < lines:
+            logger.warning("%s has %d lines and the checkpoint knows of %d.", self.path, len(kept), lines)
+        self.lines = len(kept)
+
+    def write(self, line: str) -> None:
+        """Append one line and hand it to the operating system; a line that does not fit is left out whole."""
+        lines = [self.header, line] if self.lines == 0 and self.header is not None else [line]
+        content = "".join(f"{text}\n" for text in lines).encode()
+        try:
+            if self._file is None:
+                self._file = self.path.open("ab", buffering=0)
+            append_whole(self._file, content)
+            self.lines += len(lines)
+        except OSError as error:  # a full disk must not end a run that could still save a checkpoint later
+            logger.warning("%s: a line could not be written: %s", self.path, reason(error))
+
+    def close(self) -> None:
+        """Close the file; the next line opens it again."""
+        if self._file is not None:
+            with contextlib.suppress(OSError):
+                self._file.close()
+            self._file = None
+
+
+class RunLog:
+    """metrics.jsonl, summary.csv and TensorBoard of one run directory.
+
+    Args:
+        folder: the run directory.
+        num_networks: S, for the columns of summary.csv.
+        active: False in all processes but one; then nothing is written.
+    """
+
+    def __init__(self, folder: Path, num_networks: int, *, active: bool) -> None:
+        self.folder = folder
+        self.active = active
+        self.columns = [
+            "epoch",
+            "step",
+            "learning_rate",
+            "ensemble_acc1",
+            "ensemble_acc5",
+            *(f"acc1_{i + 1}" for i in range(num_networks)),
+            "best_acc1",
+            "train_loss",
+            "train_acc1",
+            "seconds",
+        ]
+        self.metrics = LineFile(folder / "metrics.jsonl")
+        self.summary = LineFile(folder / "summary.csv", header=",".join(self.columns))
+        self._boards: dict[str, Any] = {}
+        self._has_boards = active
+        self._purge: dict[str, int] = {}
+
+    def positions(self) -> dict[str, int]:
+        """Lines written so far, for a checkpoint."""
+        return {"metrics": self.metrics.lines, "summary": self.summary.lines}
+
+    def rewind(self, positions: Mapping[str, int], *, epoch: int, step: int) -> None:
+        """Go back to where a checkpoint was written, after `epoch` whole epochs and `step` steps."""
+        if not self.active:
+            return
+        self.metrics.rewind(int(positions.get("metrics", 0)))
+        self.summary.rewind(int(positions.get("summary", 0)))
+        # TensorBoard drops what stands at these places and after them; the evaluation of epoch E stands at E
+        self._purge = {"val": epoch + 1 if step else 0, "train": step}
+
+    def write_metrics(self, record: Mapping[str, Any]) -> None:
+        """One JSON object as a line of metrics.jsonl."""
+        if self.active:
+            self.metrics.write(json.dumps(plain_json(record), separators=(", ", ": ")))
+
+    def write_summary(self, record: Mapping[str, Any]) -> None:
+        """One row of summary.csv; columns that the record lacks stay empty."""
+        if self.active:
+            row = io.StringIO()
+            values = [record.get(name, "") for name in self.columns]
+            csv.writer(row, lineterminator="").writerow(
+                [f"{value:.6g}" if isinstance(value, float) else value for value in values]
+            )
+            self.summary.write(row.getvalue())
+
+    def _board(self, name: str, summaries: Iterable[Any], index: int) -> None:
+        """Write to TensorBoard's file in a subfolder: `val` counts epochs, `train` counts steps."""
+        try:
+            if name not in self._boards:
+                from record.events import EventFile
+
+                self._boards[name] = EventFile(self.folder / name, self._purge.get(name))
+            for summary in summaries:
+                self._boards[name].add(summary, index)
+        except OSError as error:
+            logger.warning("%s: TensorBoard goes on without this run: %s", self.folder / name, reason(error))
+            self._has_boards = False
+
+    def scalars(self, name: str, values: Mapping[str, Any], index: int) -> None:
+        """Scalars by tag; vectors become `1_<tag>` ... `S_<tag>`, as in the published logs.
+
+        Tags of "train" stand under `train/`, because its axis counts steps and that of "val" epochs.
+        """
+        if not self._has_boards:
+            return
+        from torch.utils.tensorboard.summary import scalar
+
+        group = "train/" if name == "train" else ""
+        by_tag: dict[str, float] = {}
+        for tag, value in values.items():
+            if isinstance(value, list | tuple):
+                by_tag |= {f"{group}{i + 1}_{tag}": item for i, item in enumerate(value)}
+            elif isinstance(value, int | float):
+                by_tag[group + tag] = value
+        self._board(name, (scalar(tag, value) for tag, value in by_tag.items()), index)
+
+    def views(self, views_SBCHW: Tensor, mean: Sequence[float], std: Sequence[float], index: int) -> None:
+        """A picture of the S views of the first images: one column an image, one row a view."""
+        if not self._has_boards:
+            return
+        images = views_SBCHW[:, :8].float().cpu()
+        scale, shift = images.new_tensor(std).view(3, 1, 1), images.new_tensor(mean).view(3, 1, 1)
+        pixels = (images * scale + shift).clamp(0, 1)
+        from torch.utils.tensorboard.summary import image
+        from torchvision.utils import make_grid
+
+        grid = make_grid(pixels.flatten(0, 1), nrow=images.shape[1], padding=2)
+        self._board("val", [image("views", grid, dataformats="CHW")], index)
+
+    def picture(self, tag: str, png: bytes, index: int) -> None:
+        """A PNG."""
+        if not self._has_boards:
+            return
+        import numpy as np
+        from PIL import Image
+        from torch.utils.tensorboard.summary import image
+
+        with Image.open(io.BytesIO(png)) as content:
+            pixels_HWC = np.asarray(content.convert("RGB"))
+        self._board("val", [image(tag, pixels_HWC, dataformats="HWC")], index)
+
+    def hparams(self, flags: Mapping[str, Any], results: Mapping[str, float]) -> None:
+        """The run's settings and final figures for TensorBoard's HParams page."""
+        if not self._has_boards:
+            return
+        from torch.utils.tensorboard.summary import hparams, scalar
+
+        plain = {k: v if isinstance(v, bool | int | float | str) else str(v) for k, v in flags.items()}
+        figures = (scalar(tag, value) for tag, value in results.items())
+        self._board("val", [*hparams(plain, dict(results)), *figures], 0)
+
+    def close(self) -> None:
+        """Close all files."""
+        self.metrics.close()
+        self.summary.close()
+        for board in self._boards.values():
+            board.close()
+        self._boards = {}
+
+
+def stderr_is_terminal() -> bool:
+    """True where stderr is a terminal, so that a progress bar can redraw itself."""
+    return sys.stderr.isatty() and os.environ.get("TERM", "") != "dumb"

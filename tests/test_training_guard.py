@@ -1,0 +1,58 @@
+"""The guard names the first bad step and its networks, and holds the weights afterwards."""
+
+import pytest
+import torch
+from torch import Tensor
+
+from training.guard import NonfiniteGuard, NonfiniteSteps, judge_nonfinite
+from utils.errors import RunError
+
+CPU = torch.device("cpu")
+
+
+def alone(value: Tensor) -> Tensor:
+    return value
+
+
+def test_finite_steps_leave_nothing() -> None:
+    guard = NonfiniteGuard(2, CPU, sticky=True)
+    assert guard.judge(torch.tensor(1.0), torch.zeros(2, 3, 4), 0) == 0
+    assert guard.read(alone) is None
+
+
+def test_first_bad_step_and_network_are_named() -> None:
+    guard = NonfiniteGuard(3, CPU, sticky=False)
+    logits = torch.zeros(3, 2, 4)
+    logits[1, 0, 2] = float("nan")
+    guard.judge(torch.tensor(1.0), torch.zeros(3, 2, 4), 4)
+    assert guard.judge(torch.tensor(float("inf")), logits, 5) == 1
+    assert guard.judge(torch.tensor(1.0), torch.zeros(3, 2, 4), 6) == 0
+    guard.judge(torch.tensor(float("nan")), torch.full((3, 2, 4), float("nan")), 7)
+    found = guard.read(alone)
+    assert found is not None
+    assert (found.count, found.first_step, found.networks) == (2, 5, (1,))
+
+
+def test_sticky_holds_all_later_steps() -> None:
+    guard = NonfiniteGuard(1, CPU, sticky=True)
+    guard.judge(torch.tensor(float("nan")), torch.zeros(1, 2, 2), 0)
+    assert guard.judge(torch.tensor(1.0), torch.zeros(1, 2, 2), 1) == 1
+
+
+def test_state_round_trip() -> None:
+    guard, other = NonfiniteGuard(2, CPU, sticky=False), NonfiniteGuard(2, CPU, sticky=False)
+    guard.judge(torch.tensor(float("nan")), torch.full((2, 1, 2), float("inf")), 9)
+    other.load_state_dict(guard.state_dict())
+    assert other.read(alone) == guard.read(alone)
+
+
+def test_what_was_found_ends_the_run_or_is_a_warning() -> None:
+    found = NonfiniteSteps(count=3, first_step=25, networks=(0, 2))
+    with pytest.raises(RunError, match=r"at step 25 \(epoch 3\), network 1, 3: that step .* --on_nonfinite skip"):
+        judge_nonfinite(found, None, 10)
+    with pytest.raises(
+        RunError, match=r"3 steps were non-finite, more than --nonfinite_limit 2; the first was step 25"
+    ):
+        judge_nonfinite(found, 2, 10)
+    assert judge_nonfinite(found, 3, 10).startswith("Skipped 3 non-finite steps so far; the first: step 25 (epoch 3)")
+    assert "none in its logits" in judge_nonfinite(NonfiniteSteps(1, 0, ()), 3, 10)

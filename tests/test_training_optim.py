@@ -1,0 +1,369 @@
+"""Parameter groups, optimisers, steps that skip themselves, the moving average of the weights."""
+
+import copy
+import io
+import json
+import math
+from pathlib import Path
+from unittest import mock
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from training.optim import (
+    OPTIMIZERS,
+    RMSprop,
+    WeightAverage,
+    build_optimizer,
+    clip_gradients,
+    guarded_step,
+    parameter_groups,
+    set_learning_rate,
+)
+from utils.errors import UserError
+
+GOLDEN = json.loads((Path(__file__).parent / "golden" / "cream.json").read_text())["rmsprop_tf"]
+
+
+def small_network(dtype: torch.dtype = torch.float64) -> nn.Sequential:
+    torch.manual_seed(0)
+    network = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Flatten(), nn.Linear(16, 5))
+    return network.to(dtype)
+
+
+def give_gradients(network: nn.Module, seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    for parameter in network.parameters():
+        values = torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
+        parameter.grad = torch.empty_like(parameter).copy_(values)
+
+
+def build(network: nn.Module, name: str, **settings: object) -> torch.optim.Optimizer:
+    groups = parameter_groups(network, network.named_parameters(), weight_decay=1e-2)
+    return build_optimizer(name, groups, lr=0.1, **settings)
+
+
+def flag(value: float) -> Tensor:
+    return torch.tensor(value)
+
+
+def flag_of(norm: Tensor) -> Tensor:
+    return 1.0 - norm.isfinite().float()
+
+
+def snapshot(network: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    tensors = {name: p.detach().clone() for name, p in network.named_parameters()}
+    for index, parameter in enumerate(network.parameters()):
+        for key, value in optimizer.state[parameter].items():
+            tensors[f"{index}.{key}"] = torch.as_tensor(value).clone()
+    return tensors
+
+
+# ---- groups ----------------------------------------------------------------------------------------------------------
+
+
+def names_in(network: nn.Module, groups: list[dict]) -> list[set[str]]:
+    names = {id(p): name for name, p in network.named_parameters()}
+    return [{names[id(p)] for p in group["params"]} for group in groups]
+
+
+@pytest.mark.parametrize(
+    ("no_decay", "spared"),
+    [
+        ("bias", {"0.bias", "1.bias", "3.bias"}),
+        ("norm_bias", {"0.bias", "1.bias", "3.bias", "1.weight"}),
+        ("none", set()),
+    ],
+)
+def test_what_is_spared_from_weight_decay(no_decay: str, spared: set[str]) -> None:
+    network = small_network()
+    groups = parameter_groups(network, network.named_parameters(), weight_decay=0.3, no_decay=no_decay)
+    decayed, not_decayed = names_in(network, groups)
+    assert not_decayed == spared
+    assert decayed == {name for name, _ in network.named_parameters()} - spared
+    assert [group["weight_decay"] for group in groups] == [0.3, 0.0]
+    assert [group["lr_multiplier"] for group in groups] == [1.0, 1.0]
+
+
+def test_new_heads_are_groups_of_their_own() -> None:
+    network = small_network()
+    groups = parameter_groups(
+        network, network.named_parameters(), weight_decay=0.3, new_heads=("3.",), new_head_multiplier=10.0
+    )
+    assert names_in(network, groups)[2:] == [{"3.weight"}, {"3.bias"}]
+    assert [group["weight_decay"] for group in groups] == [0.3, 0.0, 0.3, 0.0]
+    optimizer = build_optimizer("SGD", groups, lr=0.1)
+    set_learning_rate(optimizer, 0.02)
+    assert [group["lr"] for group in optimizer.param_groups] == pytest.approx([0.02, 0.02, 0.2, 0.2])
+
+
+def test_only_named_parameters_are_grouped() -> None:
+    network = small_network()
+    groups = parameter_groups(network, [("3.weight", network[3].weight)], weight_decay=0.3)
+    assert names_in(network, groups) == [{"3.weight"}, set()]
+    give_gradients(network, 0)
+    guarded_step(build_optimizer("SGD", groups, lr=0.1), flag(0.0))  # an empty group is no error
+
+
+def test_unknown_names_are_refused() -> None:
+    network = small_network()
+    with pytest.raises(UserError, match="--no_decay 'norm' is not known"):
+        parameter_groups(network, network.named_parameters(), weight_decay=0.1, no_decay="norm")
+    with pytest.raises(UserError, match=r"--optimizer 'AdomW' .* Did you mean 'AdamW'\?"):
+        build(network, "AdomW")
+
+
+# ---- optimisers ------------------------------------------------------------------------------------------------------
+
+PLAIN = {
+    "Adam": lambda groups: torch.optim.Adam(groups, 0.1, (0.9, 0.999), 1e-8, foreach=False),
+    "SGD": lambda groups: torch.optim.SGD(groups, 0.1, 0.9, nesterov=True, foreach=False),
+    "AdamW": lambda groups: torch.optim.AdamW(groups, 0.1, (0.9, 0.999), 1e-4, foreach=False),
+    "RMSprop": lambda groups: torch.optim.RMSprop(groups, 0.1, 0.9, 1e-8, momentum=0.9, foreach=False),
+}
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("name", PLAIN)
+def test_equals_torchs_plain_optimiser(name: str, layout: torch.memory_format) -> None:
+    network = small_network().to(memory_format=layout)
+    reference = copy.deepcopy(network)
+    optimizer = build(network, name)
+    plain = PLAIN[name](parameter_groups(reference, reference.named_parameters(), weight_decay=1e-2))
+    for step in range(4):
+        for module in (network, reference):
+            give_gradients(module, step)
+        guarded_step(optimizer, flag(0.0))
+        plain.step()
+        for ours, theirs in zip(network.parameters(), reference.parameters(), strict=True):
+            torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("name", ["Adam", "AdamW", "RMSprop", "RMSpropTF"])
+def test_eps_stands_in_the_denominator(name: str) -> None:
+    """One step from zero state with gradient 1: the update is lr, divided by what eps makes of the root."""
+    weights = nn.Parameter(torch.zeros(1, dtype=torch.float64))
+    group = {"params": [weights], "weight_decay": 0.0, "lr_multiplier": 1.0}
+    optimizer = build_optimizer(name, [group], lr=0.1, eps=0.5)
+    weights.grad = torch.ones_like(weights)
+    guarded_step(optimizer, flag(0.0))
+    expected = {"Adam": 1.5, "AdamW": 1.5, "RMSprop": 0.1**0.5 + 0.5, "RMSpropTF": 1.5**0.5}[name]
+    assert weights.item() == pytest.approx(-0.1 / expected, rel=1e-12)
+
+
+def test_an_eps_that_cannot_be_is_refused() -> None:
+    for name, eps in (("SGD", 1e-3), ("Adam", 0.0), ("RMSpropTF", math.nan)):
+        with pytest.raises(UserError, match="--optimizer_eps"):
+            build(small_network(), name, eps=eps)
+
+
+def test_missing_momentum_is_zero_momentum() -> None:
+    """As in the state of an optimiser of which some parameters never got a gradient."""
+    network = small_network()
+    optimizer = build(network, "SGD")
+    state = optimizer.state_dict()
+    del state["state"][0]
+    state["state"][1]["momentum_buffer"] = None
+    optimizer.load_state_dict(state)
+    reference = copy.deepcopy(network)
+    for module, stepper in ((network, optimizer), (reference, build(reference, "SGD"))):
+        give_gradients(module, 0)
+        guarded_step(stepper, flag(0.0))
+    for ours, theirs in zip(network.parameters(), reference.parameters(), strict=True):
+        assert torch.equal(ours, theirs)
+
+
+def test_momentum_zero_needs_no_nesterov() -> None:
+    network = small_network()
+    before = network[3].weight.detach().clone()
+    give_gradients(network, 0)
+    guarded_step(build(network, "SGD", momentum=0.0, nesterov=True), flag(0.0))
+    torch.testing.assert_close(network[3].weight, before - 0.1 * (network[3].weight.grad + 1e-2 * before))
+
+
+def test_rmsprop_tf_follows_the_golden_trajectory() -> None:
+    weights = nn.Parameter(torch.tensor(GOLDEN["start"], dtype=torch.float64))
+    group = {"params": [weights], "weight_decay": GOLDEN["weight_decay"], "lr_multiplier": 1.0}
+    optimizer = build_optimizer("RMSpropTF", [group], lr=GOLDEN["lr"], momentum=GOLDEN["momentum"])
+    assert optimizer.param_groups[0]["alpha"] == GOLDEN["alpha"]
+    assert optimizer.param_groups[0]["eps"] == GOLDEN["eps"]
+    for gradient, after in zip(GOLDEN["grads"], GOLDEN["after"], strict=True):
+        weights.grad = torch.tensor(gradient, dtype=torch.float64)
+        guarded_step(optimizer, flag(0.0))
+        assert weights.tolist() == pytest.approx(after, rel=1e-13)
+
+
+def test_rmsprop_serves_a_gradient_scaler() -> None:
+    """`grad_scale` divides the gradients before everything else, as torch's fused optimisers have it."""
+    results = []
+    for scale in (1.0, 8.0):
+        weights = nn.Parameter(torch.tensor([1.0, -2.0]))
+        optimizer = RMSprop([weights], 0.1, weight_decay=0.1)
+        weights.grad = torch.tensor([0.5, 0.25]) * scale
+        optimizer.grad_scale = torch.tensor(scale)
+        optimizer.step()
+        results.append(weights.tolist())
+    assert results[0] == results[1]
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+@pytest.mark.parametrize("first", [True, False])
+def test_a_flagged_step_changes_nothing(name: str, first: bool) -> None:
+    network = small_network(torch.float32)
+    unspoilt = copy.deepcopy(network)
+    optimizer, reference = build(network, name), build(unspoilt, name)
+    if not first:
+        for module, stepper in ((network, optimizer), (unspoilt, reference)):
+            give_gradients(module, 0)
+            guarded_step(stepper, flag(0.0))
+    before = snapshot(network, optimizer)
+    for bad in (math.nan, math.inf):
+        give_gradients(network, 1)
+        network[0].weight.grad[0, 0] = bad
+        guarded_step(optimizer, flag_of(clip_gradients(network.parameters(), max_norm=1.0)))
+    after = snapshot(network, optimizer)
+    for key in before:
+        assert torch.equal(after[key], before[key]), key
+    # And nothing is hidden anywhere: the next step is that of an optimiser that never saw the bad gradients.
+    for module, stepper in ((network, optimizer), (unspoilt, reference)):
+        give_gradients(module, 2)
+        guarded_step(stepper, flag(0.0))
+    for key, value in snapshot(unspoilt, reference).items():
+        assert torch.equal(snapshot(network, optimizer)[key], value), key
+
+
+def test_a_gradient_that_lies_otherwise_in_memory_is_read_right() -> None:
+    network = small_network().to(memory_format=torch.channels_last)
+    reference = copy.deepcopy(network)
+    for module in (network, reference):
+        give_gradients(module, 0)
+    network[0].weight.grad = network[0].weight.grad.contiguous()
+    assert network[0].weight.grad.stride() != network[0].weight.stride()
+    for module in (network, reference):
+        guarded_step(build(module, "SGD"), flag(0.0))
+    assert torch.equal(network[0].weight, reference[0].weight)
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_the_gradient_of_a_1x1_convolution_is_not_copied_for_strides_that_mean_nothing(name: str) -> None:
+    network = nn.Conv2d(6, 4, 1).to(memory_format=torch.channels_last)
+    reference = copy.deepcopy(network)
+    give_gradients(reference, 0)
+    give_gradients(network, 0)
+    assert network.weight.grad is not None
+    gradient = network.weight.grad.as_strided((4, 6, 1, 1), (6, 1, 1, 1))
+    assert gradient.stride() != network.weight.stride()
+    network.weight.grad = gradient
+    with mock.patch("torch.empty_like", side_effect=AssertionError("a copy")):
+        guarded_step(build(network, name), flag(0.0))
+    guarded_step(build(reference, name), flag(0.0))
+    assert torch.equal(network.weight, reference.weight)
+
+
+@pytest.mark.parametrize("capturable", [False, True])
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_a_loaded_state_continues_bit_for_bit_in_the_form_it_was_built(name: str, capturable: bool) -> None:
+    """Saved beside contiguous weights by an optimiser that was not fused, loaded beside channels_last weights."""
+    network = small_network()
+    optimizer = build(network, name)
+    give_gradients(network, 0)
+    guarded_step(optimizer, flag(0.0))
+    file = io.BytesIO()
+    torch.save(optimizer.state_dict(), file)
+    file.seek(0)
+
+    resumed = copy.deepcopy(network).to(memory_format=torch.channels_last)
+    loaded = build(resumed, name, capturable=capturable)
+    state = torch.load(file, weights_only=True)
+    for group in state["param_groups"]:
+        group.pop("lr_multiplier")
+        group.update({key: None for key in ("fused", "foreach") if key in group})
+    loaded.load_state_dict(state)
+    for group in loaded.param_groups:
+        assert isinstance(group["lr"], Tensor) == capturable
+    for lr in (0.05, 0.025):
+        for module, stepper in ((network, optimizer), (resumed, loaded)):
+            give_gradients(module, 1)
+            set_learning_rate(stepper, lr)
+            guarded_step(stepper, flag(0.0))
+    for key, value in snapshot(network, optimizer).items():
+        tolerance = {"rtol": 1e-6, "atol": 1e-7} if capturable else {"rtol": 0.0, "atol": 0.0}
+        torch.testing.assert_close(snapshot(resumed, loaded)[key], value, **tolerance)
+
+
+# ---- norms and flags -------------------------------------------------------------------------------------------------
+
+
+def test_global_norm_and_clipping() -> None:
+    first, second, unused = (nn.Parameter(torch.zeros(n)) for n in (2, 1, 3))
+    first.grad, second.grad = torch.tensor([2.0, 3.0]), torch.tensor([6.0])
+    parameters = [first, second, unused]
+    assert clip_gradients(parameters).item() == 7.0
+    assert second.grad.item() == 6.0
+    assert clip_gradients(parameters, max_norm=3.5).item() == 7.0
+    torch.testing.assert_close(second.grad, torch.tensor([3.0]))
+    assert clip_gradients(parameters, max_norm=100.0).item() == pytest.approx(3.5, rel=1e-5)
+    torch.testing.assert_close(second.grad, torch.tensor([3.0]))
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_a_guarded_step_never_waits_for_the_device(name: str) -> None:
+    network = small_network(torch.float32).cuda()
+    optimizer = build(network, name, capturable=True)
+    give_gradients(network, 0)
+    found = torch.ones((), device="cuda")
+    guarded_step(optimizer, found)
+    before = snapshot(network, optimizer)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        for _ in range(2):
+            set_learning_rate(optimizer, 0.05)
+            guarded_step(optimizer, flag_of(clip_gradients(network.parameters(), 1.0) * math.nan))
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    for key, value in snapshot(network, optimizer).items():
+        assert torch.equal(before[key], value), key
+
+
+# ---- moving average --------------------------------------------------------------------------------------------------
+
+
+def test_weight_average_follows_parameters_and_buffers() -> None:
+    network = small_network()
+    average = WeightAverage(network, 0.9)
+    expected = {name: value.clone() for name, value in network.state_dict().items()}
+    for step in range(3):
+        with torch.no_grad():
+            for parameter in network.parameters():
+                parameter.add_(step + 1.0)
+        network(torch.randn(2, 3, 4, 4, dtype=torch.float64))
+        average.update(network)
+        for name, value in network.state_dict().items():
+            expected[name] = 0.9 * expected[name] + 0.1 * value if value.is_floating_point() else value.clone()
+    for name, value in average.state_dict().items():
+        torch.testing.assert_close(value, expected[name])
+    assert average.state_dict()["1.num_batches_tracked"].item() == 3
+
+
+def test_weight_average_is_lent_and_given_back() -> None:
+    network = small_network()
+    average = WeightAverage(network, 0.5)
+    with torch.no_grad():
+        network[3].weight.fill_(1.0)
+    average.update(network)
+    own = {name: value.clone() for name, value in network.state_dict().items()}
+    with average.applied_to(network):
+        assert torch.equal(network[3].weight, average.state_dict()["3.weight"])
+        assert not torch.equal(network[3].weight, own["3.weight"])
+    for name, value in network.state_dict().items():
+        assert torch.equal(value, own[name])
+
+    other = WeightAverage(small_network(), 0.5)
+    other.load_state_dict(average.state_dict())
+    for name, value in other.state_dict().items():
+        assert torch.equal(value, average.state_dict()[name])
+    with pytest.raises(KeyError):
+        other.load_state_dict({})

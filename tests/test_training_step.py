@@ -1,0 +1,340 @@
+"""A step of training: it waits for nothing, and is the same compiled, replayed and as it is written."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import pytest
+import torch
+import torch._inductor.config
+from torch import nn
+from torch._subclasses.fake_tensor import unset_fake_temporarily
+from torch.utils import _pytree as pytree
+
+import train_split
+from benchmarks.sync_audit import SyncAudit
+from dataset import SourceRequest, open_source
+from dataset.augment.color import count_without_waiting
+from method.l_mcl import LMCL
+from parser_params import parse_config, resolve_config
+from tests.fake_gpu import GPU, fake_gpu
+from train_split import Trainer
+from training.compiling import compile_modules
+from training.replay import WARM_UP
+from utils.errors import UserError
+from utils.launch import World
+
+AUGMENTED = ["--is_autoaugment", "1", "--erase_p", "1"]
+SPACE = """
+operators: [[3, 2], [5, 2], [3, 4]]
+stages:
+  - {channels: 8, stride: 2}
+  - {channels: 8, stride: 1}
+deepening: [[2, 2], [1, 2]]
+resolution: 8
+stem_channels: 8
+stem_stride: 1
+base_channels: 8
+tail_channels: 16
+head_channels: 16
+"""
+SUPERNET = ["--method", "cream", "--arch", "cream_supernet", "--search_space", SPACE, "--sta_num", "2,2"]
+SUPERNET += ["--slice", 2, "--flops_maximum", 0.2, "--meta_sta_epoch", 0, "--how_to_prob", "even"]
+
+
+@pytest.fixture
+def trainer_of(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Function of flags -> a trainer before its first step; an interval has two steps."""
+
+    def build(*flags: object, device: str = "cpu") -> Trainer:
+        argv = [
+            "--dataset",
+            "synthetic",
+            "--num_classes",
+            "10",
+            "--crop_size",
+            "8",
+            "--arch",
+            "resnet20",
+            "--batch_size",
+            "8",
+            "--seed",
+            "1",
+            "--print_freq",
+            "2",
+        ]
+        argv += ["--model_dir", str(tmp_path), *map(str, flags)]
+        if device == "cpu":
+            monkeypatch.setattr(torch, "bincount", count_without_waiting)  # as on a GPU
+        with unset_fake_temporarily():
+            config = parse_config(argv, program="train_split.py")
+            request = SourceRequest(dataset=config.dataset, root=tmp_path, num_classes=config.num_classes, crop_size=8)
+            source = open_source(request)
+            config = resolve_config(config, data_recipe=source.recipe, crop_size=source.crop_size)
+        trainer = Trainer(config, World(0, 1, 0, 1, torch.device(device)), source, None)
+        trainer.method.train()
+        return trainer
+
+    return build
+
+
+ROWS = {
+    "s1": [*AUGMENTED, "--split_factor", 1, "--amp_dtype", "fp32"],
+    "everything": [
+        *AUGMENTED,
+        "--split_factor",
+        2,
+        "--ema_decay",
+        0.9,
+        "--clip_grad",
+        1,
+        "--iters_to_accumulate",
+        2,
+        "--on_nonfinite",
+        "skip",
+        "--is_ensembled_loss",
+        1,
+        "--amp_dtype",
+        "bf16",
+    ],
+    "s4": ["--split_factor", 4, "--is_mixup", 0, "--optimizer", "AdamW"],
+    "randaa": ["--split_factor", 2, "--randaa", "rand-m9-n2-mstd0.5", "--optimizer", "RMSpropTF"],
+    "dml": ["--method", "dml", "--split_factor", 2],
+    "dks": ["--method", "dks", "--arch", "resnet20_cifar"],
+    "l_mcl": ["--method", "l_mcl", "--arch", "lmcl_resnet20_cifar", "--meta_freq", 3],
+    "l_mcl_bank": ["--method", "l_mcl", "--arch", "lmcl_resnet20_cifar", "--contrast", "bank", "--neg_k", 16],
+}
+
+
+@pytest.mark.parametrize("flags", ROWS.values(), ids=ROWS)
+def test_a_step_waits_for_nothing(trainer_of, flags):
+    trainer = trainer_of(*flags)
+    batches = trainer.loader.epoch(0)
+    trainer._interval(batches)
+    with SyncAudit(trainer.world.device) as audit:
+        trainer._interval(batches)
+    assert trainer.step == 4
+    assert audit.found == []
+
+
+ON_A_GPU = {
+    **ROWS,
+    "fp16": ["--split_factor", 2, "--amp_dtype", "fp16"],
+    "shake": ["--arch", "shake_resnet26_2x96d", "--split_factor", 2],
+    "efficientnet": ["--arch", "efficientnetb0", "--split_factor", 2],
+}
+del ON_A_GPU["l_mcl_bank"]  # its preparation reads counts of labels, once in a run
+
+
+@pytest.mark.parametrize("flags", ON_A_GPU.values(), ids=ON_A_GPU)
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a real GPU, which other tests use, refuses mixtures itself")
+@pytest.mark.filterwarnings("ignore:.*CUDA is not available", "ignore:Accessing the data pointer")
+def test_a_step_on_a_gpu_mixes_no_devices(trainer_of, monkeypatch, flags):
+    if "--optimizer" not in flags:
+        flags = [*flags, "--optimizer", "AdamW"]  # torch's fused SGD has no fake form
+    monkeypatch.setattr(LMCL, "after_step", lambda *step: None)  # differentiates twice
+    with fake_gpu(monkeypatch, num_classes=10):
+        trainer = trainer_of(*flags, device="cuda:0")
+        monkeypatch.setattr(trainer.log, "views", lambda *views: None)  # reads a picture back, once in a run
+        batches = trainer.loader.epoch(0)
+        trainer._interval(batches)
+        trainer._interval(batches)
+        assert {tensor.device for tensor in trainer.method.state_dict().values()} == {GPU}
+    assert trainer.step == 4
+
+
+@pytest.mark.parametrize("policy", ["fail", "skip"])
+def test_mixup_knows_every_processs_images(trainer_of, monkeypatch, policy):
+    found = []
+    real = train_split.apply_mix
+    monkeypatch.setattr(train_split, "apply_mix", lambda *a: (found.append(a[3]), real(*a))[1])
+    trainer = trainer_of("--split_factor", 1, "--on_bad_image", policy)
+    trainer._interval(trainer.loader.epoch(0))
+    assert found == [[8]] * 2
+
+
+def test_a_search_reads_the_two_numbers_that_decide_what_comes_next(trainer_of):
+    trainer = trainer_of(*SUPERNET)
+    found = []
+    for epoch in (0, 1):
+        trainer.epoch, batches = epoch, trainer.loader.epoch(epoch)
+        trainer._interval(batches)
+        with SyncAudit(trainer.world.device) as audit:
+            trainer._interval(batches)
+        found.append([line.split(" at ")[0] for line in audit.found])
+    while_closed, while_open = found
+    assert while_closed == []
+    # per step: the teacher, from the scores of the board; and the path's accuracy
+    assert while_open == 2 * ["tolist", "tolist"]
+
+
+def test_an_evaluation_reads_nothing_but_its_figures(trainer_of):
+    found = []
+    for batch_size in (16, 300):
+        trainer = trainer_of("--eval_batch_size", batch_size, "--split_factor", 2)
+        trainer.method.eval()
+        with SyncAudit(trainer.world.device) as audit:
+            trainer._evaluate("test")
+        found.append(audit.found)
+    many_batches, one_batch = found
+    assert many_batches == one_batch
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("flags", ROWS.values(), ids=ROWS)
+def test_a_gpu_is_not_waited_for_either(trainer_of, flags):
+    trainer = trainer_of(*flags, device="cuda")
+    batches = trainer.loader.epoch(0)
+    trainer._interval(batches)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        trainer._interval(batches)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+# ---- compiled --------------------------------------------------------------------------------------------------------
+
+
+def trained(trainer: Trainer, *, epochs: int = 1, intervals: int = 3) -> dict[str, torch.Tensor]:
+    """Train so many intervals of each epoch; the networks' state, on the CPU."""
+    for epoch in range(epochs):
+        trainer.epoch, trainer.batch = epoch, 0
+        batches = trainer.loader.epoch(epoch)
+        for _ in range(intervals):
+            trainer._interval(batches)
+    return {name: value.cpu().clone() for name, value in trainer.method.state_dict().items()}
+
+
+def assert_close(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor], tolerance: float) -> None:
+    assert found.keys() == expected.keys()
+    for name, value in expected.items():
+        torch.testing.assert_close(
+            found[name], value, rtol=tolerance, atol=tolerance, msg=lambda m, n=name: f"{n}: {m}"
+        )
+
+
+@pytest.mark.parametrize("method", ["co_training", "dks"])
+def test_compiled_training_is_the_same(trainer_of, method):
+    flags = ["--amp_dtype", "fp64", "--method", method, "--is_mixup", 0]
+    flags += ["--arch", "resnet20_cifar"] if method == "dks" else ["--arch", "resnet20", "--split_factor", 2]
+    expected = trained(trainer_of(*flags), intervals=1)
+    counters = torch._dynamo.utils.counters
+    counters.clear()
+    trainer = trainer_of(*flags, "--compile", "aot_eager")
+    assert_close(trained(trainer, intervals=1), expected, 1e-9)
+    assert not counters["graph_break"]
+    assert counters["stats"]["unique_graphs"] == 1  # alike networks share what was compiled
+    trainer.method.eval()
+    trainer._evaluate("test")
+    assert counters["stats"]["unique_graphs"] == 1
+
+
+@torch._inductor.config.patch(compile_threads=1)  # no pool of processes for one small network
+def test_inductor_computes_the_same():
+
+    def network() -> nn.Module:
+        torch.manual_seed(0)
+        return nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten(), nn.Linear(144, 5))
+
+    eager, compiled = network(), network()
+    try:
+        compile_modules([compiled], "default", torch.device("cpu"))
+    except UserError as error:
+        pytest.skip(str(error))
+    images_BCHW = torch.randn(4, 3, 8, 8)
+    for one in (eager, compiled):
+        one(images_BCHW).square().sum().backward()
+    gradients = ({name: p.grad for name, p in one.named_parameters()} for one in (compiled, eager))
+    assert_close(*gradients, 1e-5)
+    assert compiled.state_dict().keys() == eager.state_dict().keys()
+
+
+@pytest.mark.parametrize(
+    ("flags", "line"),
+    [
+        (SUPERNET, "--compile: this --method"),
+        (["--method", "l_mcl", "--arch", "lmcl_resnet20_cifar"], "--compile: this --method"),
+        (["--split_factor", 2, "--execution", "stacked"], "--compile does not go with --execution stacked"),
+    ],
+)
+def test_what_cannot_be_compiled_is_refused(trainer_of, flags, line):
+    with pytest.raises(UserError, match=line):
+        trainer_of(*flags, "--compile", "aot_eager")
+
+
+# ---- replayed --------------------------------------------------------------------------------------------------------
+
+
+class Rerun:
+    """A recorder for CPUs: what was recorded is a call, so a number that Python held then is still the same later."""
+
+    def __init__(self, trainer: Callable[[], Trainer]) -> None:
+        self.trainer, self.recorded, self.replays = trainer, 0, 0
+
+    def warm_up(self, function: Callable[[], Any]) -> Any:
+        return function()
+
+    def record(self, function: Callable[[], Any]) -> tuple[Any, Callable[[], None]]:
+        before = [(tensor, tensor.clone()) for tensor in state_of(self.trainer())]
+        result = function()
+        for tensor, value in before:
+            tensor.detach().copy_(value)
+        self.recorded += 1
+
+        def replay() -> None:
+            self.replays += 1
+            # at the recording it found its tensor up to date and did nothing
+            with mock.patch.object(self.trainer().method, "before_step", return_value=None):
+                again = function()
+            for old, new in zip(pytree.tree_leaves(result), pytree.tree_leaves(again), strict=True):
+                old.copy_(new)
+
+        return result, replay
+
+
+def state_of(trainer: Trainer) -> list[torch.Tensor]:
+    """Every tensor that a step changes."""
+    tensors = [*trainer.method.parameters(), *trainer.method.buffers()]
+    tensors += [v for state in trainer.optimizer.state.values() for v in state.values()]
+    tensors += [getattr(trainer.guard, name) for name in ("_bad_steps", "_first_step", "_networks_S")]
+    return [*tensors, *trainer.average.state_dict().values()]
+
+
+@pytest.mark.parametrize("optimizer", ["SGD", "AdamW"])
+def test_a_replayed_step_is_the_step(trainer_of, monkeypatch, optimizer):
+    flags = [*AUGMENTED, "--split_factor", 2, "--ema_decay", 0.9, "--clip_grad", 1, "--on_nonfinite", "skip"]
+    flags += ["--optimizer", optimizer, "--lr_mode", "epoch_cos", "--amp_dtype", "fp32", "--lr", 0.01]
+    flags += ["--cot_weight_warm_up_epochs", 3, "--decay_epochs", 5]
+    monkeypatch.setattr(train_split, "check_replayable", lambda **_: None)
+    monkeypatch.setattr(train_split, "CudaRecorder", lambda _: Rerun(lambda: trainer))
+    plain, trainer = (trainer_of(*flags, "--cuda_graph", 1) for _ in range(2))
+    plain.replayed = None
+    plain_state = trained(plain, epochs=3)
+    assert_close(trained(trainer, epochs=3), plain_state, 0)
+    assert_close(trainer.average.state_dict(), plain.average.state_dict(), 0)
+    assert trainer.meter.read() == plain.meter.read()
+    recorder = trainer.replayed._recorder
+    assert (recorder.recorded, recorder.replays) == (1, 18 - WARM_UP)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("flags", [ROWS["s1"], ROWS["s4"], ROWS["randaa"], ROWS["dml"], ROWS["dks"]])
+def test_a_cuda_graph_is_the_step(trainer_of, flags):
+    flags = [*flags, "--amp_dtype", "fp64", "--lr", 0.01]  # the graph holds learning rates in float32
+    states = [trained(trainer_of(*flags, *more, device="cuda"), epochs=2) for more in ([], ["--cuda_graph", 1])]
+    assert_close(*states, 1e-6)
+
+
+@pytest.mark.parametrize(
+    ("flags", "line"),
+    [
+        ([], "--cuda_graph 1 needs a GPU"),
+    ],
+)
+def test_what_cannot_be_replayed_is_refused(trainer_of, flags, line):
+    with pytest.raises(UserError, match=line):
+        trainer_of(*flags, "--cuda_graph", 1)

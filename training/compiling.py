@@ -1,0 +1,51 @@
+"""Compiling networks with torch, for training alone."""
+
+import importlib.util
+import shutil
+from collections.abc import Iterable
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+from torch import nn
+
+from utils.errors import UserError
+
+COMPILE_MODES = ("default", "max-autotune-no-cudagraphs", "aot_eager")
+
+
+def compile_modules(modules: Iterable[nn.Module], mode: str, device: torch.device, execution: str = "loop") -> None:
+    """Let torch compile each module at its first call; keys of state dicts and hooks stay as they are.
+
+    Args:
+        modules: networks, or what holds them.
+        mode: one of COMPILE_MODES; "aot_eager" traces forward and backward and generates no code.
+        device: where they run.
+        execution: how the networks run; those that become one function, or run in threads, cannot be compiled singly.
+
+    Raises:
+        UserError: nothing to compile, no compiler, or another way of execution.
+    """
+    modules = list(modules)
+    if execution != "loop" and not (execution == "parallel" and device.type == "cuda"):
+        raise UserError(f"--compile does not go with --execution {execution}: leave one of them out.")
+    if not modules:
+        raise UserError("--compile: this --method decides in every step what it computes; leave the flag out.")
+    if mode != "aot_eager":
+        if device.type == "cuda" and importlib.util.find_spec("triton") is None:
+            raise UserError(f"--compile {mode} needs the package triton on a GPU; install it or leave the flag out.")
+        if device.type == "cpu" and not any(map(shutil.which, ("g++", "clang++", "c++"))):
+            raise UserError(f"--compile {mode} needs a C++ compiler such as g++ on a CPU; leave the flag out.")
+    # networks of one class share a limit that is meant for one network
+    limits = torch._dynamo.config
+    limits.recompile_limit = max(limits.recompile_limit, 8 * len(modules))
+    for module in modules:
+        if mode == "aot_eager":
+            module.compile(backend="aot_eager")
+        else:
+            module.compile(mode=mode)
+
+
+def as_written(compiled: bool) -> AbstractContextManager[Any]:
+    """Context in which modules run as they are written, compiled or not: the numbers of a program without --compile."""
+    return torch.compiler.set_stance("force_eager") if compiled else nullcontext()

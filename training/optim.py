@@ -1,0 +1,346 @@
+"""Optimisers, the parameter groups that they take, and steps that a non-finite gradient cannot spoil.
+
+Nothing here waits for the device: norms, flags and (for CUDA graphs) learning rates are tensors on it.
+"""
+
+import math
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _NormBase
+from torch.optim import Optimizer
+
+from utils.errors import UserError
+from utils.registry import nearest_name
+
+OPTIMIZERS = ("SGD", "Adam", "AdamW", "RMSprop", "RMSpropTF")
+NO_DECAY = ("bias", "norm_bias", "none")
+
+NORMS = (_NormBase, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm)
+
+
+def parameter_groups(
+    module: nn.Module,
+    named_parameters: Iterable[tuple[str, nn.Parameter]],
+    *,
+    weight_decay: float,
+    no_decay: str = "bias",
+    new_heads: Sequence[str] = (),
+    new_head_multiplier: float = 1.0,
+) -> list[dict[str, Any]]:
+    """Parameters sorted into groups: [decayed, not decayed] and, if there are new heads, the same two of theirs.
+
+    Args:
+        module: the module that the names belong to; tells which parameters are those of a normalisation.
+        named_parameters: what is to be trained, named as in `module.named_parameters()`.
+        weight_decay: of the decayed groups.
+        no_decay: "bias": every bias (as published: the scales of batch norm are decayed); "norm_bias": also all
+            parameters of normalisations (ours); "none": everything is decayed (`--is_wd_all`).
+        new_heads: prefixes of names that train with another learning rate ("network.models.0.fc.").
+        new_head_multiplier: factor on their learning rate, kept in the group as `lr_multiplier`.
+    """
+    if no_decay not in NO_DECAY:
+        raise UserError(f"--no_decay {no_decay!r} is not known: use {', '.join(NO_DECAY)}.")
+    of_norms = {id(p) for m in module.modules() if isinstance(m, NORMS) for p in m.parameters(recurse=False)}
+    groups: list[dict[str, Any]] = [
+        {"params": [], "weight_decay": decay, "lr_multiplier": multiplier}
+        for multiplier in (1.0, new_head_multiplier)
+        for decay in (weight_decay, 0.0)
+    ]
+    for name, parameter in named_parameters:
+        is_bias = name.rpartition(".")[2] == "bias"
+        spared = (no_decay != "none" and is_bias) or (no_decay == "norm_bias" and id(parameter) in of_norms)
+        groups[2 * name.startswith(tuple(new_heads)) + spared]["params"].append(parameter)
+    return groups[:2] + [group for group in groups[2:] if group["params"]]
+
+
+def build_optimizer(
+    name: str,
+    groups: Sequence[dict[str, Any]],
+    *,
+    lr: float,
+    momentum: float = 0.9,
+    nesterov: bool = True,
+    eps: float | None = None,
+    capturable: bool = False,
+) -> Optimizer:
+    """One of OPTIMIZERS over the groups of `parameter_groups`, in the fused form where torch has one.
+
+    SGD; AdamW (betas 0.9, 0.999, eps 1e-4); RMSprop (alpha 0.9, eps 1e-8) and RMSpropTF (alpha 0.9, eps 1e-3): the
+    settings of arXiv:2011.14660, torch's own eps for RMSprop, which has no published one. Adam, with the decay in the
+    gradient, is as torch has it (betas 0.9, 0.999, eps 1e-8).
+
+    Args:
+        name: the value of --optimizer.
+        groups: parameter groups with `weight_decay` and `lr_multiplier`.
+        lr: learning rate before the first `set_learning_rate`.
+        momentum: of SGD and RMSprop.
+        nesterov: of SGD; means nothing without momentum.
+        eps: in place of the optimiser's own; SGD has none.
+        capturable: keep learning rates on the device, so that a step can be captured in a CUDA graph.
+
+    Raises:
+        UserError: unknown name, or an eps that it cannot take.
+    """
+    if name not in OPTIMIZERS:
+        raise UserError(
+            f"--optimizer {name!r} is not a known optimiser.{nearest_name(name, OPTIMIZERS)} "
+            f"Known: {', '.join(OPTIMIZERS)}."
+        )
+    if eps is not None and name == "SGD":
+        raise UserError("--optimizer_eps is none of --optimizer SGD's settings: leave it away.")
+    if eps is not None and not 0 < eps < math.inf:
+        raise UserError(f"--optimizer_eps must be above 0, got {eps}.")
+    parameters = [p for group in groups for p in group["params"]]
+    device = parameters[0].device
+    groups = [{**group, "lr": torch.tensor(lr, device=device) if capturable else lr} for group in groups]
+    optimizer: Optimizer
+    if name == "SGD":
+        optimizer = torch.optim.SGD(groups, lr, momentum, nesterov=nesterov and momentum > 0, fused=True)
+    elif name in ("Adam", "AdamW"):
+        on_gpu = capturable and device.type == "cuda"
+        kind, usual = (torch.optim.Adam, 1e-8) if name == "Adam" else (torch.optim.AdamW, 1e-4)
+        eps = usual if eps is None else eps
+        optimizer = kind(groups, lr, betas=(0.9, 0.999), eps=eps, fused=True, capturable=on_gpu)
+        # Steps before the capture are not a mistake.
+        optimizer._warned_capturable_if_run_uncaptured = True
+    else:
+        optimizer = RMSprop(groups, lr, momentum=momentum, tensorflow=name == "RMSpropTF", eps=eps)
+    _fill_momentum(optimizer)
+    _keep_form(optimizer)
+    set_learning_rate(optimizer, lr)
+    return optimizer
+
+
+def _fill_momentum(optimizer: Optimizer) -> None:
+    """Give SGD the momentum buffers that it lacks, at zero, from where the first step goes as it does without them.
+
+    torch makes them in the first step without filling them, which a first step that is skipped would expose.
+    """
+    if isinstance(optimizer, torch.optim.SGD):
+        for group in optimizer.param_groups:
+            for parameter in group["params"] if group["momentum"] > 0 else ():
+                if optimizer.state[parameter].get("momentum_buffer") is None:
+                    optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
+
+
+def _keep_form(optimizer: Optimizer) -> None:
+    """Let a loaded state bring values only: how and where this optimiser computes stays as it was built.
+
+    A state saved on another device or with another memory format would otherwise move learning rates off the device,
+    or make fused kernels, which read memory as it lies, combine the wrong elements.
+    """
+    fixed = ("fused", "capturable", "foreach", "lr_multiplier")
+    forms = [{key: group[key] for key in fixed if key in group} for group in optimizer.param_groups]
+    rates = [group["lr"] for group in optimizer.param_groups]
+
+    def restore(loaded: Optimizer) -> None:
+        for group, form, rate in zip(loaded.param_groups, forms, rates, strict=True):
+            value = float(group["lr"])
+            group.update(form)
+            group["lr"] = rate.fill_(value) if isinstance(rate, Tensor) else value
+        for parameter, state in loaded.state.items():
+            for key, value in state.items():
+                if isinstance(value, Tensor):
+                    same = value.shape == parameter.shape
+                    state[key] = torch.empty_like(parameter).copy_(value) if same else value.to(parameter.device)
+        _fill_momentum(loaded)
+
+    optimizer.register_load_state_dict_post_hook(restore)
+
+
+def set_learning_rate(optimizer: Optimizer, lr: float) -> None:
+    """Set every group's learning rate to `lr` times its multiplier; tensors on the device are written in place."""
+    for group in optimizer.param_groups:
+        rate = lr * group["lr_multiplier"]
+        if isinstance(group["lr"], Tensor):
+            group["lr"].fill_(rate)
+        else:
+            group["lr"] = rate
+
+
+def clip_gradients(parameters: Iterable[nn.Parameter], max_norm: float | None = None) -> Tensor:
+    """Global L2 norm of the gradients before clipping, as a scalar tensor; non-finite if any gradient is.
+
+    Args:
+        parameters: those without a gradient are passed over.
+        max_norm: gradients are scaled in place so that their norm is at most this; None only measures.
+    """
+    trained = [p for p in parameters if p.grad is not None]
+    norm = nn.utils.get_total_norm([p.grad for p in trained if p.grad is not None])
+    if max_norm is not None:
+        nn.utils.clip_grads_with_norm_(trained, max_norm, norm)
+    return norm
+
+
+def guarded_step(optimizer: Optimizer, found_nonfinite: Tensor) -> None:
+    """`optimizer.step()` that leaves weights and state bit for bit as they are where the flag is 1.
+
+    The device itself decides: nothing waits for the flag's value.
+
+    Args:
+        optimizer: from `build_optimizer`.
+        found_nonfinite: float32 scalar on the parameters' device, 0 or 1, the same on every process.
+    """
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            gradient = parameter.grad
+            if gradient is not None and not _lie_alike(gradient, parameter):
+                # Fused kernels read memory as it lies; autograd's own gradients always lie as their parameters do.
+                parameter.grad = torch.empty_like(parameter).copy_(gradient)
+    optimizer.found_inf = found_nonfinite  # type: ignore[attr-defined]
+    try:
+        optimizer.step()
+    finally:
+        del optimizer.found_inf  # type: ignore[attr-defined]
+
+
+def _lie_alike(one: Tensor, other: Tensor) -> bool:
+    """Whether tensors of one shape keep their elements in one order; strides of dimensions of size 1 mean nothing."""
+    return all(a == b for size, a, b in zip(one.shape, one.stride(), other.stride(), strict=True) if size > 1)
+
+
+class RMSprop(Optimizer):
+    """RMSprop with momentum and coupled weight decay (Tieleman and Hinton, 2012), in torch's or TensorFlow's form.
+
+    torch:      v ← alpha v + (1 - alpha) g²;  b ← momentum b + g / (√v + eps);        w ← w - lr b;  v starts at 0
+    TensorFlow: v ← alpha v + (1 - alpha) g²;  b ← momentum b + lr g / √(v + eps);     w ← w - b;     v starts at 1
+
+    Like torch's fused optimisers it honours `grad_scale` and `found_inf`, so GradScaler and `guarded_step` need no
+    synchronisation.
+
+    Args:
+        params: parameters or groups.
+        lr: learning rate.
+        alpha: decay of the mean square.
+        momentum: decay of the buffer; 0: none.
+        weight_decay: added to the gradient.
+        tensorflow: which of the two forms.
+        eps: None: 1e-3 (TensorFlow's) or 1e-8.
+    """
+
+    _step_supports_amp_scaling = True
+
+    def __init__(
+        self,
+        params: Any,
+        lr: float,
+        *,
+        alpha: float = 0.9,
+        momentum: float = 0.9,
+        weight_decay: float = 0.0,
+        tensorflow: bool = False,
+        eps: float | None = None,
+    ) -> None:
+        if eps is None:
+            eps = 1e-3 if tensorflow else 1e-8
+        super().__init__(
+            params,
+            {
+                "lr": lr,
+                "alpha": alpha,
+                "eps": eps,
+                "momentum": momentum,
+                "weight_decay": weight_decay,
+                "tensorflow": tensorflow,
+            },
+        )
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
+        """One update of every parameter that has a gradient."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        for group in self.param_groups:
+            parameters = [p for p in group["params"] if p.grad is not None]
+            if parameters:
+                self._update(group, parameters)
+        return loss
+
+    def _update(self, group: dict[str, Any], parameters: list[Tensor]) -> None:
+        for parameter in parameters:
+            state = self.state[parameter]
+            if not state:
+                state["square_avg"] = torch.full_like(parameter, 1.0 if group["tensorflow"] else 0.0)
+                state["momentum_buffer"] = torch.zeros_like(parameter)
+        squares = [self.state[p]["square_avg"] for p in parameters]
+        buffers = [self.state[p]["momentum_buffer"] for p in parameters]
+        gradients: Any = [p.grad for p in parameters]
+        grad_scale, found_inf = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
+
+        if grad_scale is not None:
+            gradients = torch._foreach_div(gradients, grad_scale)
+        if group["weight_decay"] != 0:
+            gradients = torch._foreach_add(gradients, parameters, alpha=group["weight_decay"])
+        new_squares = torch._foreach_mul(squares, group["alpha"])
+        torch._foreach_addcmul_(new_squares, gradients, gradients, 1 - group["alpha"])
+        if group["tensorflow"]:
+            roots = torch._foreach_add(new_squares, group["eps"])
+            torch._foreach_sqrt_(roots)
+        else:
+            roots = torch._foreach_sqrt(new_squares)
+            torch._foreach_add_(roots, group["eps"])
+        updates = torch._foreach_div(gradients, roots)
+        if group["tensorflow"]:
+            torch._foreach_mul_(updates, group["lr"])
+        new_buffers = torch._foreach_mul(buffers, group["momentum"])
+        torch._foreach_add_(new_buffers, updates)
+        steps = new_buffers if group["tensorflow"] else torch._foreach_mul(new_buffers, group["lr"])
+        new_parameters = torch._foreach_sub(parameters, steps)
+
+        for old, new in ((squares, new_squares), (buffers, new_buffers), (parameters, new_parameters)):
+            if found_inf is None:
+                torch._foreach_copy_(old, new)
+            else:
+                torch._foreach_copy_(old, [torch.where(found_inf != 0, *pair) for pair in zip(old, new, strict=True)])
+
+
+class WeightAverage:
+    """Exponential moving average of a module's parameters and buffers; integer buffers are copied.
+
+    Args:
+        module: whose state starts the average.
+        decay: in [0, 1); average ← decay · average + (1 - decay) · current, after every step.
+    """
+
+    def __init__(self, module: nn.Module, decay: float) -> None:
+        self.decay = decay
+        self._average = {name: value.clone() for name, value in module.state_dict().items()}
+
+    @torch.no_grad()
+    def update(self, module: nn.Module) -> None:
+        """Move the average towards the module's present state."""
+        state = module.state_dict()
+        averaged = [name for name, value in state.items() if value.is_floating_point()]
+        copied = [name for name, value in state.items() if not value.is_floating_point()]
+        torch._foreach_lerp_([self._average[n] for n in averaged], [state[n] for n in averaged], 1 - self.decay)
+        if copied:
+            torch._foreach_copy_([self._average[n] for n in copied], [state[n] for n in copied])
+
+    @contextmanager
+    def applied_to(self, module: nn.Module) -> Iterator[None]:
+        """Within the context the module holds the average; after it, its own state again, bit for bit."""
+        own = {name: value.clone() for name, value in module.state_dict().items()}
+        module.load_state_dict(self._average)
+        try:
+            yield
+        finally:
+            module.load_state_dict(own)
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """The averaged state under the module's own names: loads into the module as it is."""
+        return dict(self._average)
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        """Inverse of `state_dict`.
+
+        Raises:
+            KeyError: a name is missing.
+        """
+        for name, value in self._average.items():
+            value.copy_(state[name])

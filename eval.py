@@ -22,7 +22,6 @@ from torch import Tensor, nn
 from dataset import DataSource, ImageSet, SourceRequest, open_source
 from dataset.loader import EvalLoader
 from dataset.pipeline import build_eval_loader
-from dataset.source import cifar, imagenet
 from dataset.unlabelled import Inputs, array_inputs, file_inputs
 from dataset.views import ViewMaker, plain_spec
 from evaluation.contenders import Contender, compare_latencies, undivided
@@ -36,6 +35,7 @@ from model import backbones, split_list
 from model.restore import WEIGHTS, NetworkInfo, restore_splitnet
 from model.splitnet import SplitNet
 from parser_params import Config, parse_config
+from recipe.datasets import ROWS, open_row
 from record import checkpoint as ckpt
 from record.logger import plain_json, set_up_text_log
 from record.run_folder import HPARAMS, RESULTS, as_json
@@ -49,15 +49,6 @@ logger = logging.getLogger("eval")
 
 # flags that are those of the training run unless they are given
 INHERITED = ("dataset", "data", "method", "is_ensembled_after_softmax", "is_max_ensemble")
-SMALL_SIDE = 64  # pixels; larger crops are evaluated as on ImageNet where a checkpoint does not say
-
-# mean and standard deviation of released checkpoints, where the data itself is not there
-PUBLISHED_STATISTICS = {
-    "cifar10": (cifar.CIFAR10_MEAN, cifar.CIFAR10_STD),
-    "cifar100": (cifar.CIFAR100_MEAN, cifar.CIFAR100_STD),
-    "svhn": ((0.4309, 0.4302, 0.4463), (0.1965, 0.1983, 0.1994)),
-    "imagenet": (imagenet.MEAN, imagenet.STD),
-}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -447,7 +438,7 @@ def open_inputs(session: Session, path: Path, mean: Sequence[float], std: Sequen
             dtype=precision.weights,
             memory_format=precision.memory_format,
         )
-    recipe = info.data_recipe or ("imagenet" if info.crop_size > SMALL_SIDE else "cifar10")
+    recipe = info.data_recipe or open_row(info.crop_size)
     return file_inputs(path, load=lambda split: session.loader(split, recipe), prepare=session.prepare(mean, std))
 
 
@@ -464,10 +455,11 @@ def class_names_and_statistics(session: Session) -> tuple[Sequence[str], Sequenc
         source = open_test_split(session, download=False)
         return info.classes or source.classes, info.mean or source.mean, info.std or source.std
     except UserError as error:
-        if dataset not in PUBLISHED_STATISTICS:
+        row = ROWS.get(dataset)
+        if row is None or row.statistics is None:
             raise
         logger.info("class names are unknown, numbers stand for them: %s", error)
-    mean, std = PUBLISHED_STATISTICS[dataset]
+    mean, std = row.statistics
     return info.classes or _numbers(info.num_classes), info.mean or mean, info.std or std
 
 

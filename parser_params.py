@@ -20,7 +20,8 @@ from model import backbones, split_list
 from model.division.plan import DIVIDE_BY
 from model.execution import EXECUTIONS
 from recipe.cream_yaml import is_published, is_published_key, read_published
-from recipe.published import RECIPES, recipe_defaults
+from recipe.datasets import ROWS
+from recipe.published import recipe_defaults
 from training.compiling import COMPILE_MODES
 from training.optim import OPTIMIZERS
 from training.schedule import MODES
@@ -475,7 +476,7 @@ def resolve_config(config: Config, *, data_recipe: str, crop_size: int | None = 
     """
     given = dict(config.given)
     from_method = dict(methods.get(config.method).recipe(data_recipe, given.get("epochs"), given))
-    if config.dataset not in RECIPES:  # open data sets know their own statistics
+    if config.dataset not in ROWS:  # open data sets know their own statistics
         from_method = {name: value for name, value in from_method.items() if name not in ("mean", "std")}
     supplied = {**from_method, **given}
     arch = split_list(supplied.get("arch", config.arch))[0]
@@ -602,7 +603,7 @@ def main() -> None:
     """
     try:
         config = parse_config(program="parser_params.py")
-        if config.dataset in RECIPES:
+        if config.dataset in ROWS:
             config = resolve_config(config, data_recipe=config.dataset)
     except UserError as error:
         print(f"parser_params.py: {error}", file=sys.stderr)

@@ -33,8 +33,9 @@ from model.division.plan import solver_plan
 from model.layers.narrow_norm import restore_narrow_norms
 from model.layers.sync_norm import synchronise_batchnorm
 from model.restore import library_weights, load_pretrained, plain_keys, published_keys, stored_widths
-from model.summary import NUM_CLASSES, format_table, network_sizes
+from model.summary import format_table, network_sizes
 from parser_params import Config, parse_config, resolve_config
+from recipe.datasets import ROWS, row_for
 from record import checkpoint as ckpt
 from record.logger import RunLog, plain_json, set_up_text_log
 from record.plots import plot_curves
@@ -874,15 +875,14 @@ def summarise(config: Config) -> dict[str, Any]:
     Raises:
         UserError: a network that cannot be built, or a data set whose number of classes only --num_classes can say.
     """
-    num_classes = NUM_CLASSES.get(config.dataset, config.num_classes)
+    num_classes = ROWS[config.dataset].num_classes if config.dataset in ROWS else config.num_classes
     if num_classes is None:
         raise UserError(
             f"--is_summary opens no data, and --dataset {config.dataset} has any number of classes: add --num_classes."
         )
     if config.num_classes not in (None, num_classes):
         raise UserError(f"--num_classes {config.num_classes}: --dataset {config.dataset} has {num_classes} classes.")
-    open_recipe = "cifar10" if config.crop_size <= 64 else "imagenet"
-    recipe = config.dataset if config.dataset in NUM_CLASSES else open_recipe
+    recipe = row_for(config.dataset, config.crop_size)
     config = resolve_config(config, data_recipe=recipe, crop_size=config.crop_size)
     request = backbone_request(config, num_classes=num_classes)
     names = methods.get(config.method).backbone_names(config.arch, config.method_options)

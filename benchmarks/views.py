@@ -22,8 +22,8 @@ from dataset import DataSource, ImageSet
 from dataset.class_folders import iterate_images
 from dataset.decode import read_size
 from dataset.pipeline import build_train_loader
-from dataset.source import cifar, imagenet
 from dataset.views import ViewMaker, ViewSpec, view_spec
+from recipe.datasets import ROWS
 from utils.command_line import at_least
 from utils.errors import UserError
 
@@ -58,7 +58,7 @@ def run(options: argparse.Namespace, device: torch.device) -> list[dict[str, Any
 
 
 def _spec(recipe: str, size: int) -> ViewSpec:
-    mean, std = (imagenet.MEAN, imagenet.STD) if recipe == "imagenet" else (cifar.CIFAR10_MEAN, cifar.CIFAR10_STD)
+    mean, std = ROWS["imagenet" if recipe == "imagenet" else "cifar10"].published_statistics
     return view_spec(
         recipe,
         crop_size=size,
@@ -175,7 +175,7 @@ def _from_files(options: argparse.Namespace, device: torch.device) -> list[dict[
         if options.enlarge:
             paths = [_enlarged(path, Path(folder) / f"{i}.jpg", options.enlarge) for i, path in enumerate(paths)]
         width, height = read_size(paths[0])
-        crop = min(imagenet.CROP_SIZE, width, height)
+        crop = min(ROWS["imagenet"].side, width, height)
         spec = _spec("imagenet", crop)
         what = f"{width}x{height} px files to {crop} px" + (" (scaled up)" if options.enlarge else "")
         return [
@@ -200,12 +200,13 @@ def _files_rows(
     what: str,
 ) -> list[dict[str, Any]]:
     split = ImageSet(targets=torch.zeros(len(paths), dtype=torch.int64), paths=tuple(paths))
+    mean, std = ROWS["imagenet"].published_statistics
     source = DataSource(
         name="folder",
         recipe="imagenet",
         classes=("all",),
-        mean=imagenet.MEAN,
-        std=imagenet.STD,
+        mean=mean,
+        std=std,
         crop_size=spec.crop_size,
         train=split,
         test=ImageSet.empty(),

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from dataset.holdout import split_indices
+from recipe.datasets import ROWS, Statistic
 from utils.errors import UserError
 from utils.registry import Registry
 from utils.seed import STREAM_SPLIT, numpy_generator
@@ -52,7 +53,7 @@ class DataSource:
 
     Attributes:
         name: the value of --dataset.
-        recipe: row of the published recipes and augmentations: digits, cifar10, cifar100, svhn, imagenet.
+        recipe: name of the row of `recipe.datasets.ROWS` that it takes.
         classes: K class names, in the order of the targets.
         mean, std: per channel, on the scale [0, 1].
         crop_size: side of the training input in pixels where --crop_size is not given.
@@ -77,6 +78,35 @@ class DataSource:
         red, green, blue = mean or self.mean
         red_std, green_std, blue_std = std or self.std
         return dataclasses.replace(self, mean=(red, green, blue), std=(red_std, green_std, blue_std))
+
+    @classmethod
+    def of_row(
+        cls,
+        name: str,
+        classes: tuple[str, ...],
+        splits: Mapping[str, ImageSet],
+        *,
+        statistics: tuple[Statistic, Statistic] | None = None,
+    ) -> Self:
+        """A data set that has a row of its own in `recipe.datasets.ROWS`.
+
+        Args:
+            classes: K names.
+            splits: those that were asked for, "train" and "test".
+            statistics: mean and standard deviation, where the row has none.
+        """
+        row = ROWS[name]
+        mean, std = statistics or row.published_statistics
+        return cls(
+            name=name,
+            recipe=name,
+            classes=classes,
+            mean=mean,
+            std=std,
+            crop_size=row.side,
+            train=splits.get("train", ImageSet.empty()),
+            test=splits.get("test", ImageSet.empty()),
+        )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -5,9 +5,8 @@ from collections.abc import Iterable
 import numpy as np
 from torch import Tensor
 
+from recipe.datasets import Statistic
 from utils.errors import UserError
-
-Statistic = tuple[float, float, float]
 
 
 def pixel_statistics(chunks_N3HW: Iterable[Tensor]) -> tuple[Statistic, Statistic]:

@@ -8,7 +8,7 @@ V views (S of them in training, one for each network), B images, C = 3 channels,
 """
 
 import importlib.util
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
 
@@ -20,6 +20,7 @@ from dataset.augment import erasing, geometry
 from dataset.augment.plan import StepPlan, Upload, plan_mirror, plan_step
 from dataset.augment.policy import AUTOAUGMENT_POLICIES, AutoAugment, ColorJitter, Policy, Steps, parse_randaugment
 from dataset.memory import advise_huge_pages
+from recipe.datasets import ROWS
 from utils.errors import UserError
 from utils.seed import STREAM_VIEW, counter_uniform, fold_in
 
@@ -78,28 +79,6 @@ class ViewSpec:
             raise ValueError(f"erase_mode {self.erase_mode!r} must be one of {', '.join(ERASE_MODES)}")
 
 
-@dataclass(frozen=True, kw_only=True)
-class _Row:
-    """The published augmentation of a data set (arXiv:2011.14660; digits: ours)."""
-
-    flip: bool = True
-    policy: str = "none"
-    erase_area: tuple[float, float] = (0.0, 0.0)
-    erase_ratio: tuple[float, float] = (1.0, 1.0)
-    random_resized_crop: bool = False
-
-
-_ROWS: Mapping[str, _Row] = MappingProxyType(
-    {
-        "digits": _Row(flip=False),
-        "cifar10": _Row(policy="cifar10", erase_area=(0.125, 0.2), erase_ratio=(0.99, 1.0)),
-        "cifar100": _Row(policy="cifar10", erase_area=(0.0625, 0.1), erase_ratio=(0.99, 1.0)),
-        "svhn": _Row(policy="svhn", erase_area=(0.125, 0.25), erase_ratio=(0.9, 1.1)),
-        "imagenet": _Row(policy="imagenet", erase_area=(0.05, 0.12), erase_ratio=(0.5, 1.5), random_resized_crop=True),
-    }
-)
-
-
 def view_spec(
     recipe: str,
     *,
@@ -133,7 +112,7 @@ def view_spec(
     Raises:
         UserError: a value that cannot be; the line names the flag.
     """
-    row = _ROWS[recipe]
+    row = ROWS[recipe].views
     erase_area, erase_ratio = erase_area or row.erase_area, erase_ratio or row.erase_ratio
     red, green, blue = (min(255, round(255 * channel)) for channel in mean)
     return ViewSpec(

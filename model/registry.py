@@ -8,6 +8,7 @@ from typing import Any, Protocol, TypeVar
 
 from torch import Tensor, nn
 
+from recipe.datasets import ROWS, row_for
 from utils.errors import UserError
 from utils.registry import Registry
 
@@ -155,16 +156,9 @@ backbones: Registry[Backbone] = Registry(
 )
 
 
-SMALL_IMAGE_DATASETS = ("digits", "cifar10", "cifar100", "svhn")
-
-
 def image_shape(dataset: str, crop_size: int) -> str:
-    """SMALL or LARGE: which form of a network a data set takes; open data sets go by their size (64 px is small)."""
-    if dataset in SMALL_IMAGE_DATASETS:
-        return SMALL
-    if dataset == "imagenet":
-        return LARGE
-    return SMALL if crop_size <= 64 else LARGE
+    """SMALL or LARGE: which form of a network a data set takes; open data sets go by their size."""
+    return LARGE if ROWS[row_for(dataset, crop_size)].is_large else SMALL
 
 
 def check_request(request: BackboneRequest) -> Backbone:

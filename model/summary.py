@@ -9,9 +9,6 @@ from model.registry import BackboneRequest, build_network
 from model.splitnet import SplitNet
 from utils.macs import count_macs, count_params, thop_macs
 
-# K of the data sets whose classes are fixed; needed here because a summary opens no data
-NUM_CLASSES = {"digits": 10, "cifar10": 10, "cifar100": 100, "svhn": 10, "imagenet": 1000}
-
 
 def network_sizes(requests: Sequence[BackboneRequest], *, with_thop: bool = True) -> dict[str, int | None]:
     """Parameters and multiply-adds for one image, of the first network and of all.

@@ -9,53 +9,7 @@ from collections.abc import Mapping
 from fnmatch import fnmatchcase
 from typing import Any
 
-# Published, but for digits, and for the image size and padding that are the data's own.
-_SMALL: dict[str, Any] = {
-    "epochs": 300,
-    "batch_size": 128,
-    "crop_size": 32,
-    "padding": 4,
-    "optimizer": "SGD",
-    "lr": 0.1,
-    "momentum": 0.9,
-    "lr_mode": "cos",
-    "slow_start_lr": 5e-3,
-    "end_lr": 1e-4,
-    "weight_decay": 1e-4,
-    "is_autoaugment": True,
-    "randaa": None,
-    "is_cutout": True,
-    "erase_p": 0.5,
-    "is_mixup": True,
-    "is_label_smoothing": False,
-}
-_DATA: dict[str, dict[str, Any]] = {
-    "cifar10": _SMALL,
-    "cifar100": _SMALL,
-    "svhn": {**_SMALL, "epochs": 200, "lr": 5e-3, "end_lr": 1e-5, "weight_decay": 1e-3},
-    "imagenet": {
-        **_SMALL,
-        "epochs": 120,
-        "batch_size": 256,
-        "crop_size": 224,
-        "end_lr": 1e-5,
-        "is_label_smoothing": True,
-    },
-    # Ours: real images that every machine has; no augmentation beyond the crop.
-    "digits": {
-        **_SMALL,
-        "epochs": 30,
-        "batch_size": 64,
-        "crop_size": 16,
-        "padding": 2,
-        "weight_decay": 5e-4,
-        "is_autoaugment": False,
-        "is_cutout": False,
-        "is_mixup": False,
-    },
-}
-
-RECIPES = tuple(_DATA)
+from recipe.datasets import ROWS, DatasetRow, in_proportion
 
 # Published; 1e-4 for all other architectures is published for some of them and ours for the rest.
 _CIFAR_WEIGHT_DECAY = {
@@ -139,34 +93,13 @@ def _first(arch: str, table: Mapping[str, Any], otherwise: Any) -> Any:
     return next((value for pattern, value in table.items() if fnmatchcase(arch, pattern)), otherwise)
 
 
-def _warm_up_epochs(data_recipe: str, arch: str, epochs: int) -> int:
-    """Length of the learning rate's warm-up."""
-    if data_recipe == "svhn":
+def _warm_up_epochs(row: DatasetRow, arch: str, epochs: int) -> int:
+    """Length of the learning rate's warm-up; ours where a length is not published."""
+    if row.departures == "cifar" and epochs == _LONG and _matches(arch, _NO_LONG_WARM_UP):
         return 0
-    if data_recipe == "imagenet":
-        return round(5 * epochs / 120)  # published for 120 epochs, ours for others
-    if data_recipe != "digits" and epochs == _LONG:
-        return 0 if _matches(arch, _NO_LONG_WARM_UP) else 60
-    if data_recipe != "digits" and epochs == 300 and arch in _LONGER_WARM_UP:
+    if row.departures == "cifar" and epochs == 300 and arch in _LONGER_WARM_UP:
         return 30
-    return round(20 * epochs / 300)  # published for 300 epochs, ours for others
-
-
-def _cot_warm_up_epochs(data_recipe: str, epochs: int) -> int:
-    """Length of the co-training weight's warm-up."""
-    if data_recipe == "imagenet":
-        return round(60 * epochs / 120)  # published for 120 epochs, ours for others
-    if data_recipe != "digits" and epochs == _LONG:
-        return 80
-    if data_recipe == "svhn" and epochs == 200:
-        return 40
-    return round(40 * epochs / 300)  # published for 300 epochs, ours for others
-
-
-def _milestones(data_recipe: str, epochs: int) -> tuple[int, ...]:
-    """Ours: the epochs at which `step` multiplies, in proportion to those usual for 120 and 300 epochs."""
-    base, usual = (120, (30, 60, 90)) if data_recipe == "imagenet" else (300, (100, 225))
-    return scaled_milestones(usual, epochs / base)
+    return in_proportion(row.warm_up, epochs)
 
 
 def scaled_milestones(usual: tuple[int, ...], scale: float) -> tuple[int, ...]:
@@ -174,16 +107,16 @@ def scaled_milestones(usual: tuple[int, ...], scale: float) -> tuple[int, ...]:
     return tuple(m for m in (round(epoch * scale) for epoch in usual) if m > 0)
 
 
-def _for_architecture(data_recipe: str, arch: str, epochs: int, batch_size: int) -> dict[str, Any]:
+def _for_architecture(row: DatasetRow, arch: str, epochs: int, batch_size: int) -> dict[str, Any]:
     """Published departures of single architectures from their data set's row."""
     changes: dict[str, Any] = {}
-    if data_recipe in ("cifar10", "cifar100"):
+    if row.departures == "cifar":
         changes["weight_decay"] = _first(arch, _CIFAR_WEIGHT_DECAY, 1e-4)
         if arch == "resnext29_16x64d" and epochs == 300:
             changes["lr"] = 0.05
         if fnmatchcase(arch, "shake_resnet*") and epochs == _LONG:
             changes["lr"] = 0.2
-    if data_recipe == "imagenet":
+    if row.departures == "imagenet":
         changes["weight_decay"] = _first(arch, _IMAGENET_WEIGHT_DECAY, 1e-4)
         if arch in _LR_BY_BATCH:
             changes["lr"] = 0.1 * batch_size / 256
@@ -211,7 +144,7 @@ def recipe_defaults(
     """Values by flag name: what the flags take that nobody set, and what becomes of some that were set.
 
     Args:
-        data_recipe: row of the recipes: digits, cifar10, cifar100, svhn, imagenet.
+        data_recipe: name of a row of `recipe.datasets.ROWS`.
         dataset: value of --dataset; an open one (folder, synthetic) knows its image size itself and gets no crop size
             from here, unless the architecture has one of its own.
         arch: backbone; of several, the first.
@@ -224,8 +157,9 @@ def recipe_defaults(
         (defaults, adjusted). `adjusted` wins over what was set: it holds a learning rate and momentum that were set
         beside --is_linear_lr 1, scaled, and a weight decay that was set beside --is_div_wd 1, divided.
     """
-    defaults = dict(_DATA[data_recipe])
-    is_cream = data_recipe == "imagenet" and _matches(arch, _CREAM) and not _matches(arch, _CREAM_SEARCH)
+    row = ROWS[data_recipe]
+    defaults = {**row.training, "crop_size": row.side}
+    is_cream = row.departures == "imagenet" and _matches(arch, _CREAM) and not _matches(arch, _CREAM_SEARCH)
     if is_cream:
         usual_mode = "epoch_step" if _matches(arch, _CREAM_SMALLEST) else "epoch_cos"
         defaults |= _CREAM_RETRAINING | _CREAM_SCHEDULES.get(given.get("lr_mode"), _CREAM_SCHEDULES[usual_mode])
@@ -237,18 +171,18 @@ def recipe_defaults(
         defaults["decay_epochs"] *= epochs / usual_epochs
         defaults["slow_start_epochs"] = round(3 * epochs / usual_epochs)
     else:
-        defaults |= _for_architecture(data_recipe, arch, epochs, batch_size)
-        defaults["slow_start_epochs"] = _warm_up_epochs(data_recipe, arch, epochs)
+        defaults |= _for_architecture(row, arch, epochs, batch_size)
+        defaults["slow_start_epochs"] = _warm_up_epochs(row, arch, epochs)
     if own_size is not None:
         defaults["crop_size"] = own_size
-    defaults["cot_weight_warm_up_epochs"] = _cot_warm_up_epochs(data_recipe, epochs)
+    defaults["cot_weight_warm_up_epochs"] = in_proportion(row.cot_warm_up, epochs)
     if given.get("lr_mode", defaults["lr_mode"]) == "step":
-        defaults["lr_milestones"] = _milestones(data_recipe, epochs)
+        defaults["lr_milestones"] = scaled_milestones(row.milestones[1], epochs / row.milestones[0])
     if given.get("lr_mode") == "epoch_cos":
         defaults.setdefault("decay_epochs", float(epochs))
     if given.get("is_efficientnet_user_crop"):
-        defaults["crop_size"] = _DATA[data_recipe]["crop_size"]
-    if dataset not in _DATA and defaults["crop_size"] == _DATA[data_recipe]["crop_size"]:
+        defaults["crop_size"] = row.side
+    if dataset not in ROWS and defaults["crop_size"] == row.side:
         del defaults["crop_size"]
     if given.get("is_autoaugment"):
         defaults["randaa"] = None
@@ -261,7 +195,7 @@ def recipe_defaults(
     changed: dict[str, Any] = {}
     if given.get("is_linear_lr"):
         scale = batch_size / usual_batch
-        scaled_already = "lr" not in given and arch in _LR_BY_BATCH and data_recipe == "imagenet"
+        scaled_already = "lr" not in given and arch in _LR_BY_BATCH and row.departures == "imagenet"
         changed["lr"] = values["lr"] * (1.0 if scaled_already else scale)
         changed["momentum"] = values["momentum"] ** scale
     divide = split_factor > 1 and given.get("is_div_wd", True)

@@ -8,7 +8,8 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from model import LARGE, SMALL, BackboneRequest, backbones, image_shape
-from model.summary import NUM_CLASSES, network_sizes
+from model.summary import network_sizes
+from recipe.datasets import ROWS
 from record.checkpoint import write_file
 from script.published import PUBLISHED, Size
 from utils.command_line import OneLineParser
@@ -54,7 +55,7 @@ def zoo_requests(archs: Sequence[str], split_factors: Sequence[int]) -> Iterator
             request = BackboneRequest(
                 arch=arch,
                 split_factor=split_factor,
-                num_classes=NUM_CLASSES[dataset],
+                num_classes=ROWS[dataset].num_classes,
                 shape=image_shape(dataset, crop),
                 dataset=dataset,
                 crop_size=crop,

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from method import methods
 from parser_params import Config, build_parser, parse_config, resolve_config
-from recipe.published import RECIPES
+from recipe.datasets import ROWS
 from utils.errors import UserError
 from utils.options import flags_of
 
@@ -100,7 +100,7 @@ def test_precedence_flag_over_yaml_over_recipe_over_default(tmp_path: Path) -> N
 
 
 @pytest.mark.parametrize("method", methods.names())
-@pytest.mark.parametrize("data_recipe", RECIPES)
+@pytest.mark.parametrize("data_recipe", ROWS)
 def test_what_a_method_recommends_are_flags(method: str, data_recipe: str) -> None:
     """A key that no flag has would be dropped without a word."""
     config = parse_config(["--method", method, "--dataset", data_recipe, "--arch", "resnet20,resnet20"])

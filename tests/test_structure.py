@@ -88,7 +88,7 @@ def imported_modules(path: Path, known: set[str]) -> set[str]:
 def test_no_import_climbs_inside_model() -> None:
     files = {module_name(path): path for path in source_files("model")}
     rooms = {name: name.split(".")[1] for name in files if name != "model"}
-    assert {room for room in rooms.values()} == set(FLOORS_OF_MODEL)
+    assert set(rooms.values()) == set(FLOORS_OF_MODEL)
     for name, room in rooms.items():
         allowed = FLOORS_OF_MODEL[: FLOORS_OF_MODEL.index(room) + 1]
         for other in imported_modules(files[name], set(files)):

@@ -14,11 +14,9 @@ import torch
 
 from dataset import DataSource, ImageSet, SourceRequest, sources
 from dataset.archive import data_folders, find_or_fetch
-from dataset.statistics import Statistic
+from recipe.datasets import ROWS
 from utils.errors import UserError, reason
 
-CIFAR10_MEAN, CIFAR10_STD = (0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010)
-CIFAR100_MEAN, CIFAR100_STD = (0.5071, 0.4865, 0.4409), (0.2673, 0.2564, 0.2762)
 URL = "https://www.cs.toronto.edu/~kriz/"
 
 
@@ -32,9 +30,6 @@ class _Layout(NamedTuple):
     label_key: str
     meta_file: str
     names_key: str
-    num_classes: int
-    mean: Statistic
-    std: Statistic
 
 
 _LAYOUTS = {
@@ -46,9 +41,6 @@ _LAYOUTS = {
         label_key="labels",
         meta_file="batches.meta",
         names_key="label_names",
-        num_classes=10,
-        mean=CIFAR10_MEAN,
-        std=CIFAR10_STD,
     ),
     "cifar100": _Layout(
         archive="cifar-100-python.tar.gz",
@@ -58,9 +50,6 @@ _LAYOUTS = {
         label_key="fine_labels",
         meta_file="meta",
         names_key="fine_label_names",
-        num_classes=100,
-        mean=CIFAR100_MEAN,
-        std=CIFAR100_STD,
     ),
 }
 
@@ -76,21 +65,14 @@ def open_cifar(request: SourceRequest) -> DataSource:
     wanted = {name for split in request.splits for name in layout.files[split]}
     contents, origin = _read_files(request, layout, wanted)
     loaded = {name: _load(content, origin / name) for name, content in contents.items()}
+    num_classes = ROWS[request.dataset].num_classes
     splits = {
-        split: _image_set([(origin / name, loaded[name]) for name in layout.files[split]], layout)
+        split: _image_set([(origin / name, loaded[name]) for name in layout.files[split]], layout, num_classes)
         for split in request.splits
     }
-    names = loaded.get(layout.meta_file, {}).get(layout.names_key, range(layout.num_classes))
-    return DataSource(
-        name=request.dataset,
-        recipe=request.dataset,
-        classes=tuple(name.decode() if isinstance(name, bytes) else str(name) for name in names),
-        mean=layout.mean,
-        std=layout.std,
-        crop_size=32,
-        train=splits.get("train", ImageSet.empty()),
-        test=splits.get("test", ImageSet.empty()),
-    )
+    names = loaded.get(layout.meta_file, {}).get(layout.names_key, range(num_classes))
+    classes = tuple(name.decode() if isinstance(name, bytes) else str(name) for name in names)
+    return DataSource.of_row(request.dataset, classes, splits)
 
 
 def _read_files(request: SourceRequest, layout: _Layout, wanted: set[str]) -> tuple[dict[str, bytes], Path]:
@@ -157,7 +139,7 @@ def _load(content: bytes, path: Path) -> Mapping[str, Any]:
         ) from None
 
 
-def _image_set(batches: list[tuple[Path, Mapping[str, Any]]], layout: _Layout) -> ImageSet:
+def _image_set(batches: list[tuple[Path, Mapping[str, Any]]], layout: _Layout, num_classes: int) -> ImageSet:
     images, labels = [], []
     for path, batch in batches:
         pixels = batch.get("data")
@@ -169,9 +151,9 @@ def _image_set(batches: list[tuple[Path, Mapping[str, Any]]], layout: _Layout) -
             raise UserError(
                 f"{path} does not hold uint8 'data' of N x 3072 and N {layout.label_key!r}. Get the official archive."
             )
-        if not targets.size or targets.min() < 0 or targets.max() >= layout.num_classes:
+        if not targets.size or targets.min() < 0 or targets.max() >= num_classes:
             raise UserError(
-                f"{path} holds no images, or labels outside 0..{layout.num_classes - 1}. Get the official archive."
+                f"{path} holds no images, or labels outside 0..{num_classes - 1}. Get the official archive."
             )
         images.append(pixels.reshape(-1, 3, 32, 32))
         labels.append(targets.ravel())

@@ -22,15 +22,9 @@ def open_digits(request: SourceRequest) -> DataSource:
     images = upscaled.round().to(torch.uint8).repeat(1, 3, 1, 1)
     targets = torch.from_numpy(bunch.target).long()
     is_test = torch.arange(len(targets)) % 5 == 4
-    train = ImageSet(targets=targets[~is_test], images=images[~is_test])
-    mean, std = pixel_statistics([images[~is_test]])
-    return DataSource(
-        name="digits",
-        recipe="digits",
-        classes=tuple(str(name) for name in bunch.target_names),
-        mean=mean,
-        std=std,
-        crop_size=16,
-        train=train,
-        test=ImageSet(targets=targets[is_test], images=images[is_test]),
-    )
+    splits = {
+        name: ImageSet(targets=targets[mask], images=images[mask])
+        for name, mask in (("train", ~is_test), ("test", is_test))
+    }
+    statistics = pixel_statistics([images[~is_test]])
+    return DataSource.of_row("digits", tuple(str(name) for name in bunch.target_names), splits, statistics=statistics)

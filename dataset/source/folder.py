@@ -16,13 +16,12 @@ from dataset import DataSource, ImageSet, SourceRequest, sources
 from dataset.class_folders import find_folders, iterate_images, list_images
 from dataset.decode import BadImage, read_size
 from dataset.loader import EvalLoader
-from dataset.source import cifar, imagenet
 from dataset.statistics import Statistic, pixel_statistics
+from recipe.datasets import ROWS, open_row
 from utils.errors import UserError
 
 logger = logging.getLogger(__name__)
 
-SMALL_SIDE = 64  # pixels: up to here a data set lives decoded in memory and takes the cifar10 recipe
 PROBE = 100  # images that decide which it is
 SAMPLE = 2000  # files that the statistics of large images are measured on
 MANY = 5000  # files that are worth starting workers for
@@ -34,7 +33,7 @@ STATISTICS_FILE = "folder_statistics.json"
 def open_folder(request: SourceRequest) -> DataSource:
     """Images of a user's own, small ones in memory, large ones as files.
 
-    Small means: the median of the short sides of the first 100 images is at most 64 pixels, and so is --crop_size
+    Small, by `recipe.datasets.open_row`, is the median of the short sides of the first 100 images, and --crop_size
     where given. Small images are brought to squares of --crop_size, else of that median, by `resize_crop` (which leaves
     images of just that size alone).
 
@@ -48,20 +47,23 @@ def open_folder(request: SourceRequest) -> DataSource:
     """
     folders, classes = find_folders(request, evaluation=("val", "test"))
     side = _short_side(folders.values(), classes, request.root)
-    is_small = max(side, request.crop_size or 0) <= SMALL_SIDE
-    crop_size = request.crop_size or (side if is_small else imagenet.CROP_SIZE)
+    recipe = open_row(max(side, request.crop_size or 0))
+    row = ROWS[recipe]
+    crop_size = request.crop_size or (row.side if row.is_large else side)
 
     files = {split: list_images(folders[split], classes) for split in request.splits}
     bad_images: dict[Path, str] = {}
-    splits = {s: _decode(f, classes, crop_size, request, bad_images) for s, f in files.items()} if is_small else files
+    splits = files
+    if not row.is_large:
+        splits = {s: _decode(f, classes, crop_size, request, bad_images) for s, f in files.items()}
     if "train" in splits:
         key = _fingerprint(files["train"].paths, crop_size)
         mean, std = _cached(request.cache_dir, key, lambda: _measure(splits["train"], crop_size, request))
     else:
-        mean, std = (cifar.CIFAR10_MEAN, cifar.CIFAR10_STD) if is_small else (imagenet.MEAN, imagenet.STD)
+        mean, std = row.published_statistics
     return DataSource(
         name="folder",
-        recipe="cifar10" if is_small else "imagenet",
+        recipe=recipe,
         classes=classes,
         mean=mean,
         std=std,

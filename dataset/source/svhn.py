@@ -31,16 +31,7 @@ def open_svhn(request: SourceRequest) -> DataSource:
         for split in request.splits
     }
     splits = {split: _image_set(paths[split]) for split in request.splits}
-    return DataSource(
-        name="svhn",
-        recipe="svhn",
-        classes=tuple("0123456789"),
-        mean=(0.4309, 0.4302, 0.4463),
-        std=(0.1965, 0.1983, 0.1994),
-        crop_size=32,
-        train=splits.get("train", ImageSet.empty()),
-        test=splits.get("test", ImageSet.empty()),
-    )
+    return DataSource.of_row("svhn", tuple("0123456789"), splits)
 
 
 def _image_set(paths: list[Path]) -> ImageSet:

@@ -7,12 +7,12 @@ from torch.nn.functional import interpolate
 
 from dataset import DataSource, ImageSet, SourceRequest, sources
 from dataset.statistics import pixel_statistics
+from recipe.datasets import open_row
 from utils.errors import UserError
 from utils.seed import STREAM_DATA, numpy_generator
 
 TRAIN_SIZE, TEST_SIZE = 1024, 256  # images, or two and one of each class where that is more
 CROP_SIZE = 32
-LARGE_SIDE = 65  # pixels: from here on the imagenet recipe
 PATTERN_SIDE = 4
 CHUNK = 64  # images blended at once
 
@@ -38,7 +38,7 @@ def open_synthetic(request: SourceRequest) -> DataSource:
     mean, std = pixel_statistics(train.images.split(CHUNK))
     return DataSource(
         name="synthetic",
-        recipe="imagenet" if side >= LARGE_SIDE else "cifar10",
+        recipe=open_row(side),
         classes=tuple(str(label) for label in range(num_classes)),
         mean=mean,
         std=std,

@@ -42,7 +42,7 @@ from record.run_folder import HPARAMS, RESULTS, as_json
 from utils import distributed, launch
 from utils.errors import RunError, UserError, reason
 from utils.launch import World
-from utils.options import option
+from utils.options import Options, option
 from utils.precision import Precision, choose_precision, lay_out
 
 logger = logging.getLogger("eval")
@@ -52,7 +52,7 @@ INHERITED = ("dataset", "data", "method", "is_ensembled_after_softmax", "is_max_
 
 
 @dataclass(frozen=True, kw_only=True)
-class EvalOptions:
+class EvalOptions(Options):
     """Evaluation of a checkpoint"""
 
     predict: str | None = option(
@@ -62,7 +62,7 @@ class EvalOptions:
     )
     weights: str = option("auto", "which weights; auto is the moving average where there is one", choices=WEIGHTS)
     benchmark: bool = option(
-        False, "after the evaluation, time the networks beside the undivided one: latency.md, .json and .png"
+        False, "after the evaluation, time the networks beside the undivided one: latency.md, .json and .png", bare="1"
     )
     large: str | None = option(
         None, "for --benchmark, checkpoint of the undivided network; without it its weights are random", metavar="PATH"
@@ -120,17 +120,9 @@ class Session:
 
     def loader(self, split: ImageSet, recipe: str) -> EvalLoader:
         """This process's part of a split, cut as the recipe evaluates: large images as `eval_resize` says."""
-        return build_eval_loader(
-            split,
-            crop_size=self.info.crop_size,
-            crop_pct=self.config.crop_pct if recipe == "imagenet" else 1.0,
-            batch_size=self.config.eval_batch_size,
-            rank=self.world.rank,
-            world_size=self.world.world_size,
-            device=self.world.device,
-            workers=self.config.workers,
-            on_bad_image=self.config.on_bad_image,
-        )
+        crop_pct = self.config.crop_pct if ROWS[recipe].is_large else 1.0
+        options = replace(self.config, crop_size=self.info.crop_size, crop_pct=crop_pct)
+        return build_eval_loader(split, options, self.world)
 
 
 # ---- from flags to a session -----------------------------------------------------------------------------------------

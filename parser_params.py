@@ -14,17 +14,16 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 from dataset import sources
-from dataset.views import ERASE_MODES, PADDING_MODES
+from dataset.options import DataOptions
 from method import methods
-from model import backbones, split_list
-from model.division.plan import DIVIDE_BY
+from model import BackboneRequest, backbone_request, backbones, split_list
 from model.execution import EXECUTIONS
+from model.options import ModelOptions
 from recipe.cream_yaml import is_published, is_published_key, read_published
 from recipe.datasets import ROWS
 from recipe.published import recipe_defaults
 from training.compiling import COMPILE_MODES
-from training.optim import OPTIMIZERS
-from training.schedule import MODES
+from training.options import OptimizerOptions
 from utils.command_line import (
     FlagParser,
     add_flags,
@@ -36,15 +35,12 @@ from utils.command_line import (
 )
 from utils.errors import UserError
 from utils.launch import processes_on_this_machine
-from utils.options import Flag, flags_of, option
+from utils.options import Flag, Options, flags_of, option
 from utils.registry import nearest_name
-
-RECIPE = "set by the recipe"
-OF_DATA = "the data set's, or the method's recipe"
 
 
 @dataclass(frozen=True, kw_only=True)
-class RunOptions:
+class RunOptions(Options):
     """Run and files"""
 
     data: str = option("./data_dir", "folder of the data set", metavar="DIR")
@@ -56,22 +52,31 @@ class RunOptions:
         "continue from this checkpoint; 'auto', or bare: from the newest in --model_dir",
         aliases=("resume_checkpoint", "evaluate_checkpoint"),
         metavar="PATH|auto",
+        bare="auto",
     )
-    evaluate: bool = option(False, "evaluate --resume and stop, as eval.py does")
+    evaluate: bool = option(False, "evaluate --resume and stop, as eval.py does", bare="1")
     pretrained: str | None = option(
         None,
         "weights to start from; a head of another size is made anew. Bare: the library's weights of a torchvision or "
         "timm architecture",
         metavar="PATH",
+        bare="",
     )
     pretrained_dir: str | None = option(None, "published name of --pretrained PATH", metavar="PATH")
     seed: int | None = option(
-        None, "seed of everything random", aliases=("manual_seed",), default_text="drawn, printed and recorded"
+        None,
+        "seed of everything random",
+        aliases=("manual_seed",),
+        default_text="drawn, printed and recorded",
+        least=0,
+        most=2**63 - 1,
     )
     deterministic: bool = option(False, "ask torch for deterministic kernels (slower)")
-    print_freq: int = option(20, "interval between progress lines", unit="steps")
-    max_ckpt_nums: int = option(5, "how many of the newest checkpoints are kept")
-    save_steps: int = option(0, "also save a checkpoint every so many steps; 0: only after epochs", unit="steps")
+    print_freq: int = option(20, "interval between progress lines", unit="steps", least=1)
+    max_ckpt_nums: int = option(5, "how many of the newest checkpoints are kept", least=1)
+    save_steps: int = option(
+        0, "also save a checkpoint every so many steps; 0: only after epochs", unit="steps", least=0
+    )
     is_summary: bool = option(False, "print parameters and MACs of the networks and stop; needs no data")
     on_save_error: str = option(
         "warn", "a checkpoint that cannot be written: warn and go on, or stop", choices=("warn", "stop")
@@ -79,7 +84,7 @@ class RunOptions:
     on_nonfinite: str = option(
         "stop", "a non-finite loss or gradient: stop, or skip the step and count", choices=("stop", "skip")
     )
-    nonfinite_limit: int = option(100, "how many steps 'skip' may skip before the run stops", unit="steps")
+    nonfinite_limit: int = option(100, "how many steps 'skip' may skip before the run stops", unit="steps", least=1)
     proc_name: str = option("splitnet", "process title (where setproctitle is installed)")
     config: str | None = option(
         None, "YAML file of flag names and values, or of Cream's published keys", metavar="FILE"
@@ -87,117 +92,7 @@ class RunOptions:
 
 
 @dataclass(frozen=True, kw_only=True)
-class DataOptions:
-    """Data and augmentation"""
-
-    dataset: str = option("cifar10", "data set", choices=None)
-    num_classes: int | None = option(None, "number of classes", default_text="known by the data set")
-    workers: int = option(8, "decoding processes per training process; 0 decodes in the process itself")
-    batch_size: int = option(128, "images per node over all its processes, per step before accumulation", unit="images")
-    drop_last: bool = option(True, "leave out the images of an epoch that fill no batch; 0: train on them too")
-    eval_batch_size: int = option(100, "images per process in evaluation", unit="images")
-    crop_size: int = option(32, "side of the network's input", unit="pixels", default_text=RECIPE)
-    padding: int = option(4, "padding before the random crop of small images", unit="pixels")
-    padding_mode: str = option(
-        "zero", "what that padding holds: black, or the mirrored image", choices=PADDING_MODES, default_text=RECIPE
-    )
-    crop_area: tuple[float, ...] = option((0.1, 1.0), "random crops of image files: smallest and largest part of them")
-    crop_pct: float | None = option(
-        None,
-        "evaluation of image files: side of the centre crop over the short side",
-        default_text="1/1.15; 0.875 for Cream's networks on imagenet",
-    )
-    color_jitter: float = option(0.0, "brightness, contrast and saturation change by up to this part")
-    mean: tuple[float, ...] = option((), "mean of the red, green and blue pixels, from 0 to 1", default_text=OF_DATA)
-    std: tuple[float, ...] = option((), "their standard deviation", default_text=OF_DATA)
-    is_cutout: bool = option(True, "random erasing (under the published name)")
-    erase_p: float = option(0.5, "probability of random erasing")
-    erase_mode: str = option("const", "erase to the mean colour, or to noise per pixel", choices=ERASE_MODES)
-    erase_area: tuple[float, ...] = option((), "smallest and largest erased part of a view", default_text=RECIPE)
-    erase_ratio: tuple[float, ...] = option((), "smallest and largest height / width of it", default_text=RECIPE)
-    is_autoaugment: bool = option(False, "the data set's AutoAugment policy", default_text=RECIPE)
-    randaa: str | None = option(None, "RandAugment instead, as 'rand-m9-mstd0.5'", metavar="STRING")
-    is_mixup: bool = option(True, "mix pairs of images and their labels (mixup)")
-    mix_alpha: float = option(0.2, "mixup draws its weight from Beta(alpha, alpha)")
-    is_label_smoothing: bool = option(False, "label smoothing of 0.1", default_text=RECIPE)
-    is_diff_data_train: bool = option(True, "every network sees its own view; 0: all see the same one (ablation)")
-    val_fraction: float = option(0.0, "class-balanced part of the training set held out to choose the best epoch")
-    on_bad_image: str = option("fail", "what to do with an image that cannot be read", choices=("fail", "skip"))
-
-
-@dataclass(frozen=True, kw_only=True)
-class ModelOptions:
-    """Networks"""
-
-    arch: str = option(
-        "resnet50",
-        "backbone: one of those listed below, torchvision/NAME, timm/NAME or FILE.py:FACTORY; a comma list of full "
-        "networks where the method takes several",
-    )
-    method: str = option("co_training", "how the networks learn together")
-    split_factor: int = option(1, "S: into how many small networks the backbone is divided")
-    divide_by: str | None = option(
-        None,
-        "what the S copies of a torchvision/NAME, timm/NAME or FILE.py:FACTORY match together",
-        choices=DIVIDE_BY,
-        default_text="params; our own backbones have the paper's tables",
-    )
-    norm_mode: str = option("batch", "normalisation", choices=("batch",))
-    is_syncbn: bool = option(False, "synchronise batch normalisation across processes")
-    output_stride: int = option(8, "2 selects the CIFAR strides 1, 1, 2 in the resnet family")
-    is_identical_init: bool = option(False, "start all networks from the weights of the first (ablation)")
-    is_train_sep: bool = option(False, "train one of the S small networks alone (ablation)")
-    gn_num_groups: int = option(8, "unused in the published code; accepted")
-
-
-@dataclass(frozen=True, kw_only=True)
-class OptimizerOptions:
-    """Optimiser and schedule"""
-
-    epochs: int = option(300, "training length", unit="epochs", default_text=RECIPE)
-    start_epoch: int | None = option(
-        None, "first epoch, overriding the checkpoint's", default_text="0, or the checkpoint's"
-    )
-    max_steps: int | None = option(None, "stop after so many steps in all", unit="steps", default_text="none")
-    eval_per_epoch: int = option(1, "evaluate every so many epochs", unit="epochs")
-    iters_to_accumulate: int = option(1, "steps per update of the weights", unit="steps")
-    optimizer: str = option("SGD", "optimiser", choices=OPTIMIZERS, default_text=RECIPE)
-    lr: float = option(0.1, "learning rate", aliases=("learning_rate", "init_lr"), default_text=RECIPE)
-    lr_mode: str = option(
-        "cos",
-        "shape of the schedule",
-        choices=MODES,
-        aliases={"lr_type": {"cosine": "epoch_cos", "multistep": "step"}},
-        default_text=RECIPE,
-    )
-    slow_start_lr: float = option(5e-3, "learning rate at which the warm-up starts")
-    slow_start_epochs: int = option(0, "length of the warm-up; -1: none", unit="epochs", default_text=RECIPE)
-    end_lr: float = option(1e-4, "floor of the learning rate", default_text=RECIPE)
-    lr_milestones: tuple[int, ...] = option(
-        (), "epochs at which 'step' multiplies", unit="epochs", aliases=("milestones",), default_text=RECIPE
-    )
-    lr_step_multiplier: float = option(0.1, "factor at each milestone")
-    lr_multiplier: float = option(1.0, "factor for the learning rate of new heads when fine-tuning")
-    decay_factor: float = option(0.97, "factor of 'exponential'")
-    decay_epochs: float = option(
-        0.8, "interval of 'exponential'; length of 'epoch_cos'", unit="epochs", default_text="0.8; for epoch_cos all"
-    )
-    is_linear_lr: bool = option(False, "scale learning rate and momentum with the batch size")
-    momentum: float = option(0.9, "momentum of SGD and RMSprop")
-    is_nesterov: bool = option(True, "Nesterov momentum in SGD")
-    optimizer_eps: float | None = option(None, "eps of Adam and RMSprop", default_text="the optimiser's own")
-    weight_decay: float = option(1e-4, "weight decay; an explicit value is taken as given", default_text=RECIPE)
-    is_wd_test: bool = option(False, "published: take --weight_decay as given; always so here, accepted")
-    is_div_wd: bool = option(True, "multiply the recipe's weight decay by exp(1/S - 1) when S > 1")
-    div_wd_den: float = option(20.0, "unused in the published code; accepted")
-    is_wd_all: bool = option(False, "decay every parameter")
-    no_decay: str = option("bias", "what is not decayed", choices=("bias", "norm_bias"))
-    clip_grad: float | None = option(None, "largest global norm of the gradient", default_text="none")
-    ema_decay: float = option(0.0, "decay of the moving average of the weights that is evaluated too; 0: off")
-
-
-@dataclass(frozen=True, kw_only=True)
-class EvaluationOptions:
+class EvaluationOptions(Options):
     """Ensemble and evaluation"""
 
     is_ensembled_after_softmax: bool = option(False, "average probabilities instead of logits")
@@ -207,7 +102,7 @@ class EvaluationOptions:
 
 
 @dataclass(frozen=True, kw_only=True)
-class DeviceOptions:
+class DeviceOptions(Options):
     """Device, precision and processes"""
 
     is_amp: bool = option(True, "automatic mixed precision")
@@ -227,17 +122,22 @@ class DeviceOptions:
         "compile every network for training; bare: default. aot_eager traces without generating code",
         choices=COMPILE_MODES,
         metavar="MODE",
+        bare="default",
     )
     cuda_graph: bool = option(False, "replay forward, backward and update as one CUDA graph (one GPU)")
     is_apex_amp: bool = option(False, "refused: apex is gone, use --is_amp")
     amp_opt_level: str = option("O1", "apex's level; accepted")
     gpu: int | None = option(None, "the one GPU to use")
     gpu_ids: str | None = option(None, "GPUs to use, as '0,1'", aliases=("gpu_id",), default_text="all visible")
-    no_cuda: bool = option(False, "run on the CPU")
-    multiprocessing_distributed: bool = option(False, "start one process per GPU (or --nproc_per_node on a CPU)")
-    nproc_per_node: int | None = option(None, "processes per node of that launcher", default_text="one per GPU")
-    world_size: int = option(1, "number of nodes (torchrun's environment wins)")
-    rank: int = option(0, "number of this node")
+    no_cuda: bool = option(False, "run on the CPU", bare="1")
+    multiprocessing_distributed: bool = option(
+        False, "start one process per GPU (or --nproc_per_node on a CPU)", bare="1"
+    )
+    nproc_per_node: int | None = option(
+        None, "processes per node of that launcher", default_text="one per GPU", least=1
+    )
+    world_size: int = option(1, "number of nodes (torchrun's environment wins)", least=1)
+    rank: int = option(0, "number of this node", least=0)
     local_rank: int | None = option(
         None, "what launchers pass; accepted, their LOCAL_RANK decides", default_text="none"
     )
@@ -294,6 +194,16 @@ class Config(DeviceOptions, EvaluationOptions, OptimizerOptions, ModelOptions, D
             name: {"value": value, "origin": self.origins.get(name, "default")} for name, value in self.values().items()
         }
 
+    def backbone_request(self, num_classes: int) -> BackboneRequest:
+        """What the flags say of the networks, for K classes."""
+        return backbone_request(
+            self,
+            dataset=self.dataset,
+            crop_size=self.crop_size,
+            num_classes=num_classes,
+            of_families=self.backbone_options,
+        )
+
     def archs(self) -> list[str]:
         """The backbones named by --arch, one entry unless it is a comma list."""
         return split_list(self.arch)
@@ -311,9 +221,9 @@ def _title(options: type) -> str:
     return (options.__doc__ or options.__name__).strip().splitlines()[0].rstrip(".")
 
 
-def _sections(method: str, extra: type | None = None) -> list[tuple[str, list[Flag]]]:
+def _sections(method: str, extra: type | None = None) -> list[tuple[str, Sequence[Flag]]]:
     """(title, flags) of every group: the entry point's own first, the method's and the backbone families' last."""
-    sections = [(_title(extra), flags_of(extra))] if extra else []
+    sections: list[tuple[str, Sequence[Flag]]] = [(_title(extra), flags_of(extra))] if extra else []
     sections += [(_title(section), flags_of(section)) for section in SECTIONS]
     sections.append((f"Method: {method}", flags_of(methods.get(method).Options)))
     sections += [(_title(options), flags_of(options)) for options in backbone_option_types()]
@@ -456,11 +366,14 @@ def _assemble(
     """A Config from values by flag name, each put into the section that it belongs to."""
     own = {f.name for f in dataclasses.fields(Config)}
     backbone_flags = [flag for options in backbone_option_types() for flag in flags_of(options)]
+    backbone_options = {flag.name: values.get(flag.name, flag.default) for flag in backbone_flags}
+    for flag in backbone_flags:
+        flag.check(backbone_options[flag.name], f"--{flag.name}")
     return Config(
         **{name: value for name, value in values.items() if name in own},
         method_options=_fill(methods.get(method).Options, values),
         extra_options=_fill(extra, values) if extra else None,
-        backbone_options={flag.name: values.get(flag.name, flag.default) for flag in backbone_flags},
+        backbone_options=backbone_options,
         given=dict(values) if given is None else dict(given),
         origins=dict(origins),
     )
@@ -515,43 +428,6 @@ def _check(config: Config) -> None:
         if not condition:
             raise UserError(message)
 
-    for name in (
-        "batch_size",
-        "eval_batch_size",
-        "epochs",
-        "eval_per_epoch",
-        "iters_to_accumulate",
-        "print_freq",
-        "crop_size",
-        "split_factor",
-        "max_ckpt_nums",
-        "world_size",
-        "nonfinite_limit",
-    ):
-        need(getattr(config, name) >= 1, f"--{name} must be 1 or more, got {getattr(config, name)}.")
-    for name in ("workers", "padding", "save_steps", "weight_decay", "lr", "end_lr", "slow_start_lr", "rank"):
-        need(0 <= getattr(config, name) < math.inf, f"--{name} must be 0 or more, got {getattr(config, name)}.")
-    for name in ("erase_p", "ema_decay", "momentum", "color_jitter"):
-        need(0 <= getattr(config, name) <= 1, f"--{name} must be between 0 and 1, got {getattr(config, name)}.")
-    for name, most in (("crop_area", 1.0), ("erase_area", 1.0), ("erase_ratio", math.inf)):
-        pair = getattr(config, name)
-        need(
-            (not pair and name != "crop_area") or (len(pair) == 2 and 0 < pair[0] <= pair[1] <= most),
-            f"--{name} must be two numbers above 0{'' if most > 1 else ' and up to 1'}, the smaller first, got {pair}.",
-        )
-    crop_pct = config.crop_pct
-    need(crop_pct is None or 0 < crop_pct <= 1, f"--crop_pct must be above 0 and at most 1, got {crop_pct}.")
-    need(config.ema_decay < 1, "--ema_decay must be below 1: at 1 the average would never move.")
-    need(0 <= config.val_fraction < 1, f"--val_fraction must be in [0, 1), got {config.val_fraction}.")
-    for name in ("mean", "std"):
-        need(len(getattr(config, name)) in (0, 3), f"--{name} needs three numbers, for red, green and blue.")
-    need(all(value > 0 for value in config.std), f"--std must be above 0, got {' '.join(map(str, config.std))}.")
-    need(config.mix_alpha > 0, f"--mix_alpha must be above 0, got {config.mix_alpha}; --is_mixup 0 turns mixup off.")
-    need(config.clip_grad is None or config.clip_grad > 0, f"--clip_grad must be above 0, got {config.clip_grad}.")
-    need(config.max_steps is None or config.max_steps >= 1, f"--max_steps must be 1 or more, got {config.max_steps}.")
-    classes = config.num_classes
-    need(classes is None or classes >= 2, f"--num_classes must be 2 or more, got {classes}.")
-    need(config.seed is None or 0 <= config.seed < 2**63, f"--seed must be a whole number from 0, got {config.seed}.")
     need(not config.is_apex_amp, "--is_apex_amp 1: apex is gone; use --is_amp 1 (and --amp_dtype).")
     for name, why in methods.get(config.method).incompatible.items():
         need(not getattr(config, name), f"--{name} cannot go with --method {config.method}: {why}. Leave it away.")
@@ -571,7 +447,7 @@ def _check(config: Config) -> None:
         f"--is_amp 0 contradicts --amp_dtype {config.amp_dtype}: leave one of them out.",
     )
     need(
-        config.start_epoch is None or 0 <= config.start_epoch <= config.given.get("epochs", math.inf),
+        config.start_epoch is None or config.start_epoch <= config.given.get("epochs", math.inf),
         f"--start_epoch {config.start_epoch} is not within the run: give 0 to --epochs.",
     )
     need(
@@ -579,8 +455,8 @@ def _check(config: Config) -> None:
         f"--rank {config.rank} is not one of the --world_size {config.world_size} nodes, which count from 0.",
     )
     need(
-        config.nproc_per_node is None or (config.nproc_per_node >= 1 and config.multiprocessing_distributed),
-        "--nproc_per_node needs 1 or more, and --multiprocessing_distributed; under torchrun it is torchrun's flag.",
+        config.nproc_per_node is None or config.multiprocessing_distributed,
+        "--nproc_per_node needs --multiprocessing_distributed; under torchrun it is torchrun's flag.",
     )
     need(
         not (config.evaluate and config.resume is None),

@@ -28,7 +28,7 @@ from dataset.views import ViewMaker, view_spec
 from evaluation.ensemble import ensemble_rule
 from evaluation.passes import evaluate
 from method import Method, Progress, StepOutput, methods
-from model import backbone_request, build_splitnet, network_requests, request_of
+from model import build_splitnet, network_requests, request_of
 from model.division.plan import solver_plan
 from model.layers.narrow_norm import restore_narrow_norms
 from model.layers.sync_norm import synchronise_batchnorm
@@ -172,7 +172,7 @@ class Trainer:
         names = kind.backbone_names(config.arch, config.method_options)
         if len(names) > 1 and not kind.networks_from_list:
             raise UserError(f"--method {config.method} takes one backbone; --arch names {len(names)}.")
-        request = backbone_request(config, num_classes=len(self.source.classes))
+        request = config.backbone_request(len(self.source.classes))
         network = build_splitnet(
             replace(request, arch=names[0], widths=stored_widths(resumed, "--resume")),
             seed=self.seed,
@@ -208,52 +208,12 @@ class Trainer:
         """Views and loaders, and how many steps there are."""
         config, world = self.config, self.world
         self.num_views = 1 if self.method.shared_view or not config.is_diff_data_train else self.num_networks
-        self.views = ViewMaker(
-            view_spec(
-                source.recipe,
-                crop_size=config.crop_size,
-                padding=config.padding,
-                padding_mode=config.padding_mode,
-                is_autoaugment=config.is_autoaugment,
-                randaa=config.randaa,
-                is_cutout=config.is_cutout,
-                erase_p=config.erase_p,
-                mean=source.mean,
-                std=source.std,
-                color_jitter=config.color_jitter,
-                erase_mode=config.erase_mode,
-                erase_area=config.erase_area,
-                erase_ratio=config.erase_ratio,
-            ),
-            self.seed,
-        )
+        self.views = ViewMaker(view_spec(source.recipe, config, mean=source.mean, std=source.std), self.seed)
         self.loader = build_train_loader(
-            source,
-            crop_size=config.crop_size,
-            batch_size=config.batch_size * world.num_nodes,
-            num_views=self.num_views,
-            seed=self.seed,
-            rank=world.rank,
-            world_size=world.world_size,
-            device=world.device,
-            workers=config.workers,
-            sampler=self.method.sampler,
-            on_bad_image=config.on_bad_image,
-            crop_area=config.crop_area,
-            drop_last=config.drop_last,
+            source, config, world, num_views=self.num_views, seed=self.seed, sampler=self.method.sampler
         )
         self.eval_loaders = {
-            name: build_eval_loader(
-                split,
-                crop_size=config.crop_size,
-                batch_size=config.eval_batch_size,
-                rank=world.rank,
-                world_size=world.world_size,
-                device=world.device,
-                workers=config.workers,
-                on_bad_image=config.on_bad_image,
-                crop_pct=config.crop_pct,
-            )
+            name: build_eval_loader(split, config, world)
             for name, split in (("val", source.val), ("test", source.test))
             if split is not None
         }
@@ -270,36 +230,9 @@ class Trainer:
             new_heads: prefixes of the parameters that --pretrained did not bring.
         """
         config, world = self.config, self.world
-        groups = parameter_groups(
-            self.method,
-            self.method.trained_parameters(),
-            weight_decay=config.weight_decay,
-            no_decay="none" if config.is_wd_all else config.no_decay,
-            new_heads=new_heads,
-            new_head_multiplier=config.lr_multiplier,
-        )
-        self.optimizer = build_optimizer(
-            config.optimizer,
-            groups,
-            lr=config.lr,
-            momentum=config.momentum,
-            nesterov=config.is_nesterov,
-            eps=config.optimizer_eps,
-            capturable=config.cuda_graph,
-        )
-        self.schedule = Schedule(
-            mode=config.lr_mode,
-            base_lr=config.lr,
-            epochs=config.epochs,
-            steps_per_epoch=self.steps_per_epoch,
-            slow_start_epochs=config.slow_start_epochs,
-            slow_start_lr=config.slow_start_lr,
-            end_lr=config.end_lr,
-            milestones=config.lr_milestones,
-            step_multiplier=config.lr_step_multiplier,
-            decay_factor=config.decay_factor,
-            decay_epochs=config.decay_epochs,
-        )
+        groups = parameter_groups(self.method, self.method.trained_parameters(), config, new_heads=new_heads)
+        self.optimizer = build_optimizer(config, groups, capturable=config.cuda_graph)
+        self.schedule = Schedule(config, self.steps_per_epoch)
         self.scaler = torch.amp.GradScaler(world.device.type, enabled=self.precision.scaler)
         self.guard = NonfiniteGuard(self.num_networks, world.device, sticky=config.on_nonfinite == "stop")
         self.average = WeightAverage(self.network, config.ema_decay) if config.ema_decay > 0 else None
@@ -884,7 +817,7 @@ def summarise(config: Config) -> dict[str, Any]:
         raise UserError(f"--num_classes {config.num_classes}: --dataset {config.dataset} has {num_classes} classes.")
     recipe = row_for(config.dataset, config.crop_size)
     config = resolve_config(config, data_recipe=recipe, crop_size=config.crop_size)
-    request = backbone_request(config, num_classes=num_classes)
+    request = config.backbone_request(num_classes)
     names = methods.get(config.method).backbone_names(config.arch, config.method_options)
     requests = network_requests(
         replace(request, arch=names[0]),

@@ -91,23 +91,16 @@ def open_trainer(flags: Sequence[str], folder: Path, device: torch.device) -> Tr
 
 def shorten(trainer: Trainer, count: int) -> None:
     """Keep `count` images of every split, evenly spaced over it and so over its classes."""
-    device = trainer.world.device
-    options: dict[str, Any] = {"rank": 0, "world_size": 1, "device": device, "workers": 0}
-    size = trainer.config.crop_size
 
     def part(split: ImageSet) -> ImageSet:
         return split.subset(torch.linspace(0, len(split) - 1, min(count, len(split)), dtype=torch.float64).long())
 
     trainer.source = replace(trainer.source, train=part(trainer.source.train), test=part(trainer.source.test))
+    config = replace(trainer.config, workers=0)
     trainer.loader = build_train_loader(
-        trainer.source,
-        crop_size=size,
-        batch_size=trainer.config.batch_size,
-        num_views=trainer.num_views,
-        seed=trainer.seed,
-        **options,
+        trainer.source, config, trainer.world, num_views=trainer.num_views, seed=trainer.seed
     )
-    test = build_eval_loader(trainer.source.test, crop_size=size, batch_size=trainer.config.eval_batch_size, **options)
+    test = build_eval_loader(trainer.source.test, config, trainer.world)
     trainer.eval_loaders = {"test": test}
     trainer.steps_per_epoch = trainer.loader.steps_per_epoch
 

@@ -21,11 +21,13 @@ from benchmarks.report import Side, interleave, peak_memory_mib, row
 from dataset import DataSource, ImageSet
 from dataset.class_folders import iterate_images
 from dataset.decode import read_size
+from dataset.options import DataOptions
 from dataset.pipeline import build_train_loader
 from dataset.views import ViewMaker, ViewSpec, view_spec
 from recipe.datasets import ROWS
 from utils.command_line import at_least
 from utils.errors import UserError
+from utils.launch import World
 
 BATCHES = ((128, "a step's batch"), (2048, "a chunk of many steps"))
 SAMPLE = 384  # views that the Pillow side makes in a round; it has no batches
@@ -59,17 +61,8 @@ def run(options: argparse.Namespace, device: torch.device) -> list[dict[str, Any
 
 def _spec(recipe: str, size: int) -> ViewSpec:
     mean, std = ROWS["imagenet" if recipe == "imagenet" else "cifar10"].published_statistics
-    return view_spec(
-        recipe,
-        crop_size=size,
-        padding=4,
-        is_autoaugment=True,
-        randaa=None,
-        is_cutout=True,
-        erase_p=0.5,
-        mean=mean,
-        std=std,
-    )
+    options = DataOptions(crop_size=size, padding=4, is_autoaugment=True, is_cutout=True, erase_p=0.5)
+    return view_spec(recipe, options, mean=mean, std=std)
 
 
 def _short_side(folder: Path) -> int:
@@ -211,17 +204,8 @@ def _files_rows(
         train=split,
         test=ImageSet.empty(),
     )
-    loader = build_train_loader(
-        source,
-        crop_size=spec.crop_size,
-        batch_size=len(paths),
-        num_views=num_views,
-        seed=0,
-        rank=0,
-        world_size=1,
-        device=device,
-        workers=options.workers,
-    )
+    flags = DataOptions(crop_size=spec.crop_size, batch_size=len(paths), workers=options.workers)
+    loader = build_train_loader(source, flags, World(0, 1, 0, 1, device), num_views=num_views, seed=0)
     maker = ViewMaker(spec, seed=0)
     epoch = iter(range(1 << 40))
 

@@ -152,10 +152,6 @@ def open_source(request: SourceRequest) -> DataSource:
         UserError: unknown name, missing or empty data, class-count mismatch, a --val_fraction that cannot be held out.
         RunError: an unreadable image under --on_bad_image fail, where a source decodes while opening.
     """
-    if not 0 <= request.val_fraction < 1:
-        raise UserError(
-            f"--val_fraction {request.val_fraction} is out of range: give 0 (none) up to, not including, 1."
-        )
     source = sources.get(request.dataset)(request)
     if request.num_classes not in (None, len(source.classes)):
         raise UserError(

@@ -9,7 +9,7 @@ V views (S of them in training, one for each network), B images, C = 3 channels,
 
 import importlib.util
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from types import MappingProxyType
 
 import numpy as np
@@ -20,13 +20,12 @@ from dataset.augment import erasing, geometry
 from dataset.augment.plan import StepPlan, Upload, plan_mirror, plan_step
 from dataset.augment.policy import AUTOAUGMENT_POLICIES, AutoAugment, ColorJitter, Policy, Steps, parse_randaugment
 from dataset.memory import advise_huge_pages
-from recipe.datasets import ROWS
+from dataset.options import DataOptions
+from recipe.datasets import ROWS, Statistic
 from utils.errors import UserError
 from utils.seed import STREAM_VIEW, counter_uniform, fold_in
 
 HAS_TRITON = importlib.util.find_spec("triton") is not None
-PADDING_MODES = ("zero", "reflect")
-ERASE_MODES = ("const", "pixel")
 # Pixels worked on at a time: on CPUs what the caches hold, on GPUs what keeps memory in bounds.
 CHUNK_PIXELS = MappingProxyType({"cpu": 1 << 20, "cuda": 1 << 23})
 
@@ -38,7 +37,7 @@ class ViewSpec:
     Attributes:
         crop_size: side of a view in pixels.
         padding: pixels added on every side before cropping.
-        padding_mode: one of PADDING_MODES.
+        padding_mode: one of `dataset.options.PADDING_MODES`.
         flip: mirror half of the views.
         policy: "none", an AutoAugment policy ("cifar10", "svhn", "imagenet"), or a RandAugment string.
         color_jitter: brightness, contrast and saturation change by up to this part; 0: off.
@@ -66,71 +65,32 @@ class ViewSpec:
     fill: tuple[int, int, int] = (128, 128, 128)
     random_resized_crop: bool = False
 
-    def __post_init__(self) -> None:
-        if self.crop_size < 1:
-            raise UserError(f"--crop_size {self.crop_size} is not a size in pixels: give 1 or more.")
-        if self.padding < 0:
-            raise UserError(f"--padding {self.padding} is not a number of pixels: give 0 or more.")
-        if not 0 <= self.erase_p <= 1:
-            raise UserError(f"--erase_p {self.erase_p} is not a probability: give 0 to 1.")
-        if self.padding_mode not in PADDING_MODES:
-            raise UserError(f"--padding_mode {self.padding_mode!r} is not one of {', '.join(PADDING_MODES)}.")
-        if self.erase_mode not in ERASE_MODES:
-            raise ValueError(f"erase_mode {self.erase_mode!r} must be one of {', '.join(ERASE_MODES)}")
 
-
-def view_spec(
-    recipe: str,
-    *,
-    crop_size: int,
-    padding: int,
-    padding_mode: str = "zero",
-    is_autoaugment: bool,
-    randaa: str | None,
-    is_cutout: bool,
-    erase_p: float,
-    mean: tuple[float, float, float],
-    std: tuple[float, float, float],
-    color_jitter: float = 0.0,
-    erase_mode: str = "const",
-    erase_area: Sequence[float] = (),
-    erase_ratio: Sequence[float] = (),
-) -> ViewSpec:
-    """The training views of a data set's published recipe.
+def view_spec(recipe: str, options: DataOptions, *, mean: Statistic, std: Statistic) -> ViewSpec:
+    """The training views that the flags ask for. What is named alike in both is taken as it is.
 
     Args:
-        recipe: digits, cifar10, cifar100, svhn or imagenet.
-        crop_size, padding: in pixels; imagenet's views come cropped, so padding is not used there.
-        padding_mode: one of PADDING_MODES.
-        is_autoaugment: the data set's AutoAugment policy; digits has none.
-        randaa: RandAugment string, takes the place of AutoAugment.
-        is_cutout, erase_p: random erasing and its probability.
+        recipe: name of a row of `recipe.datasets.ROWS`, which decides what the flags leave open.
+        options: the flags.
         mean, std: per channel, on the scale [0, 1].
-        color_jitter, erase_mode: see `ViewSpec`.
-        erase_area, erase_ratio: (smallest, largest); empty: the recipe's, and digits has none.
-
-    Raises:
-        UserError: a value that cannot be; the line names the flag.
     """
     row = ROWS[recipe].views
-    erase_area, erase_ratio = erase_area or row.erase_area, erase_ratio or row.erase_ratio
+    erase_area, erase_ratio = options.erase_area or row.erase_area, options.erase_ratio or row.erase_ratio
     red, green, blue = (min(255, round(255 * channel)) for channel in mean)
-    return ViewSpec(
-        crop_size=crop_size,
-        padding=0 if row.random_resized_crop else padding,
-        padding_mode=padding_mode,
-        flip=row.flip,
-        policy=randaa or (row.policy if is_autoaugment else "none"),
-        color_jitter=color_jitter,
-        erase_p=erase_p if is_cutout and erase_area[1] > 0 else 0.0,
-        erase_area=(erase_area[0], erase_area[1]),
-        erase_ratio=(erase_ratio[0], erase_ratio[1]),
-        erase_mode=erase_mode,
-        mean=mean,
-        std=std,
-        fill=(red, green, blue),
-        random_resized_crop=row.random_resized_crop,
-    )
+    decided = {
+        "padding": 0 if row.random_resized_crop else options.padding,
+        "flip": row.flip,
+        "policy": options.randaa or (row.policy if options.is_autoaugment else "none"),
+        "erase_p": options.erase_p if options.is_cutout and erase_area[1] > 0 else 0.0,
+        "erase_area": (erase_area[0], erase_area[1]),
+        "erase_ratio": (erase_ratio[0], erase_ratio[1]),
+        "mean": mean,
+        "std": std,
+        "fill": (red, green, blue),
+        "random_resized_crop": row.random_resized_crop,
+    }
+    alike = {field.name for field in fields(ViewSpec)} & {field.name for field in fields(DataOptions)}
+    return ViewSpec(**{name: getattr(options, name) for name in alike} | decided)
 
 
 def plain_spec(crop_size: int, mean: Sequence[float], std: Sequence[float]) -> ViewSpec:

@@ -12,6 +12,7 @@ from method.inner import average_over_processes
 from model import split_list
 from model.splitnet import SplitNet
 from utils.distributed import broadcast_buffers
+from utils.options import Options
 from utils.registry import Registry
 from utils.targets import Targets
 
@@ -49,7 +50,7 @@ class StepOutput(NamedTuple):
 
 
 @dataclass(frozen=True, kw_only=True)
-class NoOptions:
+class NoOptions(Options):
     """For a method without flags of its own."""
 
 

@@ -15,20 +15,18 @@ from loss.agreement import AGREEMENT_LOSSES
 from loss.classification import mixed_cross_entropy
 from method import Method, Progress, StepOutput, Targets, methods
 from model.splitnet import SplitNet
-from utils.errors import UserError
-from utils.options import option
-from utils.registry import nearest_name
+from utils.options import Options, option
 
 MIN_WARM_UP_WEIGHT = 0.005
 
 
 @dataclass(frozen=True, kw_only=True)
-class CoTrainingOptions:
+class CoTrainingOptions(Options):
     """Flags of the losses that the networks share."""
 
     is_cot_loss: bool = option(True, "tie the networks by a co-training loss")
     cot_loss_choose: str = option("js_divergence", "co-training loss", choices=tuple(AGREEMENT_LOSSES))
-    cot_weight: float = option(0.5, "weight of the co-training loss", aliases=("kl_weight",))
+    cot_weight: float = option(0.5, "weight of the co-training loss", aliases=("kl_weight",), least=0)
     is_cot_weight_warm_up: bool = option(True, "raise that weight linearly at first", aliases=("is_kl_weight_warm_up",))
     cot_weight_warm_up_epochs: int | None = option(
         None,
@@ -36,23 +34,10 @@ class CoTrainingOptions:
         unit="epochs",
         aliases=("kl_weight_warm_up_epochs",),
         default_text="set by the recipe",
+        least=0,
     )
     is_ensembled_loss: bool = option(False, "also train the ensemble (mean of logits) on the labels")
-    ensembled_loss_weight: float = option(0.5, "weight of the ensemble's classification loss")
-
-    def __post_init__(self) -> None:
-        if self.cot_loss_choose not in AGREEMENT_LOSSES:
-            raise UserError(
-                f"--cot_loss_choose {self.cot_loss_choose!r} is not a known co-training loss."
-                f"{nearest_name(self.cot_loss_choose, AGREEMENT_LOSSES)} Known: {', '.join(AGREEMENT_LOSSES)}."
-            )
-        for name in ("cot_weight", "ensembled_loss_weight"):
-            if not 0 <= getattr(self, name) < math.inf:
-                raise UserError(f"--{name} must be a number from 0, got {getattr(self, name)}.")
-        if self.cot_weight_warm_up_epochs is not None and self.cot_weight_warm_up_epochs < 0:
-            raise UserError(
-                f"--cot_weight_warm_up_epochs must be 0 (none) or more, got {self.cot_weight_warm_up_epochs}."
-            )
+    ensembled_loss_weight: float = option(0.5, "weight of the ensemble's classification loss", least=0)
 
 
 def cot_weight(epoch: int, *, weight: float, warm_up_epochs: int) -> float:

@@ -14,11 +14,11 @@ from method import Method, Progress, StepOutput, Targets, methods
 from model.heads import require_stages, synergy_branches
 from model.splitnet import SplitNet
 from recipe.published import scaled_milestones
-from utils.options import option
+from utils.options import Options, option
 
 
 @dataclass(frozen=True, kw_only=True)
-class DKSOptions:
+class DKSOptions(Options):
     """Flags of deeply-supervised knowledge synergy."""
 
     dks_branches: tuple[int, ...] | None = option(

@@ -14,28 +14,21 @@ from loss.agreement import kl_seperate
 from loss.classification import mixed_cross_entropy
 from loss.distillation import distillation_kl
 from method import Method, Progress, StepOutput, Targets, methods
-from utils.errors import UserError
-from utils.options import option
+from utils.options import Options, option
 
 
 @dataclass(frozen=True, kw_only=True)
-class DMLOptions:
+class DMLOptions(Options):
     """Flags of deep mutual learning."""
 
-    dml_weight: float = option(1.0, "weight of the peers' predictions beside the labels")
-    dml_temperature: float = option(1.0, "temperature of the predictions that are compared")
+    dml_weight: float = option(1.0, "weight of the peers' predictions beside the labels", least=0)
+    dml_temperature: float = option(1.0, "temperature of the predictions that are compared", above=0)
     dml_teacher: str = option(
         "peers",
         "what a network fits: each peer's prediction in turn, averaged over the losses, or the mean of the peers' "
         "predictions (the paper's ensemble variant)",
         choices=("peers", "ensemble"),
     )
-
-    def __post_init__(self) -> None:
-        if not 0 <= self.dml_weight < math.inf:
-            raise UserError(f"--dml_weight must be a number from 0, got {self.dml_weight}.")
-        if not 0 < self.dml_temperature < math.inf:
-            raise UserError(f"--dml_temperature must be a number above 0, got {self.dml_temperature}.")
 
 
 def ensemble_kl(logits_SBK: Tensor) -> Tensor:

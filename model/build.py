@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 
+from model.options import ModelOptions
 from model.registry import BackboneRequest, build_network, check_request, image_shape
 from model.splitnet import SplitNet
 from utils.errors import UserError
@@ -69,34 +70,25 @@ def build_splitnet(
     return SplitNet(networks)
 
 
-class NetworkConfig(Protocol):
-    """The part of a configuration that decides the structure of the networks."""
+def backbone_request(
+    options: ModelOptions, *, dataset: str, crop_size: int, num_classes: int, of_families: Mapping[str, Any]
+) -> BackboneRequest:
+    """What the flags ask for.
 
-    @property
-    def arch(self) -> str: ...
-    @property
-    def split_factor(self) -> int: ...
-    @property
-    def dataset(self) -> str: ...
-    @property
-    def crop_size(self) -> int: ...
-    @property
-    def output_stride(self) -> int: ...
-    @property
-    def divide_by(self) -> str | None: ...
-    @property
-    def backbone_options(self) -> Mapping[str, Any]: ...
-
-
-def backbone_request(config: NetworkConfig, *, num_classes: int) -> BackboneRequest:
-    """What the flags ask for, for K classes."""
+    Args:
+        options: flags of the networks.
+        dataset: value of --dataset.
+        crop_size: side of the input in pixels.
+        num_classes: K.
+        of_families: flags that belong to single families of backbones, by name.
+    """
     return BackboneRequest(
-        arch=config.arch,
-        split_factor=config.split_factor,
+        arch=options.arch,
+        split_factor=options.split_factor,
         num_classes=num_classes,
-        shape=image_shape(config.dataset, config.crop_size),
-        dataset=config.dataset,
-        crop_size=config.crop_size,
-        options={**config.backbone_options, "output_stride": config.output_stride},
-        divide_by=config.divide_by,
+        shape=image_shape(dataset, crop_size),
+        dataset=dataset,
+        crop_size=crop_size,
+        options={**of_families, "output_stride": options.output_stride},
+        divide_by=options.divide_by,
     )

@@ -1,3 +1,4 @@
+import dataclasses
 import logging
 import math
 import multiprocessing
@@ -18,9 +19,11 @@ from dataset.augment.resized_crop import RESIZED_CROP_SLOTS, draw_resized_crops
 from dataset.cut import RandomCrops, Request, ResizedCropSpec
 from dataset.decode import read_rgb, resize_crop
 from dataset.loader import EvalLoader, TrainLoader
+from dataset.options import DataOptions
 from dataset.pipeline import build_eval_loader, build_train_loader, eval_resize
 from dataset.sampler import ClassBalancedSampler, class_balanced_order, images_per_class, shard
 from utils.errors import RunError, UserError
+from utils.launch import World
 from utils.seed import STREAM_ORDER, STREAM_VIEW, counter_uniform, fold_in, numpy_generator
 
 CPU = torch.device("cpu")
@@ -459,14 +462,15 @@ def test_large_images_are_cut_as_asked(tmp_path):
         name="imagenet", recipe="imagenet", classes=("a", "b"), mean=(0.5,) * 3, std=(0.5,) * 3, crop_size=35,
         train=split, test=split,
     )  # fmt: skip
-    place = {"rank": 0, "world_size": 1, "device": torch.device("cpu"), "workers": 0, "crop_size": 35}
-    train = build_train_loader(source, **place, batch_size=2, num_views=1, seed=0, crop_area=(1.0, 1.0))
+    options = DataOptions(crop_size=35, batch_size=2, eval_batch_size=2, workers=0, crop_area=(1.0, 1.0))
+    world = World(0, 1, 0, 1, torch.device("cpu"))
+    train = build_train_loader(source, options, world, num_views=1, seed=0)
     whole = np.asarray(Image.fromarray(pixels).resize((35, 35), Image.Resampling.BICUBIC))
     batch = next(iter(train.epoch(0)))
     for view in batch.images.flatten(0, -4).permute(0, 2, 3, 1).numpy():
         assert np.abs(view - whole.astype(np.int16)).max() <= 2  # no other box has the whole area
     for crop_pct, side in ((None, int(1.15 * 35)), (0.5, 70)):
-        (batch,) = build_eval_loader(split, **place, batch_size=2, crop_pct=crop_pct)
+        (batch,) = build_eval_loader(split, dataclasses.replace(options, crop_pct=crop_pct), world)
         resized = Image.fromarray(pixels).resize((side, side), Image.Resampling.BICUBIC)
         corner = round((side - 35) / 2)
         wanted = np.asarray(resized.crop((corner, corner, corner + 35, corner + 35)))

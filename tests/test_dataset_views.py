@@ -13,25 +13,21 @@ from scipy import stats
 
 from dataset import views
 from dataset.augment.policy import Op, Resample
+from dataset.options import DataOptions
 from dataset.views import ViewMaker, ViewSpec, view_spec
 from tests.test_dataset_augment import pil_op, to_tensor
 from utils.errors import UserError
 
 MEAN, STD = (0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010)
-FLAGS = {
-    "crop_size": 32,
-    "padding": 4,
-    "is_autoaugment": True,
-    "randaa": None,
-    "is_cutout": True,
-    "erase_p": 0.5,
-    "mean": MEAN,
-    "std": STD,
-}
+FLAGS = {"crop_size": 32, "padding": 4, "is_autoaugment": True, "is_cutout": True, "erase_p": 0.5}
+
+
+def recipe_spec(recipe: str, mean: tuple[float, float, float] = MEAN, **changes) -> ViewSpec:
+    return view_spec(recipe, DataOptions(**FLAGS | changes), mean=mean, std=STD)
 
 
 def cifar_spec(**changes) -> ViewSpec:
-    return dataclasses.replace(view_spec("cifar10", **FLAGS), **changes)
+    return dataclasses.replace(recipe_spec("cifar10"), **changes)
 
 
 def make_images(count: int, height: int = 32, width: int = 32) -> np.ndarray:
@@ -68,14 +64,14 @@ def pil_view(spec, image: np.ndarray, parameters: views.ViewParameters, v: int, 
 
 
 SPECS = {
-    "cifar10": view_spec("cifar10", **FLAGS),
-    "svhn": view_spec("svhn", **FLAGS),
-    "imagenet": view_spec("imagenet", **FLAGS | {"crop_size": 45}),
-    "randaa": view_spec("cifar100", **FLAGS | {"randaa": "rand-m9-n2-mstd0.5-inc1"}),
-    "randaa-wide": view_spec("imagenet", **FLAGS | {"crop_size": 37, "randaa": "rand-m5-n3-mstd4"}),
+    "cifar10": recipe_spec("cifar10"),
+    "svhn": recipe_spec("svhn"),
+    "imagenet": recipe_spec("imagenet", crop_size=45),
+    "randaa": recipe_spec("cifar100", randaa="rand-m9-n2-mstd0.5-inc1"),
+    "randaa-wide": recipe_spec("imagenet", crop_size=37, randaa="rand-m5-n3-mstd4"),
     "jitter-reflect": cifar_spec(color_jitter=0.4, padding_mode="reflect", policy="svhn"),
     "plain": cifar_spec(policy="none", erase_p=0.0, flip=False, padding=0),
-    "digits": view_spec("digits", **FLAGS | {"crop_size": 16, "padding": 2}),
+    "digits": recipe_spec("digits", crop_size=16, padding=2),
     "inner-crop": cifar_spec(crop_size=19, padding=1),
 }
 
@@ -107,7 +103,7 @@ def test_images_need_not_be_square():
 
 
 def test_views_that_come_cropped_are_flipped_and_augmented():
-    spec = view_spec("imagenet", **FLAGS)
+    spec = recipe_spec("imagenet")
     crops = make_images(60)
     maker = ViewMaker(spec, seed=1)
     parameters = maker.draw(0, np.arange(20), 3, (32, 32))
@@ -294,10 +290,10 @@ def test_evaluation_normalises_only():
     ],
 )
 def test_recipe_rows(recipe, changes, expected):
-    spec = view_spec(recipe, **FLAGS | changes)
+    spec = recipe_spec(recipe, **changes)
     assert {name: getattr(spec, name) for name in expected} == expected
     assert spec.erase_mode == "const"
-    assert view_spec(recipe, **FLAGS | changes, erase_mode="pixel").erase_mode == "pixel"
+    assert recipe_spec(recipe, **changes, erase_mode="pixel").erase_mode == "pixel"
     assert spec.random_resized_crop == (recipe == "imagenet")
 
 
@@ -312,13 +308,11 @@ def test_recipe_rows(recipe, changes, expected):
 )
 def test_wrong_flags_are_named(changes, flag):
     with pytest.raises(UserError, match=flag):
-        ViewMaker(view_spec("cifar10", **FLAGS | changes), seed=0)
+        ViewMaker(recipe_spec("cifar10", **changes), seed=0)
 
 
 def test_a_crop_or_reflection_larger_than_the_images_is_refused():
-    reflecting = ViewMaker(
-        view_spec("cifar10", **FLAGS | {"crop_size": 8, "padding": 8, "padding_mode": "reflect"}), seed=0
-    )
+    reflecting = ViewMaker(recipe_spec("cifar10", crop_size=8, padding=8, padding_mode="reflect"), seed=0)
     with pytest.raises(UserError, match=r"--padding 8 .*--padding_mode reflect .* 7 or less"):
         reflecting.draw(0, np.arange(2), 1, (8, 8))
     with pytest.raises(UserError, match=r"--crop_size 41 .* 40 or less"):
@@ -342,7 +336,7 @@ def test_wrong_images_are_refused():
 
 
 def test_views_that_should_come_cropped_are_not_cropped_again():
-    maker = ViewMaker(view_spec("imagenet", **FLAGS), seed=0)
+    maker = ViewMaker(recipe_spec("imagenet"), seed=0)
     with pytest.raises(ValueError, match="32x32"):
         maker.draw(0, np.arange(4), 2, (40, 40))
     with pytest.raises(ValueError, match="views"):

@@ -19,7 +19,7 @@ from PIL import Image
 
 import eval as program
 from dataset import SourceRequest, open_source
-from dataset.views import ViewMaker, view_spec
+from dataset.views import ViewMaker, plain_spec
 from evaluation import contenders as inference
 from evaluation import latency
 from evaluation.files import write_latencies
@@ -47,17 +47,7 @@ def digits_network() -> Any:
 
 
 def normalised(images: torch.Tensor) -> torch.Tensor:
-    spec = view_spec(
-        "digits",
-        crop_size=16,
-        padding=0,
-        is_autoaugment=False,
-        randaa=None,
-        is_cutout=False,
-        erase_p=0.0,
-        mean=DIGITS.mean,
-        std=DIGITS.std,
-    )
+    spec = plain_spec(16, DIGITS.mean, DIGITS.std)
     return ViewMaker(spec, seed=0).evaluate(images)
 
 

@@ -142,10 +142,10 @@ def test_nothing_of_the_step_needs_to_be_read_back() -> None:
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        ({"cot_loss_choose": "kl_sepparate"}, r"--cot_loss_choose 'kl_sepparate' .* Did you mean 'kl_separate'\?"),
-        ({"cot_weight": -1.0}, "--cot_weight must be a number from 0"),
-        ({"cot_weight": math.nan}, "--cot_weight must be a number from 0"),
-        ({"ensembled_loss_weight": math.inf}, "--ensembled_loss_weight must be a number from 0"),
+        ({"cot_loss_choose": "kl_sepparate"}, r"--cot_loss_choose.*'kl_sepparate' .* Did you mean 'kl_separate'\?"),
+        ({"cot_weight": -1.0}, "--cot_weight must be 0 or more"),
+        ({"cot_weight": math.nan}, "--cot_weight must be 0 or more"),
+        ({"ensembled_loss_weight": math.inf}, "--ensembled_loss_weight must be 0 or more"),
         ({"cot_weight_warm_up_epochs": -1}, "--cot_weight_warm_up_epochs must be 0"),
     ],
 )

@@ -28,6 +28,7 @@ from tests.processes import run_processes
 from tests.test_method_cream import SPACE
 from train_split import train_step
 from training.optim import build_optimizer, parameter_groups
+from training.options import OptimizerOptions
 from utils.errors import UserError
 from utils.options import option
 from utils.precision import choose_precision
@@ -59,8 +60,8 @@ def make(name: str, *, weights: int = 3, network: SplitNet | None = None) -> Met
 
 
 def optimizer_of(method: Method) -> torch.optim.Optimizer:
-    groups = parameter_groups(method, method.trained_parameters(), weight_decay=1e-4, no_decay="bias")
-    return build_optimizer("SGD", groups, lr=0.05, momentum=0.9, nesterov=True)
+    options = OptimizerOptions(optimizer="SGD", lr=0.05, weight_decay=1e-4)
+    return build_optimizer(options, parameter_groups(method, method.trained_parameters(), options))
 
 
 def batch(method: Method, number: int, rank: int = 0, *, size: int = B, side: int = SIDE) -> tuple[Tensor, Targets]:

@@ -24,6 +24,7 @@ from model import LARGE, SMALL, BackboneRequest, build_network, build_splitnet
 from model.search.estimates import est_flops
 from model.search.reading import read_space, space_to_text
 from model.search.space import PUBLISHED, PUBLISHED_SMALL
+from training.options import OptimizerOptions
 from training.schedule import Schedule
 from utils.errors import UserError
 from utils.launch import free_port
@@ -263,7 +264,8 @@ def test_soft_cross_entropy_of_one_hot_labels_is_cross_entropy():
 
 def test_search_schedule():
     golden = GOLDEN["search_lr"]
-    schedule = Schedule(mode="linear", base_lr=1.0, epochs=120, steps_per_epoch=1250, slow_start_epochs=-1)
+    options = OptimizerOptions(lr_mode="linear", lr=1.0, epochs=120, slow_start_epochs=-1, end_lr=0.0)
+    schedule = Schedule(options, steps_per_epoch=1250)
     assert golden["iters"] == 120 * 1250
     for step, rate in golden["lr_1_0"].items():
         assert schedule(int(step)) == pytest.approx(rate, rel=1e-9, abs=1e-15)

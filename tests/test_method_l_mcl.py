@@ -587,18 +587,7 @@ def test_published_recipes():
 def test_the_recipe_gives_the_published_learning_rate(dataset, row):
     argv = ["--method", "l_mcl", "--dataset", dataset, "--arch", "resnet18_imagenet,resnet18_imagenet"]
     config = resolve_config(parse_config(argv), data_recipe=dataset)
-    schedule = Schedule(
-        mode=config.lr_mode,
-        base_lr=config.lr,
-        epochs=config.epochs,
-        steps_per_epoch=7,
-        slow_start_epochs=config.slow_start_epochs,
-        slow_start_lr=config.slow_start_lr,
-        end_lr=config.end_lr,
-        milestones=config.lr_milestones,
-        step_multiplier=config.lr_step_multiplier,
-        decay_epochs=config.decay_epochs,
-    )
+    schedule = Schedule(config, steps_per_epoch=7)
     for epoch, rate in GOLDEN["lr"][row].items():
         for step in (0, 6):
             assert schedule(7 * int(epoch) + step) == pytest.approx(rate, rel=1e-6)

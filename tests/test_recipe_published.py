@@ -1,5 +1,6 @@
 """The published recipes, our rules between them, and that nothing the user set is replaced."""
 
+import dataclasses
 import math
 from typing import Any
 
@@ -7,6 +8,7 @@ import pytest
 
 from parser_params import parse_config, resolve_config
 from recipe.published import recipe_defaults
+from training.options import OptimizerOptions
 from training.schedule import Schedule
 
 
@@ -316,14 +318,7 @@ def test_a_small_rate_is_not_raised_by_warm_up_or_floor(given: dict, start: floa
 @pytest.mark.parametrize("epochs", [None, 1, 90, 300, 1800])
 def test_every_recipe_makes_a_schedule(data_recipe: str, arch: str, epochs: int | None) -> None:
     row = defaults(data_recipe, arch, 2, **({} if epochs is None else {"epochs": epochs}))
-    schedule = Schedule(
-        mode=row["lr_mode"],
-        base_lr=row["lr"],
-        epochs=row["epochs"],
-        steps_per_epoch=10,
-        slow_start_epochs=row["slow_start_epochs"],
-        slow_start_lr=row["slow_start_lr"],
-        end_lr=row["end_lr"],
-    )
+    names = {field.name for field in dataclasses.fields(OptimizerOptions)}
+    schedule = Schedule(OptimizerOptions(**{name: row[name] for name in names & row.keys()}), steps_per_epoch=10)
     assert row["slow_start_epochs"] < row["epochs"]
     assert max(schedule(step) for step in range(10 * row["epochs"])) == pytest.approx(row["lr"])

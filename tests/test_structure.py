@@ -29,6 +29,7 @@ FLOORS_OF_MODEL = (
     "staged",
     "layers",
     "division",
+    "options",
     "search",
     "library",
     "backbone",

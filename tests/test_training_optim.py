@@ -12,7 +12,6 @@ import torch
 from torch import Tensor, nn
 
 from training.optim import (
-    OPTIMIZERS,
     RMSprop,
     WeightAverage,
     build_optimizer,
@@ -21,6 +20,7 @@ from training.optim import (
     parameter_groups,
     set_learning_rate,
 )
+from training.options import OPTIMIZERS, OptimizerOptions
 from utils.errors import UserError
 
 GOLDEN = json.loads((Path(__file__).parent / "golden" / "cream.json").read_text())["rmsprop_tf"]
@@ -39,9 +39,10 @@ def give_gradients(network: nn.Module, seed: int) -> None:
         parameter.grad = torch.empty_like(parameter).copy_(values)
 
 
-def build(network: nn.Module, name: str, **settings: object) -> torch.optim.Optimizer:
-    groups = parameter_groups(network, network.named_parameters(), weight_decay=1e-2)
-    return build_optimizer(name, groups, lr=0.1, **settings)
+def build(network: nn.Module, name: str, *, capturable: bool = False, **settings: object) -> torch.optim.Optimizer:
+    options = OptimizerOptions(optimizer=name, lr=0.1, weight_decay=1e-2, **settings)
+    groups = parameter_groups(network, network.named_parameters(), options)
+    return build_optimizer(options, groups, capturable=capturable)
 
 
 def flag(value: float) -> Tensor:
@@ -69,16 +70,16 @@ def names_in(network: nn.Module, groups: list[dict]) -> list[set[str]]:
 
 
 @pytest.mark.parametrize(
-    ("no_decay", "spared"),
+    ("flags", "spared"),
     [
-        ("bias", {"0.bias", "1.bias", "3.bias"}),
-        ("norm_bias", {"0.bias", "1.bias", "3.bias", "1.weight"}),
-        ("none", set()),
+        ({"no_decay": "bias"}, {"0.bias", "1.bias", "3.bias"}),
+        ({"no_decay": "norm_bias"}, {"0.bias", "1.bias", "3.bias", "1.weight"}),
+        ({"no_decay": "norm_bias", "is_wd_all": True}, set()),
     ],
 )
-def test_what_is_spared_from_weight_decay(no_decay: str, spared: set[str]) -> None:
+def test_what_is_spared_from_weight_decay(flags: dict, spared: set[str]) -> None:
     network = small_network()
-    groups = parameter_groups(network, network.named_parameters(), weight_decay=0.3, no_decay=no_decay)
+    groups = parameter_groups(network, network.named_parameters(), OptimizerOptions(weight_decay=0.3, **flags))
     decayed, not_decayed = names_in(network, groups)
     assert not_decayed == spared
     assert decayed == {name for name, _ in network.named_parameters()} - spared
@@ -88,30 +89,29 @@ def test_what_is_spared_from_weight_decay(no_decay: str, spared: set[str]) -> No
 
 def test_new_heads_are_groups_of_their_own() -> None:
     network = small_network()
-    groups = parameter_groups(
-        network, network.named_parameters(), weight_decay=0.3, new_heads=("3.",), new_head_multiplier=10.0
-    )
+    options = OptimizerOptions(weight_decay=0.3, lr_multiplier=10.0)
+    groups = parameter_groups(network, network.named_parameters(), options, new_heads=("3.",))
     assert names_in(network, groups)[2:] == [{"3.weight"}, {"3.bias"}]
     assert [group["weight_decay"] for group in groups] == [0.3, 0.0, 0.3, 0.0]
-    optimizer = build_optimizer("SGD", groups, lr=0.1)
+    optimizer = build_optimizer(options, groups)
     set_learning_rate(optimizer, 0.02)
     assert [group["lr"] for group in optimizer.param_groups] == pytest.approx([0.02, 0.02, 0.2, 0.2])
 
 
 def test_only_named_parameters_are_grouped() -> None:
     network = small_network()
-    groups = parameter_groups(network, [("3.weight", network[3].weight)], weight_decay=0.3)
+    options = OptimizerOptions(weight_decay=0.3)
+    groups = parameter_groups(network, [("3.weight", network[3].weight)], options)
     assert names_in(network, groups) == [{"3.weight"}, set()]
     give_gradients(network, 0)
-    guarded_step(build_optimizer("SGD", groups, lr=0.1), flag(0.0))  # an empty group is no error
+    guarded_step(build_optimizer(options, groups), flag(0.0))  # an empty group is no error
 
 
 def test_unknown_names_are_refused() -> None:
-    network = small_network()
-    with pytest.raises(UserError, match="--no_decay 'norm' is not known"):
-        parameter_groups(network, network.named_parameters(), weight_decay=0.1, no_decay="norm")
-    with pytest.raises(UserError, match=r"--optimizer 'AdomW' .* Did you mean 'AdamW'\?"):
-        build(network, "AdomW")
+    with pytest.raises(UserError, match=r"--no_decay.*'norm' is not one of bias, norm_bias"):
+        OptimizerOptions(no_decay="norm")
+    with pytest.raises(UserError, match=r"--optimizer.*'AdomW' .* Did you mean 'AdamW'\?"):
+        OptimizerOptions(optimizer="AdomW")
 
 
 # ---- optimisers ------------------------------------------------------------------------------------------------------
@@ -130,7 +130,7 @@ def test_equals_torchs_plain_optimiser(name: str, layout: torch.memory_format) -
     network = small_network().to(memory_format=layout)
     reference = copy.deepcopy(network)
     optimizer = build(network, name)
-    plain = PLAIN[name](parameter_groups(reference, reference.named_parameters(), weight_decay=1e-2))
+    plain = PLAIN[name](parameter_groups(reference, reference.named_parameters(), OptimizerOptions(weight_decay=1e-2)))
     for step in range(4):
         for module in (network, reference):
             give_gradients(module, step)
@@ -145,7 +145,7 @@ def test_eps_stands_in_the_denominator(name: str) -> None:
     """One step from zero state with gradient 1: the update is lr, divided by what eps makes of the root."""
     weights = nn.Parameter(torch.zeros(1, dtype=torch.float64))
     group = {"params": [weights], "weight_decay": 0.0, "lr_multiplier": 1.0}
-    optimizer = build_optimizer(name, [group], lr=0.1, eps=0.5)
+    optimizer = build_optimizer(OptimizerOptions(optimizer=name, lr=0.1, optimizer_eps=0.5), [group])
     weights.grad = torch.ones_like(weights)
     guarded_step(optimizer, flag(0.0))
     expected = {"Adam": 1.5, "AdamW": 1.5, "RMSprop": 0.1**0.5 + 0.5, "RMSpropTF": 1.5**0.5}[name]
@@ -155,7 +155,7 @@ def test_eps_stands_in_the_denominator(name: str) -> None:
 def test_an_eps_that_cannot_be_is_refused() -> None:
     for name, eps in (("SGD", 1e-3), ("Adam", 0.0), ("RMSpropTF", math.nan)):
         with pytest.raises(UserError, match="--optimizer_eps"):
-            build(small_network(), name, eps=eps)
+            build(small_network(), name, optimizer_eps=eps)
 
 
 def test_missing_momentum_is_zero_momentum() -> None:
@@ -178,14 +178,15 @@ def test_momentum_zero_needs_no_nesterov() -> None:
     network = small_network()
     before = network[3].weight.detach().clone()
     give_gradients(network, 0)
-    guarded_step(build(network, "SGD", momentum=0.0, nesterov=True), flag(0.0))
+    guarded_step(build(network, "SGD", momentum=0.0, is_nesterov=True), flag(0.0))
     torch.testing.assert_close(network[3].weight, before - 0.1 * (network[3].weight.grad + 1e-2 * before))
 
 
 def test_rmsprop_tf_follows_the_golden_trajectory() -> None:
     weights = nn.Parameter(torch.tensor(GOLDEN["start"], dtype=torch.float64))
     group = {"params": [weights], "weight_decay": GOLDEN["weight_decay"], "lr_multiplier": 1.0}
-    optimizer = build_optimizer("RMSpropTF", [group], lr=GOLDEN["lr"], momentum=GOLDEN["momentum"])
+    options = OptimizerOptions(optimizer="RMSpropTF", lr=GOLDEN["lr"], momentum=GOLDEN["momentum"])
+    optimizer = build_optimizer(options, [group])
     assert optimizer.param_groups[0]["alpha"] == GOLDEN["alpha"]
     assert optimizer.param_groups[0]["eps"] == GOLDEN["eps"]
     for gradient, after in zip(GOLDEN["grads"], GOLDEN["after"], strict=True):

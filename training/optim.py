@@ -3,7 +3,6 @@
 Nothing here waits for the device: norms, flags and (for CUDA graphs) learning rates are tensors on it.
 """
 
-import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -13,11 +12,8 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 from torch.optim import Optimizer
 
+from training.options import OptimizerOptions
 from utils.errors import UserError
-from utils.registry import nearest_name
-
-OPTIMIZERS = ("SGD", "Adam", "AdamW", "RMSprop", "RMSpropTF")
-NO_DECAY = ("bias", "norm_bias", "none")
 
 NORMS = (_NormBase, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm)
 
@@ -25,81 +21,63 @@ NORMS = (_NormBase, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm)
 def parameter_groups(
     module: nn.Module,
     named_parameters: Iterable[tuple[str, nn.Parameter]],
+    options: OptimizerOptions,
     *,
-    weight_decay: float,
-    no_decay: str = "bias",
     new_heads: Sequence[str] = (),
-    new_head_multiplier: float = 1.0,
 ) -> list[dict[str, Any]]:
     """Parameters sorted into groups: [decayed, not decayed] and, if there are new heads, the same two of theirs.
+
+    --no_decay bias: every bias is spared (as published: the scales of batch norm are decayed); norm_bias: so are all
+    parameters of normalisations (ours); with --is_wd_all nothing is.
 
     Args:
         module: the module that the names belong to; tells which parameters are those of a normalisation.
         named_parameters: what is to be trained, named as in `module.named_parameters()`.
-        weight_decay: of the decayed groups.
-        no_decay: "bias": every bias (as published: the scales of batch norm are decayed); "norm_bias": also all
-            parameters of normalisations (ours); "none": everything is decayed (`--is_wd_all`).
-        new_heads: prefixes of names that train with another learning rate ("network.models.0.fc.").
-        new_head_multiplier: factor on their learning rate, kept in the group as `lr_multiplier`.
+        options: the flags.
+        new_heads: prefixes of names that train with another learning rate ("network.models.0.fc."); --lr_multiplier
+            is kept in their groups under that name.
     """
-    if no_decay not in NO_DECAY:
-        raise UserError(f"--no_decay {no_decay!r} is not known: use {', '.join(NO_DECAY)}.")
     of_norms = {id(p) for m in module.modules() if isinstance(m, NORMS) for p in m.parameters(recurse=False)}
     groups: list[dict[str, Any]] = [
         {"params": [], "weight_decay": decay, "lr_multiplier": multiplier}
-        for multiplier in (1.0, new_head_multiplier)
-        for decay in (weight_decay, 0.0)
+        for multiplier in (1.0, options.lr_multiplier)
+        for decay in (options.weight_decay, 0.0)
     ]
     for name, parameter in named_parameters:
         is_bias = name.rpartition(".")[2] == "bias"
-        spared = (no_decay != "none" and is_bias) or (no_decay == "norm_bias" and id(parameter) in of_norms)
+        is_spared = is_bias or (options.no_decay == "norm_bias" and id(parameter) in of_norms)
+        spared = is_spared and not options.is_wd_all
         groups[2 * name.startswith(tuple(new_heads)) + spared]["params"].append(parameter)
     return groups[:2] + [group for group in groups[2:] if group["params"]]
 
 
 def build_optimizer(
-    name: str,
-    groups: Sequence[dict[str, Any]],
-    *,
-    lr: float,
-    momentum: float = 0.9,
-    nesterov: bool = True,
-    eps: float | None = None,
-    capturable: bool = False,
+    options: OptimizerOptions, groups: Sequence[dict[str, Any]], *, capturable: bool = False
 ) -> Optimizer:
-    """One of OPTIMIZERS over the groups of `parameter_groups`, in the fused form where torch has one.
+    """The optimiser that the flags name, over the groups of `parameter_groups`, in the fused form where torch has one.
 
     SGD; AdamW (betas 0.9, 0.999, eps 1e-4); RMSprop (alpha 0.9, eps 1e-8) and RMSpropTF (alpha 0.9, eps 1e-3): the
     settings of arXiv:2011.14660, torch's own eps for RMSprop, which has no published one. Adam, with the decay in the
-    gradient, is as torch has it (betas 0.9, 0.999, eps 1e-8).
+    gradient, is as torch has it (betas 0.9, 0.999, eps 1e-8). --lr holds before the first `set_learning_rate`;
+    Nesterov means nothing without momentum.
 
     Args:
-        name: the value of --optimizer.
+        options: the flags.
         groups: parameter groups with `weight_decay` and `lr_multiplier`.
-        lr: learning rate before the first `set_learning_rate`.
-        momentum: of SGD and RMSprop.
-        nesterov: of SGD; means nothing without momentum.
-        eps: in place of the optimiser's own; SGD has none.
         capturable: keep learning rates on the device, so that a step can be captured in a CUDA graph.
 
     Raises:
-        UserError: unknown name, or an eps that it cannot take.
+        UserError: an eps that the optimiser cannot take.
     """
-    if name not in OPTIMIZERS:
-        raise UserError(
-            f"--optimizer {name!r} is not a known optimiser.{nearest_name(name, OPTIMIZERS)} "
-            f"Known: {', '.join(OPTIMIZERS)}."
-        )
+    name, lr, momentum, eps = options.optimizer, options.lr, options.momentum, options.optimizer_eps
     if eps is not None and name == "SGD":
         raise UserError("--optimizer_eps is none of --optimizer SGD's settings: leave it away.")
-    if eps is not None and not 0 < eps < math.inf:
-        raise UserError(f"--optimizer_eps must be above 0, got {eps}.")
     parameters = [p for group in groups for p in group["params"]]
     device = parameters[0].device
     groups = [{**group, "lr": torch.tensor(lr, device=device) if capturable else lr} for group in groups]
     optimizer: Optimizer
     if name == "SGD":
-        optimizer = torch.optim.SGD(groups, lr, momentum, nesterov=nesterov and momentum > 0, fused=True)
+        optimizer = torch.optim.SGD(groups, lr, momentum, nesterov=options.is_nesterov and momentum > 0, fused=True)
     elif name in ("Adam", "AdamW"):
         on_gpu = capturable and device.type == "cuda"
         kind, usual = (torch.optim.Adam, 1e-8) if name == "Adam" else (torch.optim.AdamW, 1e-4)

@@ -1,8 +1,8 @@
 """A command line and a YAML file as text, before anybody knows what the flags mean."""
 
 import argparse
-import types
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -10,14 +10,6 @@ import yaml
 
 from utils.errors import UserError, reason
 from utils.options import Flag
-
-# flags that need no value, and what they mean without one
-BARE_FLAGS = types.MappingProxyType(
-    dict.fromkeys(("evaluate", "no_cuda", "multiprocessing_distributed", "benchmark"), "1")
-    | {"pretrained": "", "resume": "auto", "compile": "default"}
-)
-
-_BARE = object()
 
 
 class FlagParser(argparse.ArgumentParser):
@@ -51,6 +43,13 @@ def several_at_least(least: int) -> Callable[[str], list[int]]:
     return lambda text: [number(part.strip()) for part in text.split(",")]
 
 
+@dataclass(frozen=True)
+class _Bare:
+    """Stands for the value of a flag that was given without one."""
+
+    meaning: str
+
+
 class _Store(argparse.Action):
     """Keep the spelling with the value; a bare flag does not undo a value that another spelling gave."""
 
@@ -58,10 +57,10 @@ class _Store(argparse.Action):
         self, parser: Any, namespace: argparse.Namespace, values: Any, option_string: str | None = None
     ) -> None:
         assert option_string is not None
-        if values is not _BARE:
+        if not isinstance(values, _Bare):
             setattr(namespace, self.dest, (option_string.lstrip("-"), values))
         elif not hasattr(namespace, self.dest):
-            setattr(namespace, self.dest, (option_string.lstrip("-"), BARE_FLAGS[self.dest]))
+            setattr(namespace, self.dest, (option_string.lstrip("-"), values.meaning))
 
 
 def _help_text(flag: Flag) -> str:
@@ -69,8 +68,8 @@ def _help_text(flag: Flag) -> str:
     if not default:
         default = {True: 1, False: 0, None: "none"}.get(flag.default, flag.default) if flag.default != () else "none"
     unit = f", in {flag.unit}" if flag.unit else ""
-    choices = f" ({', '.join(map(str, flag.choices))})" if flag.choices else ""
-    return f"{flag.help}{choices}{unit} [default: {default}]".replace("%", "%%")
+    accepted = ", ".join(map(str, flag.choices)) if flag.choices else str(flag.range)
+    return f"{flag.help}{f' ({accepted})' if accepted else ''}{unit} [default: {default}]".replace("%", "%%")
 
 
 def add_flags(parser: FlagParser, title: str, flags: Sequence[Flag]) -> None:
@@ -80,8 +79,8 @@ def add_flags(parser: FlagParser, title: str, flags: Sequence[Flag]) -> None:
         extra: dict[str, Any] = {}
         if flag.several:
             extra["nargs"] = "+"
-        elif flag.name in BARE_FLAGS:
-            extra.update(nargs="?", const=_BARE)
+        elif flag.bare is not None:
+            extra.update(nargs="?", const=_Bare(flag.bare))
         words = {bool: "0|1", int: "N", float: "X", str: "NAME"}
         names = [f"--{name}" for name in (flag.name, *flag.aliases)]
         group.add_argument(

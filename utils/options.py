@@ -1,6 +1,8 @@
-"""Dataclass fields that are command-line flags: default, help and choices are written once, at the field."""
+"""Dataclass fields that are command-line flags: default, help, choices and range are written once, at the field."""
 
 import dataclasses
+import functools
+import math
 import types
 import typing
 from collections.abc import Mapping, Sequence
@@ -10,6 +12,66 @@ from typing import Any
 from utils.errors import UserError
 from utils.registry import nearest_name
 
+BY_RECIPE = "set by the recipe"  # default_text of what the published recipes decide
+
+
+@dataclass(frozen=True, kw_only=True)
+class Range:
+    """The numbers that a flag takes; each bound may be open.
+
+    Attributes:
+        least, most: smallest and largest number.
+        above, below: the same, themselves left out.
+        count: how many numbers; None: one, or any number of them where the flag takes several.
+        ascending: each at least as large as the one before.
+    """
+
+    least: float | None = None
+    most: float | None = None
+    above: float | None = None
+    below: float | None = None
+    count: int | None = None
+    ascending: bool = False
+
+    def __bool__(self) -> bool:
+        return self != Range()
+
+    def __str__(self) -> str:
+        one = self._of_one()
+        if self.count is None:
+            return one
+        words = f"{_NUMBER_WORDS.get(self.count, self.count)} numbers{', each ' + one if one else ''}"
+        return words + (", the smaller first" if self.ascending else "")
+
+    def _of_one(self) -> str:
+        if self.least is not None and self.most is not None:
+            return f"between {self.least} and {self.most}"
+        words = [f"{self.least} or more"] if self.least is not None else []
+        words += [f"above {self.above}"] if self.above is not None else []
+        words += [f"at most {self.most}"] if self.most is not None else []
+        words += [f"below {self.below}"] if self.below is not None else []
+        return " and ".join(words)
+
+    def holds(self, value: Any) -> bool:
+        """Whether a number, or each of several, lies within the bounds; NaN and infinity lie nowhere."""
+        values = value if isinstance(value, tuple | list) else (value,)
+        return (
+            (self.count is None or len(values) == self.count)
+            and all(map(self._holds_one, values))
+            and not (self.ascending and list(values) != sorted(values))
+        )
+
+    def _holds_one(self, value: float) -> bool:
+        return math.isfinite(value) and not (
+            (self.least is not None and value < self.least)
+            or (self.most is not None and value > self.most)
+            or (self.above is not None and value <= self.above)
+            or (self.below is not None and value >= self.below)
+        )
+
+
+_NUMBER_WORDS = {2: "two", 3: "three"}
+
 
 def option(
     default: Any,
@@ -17,7 +79,14 @@ def option(
     *,
     unit: str = "",
     choices: Sequence[Any] | None = None,
+    least: float | None = None,
+    most: float | None = None,
+    above: float | None = None,
+    below: float | None = None,
+    count: int | None = None,
+    ascending: bool = False,
     aliases: Sequence[str] | Mapping[str, Mapping[str, str]] = (),
+    bare: str | None = None,
     default_text: str = "",
     metavar: str | None = None,
 ) -> Any:
@@ -27,12 +96,15 @@ def option(
     `tuple[int, ...]` takes several values.
 
     Args:
-        default: value where neither a flag, a YAML file nor a recipe gives one.
-        help: meaning in one line; the parser adds default and unit.
+        default: value where neither a flag, a YAML file nor a recipe gives one. None, and an empty tuple, mean that
+            nobody has said anything: no range holds them.
+        help: meaning in one line; the parser adds default, range and unit.
         unit: what a number counts ("epochs", "pixels").
         choices: the accepted values.
+        least, most, above, below, count, ascending: the accepted numbers, see `Range`.
         aliases: other spellings of the flag, without dashes. As a mapping, each with the values that are written
             otherwise there, as {"lr_type": {"cosine": "epoch_cos"}}: that spelling then takes these values only.
+        bare: what the flag means without a value; None: it needs one.
         default_text: what --help prints as the default where the value alone would mislead ("recipe").
         metavar: what --help prints in place of the value.
     """
@@ -40,11 +112,27 @@ def option(
         "help": help,
         "unit": unit,
         "choices": None if choices is None else tuple(choices),
+        "range": Range(least=least, most=most, above=above, below=below, count=count, ascending=ascending),
         "aliases": aliases if isinstance(aliases, Mapping) else {name: {} for name in aliases},
+        "bare": bare,
         "default_text": default_text,
         "metavar": metavar,
     }
     return dataclasses.field(default=default, metadata=metadata)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """Base of every options dataclass: no value outside of its field's choices or range can stand in one.
+
+    Raises:
+        UserError: such a value; the line names the flag.
+    """
+
+    def __post_init__(self) -> None:
+        kind: type = type(self)
+        for flag in flags_of(kind):
+            flag.check(getattr(self, flag.name), f"--{flag.name}")
 
 
 def _to_bool(text: str) -> bool:
@@ -95,7 +183,9 @@ class Flag:
     help: str
     unit: str
     choices: tuple[Any, ...] | None
+    range: Range
     aliases: Mapping[str, Mapping[str, str]]
+    bare: str | None
     default_text: str
     metavar: str | None
 
@@ -103,7 +193,7 @@ class Flag:
         """Typed value of what a command line or a YAML file gave under the flag's own name or an alias.
 
         Raises:
-            UserError: wrong type or not one of the choices; `where` names the flag or the file and key.
+            UserError: wrong type, or outside of choices or range; `where` names the flag or the file and key.
         """
         ours = self.aliases.get(spelling)
         if ours:
@@ -118,16 +208,30 @@ class Flag:
             if self.several:
                 parts = value if isinstance(value, list | tuple) else [value]
                 texts = [t for part in parts for t in str(part).replace(",", " ").split()]
-                return tuple(_convert_one(self.element, text) for text in texts)
-            if isinstance(value, list | tuple | dict):
+                converted: Any = tuple(_convert_one(self.element, text) for text in texts)
+            elif isinstance(value, list | tuple | dict):
                 raise ValueError(f"expected {self.expected()}")
-            converted = _convert_one(self.element, str(value))
+            else:
+                converted = _convert_one(self.element, str(value))
         except ValueError as error:
             raise UserError(f"{where}: {value!r} is not usable: {error}.") from None
-        if self.choices is not None and converted not in self.choices:
-            near = nearest_name(str(converted), map(str, self.choices))
-            raise UserError(f"{where}: {converted!r} is not one of {', '.join(map(str, self.choices))}.{near}")
+        self.check(converted, where)
         return converted
+
+    def check(self, value: Any, where: str) -> None:
+        """Refuse a value that is not one of the choices or not in the range, wherever it comes from.
+
+        Raises:
+            UserError: the line names `where`.
+        """
+        if value is None or (value == () and self.default == ()):
+            return
+        if self.choices is not None and value not in self.choices:
+            near = nearest_name(str(value), map(str, self.choices))
+            raise UserError(f"{where}: {value!r} is not one of {', '.join(map(str, self.choices))}.{near}")
+        if self.range and not self.range.holds(value):
+            shown = " ".join(map(str, value)) if isinstance(value, tuple | list) else value
+            raise UserError(f"{where} must be {self.range}, got {shown}.")
 
     def expected(self) -> str:
         """What kind of value the flag takes, in words."""
@@ -135,8 +239,9 @@ class Flag:
         return words.get(self.element, "a value") + (" or several" if self.several else "")
 
 
-def flags_of(options: type) -> list[Flag]:
-    """The flags that the fields of an options dataclass stand for (inherited fields left out for sections)."""
+@functools.cache
+def flags_of(options: type) -> tuple[Flag, ...]:
+    """The flags that the fields of an options dataclass stand for."""
     hints = typing.get_type_hints(options)
     flags = []
     for item in dataclasses.fields(options):
@@ -150,7 +255,7 @@ def flags_of(options: type) -> list[Flag]:
                 optional=optional,
                 several=several,
                 default=item.default,
-                **{k: item.metadata[k] for k in ("help", "unit", "choices", "aliases", "default_text", "metavar")},
+                **item.metadata,
             )
         )
-    return flags
+    return tuple(flags)

@@ -36,7 +36,7 @@ from model.search.supernet import Supernet
 from model.splitnet import SplitNet
 from utils.distributed import all_reduce_sum
 from utils.errors import UserError
-from utils.options import option
+from utils.options import Options, option
 from utils.seed import STREAM_METHOD, fold_in
 
 logger = logging.getLogger(__name__)
@@ -47,35 +47,32 @@ TOP1_GATE = 0.5
 
 
 @dataclass(frozen=True, kw_only=True)
-class CreamSearchOptions:
+class CreamSearchOptions(Options):
     """Flags of the search; those that shape the supernet are with the Cream backbones."""
 
-    pool_size: int = option(10, "paths on the board")
-    acc_gap: float = option(5.0, "lead over the board's worst path that lets a dearer one in", unit="percentage points")
-    meta_sta_epoch: int = option(
-        20, "last epoch, from 0, without board, teacher and meta update", default_text="20 of 120 epochs, else alike"
+    pool_size: int = option(10, "paths on the board", least=1)
+    acc_gap: float = option(
+        5.0, "lead over the board's worst path that lets a dearer one in", unit="percentage points", least=0
     )
-    update_iter: int = option(200, "batches of an epoch between meta updates", unit="batches")
+    meta_sta_epoch: int = option(
+        20,
+        "last epoch, from 0, without board, teacher and meta update",
+        default_text="20 of 120 epochs, else alike",
+        least=0,
+    )
+    update_iter: int = option(200, "batches of an epoch between meta updates", unit="batches", least=1)
     pick_method: str = option("meta", "how the teacher is chosen", choices=("meta", "top1"))
-    meta_lr: float = option(1e-4, "learning rate of the meta-network, decayed linearly")
+    meta_lr: float = option(1e-4, "learning rate of the meta-network, decayed linearly", least=0)
     how_to_prob: str = option(
         "pre_prob",
         "operators drawn uniformly, by --pre_prob, or as on the board",
         choices=("even", "pre_prob", "teacher"),
     )
-    pre_prob: tuple[float, ...] = option((0.05, 0.2, 0.05, 0.5, 0.05, 0.15), "probability of every operator")
+    pre_prob: tuple[float, ...] = option((0.05, 0.2, 0.05, 0.5, 0.05, 0.15), "probability of every operator", least=0)
 
     def __post_init__(self) -> None:
-        for name in ("pool_size", "update_iter"):
-            if getattr(self, name) < 1:
-                raise UserError(f"--{name} must be 1 or more, got {getattr(self, name)}.")
-        for name in ("acc_gap", "meta_lr", "meta_sta_epoch"):
-            if not getattr(self, name) >= 0:
-                raise UserError(f"--{name} must be 0 or more, got {getattr(self, name)}.")
-        for name, known in (("pick_method", ("meta", "top1")), ("how_to_prob", ("even", "pre_prob", "teacher"))):
-            if getattr(self, name) not in known:
-                raise UserError(f"--{name} {getattr(self, name)!r} is not one of {', '.join(known)}.")
-        if not (min(self.pre_prob, default=-1) >= 0 and abs(sum(self.pre_prob) - 1) <= 1e-6):
+        super().__post_init__()
+        if abs(sum(self.pre_prob) - 1) > 1e-6:
             raise UserError(f"--pre_prob {self.pre_prob}: expected probabilities that add up to 1.")
 
 

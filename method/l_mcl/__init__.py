@@ -31,7 +31,7 @@ from model.staged import StagedBackbone
 from recipe.published import scaled_milestones
 from utils.distributed import all_gather_rows, broadcast_buffers
 from utils.errors import UserError
-from utils.options import option
+from utils.options import Options, option
 from utils.seed import STREAM_METHOD, fold_in, torch_generator
 
 META_MOMENTUM = 0.9
@@ -53,47 +53,26 @@ MIXED_PAIRS = {
 
 
 @dataclass(frozen=True, kw_only=True)
-class LMCLOptions:
+class LMCLOptions(Options):
     """Flags of layer-wise mutual contrastive learning."""
 
-    number_net: int = option(2, "networks behind a name lmcl_<backbone>")
+    number_net: int = option(2, "networks behind a name lmcl_<backbone>", least=2)
     contrast: str = option(
         "batch", "what an image is compared with: its batch, or memory banks", choices=("batch", "bank")
     )
-    feat_dim: int = option(128, "size of the space in which images are compared")
-    tau: float = option(0.1, "temperature of the contrast")
-    kd_T: float = option(3.0, "temperature of the distillation from the aggregated predictions")
-    soft_T: float | None = option(None, "second temperature of the soft contrast terms", default_text="--kd_T")
-    alpha: float = option(0.1, "weight of the contrast inside each network (VCL)")
-    beta: float = option(0.1, "weight of the contrast across networks (ICL)")
-    gamma: float = option(1.0, "weight of the soft contrast inside each network (Soft-VCL)")
-    lam: float = option(1.0, "weight of the soft contrast across networks (Soft-ICL)")
-    times: int = option(2, "virtual steps on the contrast in a meta round", unit="steps")
-    meta_freq: int = option(50, "interval between meta rounds", unit="steps")
-    pos_k: int = option(1, "memory bank: positives per image beside its own entry", unit="images")
-    neg_k: int = option(8192, "memory bank: negatives per image", unit="images")
-    nce_m: float = option(0.5, "memory bank: share of the old entry in an update")
-
-    def __post_init__(self) -> None:
-        for name, least in (
-            ("number_net", 2),
-            ("feat_dim", 1),
-            ("times", 1),
-            ("meta_freq", 1),
-            ("pos_k", 1),
-            ("neg_k", 1),
-        ):
-            if getattr(self, name) < least:
-                raise UserError(f"--{name} must be {least} or more, got {getattr(self, name)}.")
-        for name in ("tau", "kd_T", "soft_T"):
-            value = getattr(self, name)
-            if value is not None and not 0 < value < math.inf:
-                raise UserError(f"--{name} must be a number above 0, got {value}.")
-        for name in ("alpha", "beta", "gamma", "lam"):
-            if not 0 <= getattr(self, name) < math.inf:
-                raise UserError(f"--{name} must be a number from 0, got {getattr(self, name)}.")
-        if not 0 <= self.nce_m <= 1:
-            raise UserError(f"--nce_m must be from 0 to 1, got {self.nce_m}.")
+    feat_dim: int = option(128, "size of the space in which images are compared", least=1)
+    tau: float = option(0.1, "temperature of the contrast", above=0)
+    kd_T: float = option(3.0, "temperature of the distillation from the aggregated predictions", above=0)
+    soft_T: float | None = option(None, "second temperature of the soft contrast terms", default_text="--kd_T", above=0)
+    alpha: float = option(0.1, "weight of the contrast inside each network (VCL)", least=0)
+    beta: float = option(0.1, "weight of the contrast across networks (ICL)", least=0)
+    gamma: float = option(1.0, "weight of the soft contrast inside each network (Soft-VCL)", least=0)
+    lam: float = option(1.0, "weight of the soft contrast across networks (Soft-ICL)", least=0)
+    times: int = option(2, "virtual steps on the contrast in a meta round", unit="steps", least=1)
+    meta_freq: int = option(50, "interval between meta rounds", unit="steps", least=1)
+    pos_k: int = option(1, "memory bank: positives per image beside its own entry", unit="images", least=1)
+    neg_k: int = option(8192, "memory bank: negatives per image", unit="images", least=1)
+    nce_m: float = option(0.5, "memory bank: share of the old entry in an update", least=0, most=1)
 
 
 class Outputs(NamedTuple):

@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import nn
 
-from model.registry import LARGE, SMALL, Backbone, BackboneRequest, backbones
+from model.registry import LARGE, SMALL, Backbone, BackboneRequest, backbones, family_options
 from model.search.blocks import POOLS, ConvBnSwish, CreamFrame, DepthwiseSeparable, InvertedResidual, init_cream
 from model.search.costs import NetworkPlan
 from model.search.estimates import size_supernet
@@ -18,11 +18,11 @@ from model.search.reading import parse_arch_list, read_space
 from model.search.space import PUBLISHED, PUBLISHED_SMALL, SearchSpace, divided
 from model.search.supernet import Supernet
 from utils.errors import UserError
-from utils.options import option
+from utils.options import Options, option
 
 
 @dataclass(frozen=True, kw_only=True)
-class CreamOptions:
+class CreamOptions(Options):
     """Cream networks and search space"""
 
     arch_list: str = option(
@@ -31,15 +31,17 @@ class CreamOptions:
     honour_single_block: bool = option(
         False, "a stage of one block is what its index says; the released networks ignore that index"
     )
-    dropout_rate: float = option(0.0, "dropout before the classifier of Cream networks, divided by sqrt(S)")
+    dropout_rate: float = option(
+        0.0, "dropout before the classifier of Cream networks, divided by sqrt(S)", least=0, below=1
+    )
     global_pool: str = option("avg", "pooling before the head of Cream networks", choices=tuple(POOLS))
     search_space: str | None = option(
         None, "YAML file, or YAML text, of a search space", default_text="the published space", metavar="FILE"
     )
     flops_minimum: float = option(0.0, "lower end of the interval that sizes the supernet", unit="million operations")
     flops_maximum: float = option(600.0, "upper end of that interval", unit="million operations")
-    sta_num: tuple[int, ...] = option((), "blocks of every searchable stage, in place of that sizing")
-    slice: int = option(4, "images that an entry of the board keeps", unit="images per process")
+    sta_num: tuple[int, ...] = option((), "blocks of every searchable stage, in place of that sizing", least=1)
+    slice: int = option(4, "images that an entry of the board keeps", unit="images per process", least=1)
 
 
 class CreamNet(CreamFrame):
@@ -70,20 +72,17 @@ class CreamNet(CreamFrame):
         return list(self.blocks)
 
 
-def _option(request: BackboneRequest, name: str) -> Any:
-    return request.options.get(name, getattr(CreamOptions(), name))
+def _options(request: BackboneRequest) -> CreamOptions:
+    return family_options(CreamOptions, request)
 
 
 def _dropout(request: BackboneRequest) -> float:
     """Rate before the classifier of one of S networks."""
-    rate = _option(request, "dropout_rate")
-    if not 0 <= rate < 1:
-        raise UserError(f"--dropout_rate must be 0 or more and below 1, got {rate}.")
-    return float(rate / request.split_factor**0.5)
+    return float(_options(request).dropout_rate / request.split_factor**0.5)
 
 
 def _space(request: BackboneRequest) -> SearchSpace:
-    text = _option(request, "search_space")
+    text = _options(request).search_space
     if text:
         return read_space(text)
     return PUBLISHED if request.shape == LARGE else PUBLISHED_SMALL
@@ -94,7 +93,7 @@ def _network(request: BackboneRequest, space: SearchSpace, arch_list: Any, *, ho
     key = tuple(map(tuple, arch))
     space = divided(space, key, request.split_factor, request.num_classes, honour_single_block=honour_single_block)
     plan = space.plan(arch, request.num_classes, honour_single_block=honour_single_block)
-    return CreamNet(plan, dropout=_dropout(request), global_pool=_option(request, "global_pool"))
+    return CreamNet(plan, dropout=_dropout(request), global_pool=_options(request).global_pool)
 
 
 def _build_released(arch_list: str, request: BackboneRequest) -> CreamNet:
@@ -103,26 +102,24 @@ def _build_released(arch_list: str, request: BackboneRequest) -> CreamNet:
 
 
 def _build_found(request: BackboneRequest) -> CreamNet:
-    honour = bool(_option(request, "honour_single_block"))
-    return _network(request, _space(request), _option(request, "arch_list"), honour_single_block=honour)
+    honour = bool(_options(request).honour_single_block)
+    return _network(request, _space(request), _options(request).arch_list, honour_single_block=honour)
 
 
 def _build_supernet(request: BackboneRequest) -> Supernet:
-    space, depths = _space(request), tuple(_option(request, "sta_num"))
-    interval = (_option(request, "flops_minimum"), _option(request, "flops_maximum"))
+    space, depths = _space(request), tuple(_options(request).sta_num)
+    interval = (_options(request).flops_minimum, _options(request).flops_maximum)
     if not depths:
         depths = size_supernet(*interval, space).depths
-    elif len(depths) != len(space.stages) or min(depths) < 1:
-        raise UserError(f"--sta_num {depths}: expected {len(space.stages)} numbers of blocks, each 1 or more.")
-    if _option(request, "slice") < 1:
-        raise UserError(f"--slice must be 1 or more, got {_option(request, 'slice')}.")
+    elif len(depths) != len(space.stages):
+        raise UserError(f"--sta_num {depths}: expected {len(space.stages)} numbers of blocks.")
     return Supernet(
         space,
         depths,
         request.num_classes,
-        slice_size=_option(request, "slice"),
+        slice_size=_options(request).slice,
         dropout=_dropout(request),
-        global_pool=_option(request, "global_pool"),
+        global_pool=_options(request).global_pool,
         interval=interval,
     )
 

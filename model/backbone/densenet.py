@@ -20,25 +20,26 @@ from model.layers.shake import ShakeDrop
 from model.registry import SMALL, Backbone, BackboneRequest, backbones, family_options
 from model.staged import StagedBackbone
 from utils.errors import UserError
-from utils.options import option
+from utils.options import Options, option
 
 NUM_BLOCKS = 3
 LAYERS_PER_BLOCK = 31
 
 
 @dataclass(frozen=True, kw_only=True)
-class DenseNetOptions:
+class DenseNetOptions(Options):
     """Flags of the DenseNets."""
 
     is_efficient_densenet: bool = option(
         False, "DenseNet: recompute half of each layer in the backward pass to save memory; same results"
     )
     is_official_densenet: bool = option(True, "DenseNet: 1 the official implementation, 0 the variant densenet3")
-    densenet_p_shakedrop: float = option(0.0, "DenseNet: ShakeDrop rate of the last layer before division; 0 is off")
+    densenet_p_shakedrop: float = option(
+        0.0, "DenseNet: ShakeDrop rate of the last layer before division; 0 is off", least=0, most=1
+    )
 
     def __post_init__(self) -> None:
-        if not 0 <= self.densenet_p_shakedrop <= 1:
-            raise UserError(f"--densenet_p_shakedrop must be between 0 and 1, got {self.densenet_p_shakedrop}.")
+        super().__post_init__()
         if self.densenet_p_shakedrop and not self.is_official_densenet:
             raise UserError(
                 f"--densenet_p_shakedrop {self.densenet_p_shakedrop} exists in the official DenseNet only: "

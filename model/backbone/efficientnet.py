@@ -19,11 +19,11 @@ from model.layers.squeeze_excitation import squeeze_excite
 from model.registry import LARGE, SMALL, Backbone, BackboneRequest, backbones, family_options
 from model.staged import StagedBackbone
 from utils.errors import UserError
-from utils.options import option
+from utils.options import Options, option
 
 
 @dataclass(frozen=True, kw_only=True)
-class EfficientNetOptions:
+class EfficientNetOptions(Options):
     """Flags of the EfficientNets."""
 
     is_lukemelas_efficientnet: bool = option(

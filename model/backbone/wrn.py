@@ -14,18 +14,16 @@ from model.layers.resnet_parts import make_stage
 from model.registry import SMALL, Backbone, BackboneRequest, backbones, family_options
 from model.staged import StagedBackbone
 from utils.errors import UserError
-from utils.options import option
+from utils.options import Options, option
 
 
 @dataclass(frozen=True, kw_only=True)
-class WrnOptions:
+class WrnOptions(Options):
     """Backbone family: wrn"""
 
-    wrn_dropout: float = option(0.0, "dropout rate between the convolutions of a wrn_D_K block (published: 0 and 0.3)")
-
-    def __post_init__(self) -> None:
-        if not 0 <= self.wrn_dropout < 1:
-            raise UserError(f"--wrn_dropout {self.wrn_dropout}: expected a rate from 0 to below 1.")
+    wrn_dropout: float = option(
+        0.0, "dropout rate between the convolutions of a wrn_D_K block (published: 0 and 0.3)", least=0, below=1
+    )
 
 
 class PreActivationBlock(nn.Module):

@@ -1,0 +1,31 @@
+"""Flags of the networks; those of single families stand with their backbones."""
+
+from dataclasses import dataclass
+
+from model.division.plan import DIVIDE_BY
+from utils.options import Options, option
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelOptions(Options):
+    """Networks"""
+
+    arch: str = option(
+        "resnet50",
+        "backbone: one of those listed below, torchvision/NAME, timm/NAME or FILE.py:FACTORY; a comma list of full "
+        "networks where the method takes several",
+    )
+    method: str = option("co_training", "how the networks learn together")
+    split_factor: int = option(1, "S: into how many small networks the backbone is divided", least=1)
+    divide_by: str | None = option(
+        None,
+        "what the S copies of a torchvision/NAME, timm/NAME or FILE.py:FACTORY match together",
+        choices=DIVIDE_BY,
+        default_text="params; our own backbones have the paper's tables",
+    )
+    norm_mode: str = option("batch", "normalisation", choices=("batch",))
+    is_syncbn: bool = option(False, "synchronise batch normalisation across processes")
+    output_stride: int = option(8, "2 selects the CIFAR strides 1, 1, 2 in the resnet family")
+    is_identical_init: bool = option(False, "start all networks from the weights of the first (ablation)")
+    is_train_sep: bool = option(False, "train one of the S small networks alone (ablation)")
+    gn_num_groups: int = option(8, "unused in the published code; accepted")

@@ -9,7 +9,7 @@ import argparse
 import dataclasses
 import math
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
@@ -24,6 +24,7 @@ from recipe.datasets import ROWS
 from recipe.published import recipe_defaults
 from training.compiling import COMPILE_MODES
 from training.options import OptimizerOptions
+from utils import launch
 from utils.command_line import (
     FlagParser,
     add_flags,
@@ -34,7 +35,6 @@ from utils.command_line import (
     with_underscores,
 )
 from utils.errors import UserError
-from utils.launch import processes_on_this_machine
 from utils.options import Flag, Options, flags_of, option
 from utils.registry import nearest_name
 
@@ -204,6 +204,30 @@ class Config(DeviceOptions, EvaluationOptions, OptimizerOptions, ModelOptions, D
             of_families=self.backbone_options,
         )
 
+    def gpus(self) -> list[int]:
+        """Numbers of the GPUs that the run may use; empty means the CPU.
+
+        Raises:
+            UserError: an id that is no number or does not exist.
+        """
+        return launch.visible_gpus(no_cuda=self.no_cuda, gpu=self.gpu, gpu_ids=self.gpu_ids)
+
+    def start_processes(self, target: Callable[..., None], arguments: tuple[Any, ...]) -> None:
+        """The published launcher: call `target(*arguments)` in this node's processes, and wait for them.
+
+        Raises:
+            UserError: several nodes without a meeting point.
+            SystemExit: a process failed and has said why.
+        """
+        launch.spawn(
+            target,
+            arguments,
+            processes=self.nproc_per_node or len(self.gpus()) or 1,
+            nodes=self.world_size,
+            node=self.rank,
+            url=self.dist_url,
+        )
+
     def archs(self) -> list[str]:
         """The backbones named by --arch, one entry unless it is a comma list."""
         return split_list(self.arch)
@@ -297,7 +321,7 @@ def parse_config(argv: Sequence[str] | None = None, program: str | None = None, 
             from_yaml,
             where=f"--config {yaml_path}",
             overrides=_published_part(early),
-            processes=processes_on_this_machine(),
+            processes=launch.processes_on_this_machine(),
         )
         from_yaml = published.flags
     method = _method_name(arguments, early, from_yaml)
@@ -408,7 +432,8 @@ def resolve_config(config: Config, *, data_recipe: str, crop_size: int | None = 
         defaults["crop_pct"] = backbone.crop_pct
     if crop_size is not None:
         defaults.setdefault("crop_size", crop_size)  # open data sets know their size, the recipe does not
-    values = {**defaults, **from_method, **given, **adjusted}
+    # the seed was settled before the data was opened
+    values = {"seed": config.seed, **defaults, **from_method, **given, **adjusted}
     origins = dict.fromkeys((*defaults, *from_method), "recipe") | dict(config.origins)
     origins |= {name: f"{origins.get(name, 'default')}, adjusted" for name in adjusted if name in given}
     extra = None if config.extra_options is None else type(config.extra_options)

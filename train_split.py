@@ -3,41 +3,34 @@
 Progress goes to stderr and train.log; the last line of stdout is one JSON object with the final figures.
 """
 
-import json
 import logging
-import os
-import signal
 import sys
-from collections.abc import Iterator, Mapping
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Mapping
+from contextlib import nullcontext
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple, NoReturn
 
 import torch
-from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
+from torch import Tensor
 
 from dataset import DataSource, SourceRequest, open_source
 from dataset.loader import Batch
-from dataset.mixup import apply_mix, draw_mix
 from dataset.pipeline import build_eval_loader, build_train_loader
-from dataset.sampler import shard
 from dataset.views import ViewMaker, view_spec
 from evaluation.ensemble import ensemble_rule
 from evaluation.passes import evaluate
-from method import Method, Progress, StepOutput, methods
-from model import build_splitnet, network_requests, request_of
-from model.division.plan import solver_plan
+from evaluation.run import evaluate_arguments
+from evaluation.sizes import summarise
+from method import Method, Progress, methods
+from model import build_splitnet
 from model.layers.narrow_norm import restore_narrow_norms
 from model.layers.sync_norm import synchronise_batchnorm
-from model.restore import library_weights, load_pretrained, plain_keys, published_keys, stored_widths
-from model.summary import format_table, network_sizes
+from model.restore import library_weights, load_pretrained, published_keys, stored_widths
 from parser_params import Config, parse_config, resolve_config
-from recipe.datasets import ROWS, row_for
 from record import checkpoint as ckpt
-from record.logger import RunLog, plain_json, set_up_text_log
+from record.checkpoint import Checkpoint
+from record.logger import RunLog, set_up_text_log
 from record.plots import plot_curves
 from record.report import Reporter, RunClock
 from record.run_folder import HPARAMS, RESULTS, as_json, describe_environment, make_folder, open_run, read_results
@@ -46,17 +39,19 @@ from training.compiling import as_written, compile_modules
 from training.guard import NonfiniteGuard, judge_nonfinite
 from training.interrupt import Stopped, StopRequest
 from training.meters import MeanMeter
-from training.optim import WeightAverage, build_optimizer, parameter_groups, set_learning_rate
-from training.replay import CudaRecorder, ReplayedStep, check_replayable
+from training.optim import WeightAverage, build_optimizer, parameter_groups
+from training.replay import CudaRecorder, Recorder, ReplayedStep, check_replayable
 from training.schedule import Schedule
+from training.state import Position, RunState, execution_before, has_ended, seed_before, steps_before
+from training.step import TrainingStep
 from training.update import WeightUpdate
 from utils import distributed, launch
 from utils.errors import RunError, UserError, WriteError, reason
 from utils.launch import World
 from utils.macs import count_macs, count_params
-from utils.precision import Precision, choose_precision, lay_out
-from utils.seed import STREAM_INIT, STREAM_STEP, draw_seed, fold_in
-from utils.targets import Targets, plain_targets
+from utils.precision import choose_precision, lay_out
+from utils.program import run_program
+from utils.seed import STREAM_INIT, draw_seed, fold_in
 
 logger = logging.getLogger("train_split")
 
@@ -64,81 +59,70 @@ LABEL_SMOOTHING = 0.1
 METHOD_INIT = 1_000_000  # the part of the initialisation stream that a method's own layers use
 
 
-def train_step(
-    model: nn.Module,
-    views_SBCHW: Tensor,
-    targets: Targets,
-    progress: Progress,
-    *,
-    precision: Precision,
-    scaler: torch.amp.GradScaler,
-    scale: float,
-) -> StepOutput:
-    """Forward and backward of one batch; gradients add up in the parameters.
+class Mark(NamedTuple):
+    """Images trained on, seconds waited for data and seconds of the run, at one moment."""
 
-    Args:
-        model: the method, or its DDP wrapper.
-        scale: factor of the loss before the backward pass: 1 / --iters_to_accumulate, times this process's share of
-            the images where shards are uneven.
-    """
-    device = views_SBCHW.device.type
-    with torch.autocast(device, precision.autocast, enabled=precision.autocast is not None):
-        output: StepOutput = model(views_SBCHW, targets, progress)
-    scaler.scale(output.loss * scale).backward()
-    return output
+    images: int
+    waiting: float
+    seconds: float
 
 
 class Trainer:
-    """Everything of one run: data, networks, method, optimiser, logs, and the loop over epochs."""
+    """Everything of one run: data, networks, method, optimiser, logs, and the loop over epochs.
 
-    def __init__(self, config: Config, world: World, source: DataSource, resumed: dict[str, Any] | None) -> None:
+    Attributes:
+        config, world, seed, folder, precision: what the run is, and where.
+        source, loader, eval_loaders: its data.
+        method, network: what is trained, and the S networks in it.
+        training_step: what is done with each batch.
+        steps_per_epoch, total_steps, position: how far training goes, and where it stands.
+        meter, epoch_meter, clock, report, log, saver: what it knows of itself, and what it writes.
+        state: what a checkpoint holds of all this.
+        stop: whether somebody wants it to end.
+    """
+
+    def __init__(self, config: Config, world: World, source: DataSource, resumed: Checkpoint | None) -> None:
         assert config.seed is not None
-        source = source.normalised(config.mean, config.std)
-        self.config = config
-        self.world = world
-        self.source = source
-        self.seed: int = config.seed
+        # what the run is
+        self.config, self.world, self.seed = config, world, config.seed
+        self.source = source = source.normalised(config.mean, config.std)
         self.folder = Path(config.model_dir)
         self.precision = choose_precision(world.device, is_amp=config.is_amp, amp_dtype=config.amp_dtype)
 
         # networks and method
-        self.method = self._build_method(resumed or {})
-        self.replayed: ReplayedStep | None = None
-        if config.cuda_graph:
-            check_replayable(
-                device=world.device,
-                world_size=world.world_size,
-                scaler=self.precision.scaler,
-                iters_to_accumulate=config.iters_to_accumulate,
-                own_gradients=self.method.reduces_own_gradients,
-            )
-            self.replayed = ReplayedStep(CudaRecorder(world.device))
+        self.method = self._build_method(resumed)
         self.network = self.method.network
         self.num_networks = len(self.network.models)
-        self.params_one = count_params(self.network.models[0])
-        self.params_total = count_params(self.network)
+        self.params_one, self.params_total = count_params(self.network.models[0]), count_params(self.network)
         self.macs_total = count_macs(self.network, (3, config.crop_size, config.crop_size))
+        recorder = self._recorder()
         new_heads = self._load_pretrained() if config.pretrained is not None and resumed is None else ()
-        self.method.to(world.device, self.precision.weights)
-        lay_out(self.method, self.precision.memory_format)
-        if config.is_syncbn and world.world_size > 1:
-            synchronise_batchnorm(self.method, world.device)
+        self._place(resumed)
 
-        self.network.execution = self._choose_execution(resumed)
+        # data, and how long the run is
+        views = ViewMaker(view_spec(source.recipe, config, mean=source.mean, std=source.std), self.seed)
+        self.loader = build_train_loader(
+            source, config, world, num_views=self.num_views, seed=self.seed, sampler=self.method.sampler
+        )
+        splits = {"val": source.val, "test": source.test}
+        self.eval_loaders = {
+            name: build_eval_loader(split, config, world) for name, split in splits.items() if split is not None
+        }
+        self.steps_per_epoch = self.loader.steps_per_epoch
+        self.total_steps = min(config.epochs * self.steps_per_epoch, config.max_steps or sys.maxsize)
+        self.position = Position()
+        self.method.prepare(source.train.targets.to(world.device), self.seed)
 
-        self._prepare_data(source)
-        self._prepare_optimisation(new_heads)
+        # what changes the weights
+        self.schedule = Schedule(config, self.steps_per_epoch)
+        update = self._build_update(new_heads)
+        self.guard, self.average = update.guard, update.average
 
-        # where training stands: the next epoch, the next batch in it, batches done in all
-        self.epoch = 0
-        self.batch = 0
-        self.step = 0
+        # what it knows of itself, and what it writes
         self.clock = RunClock()
-        self.meter = MeanMeter(world.device)
-        self.epoch_meter = MeanMeter(world.device)
+        self.meter, self.epoch_meter = MeanMeter(world.device), MeanMeter(world.device)
         self.bad_images: dict[Path, str] = {}
         self.stop = StopRequest()
-        self.stopping = False  # what all processes have agreed on
         # steps between two questions whether to stop: to GPUs the answer of the others is a synchronisation
         self.ask_every = config.print_freq if world.world_size > 1 and world.device.type == "cuda" else 1
         self.saver = Saver(self.folder, keep=config.max_ckpt_nums, stops=config.on_save_error == "stop")
@@ -146,27 +130,48 @@ class Trainer:
         self.report = Reporter(
             self.log, epochs=config.epochs, steps_per_epoch=self.steps_per_epoch, visible=world.is_main
         )
-        if resumed is not None:
-            self._restore(resumed)
-        else:
-            self.log.rewind({}, epoch=0, step=0)
-        if config.start_epoch is not None:
-            self.epoch, self.batch, self.step = config.start_epoch, 0, config.start_epoch * self.steps_per_epoch
+        self.state = RunState(
+            flags=config.values(),
+            seed=self.seed,
+            data=source,
+            position=self.position,
+            method=self.method,
+            optimizer=update.optimizer,
+            scaler=update.scaler,
+            average=self.average,
+            guard=self.guard,
+            meter=self.meter,
+            epoch_meter=self.epoch_meter,
+            clock=self.clock,
+            report=self.report,
+            precision=self.precision,
+            world=world,
+        )
+        self._begin(resumed)
 
-        # inside the DDP wrapper, whose gradient hooks sit on the parameters and so outside of what is compiled
+        # last, because compiled parts and DDP's wrapper hold what the networks are now
         if config.compile is not None:
+            # inside the DDP wrapper, whose gradient hooks sit on the parameters and so outside of what is compiled
             parts = self.method.compiled_parts()
             for part in parts:
                 restore_narrow_norms(part)
             compile_modules(parts, config.compile, world.device, self.network.execution)
-        # last, because DDP copies process 0's weights to the others
-        self.model: nn.Module = self.method
-        if world.world_size > 1 and not self.method.reduces_own_gradients:
-            self.model = distributed.wrap(self.method, world)
+        self.training_step = TrainingStep(
+            self.method,
+            views,
+            update,
+            config,
+            num_views=self.num_views,
+            iters_to_accumulate=config.iters_to_accumulate,
+            precision=self.precision,
+            seed=self.seed,
+            world=world,
+            replayed=None if recorder is None else ReplayedStep(recorder),
+        )
 
     # ---- building ----------------------------------------------------------------------------------------------------
 
-    def _build_method(self, resumed: Mapping[str, Any]) -> Method:
+    def _build_method(self, resumed: Checkpoint | None) -> Method[Any]:
         config = self.config
         kind = methods.get(config.method)
         names = kind.backbone_names(config.arch, config.method_options)
@@ -174,7 +179,7 @@ class Trainer:
             raise UserError(f"--method {config.method} takes one backbone; --arch names {len(names)}.")
         request = config.backbone_request(len(self.source.classes))
         network = build_splitnet(
-            replace(request, arch=names[0], widths=stored_widths(resumed, "--resume")),
+            replace(request, arch=names[0], widths=stored_widths(resumed or {}, "--resume")),
             seed=self.seed,
             identical_init=config.is_identical_init,
             train_separately=config.is_train_sep,
@@ -185,15 +190,18 @@ class Trainer:
             torch.default_generator.manual_seed(fold_in(self.seed, STREAM_INIT, METHOD_INIT))
             return kind(network, config.method_options, label_smoothing=smoothing)
 
-    def _choose_execution(self, resumed: Mapping[str, Any] | None) -> str:
-        """How the networks run: as the resumed run's did, unless another strategy is asked for."""
-        asked = self.config.execution
-        before = (resumed or {}).get("environment", {}).get("execution")
-        if self.method.runs_networks_itself:
-            if asked != "loop":
-                logger.info("--execution %s: this method runs parts of networks, so it keeps to loop.", asked)
-            return "loop"
-        return before if before and (asked == "auto" or "execution" not in self.config.given) else asked
+    def _recorder(self) -> Recorder | None:
+        """What replayed steps are recorded by, where --cuda_graph asks for them."""
+        if not self.config.cuda_graph:
+            return None
+        check_replayable(
+            device=self.world.device,
+            world_size=self.world.world_size,
+            scaler=self.precision.scaler,
+            iters_to_accumulate=self.config.iters_to_accumulate,
+            decides_on_host=self.method.decides_on_host,
+        )
+        return CudaRecorder(self.world.device)
 
     def _load_pretrained(self) -> tuple[str, ...]:
         """Take weights from --pretrained; returns the names of the heads that stay new, as prefixes."""
@@ -204,301 +212,173 @@ class Trainer:
             logger.info("--pretrained: the head %s has another size there and starts anew.", name)
         return tuple(f"network.{name}." for name in renewed)
 
-    def _prepare_data(self, source: DataSource) -> None:
-        """Views and loaders, and how many steps there are."""
-        config, world = self.config, self.world
-        self.num_views = 1 if self.method.shared_view or not config.is_diff_data_train else self.num_networks
-        self.views = ViewMaker(view_spec(source.recipe, config, mean=source.mean, std=source.std), self.seed)
-        self.loader = build_train_loader(
-            source, config, world, num_views=self.num_views, seed=self.seed, sampler=self.method.sampler
-        )
-        self.eval_loaders = {
-            name: build_eval_loader(split, config, world)
-            for name, split in (("val", source.val), ("test", source.test))
-            if split is not None
-        }
-        self.steps_per_epoch = self.loader.steps_per_epoch
-        self.total_steps = config.epochs * self.steps_per_epoch
-        if config.max_steps is not None:
-            self.total_steps = min(self.total_steps, config.max_steps)
-        self.method.prepare(source.train.targets.to(world.device), self.seed)
+    def _place(self, resumed: Checkpoint | None) -> None:
+        """Bring the method to its device, in its precision and layout, and decide how its networks are run."""
+        self.method.to(self.world.device, self.precision.weights)
+        lay_out(self.method, self.precision.memory_format)
+        if self.config.is_syncbn and self.world.world_size > 1:
+            synchronise_batchnorm(self.method, self.world.device)
+        self.network.execution = self._choose_execution(resumed)
 
-    def _prepare_optimisation(self, new_heads: tuple[str, ...]) -> None:
-        """Optimiser, schedule, and what follows a backward pass.
+    def _choose_execution(self, resumed: Checkpoint | None) -> str:
+        """How the networks run: as the resumed run's did, unless another strategy is asked for."""
+        asked = self.config.execution
+        if self.method.runs_networks_itself:
+            if asked != "loop":
+                logger.info("--execution %s: this method runs parts of networks, so it keeps to loop.", asked)
+            return "loop"
+        before = None if resumed is None else execution_before(resumed)
+        return before if before and (asked == "auto" or "execution" not in self.config.given) else asked
+
+    @property
+    def num_views(self) -> int:
+        """V: one view for each network, or one for all where they must, or shall, see the same."""
+        return 1 if self.method.shared_view or not self.config.is_diff_data_train else self.num_networks
+
+    def _build_update(self, new_heads: tuple[str, ...]) -> WeightUpdate:
+        """Optimiser, and what else follows a backward pass.
 
         Args:
             new_heads: prefixes of the parameters that --pretrained did not bring.
         """
-        config, world = self.config, self.world
-        groups = parameter_groups(self.method, self.method.trained_parameters(), config, new_heads=new_heads)
-        self.optimizer = build_optimizer(config, groups, capturable=config.cuda_graph)
-        self.schedule = Schedule(config, self.steps_per_epoch)
-        self.scaler = torch.amp.GradScaler(world.device.type, enabled=self.precision.scaler)
-        self.guard = NonfiniteGuard(self.num_networks, world.device, sticky=config.on_nonfinite == "stop")
-        self.average = WeightAverage(self.network, config.ema_decay) if config.ema_decay > 0 else None
-        self.update = WeightUpdate(
+        config, device = self.config, self.world.device
+        trained = self.method.trained_parameters()
+        groups = parameter_groups(self.method, trained, config, new_heads=new_heads)
+        return WeightUpdate(
             network=self.network,
-            parameters=[p for _, p in self.method.trained_parameters()],
-            optimizer=self.optimizer,
-            scaler=self.scaler,
-            guard=self.guard,
-            average=self.average,
+            parameters=[parameter for _, parameter in trained],
+            optimizer=build_optimizer(config, groups, capturable=config.cuda_graph),
+            scaler=torch.amp.GradScaler(device.type, enabled=self.precision.scaler),
+            guard=NonfiniteGuard(self.num_networks, device, sticky=config.on_nonfinite == "stop"),
+            average=WeightAverage(self.network, config.ema_decay) if config.ema_decay > 0 else None,
             clip_grad=config.clip_grad,
             restores_buffers=config.on_nonfinite == "skip",
         )
 
-    # ---- state -------------------------------------------------------------------------------------------------------
-
-    def state(self, meters: list[Any]) -> dict[str, Any]:
-        """The checkpoint: everything that a resumed run needs to go on bit for bit, and that eval.py needs to load.
-
-        `meters`: those of every process.
-        """
-        best = self.report.best
-        state: dict[str, Any] = {
-            "epoch": self.epoch,
-            "arch": self.config.arch,
-            "widths": list(request_of(self.network.models[0]).widths or ()),
-            "state_dict": published_keys(self.network.state_dict()),
-            "best_acc1": best["ensemble_acc1"] if best else 0.0,
-            "optimizer": self.optimizer.state_dict(),
-            "method": self.method.training_state(),
-            "rng": {"seed": self.seed},
-            "sampler": {"epoch": self.epoch, "batch": self.batch, "step": self.step},
-            "config": self.config.values(),
-            "classes": list(self.source.classes),
-            "mean": list(self.source.mean),
-            "std": list(self.source.std),
-            "crop_size": self.config.crop_size,
-            "data_recipe": self.source.recipe,
-            "report": self.report.state_dict(),
-            "meters": meters,
-            "clock": self.clock.state_dict(),
-            "guard": self.guard.state_dict(),
-            "environment": self._environment(),
-            "format_version": ckpt.FORMAT_VERSION,
-        }
-        if self.precision.scaler:
-            state["scaler"] = self.scaler.state_dict()
-        if self.average is not None:
-            state["ema"] = published_keys(self.average.state_dict())
-        return state
-
-    def _environment(self) -> dict[str, Any]:
-        """What must stay the same for a resumed run to be the same bit for bit."""
-        return {
-            "threads": torch.get_num_threads(),
-            "execution": self.network.execution,
-            "world_size": self.world.world_size,
-            "precision": self.precision.name,
-            "device": self.world.device.type,
-        }
-
-    def _restore(self, state: Mapping[str, Any]) -> None:
-        """Inverse of `state`.
-
-        Raises:
-            UserError: the checkpoint holds no run, or that of other flags.
-        """
-        own = self.config.values()
-        try:
-            for name in ("arch", "split_factor", "divide_by", "method", "dataset", "optimizer"):
-                if state["config"].get(name) != own[name]:
-                    raise UserError(
-                        f"--resume: the checkpoint is of a run with --{name} {state['config'].get(name)}, "
-                        f"and this one has --{name} {own[name]}."
-                    )
-            torch.set_num_threads(min(state["environment"]["threads"], os.cpu_count() or 1))
-            for name, value in self._environment().items():
-                before = state["environment"].get(name, value)
-                if before != value:
-                    logger.warning("So far %s was %s, now it is %s: the last bits will differ.", name, before, value)
-            self.network.load_state_dict(plain_keys(state["state_dict"]))
-            self.optimizer.load_state_dict(state["optimizer"])
-            self.method.load_training_state(state["method"])
-            if self.precision.scaler and "scaler" in state:
-                self.scaler.load_state_dict(state["scaler"])
-            if self.average is not None and "ema" in state:
-                self.average.load_state_dict(plain_keys(state["ema"]))
-            place = state["sampler"]
-            self.epoch, self.batch, self.step = int(place["epoch"]), int(place["batch"]), int(place["step"])
-            meters = state["meters"]
-            if len(meters) == self.world.world_size:
-                meters = [meters[self.world.rank]]
-            elif not self.world.is_main:
-                meters = []
-            self.meter.load_state_dict(*(part["interval"] for part in meters))
-            self.epoch_meter.load_state_dict(*(part["epoch"] for part in meters))
-            self.clock.load_state_dict(state["clock"])
-            self.guard.load_state_dict(state["guard"])
-            self.report.load_state_dict(state["report"], epoch=self.epoch, step=self.step)
-        except UserError:
-            raise
-        except (KeyError, ValueError, TypeError, AttributeError, RuntimeError) as error:
-            raise UserError(
-                f"--resume: the checkpoint holds no run of these flags to go on with ({reason(error)[:200]}). "
-                "Use --pretrained for its weights alone."
-            ) from None
-
-    def save(self, name: str) -> None:
-        """Begin to write a checkpoint of this name (process 0); the oldest ones beyond --max_ckpt_nums go then."""
-        self.method.synchronise()
-        meters = distributed.gather_values(
-            {"interval": self.meter.state_dict(), "epoch": self.epoch_meter.state_dict()}
-        )
-        if self.world.is_main:
-            self.saver.checkpoint(name, self.state(meters))
+    def _begin(self, resumed: Checkpoint | None) -> None:
+        """Go to where the resumed run was stopped, or to the start."""
+        if resumed is not None:
+            self.state.restore(resumed)
+        else:
+            self.log.rewind({}, epoch=0, step=0)
+        first = self.config.start_epoch
+        if first is not None:
+            self.position.epoch, self.position.batch, self.position.step = first, 0, first * self.steps_per_epoch
 
     # ---- one epoch ---------------------------------------------------------------------------------------------------
 
     def train_epoch(self) -> None:
-        """From the current batch to the end of the epoch, or until --max_steps or a signal."""
-        self.method.train()
-        if self.batch == 0:
-            self.meter.reset()
-            self.epoch_meter.reset()
-        batches = self.loader.epoch(self.epoch, start_batch=self.batch)
-        while self.batch < self.steps_per_epoch:
-            images, waited, seconds = self.clock.images, self.loader.time_waiting, self.clock.seconds
-            with self.clock.training():
-                progress = self._interval(batches)
-            seconds = max(self.clock.seconds - seconds, 1e-9)
-            if progress is not None:
-                self._report_interval(
-                    progress,
-                    images_per_second=round((self.clock.images - images) / seconds, 1),
-                    data_wait=round((self.loader.time_waiting - waited) / seconds, 4),
-                )
-            if self.step >= self.total_steps:
-                return
-            if self.config.save_steps and self.step % self.config.save_steps == 0 and self.batch < self.steps_per_epoch:
-                self.save(f"checkpoint_{self.epoch}_{self.step}.pth.tar")
-            if self.stopping:
-                return
-
-    def _interval(self, batches: Iterator[Batch]) -> Progress | None:
-        """Train to the next line, checkpoint or stop; returns the last batch's place if a line is due.
+        """From the current batch to the end of the epoch, or of training.
 
         Checkpoints are made, and signals obeyed, at the end of an accumulation group only: they hold no gradients.
+
+        Raises:
+            Stopped: a signal; a checkpoint was written.
+            RunError: a non-finite step, a bad image, a full disk under --on_save_error stop.
         """
-        config = self.config
-        for batch in batches:
-            progress = Progress(
-                epoch=self.epoch,
-                step=self.step,
-                batch=self.batch,
-                steps_per_epoch=self.steps_per_epoch,
-                epochs=config.epochs,
-                learning_rate=self.schedule(self.step),
-                indices_B=batch.indices_B,
-                weight_decay=config.weight_decay,
-            )
-            self._one_batch(batch, progress)
-            self.batch += 1
-            self.step += 1
-            self.clock.images += batch.global_batch_size
-            self.report.step()
-            last = self._ends_training_or_epoch()
-            line = self.batch % config.print_freq == 0 or last
-            between = last or self.batch % config.iters_to_accumulate == 0
-            self.stopping = between and self._asked_to_stop()
-            save = between and config.save_steps and self.step % config.save_steps == 0
-            if line or save or self.stopping:
-                return progress if line else None
+        self.method.train()
+        if self.position.batch == 0:
+            self.meter.reset()
+            self.epoch_meter.reset()
+        since = self.mark()
+        with self.clock.training():
+            for batch in self.loader.epoch(self.position.epoch, start_batch=self.position.batch):
+                progress = self.progress(batch)
+                if progress.step == 0 and self.world.is_main:
+                    self._show_views(batch)
+                metrics = self.training_step(batch, progress)
+                self.advance(batch, metrics)
+                if self.line_is_due(progress):
+                    since = self.report_interval(progress, since)
+                if progress.updates and self.asked_to_stop():
+                    self.save_and_stop()
+                if progress.updates and self.save_is_due(progress):
+                    self.save(f"checkpoint_{self.position.epoch}_{self.position.step}.pth.tar")
+                if progress.is_last:
+                    return
         raise RunError("The training data ended within an epoch.")
 
-    def _ends_training_or_epoch(self) -> bool:
-        return self.batch == self.steps_per_epoch or self.step >= self.total_steps
-
-    def _one_batch(self, batch: Batch, progress: Progress) -> None:
-        """Views, forward, backward and, at the end of an accumulation group, the update of the weights."""
-        config, world = self.config, self.world
-        # The random layers of a step depend on (seed, step, process) only, so that a resumed run needs no RNG state.
-        key = fold_in(self.seed, STREAM_STEP, self.step, world.rank)
-        torch.manual_seed(key)
-        self.network.begin_step(key)
-        views = self.views.make(
-            batch.images,
-            self.epoch,
-            batch.positions_B,
-            self.num_views,
-            dtype=self.precision.weights,
-            memory_format=self.precision.memory_format,
+    def progress(self, batch: Batch) -> Progress:
+        """Where training stands before this batch."""
+        config, position = self.config, self.position
+        # the one place that asks whether a batch is the last
+        is_last = position.batch + 1 == self.steps_per_epoch or position.step + 1 >= self.total_steps
+        return Progress(
+            epoch=position.epoch,
+            step=position.step,
+            batch=position.batch,
+            steps_per_epoch=self.steps_per_epoch,
+            epochs=config.epochs,
+            learning_rate=self.schedule(position.step),
+            indices_B=batch.indices_B,
+            weight_decay=config.weight_decay,
+            is_last=is_last,
+            updates=is_last or (position.batch + 1) % config.iters_to_accumulate == 0,
         )
-        if self.step == 0:
-            self.log.views(views, self.source.mean, self.source.std, 0)
-        count = len(batch.labels_B)
-        if config.on_bad_image == "skip":
-            counts = distributed.gather_counts(count, world.device)
-        else:
-            parts = (shard(batch.global_batch_size, rank, world.world_size) for rank in range(world.world_size))
-            counts = [part.stop - part.start for part in parts]
-        first, everyone = sum(counts[: world.rank]), sum(counts)
-        if config.is_mixup:
-            mix = draw_mix(
-                self.seed,
-                self.step,
-                alpha=config.mix_alpha,
-                global_batch=everyone,
-                first=first,
-                count=count,
-            )
-            views, targets = apply_mix(views, batch.labels_B, mix, counts)
-        else:
-            targets = plain_targets(batch.labels_B)
-        last = self.batch + 1 == self.steps_per_epoch or self.step + 1 >= self.total_steps
-        update = last or (self.batch + 1) % config.iters_to_accumulate == 0
-        scale = count * world.world_size / everyone / config.iters_to_accumulate
-        set_learning_rate(self.optimizer, progress.learning_rate)
-        self.method.before_step(views, targets, progress)
-        learn = partial(self._learn, progress, update, scale)
-        step = torch.full((), self.step, device=world.device)
-        tensors = (views, *targets, progress.indices_B, step)
-        output = learn(*tensors) if self.replayed is None else self.replayed(learn, *tensors)
-        if update:
-            self.method.after_step(views, targets, output, progress)
-        guesses_SB = output.logits_SBK.argmax(dim=-1)
-        hits_S, others_S = ((guesses_SB == labels_B).double().mean(dim=1) for labels_B in targets[:2])
-        metrics = {"loss": output.loss, "acc1": 100.0 * torch.lerp(others_S, hits_S, targets.lam.double())}
-        metrics |= output.metrics
-        self.meter.update(metrics, count)
-        self.epoch_meter.update(metrics, count)
 
-    def _learn(
-        self,
-        progress: Progress,
-        update: bool,
-        scale: float,
-        views: Tensor,
-        labels_B: Tensor,
-        others_B: Tensor,
-        lam: Tensor,
-        indices_B: Tensor,
-        step: Tensor,
-    ) -> StepOutput:
-        """The part of a batch that a CUDA graph can hold: it waits for nothing, and what changes comes as a tensor."""
-        before = self.update.snapshot()
-        with self._gradient_sync(update):
-            output = train_step(
-                self.model,
-                views,
-                Targets(labels_B, others_B, lam),
-                progress._replace(indices_B=indices_B),
-                precision=self.precision,
-                scaler=self.scaler,
-                scale=scale,
-            )
-        if update:
-            if self.method.reduces_own_gradients and self.world.world_size > 1:
-                self.method.reduce_gradients()
-            self.update(output.loss, output.logits_SBK, step, before)
-        return output._replace(loss=output.loss.detach())
+    def advance(self, batch: Batch, metrics: Mapping[str, Tensor]) -> None:
+        """One batch is done."""
+        self.position.batch += 1
+        self.position.step += 1
+        self.clock.images += batch.global_batch_size
+        self.report.step()
+        for meter in (self.meter, self.epoch_meter):
+            meter.update(metrics, len(batch.labels_B))
 
-    def _gradient_sync(self, update: bool) -> AbstractContextManager[Any]:
-        """DDP exchanges gradients only in the last backward pass of an accumulation group."""
-        if isinstance(self.model, DistributedDataParallel) and not update:
-            return self.model.no_sync()
-        return nullcontext()
+    def line_is_due(self, progress: Progress) -> bool:
+        """Whether the figures since the last line are to be logged."""
+        return progress.is_last or self.position.batch % self.config.print_freq == 0
+
+    def save_is_due(self, progress: Progress) -> bool:
+        """Whether --save_steps asks for a checkpoint here; after an epoch there is one anyway."""
+        every = self.config.save_steps
+        return not progress.is_last and every > 0 and self.position.step % every == 0
+
+    def asked_to_stop(self) -> bool:
+        """Whether any process was signalled."""
+        if self.position.batch % self.ask_every and self.position.batch < self.steps_per_epoch:
+            return False
+        return self.stop.agreed(self.world.device)
+
+    def report_interval(self, progress: Progress, since: Mark) -> Mark:
+        """Read the meters (the one host synchronisation of an interval), log them, and look for non-finite steps.
+
+        Args:
+            progress: of the interval's last batch.
+            since: the interval's beginning.
+
+        Returns:
+            the beginning of the next one.
+        """
+        with self.clock.paused():
+            here = self.mark()
+            seconds = max(here.seconds - since.seconds, 1e-9)
+            means = self.meter.read(distributed.all_reduce_sum)
+            self.meter.reset()
+            self._check_finite()
+            self.saver.check()
+            self.report.interval(
+                epoch=progress.epoch,
+                step=progress.step,
+                batch=progress.batch,
+                rate=progress.learning_rate,
+                means=means,
+                speed={
+                    "images_per_second": round((here.images - since.images) / seconds, 1),
+                    "data_wait": round((here.waiting - since.waiting) / seconds, 4),
+                },
+            )
+        return here
+
+    def mark(self) -> Mark:
+        """What the speed of an interval is measured by."""
+        return Mark(self.clock.images, self.loader.time_waiting, self.clock.seconds)
+
+    def _show_views(self, batch: Batch) -> None:
+        """A picture of the first images' views."""
+        with self.clock.paused():
+            views_VBCHW = self.training_step.make_views(batch, self.position.epoch)
+            self.log.views(views_VBCHW, self.source.mean, self.source.std, 0)
 
     def _check_finite(self) -> None:
         """Stop where a step was non-finite; the first read of the guard's device values, so it synchronises."""
@@ -508,20 +388,25 @@ class Trainer:
         limit = self.config.nonfinite_limit if self.config.on_nonfinite == "skip" else None
         logger.warning("%s", judge_nonfinite(found, limit, self.steps_per_epoch))
 
-    def _report_interval(self, progress: Progress, **speed: float) -> None:
-        """Read the meters (the one host synchronisation of an interval), log them, and look for non-finite steps."""
-        means = self.meter.read(distributed.all_reduce_sum)
-        self.meter.reset()
+    # ---- checkpoints -------------------------------------------------------------------------------------------------
+
+    def save(self, name: str) -> None:
+        """Begin to write a checkpoint of this name (process 0); the oldest ones beyond --max_ckpt_nums go then."""
+        with self.clock.paused():
+            state = self.state.gather()
+            if state is not None:
+                self.saver.checkpoint(name, state)
+
+    def save_and_stop(self) -> NoReturn:
+        """The end of a run that a signal asked for.
+
+        Raises:
+            Stopped: always.
+        """
         self._check_finite()
-        self.saver.check()
-        self.report.interval(
-            epoch=progress.epoch,
-            step=progress.step,
-            batch=progress.batch,
-            rate=progress.learning_rate,
-            means=means,
-            speed=speed,
-        )
+        self.save(f"checkpoint_{self.position.epoch}_{self.position.step}.pth.tar")
+        self.saver.wait()
+        raise Stopped(self.stop.number)
 
     # ---- evaluation --------------------------------------------------------------------------------------------------
 
@@ -529,43 +414,47 @@ class Trainer:
         """Evaluate, log the figures and keep the best; every process takes part."""
         self.method.synchronise()
         self.method.eval()
-        with self.clock.evaluating():
-            figures = {name: self._evaluate(name) for name in self.eval_loaders}
+        with self.clock.running():
+            figures = {name: self.evaluate_split(name) for name in self.eval_loaders}
+        position = self.position
         is_best = self.report.evaluation(
             figures,
-            epoch=self.epoch,
-            step=self.step,
-            rate=self.schedule(max(self.step - 1, 0)),
+            epoch=position.epoch,
+            step=position.step,
+            rate=self.schedule(max(position.step - 1, 0)),
             train=self.epoch_meter.read(distributed.all_reduce_sum),
             seconds=self.clock.seconds,
         )
         if is_best:
             self.save(ckpt.BEST)
 
-    def _evaluate(self, name: str) -> dict[str, Any]:
+    def evaluate_split(self, name: str) -> dict[str, Any]:
+        """Figures of the networks, which are in evaluation mode, on "val" or "test".
+
+        Raises:
+            Stopped: a signal.
+        """
         loader = self.eval_loaders[name]
+        views, precision = self.training_step.views, self.precision
+        weights = nullcontext() if self.average is None else self.average.applied_to(self.network)
         # not compiled, as in eval.py, so that both find the same figures
-        with as_written(self.config.compile is not None), self._evaluated_weights():
+        with as_written(self.config.compile is not None), weights:
             distributed.broadcast_buffers(self.network)  # an average's are each process's own until here
             evaluation = evaluate(
                 self.network,
                 self.stop.until_stopped(loader, rounds=loader.rounds, device=self.world.device, every=self.ask_every),
-                prepare=lambda images: self.views.evaluate(images, dtype=self.precision.weights),
+                prepare=lambda images: views.evaluate(images, dtype=precision.weights),
                 num_networks=self.num_networks,
                 device=self.world.device,
                 num_classes=len(self.source.classes),
                 rule=ensemble_rule(
                     after_softmax=self.config.is_ensembled_after_softmax, maximum=self.config.is_max_ensemble
                 ),
-                autocast_dtype=self.precision.autocast,
+                autocast_dtype=precision.autocast,
                 extra=self.method.extra_logits,
                 all_reduce=distributed.all_reduce_sum,
             )
             return self.method.complete_figures(evaluation.figures)
-
-    def _evaluated_weights(self) -> AbstractContextManager[Any]:
-        """The moving average of the weights in place of the weights, where there is one."""
-        return nullcontext() if self.average is None else self.average.applied_to(self.network)
 
     # ---- the run -----------------------------------------------------------------------------------------------------
 
@@ -584,23 +473,23 @@ class Trainer:
             self.saver.close()
 
     def _train_and_evaluate(self) -> None:
-        while self.step < self.total_steps or self.batch == self.steps_per_epoch:
-            with self.report.epoch(self.epoch, self.batch):
-                self.train_epoch()
-            if self.stopping:
-                self._save_and_stop()
-            complete = self.batch == self.steps_per_epoch
-            if complete:
-                self.epoch, self.batch = self.epoch + 1, 0
-            if self.step >= self.total_steps or (complete and self.epoch % self.config.eval_per_epoch == 0):
+        position, config = self.position, self.config
+        while position.step < self.total_steps or position.batch == self.steps_per_epoch:
+            if position.batch < self.steps_per_epoch:  # a run stopped within its evaluation begins with that
+                with self.report.epoch(position.epoch, position.batch):
+                    self.train_epoch()
+            is_whole = position.batch == self.steps_per_epoch
+            if is_whole:
+                position.epoch, position.batch = position.epoch + 1, 0
+            if position.step >= self.total_steps or (is_whole and position.epoch % config.eval_per_epoch == 0):
                 try:
                     self.evaluate_epoch()
-                except Stopped:  # the resumed run begins with this evaluation
-                    if complete:
-                        self.epoch, self.batch = self.epoch - 1, self.steps_per_epoch
-                    self._save_and_stop()
-            within = "" if complete else f"_{self.step}"
-            self.save(f"checkpoint_{self.epoch}{within}.pth.tar")
+                except Stopped:
+                    if is_whole:
+                        position.epoch, position.batch = position.epoch - 1, self.steps_per_epoch
+                    self.save_and_stop()
+            within = "" if is_whole else f"_{position.step}"
+            self.save(f"checkpoint_{position.epoch}{within}.pth.tar")
             self._write_method_files(final=False)
             self._list_bad_images()
 
@@ -624,12 +513,12 @@ class Trainer:
         for name, content in self.method.run_files(final=final).items():
             self.saver.file(name, content)
             if isinstance(content, bytes):
-                self.log.picture(Path(name).stem, content, self.epoch)
+                self.log.picture(Path(name).stem, content, self.position.epoch)
 
     def finish(self) -> dict[str, Any]:
         """Final figures: results.json, curves.png, TensorBoard's hparams."""
-        if self.report.last is None or self.report.last["step"] != self.step:  # it was stopped within its evaluation
-            self.evaluate_epoch()
+        if self.report.last is None or self.report.last["step"] != self.position.step:
+            self.evaluate_epoch()  # it was stopped within its evaluation
         self._write_method_files(final=True)
         self.saver.wait()
         results = self.results()
@@ -653,8 +542,8 @@ class Trainer:
             "params_one": self.params_one,
             "params_total": self.params_total,
             "macs_total": self.macs_total,
-            "epochs": self.epoch,
-            "steps": self.step,
+            "epochs": self.position.epoch,
+            "steps": self.position.step,
             "seconds": round(self.clock.seconds, 3),
             "images_per_second": round(self.clock.images_per_second(), 1),
             "state_sha256": ckpt.state_sha256(published_keys(self.network.state_dict())),
@@ -668,27 +557,15 @@ class Trainer:
             "model_dir": str(self.folder),
         }
 
-    def _asked_to_stop(self) -> bool:
-        """Whether any process was signalled."""
-        if self.batch % self.ask_every and self.batch < self.steps_per_epoch:
-            return False
-        return self.stop.agreed(self.world.device)
-
-    def _save_and_stop(self) -> None:
-        self._check_finite()
-        self.save(f"checkpoint_{self.epoch}_{self.step}.pth.tar")
-        self.saver.wait()
-        raise Stopped(self.stop.number)
-
 
 # ---- entry -----------------------------------------------------------------------------------------------------------
 
 
-def settle_seed(config: Config, world: World, resumed: Mapping[str, Any] | None) -> Config:
+def settle_seed(config: Config, world: World, resumed: Checkpoint | None) -> Config:
     """The configuration with its seed: the user's, else the resumed run's, else one drawn by process 0."""
     seed = config.seed
     if seed is None and resumed is not None:
-        seed = resumed.get("rng", {}).get("seed")
+        seed = seed_before(resumed)
     if seed is None:
         drawn = torch.tensor([draw_seed()], device=world.device)
         if world.world_size > 1:
@@ -703,8 +580,7 @@ def run(config: Config) -> dict[str, Any]:
     Raises:
         UserError, RunError, Stopped: see `Trainer.run`.
     """
-    gpus = launch.visible_gpus(no_cuda=config.no_cuda, gpu=config.gpu, gpu_ids=config.gpu_ids)
-    world = launch.join(gpus, backend=config.dist_backend)
+    world = launch.join(config.gpus(), backend=config.dist_backend)
     set_up_text_log(None, rank=world.rank)
     folder = Path(config.model_dir)
     try:
@@ -717,8 +593,7 @@ def run(config: Config) -> dict[str, Any]:
         make_folder(folder)
         set_up_text_log(folder, rank=world.rank)
         source = open_shared_source(config, world)
-        seed = config.seed
-        config = replace(resolve_config(config, data_recipe=source.recipe, crop_size=source.crop_size), seed=seed)
+        config = resolve_config(config, data_recipe=source.recipe, crop_size=source.crop_size)
         warn_of_unused_flags(config)
         if config.deterministic:
             torch.use_deterministic_algorithms(True, warn_only=True)
@@ -734,15 +609,14 @@ def run(config: Config) -> dict[str, Any]:
         launch.leave(world)
 
 
-def finished_results(folder: Path, config: Config, resumed: Mapping[str, Any] | None) -> dict[str, Any] | None:
+def finished_results(folder: Path, config: Config, resumed: Checkpoint | None) -> dict[str, Any] | None:
     """The results of a run that `--resume auto` finds with nothing left to do."""
     results = read_results(folder) if config.resume == "auto" else None
     if results is None or resumed is None:
         return None
-    steps = resumed.get("sampler", {}).get("step", 0)
-    epochs = config.given.get("epochs", resumed.get("config", {}).get("epochs", config.epochs))
-    done = resumed.get("epoch", 0) >= epochs or (config.max_steps is not None and steps >= config.max_steps)
-    return results if done and results.get("steps") == steps else None
+    epochs = config.given.get("epochs")
+    done = has_ended(resumed, epochs=epochs, max_steps=config.max_steps, default_epochs=config.epochs)
+    return results if done and results.get("steps") == steps_before(resumed) else None
 
 
 def warn_of_unused_flags(config: Config) -> None:
@@ -800,48 +674,23 @@ def announce(trainer: Trainer) -> None:
     logger.info("from the recipe: %s", ", ".join(supplied))
 
 
-def summarise(config: Config) -> dict[str, Any]:
-    """Count what `config` stands for, print it as a table, and keep it in results.json of a --model_dir that was given.
-
-    The results of a training run in that folder are left alone.
+def train_arguments(argv: list[str]) -> Mapping[str, Any] | None:
+    """What a command line asks for: training, a summary or an evaluation; returns what the JSON line shows.
 
     Raises:
-        UserError: a network that cannot be built, or a data set whose number of classes only --num_classes can say.
+        UserError, RunError, Stopped: see `Trainer.run`.
+        SystemExit: a started process failed and has said why.
     """
-    num_classes = ROWS[config.dataset].num_classes if config.dataset in ROWS else config.num_classes
-    if num_classes is None:
-        raise UserError(
-            f"--is_summary opens no data, and --dataset {config.dataset} has any number of classes: add --num_classes."
-        )
-    if config.num_classes not in (None, num_classes):
-        raise UserError(f"--num_classes {config.num_classes}: --dataset {config.dataset} has {num_classes} classes.")
-    recipe = row_for(config.dataset, config.crop_size)
-    config = resolve_config(config, data_recipe=recipe, crop_size=config.crop_size)
-    request = config.backbone_request(num_classes)
-    names = methods.get(config.method).backbone_names(config.arch, config.method_options)
-    requests = network_requests(
-        replace(request, arch=names[0]),
-        train_separately=config.is_train_sep,
-        archs=names if len(names) > 1 else None,
-    )
-    result: dict[str, Any] = {
-        "arch": config.arch,
-        "dataset": config.dataset,
-        "split_factor": config.split_factor if len(names) == 1 else len(names),
-        "num_classes": num_classes,
-        "crop": config.crop_size,
-        **network_sizes(requests),
-    }
-    print(format_table([result]), flush=True)
-    plan = solver_plan(requests[0])
-    if plan is not None:
-        result["division"] = plan.as_dict()
-        print(plan.table(), flush=True)
-    folder = Path(config.model_dir)
-    if "model_dir" in config.given and not (folder / HPARAMS).exists():
-        make_folder(folder)
-        ckpt.write_file(folder / RESULTS, as_json(result))
-    return result
+    config = parse_config(argv, program="train_split.py")
+    set_process_title(config.proc_name)
+    if config.is_summary:
+        return summarise(config)
+    if config.evaluate:
+        return evaluate_arguments(argv)
+    if config.multiprocessing_distributed and not launch.under_launcher():
+        config.start_processes(worker, (argv,))
+        return None  # process 0 has printed it
+    return run(config)
 
 
 def worker(argv: list[str]) -> None:
@@ -851,40 +700,7 @@ def worker(argv: list[str]) -> None:
 
 def main(argv: list[str] | None = None) -> int:
     """The command line; returns the exit code: 0 done, 1 failed run, 2 the user's mistake, 130 interrupted."""
-    arguments = sys.argv[1:] if argv is None else argv
-    try:
-        config = parse_config(arguments, program="train_split.py")
-        set_process_title(config.proc_name)
-        if config.is_summary:
-            results = summarise(config)
-        elif config.evaluate:
-            from eval import evaluate_arguments
-
-            results = evaluate_arguments(arguments)
-        elif config.multiprocessing_distributed and not launch.under_launcher():
-            gpus = launch.visible_gpus(no_cuda=config.no_cuda, gpu=config.gpu, gpu_ids=config.gpu_ids)
-            launch.spawn(
-                worker,
-                (arguments,),
-                processes=config.nproc_per_node or len(gpus) or 1,
-                nodes=config.world_size,
-                node=config.rank,
-                url=config.dist_url,
-            )
-            return 0
-        else:
-            results = run(config)
-    except (UserError, RunError) as error:
-        print(f"train_split.py: {error}", file=sys.stderr)
-        return error.exit_code
-    except Stopped as stopped:
-        print("train_split.py: stopped; a checkpoint was saved. Go on with --resume auto.", file=sys.stderr)
-        return 130 if stopped.number == signal.SIGINT else 0
-    except KeyboardInterrupt:
-        return 130
-    if int(os.environ.get("RANK", "0")) == 0:
-        print(json.dumps(plain_json(results)), flush=True)
-    return 0
+    return run_program("train_split.py", train_arguments, argv)
 
 
 def set_process_title(name: str) -> None:

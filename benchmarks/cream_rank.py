@@ -17,8 +17,8 @@ from typing import Any
 
 import yaml
 
-from eval import Session, open_session, open_test_split
 from evaluation.passes import evaluate
+from evaluation.session import Session, open_session, open_test_split
 from method.cream.board import PathSampler
 from model.search.space import Arch
 from model.search.supernet import Supernet

@@ -88,7 +88,7 @@ def _goal(options: argparse.Namespace, device: torch.device) -> tuple[str | None
 
 def _own_epoch(trainer: Trainer) -> Callable[[], None]:
     def call() -> None:
-        trainer.batch = 0
+        trainer.position.batch = 0
         trainer.train_epoch()
         trainer.evaluate_epoch()
         trainer.save("checkpoint_1.pth.tar")
@@ -100,7 +100,7 @@ def _own_epoch(trainer: Trainer) -> Callable[[], None]:
 def _own_evaluation(trainer: Trainer) -> Callable[[], None]:
     def call() -> None:
         trainer.method.eval()
-        trainer._evaluate("test")
+        trainer.evaluate_split("test")
 
     return call
 
@@ -122,7 +122,7 @@ def _published_evaluation(
     options: argparse.Namespace, trainer: Trainer, device: torch.device, network: SplitNet | None = None
 ) -> Callable[[], None]:
     evaluated = (network or _network(options, trainer, device)).eval()
-    data = _pillow(trainer.source.test, baseline.pillow_evaluation(trainer.views.spec), 1)
+    data = _pillow(trainer.source.test, baseline.pillow_evaluation(trainer.training_step.views.spec), 1)
 
     def call() -> None:
         batches = baseline.loader(
@@ -137,7 +137,7 @@ def _published_evaluation(
 def _published_epoch(options: argparse.Namespace, trainer: Trainer, device: torch.device) -> Callable[[], None]:
     network = _network(options, trainer, device)
     step = baseline.BaselineStep(network, device)
-    data = _pillow(trainer.source.train, baseline.pillow_views(trainer.views.spec), trainer.num_views)
+    data = _pillow(trainer.source.train, baseline.pillow_views(trainer.training_step.views.spec), trainer.num_views)
     evaluate = _published_evaluation(options, trainer, device, network)
     path = trainer.folder / "published.pth.tar"
 

@@ -11,8 +11,8 @@ from typing import Any
 import torch
 
 from benchmarks import own
-from record.logger import plain_json
 from utils.command_line import at_least
+from utils.plain_json import plain_json
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
@@ -40,14 +40,15 @@ def run(options: argparse.Namespace, device: torch.device) -> list[dict[str, Any
             steps = str(options.steps)
             trainer = own.open_trainer([*flags, "--max_steps", steps, "--epochs", steps], Path(folder), device)
             found = []
-            while trainer.step < trainer.total_steps:
-                batches = trainer.loader.epoch(trainer.epoch, start_batch=trainer.batch)
+            while trainer.position.step < trainer.total_steps:
                 trainer.method.train()
-                while trainer.batch < trainer.steps_per_epoch and trainer.step < trainer.total_steps:
-                    trainer._interval(batches)
-                    found.append(trainer.meter.read()["loss"])
-                    trainer.meter.reset()
-                trainer.epoch, trainer.batch = trainer.epoch + 1, 0
+                for batch in trainer.loader.epoch(trainer.position.epoch):
+                    metrics = trainer.training_step(batch, trainer.progress(batch))
+                    trainer.advance(batch, metrics)
+                    found.append(float(metrics["loss"]))
+                    if trainer.position.step == trainer.total_steps:
+                        break
+                trainer.position.epoch, trainer.position.batch = trainer.position.epoch + 1, 0
             losses[name] = torch.tensor(found, dtype=torch.float64)
             parameters = [p.detach().double().flatten().cpu() for p in trainer.network.parameters()]
             weights[name] = torch.cat(parameters)

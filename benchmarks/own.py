@@ -9,7 +9,6 @@ from typing import Any
 import torch
 
 from dataset import ImageSet
-from dataset.loader import Batch
 from dataset.pipeline import build_eval_loader, build_train_loader
 from dataset.views import ViewMaker
 from model.execution import EXECUTIONS
@@ -74,8 +73,7 @@ def open_trainer(flags: Sequence[str], folder: Path, device: torch.device) -> Tr
         argv += ["--dataset", "synthetic", "--num_classes", "10", "--crop_size", "32"]
     argv += ["--no_cuda"] if device.type == "cpu" else ["--gpu", str(device.index or 0)]
     config = parse_config(argv, program="train_split.py")
-    gpus = launch.visible_gpus(no_cuda=config.no_cuda, gpu=config.gpu, gpu_ids=config.gpu_ids)
-    world = launch.join(gpus)
+    world = launch.join(config.gpus())
     folder.mkdir(parents=True, exist_ok=True)
     config = settle_seed(config, world, None)
     source = open_shared_source(config, world)
@@ -84,7 +82,7 @@ def open_trainer(flags: Sequence[str], folder: Path, device: torch.device) -> Tr
     level = logging.getLogger().level
     logging.getLogger().setLevel(logging.ERROR)
     try:
-        return Trainer(replace(resolved, seed=config.seed), world, source, None)
+        return Trainer(resolved, world, source, None)
     finally:
         logging.getLogger().setLevel(level)
 
@@ -108,16 +106,9 @@ def shorten(trainer: Trainer, count: int) -> None:
 class _ReadyViews(ViewMaker):
     """Gives the same views at every step, so that a step is timed without them."""
 
-    def __init__(self, maker: ViewMaker, trainer: Trainer, batch: Batch) -> None:
+    def __init__(self, maker: ViewMaker, views_VBCHW: torch.Tensor) -> None:
         super().__init__(maker.spec, maker.seed)
-        self._views = maker.make(
-            batch.images,
-            0,
-            batch.positions_B,
-            trainer.num_views,
-            dtype=trainer.precision.weights,
-            memory_format=trainer.precision.memory_format,
-        )
+        self._views = views_VBCHW
 
     def make(self, *_: Any, **__: Any) -> torch.Tensor:
         return self._views
@@ -129,20 +120,13 @@ def training_step(trainer: Trainer, *, ready_views: bool = True) -> Callable[[],
     Args:
         ready_views: the views are those of the first call; otherwise each step makes its own.
     """
+    step = trainer.training_step
     batch = next(iter(trainer.loader.epoch(0)))
     if ready_views:
-        trainer.views = _ReadyViews(trainer.views, trainer, batch)
-    trainer.config = replace(trainer.config, print_freq=1)  # the trainer hands back control at every line
-    trainer.steps_per_epoch = trainer.total_steps = 1 << 40
+        step.views = _ReadyViews(step.views, step.make_views(batch, 0))
     trainer.method.train()
 
-    def endless() -> Any:
-        while True:
-            yield batch
+    def call() -> None:
+        trainer.advance(batch, step(batch, trainer.progress(batch)))
 
-    batches = endless()
-
-    def step() -> None:
-        trainer._interval(batches)
-
-    return step
+    return call

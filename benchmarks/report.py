@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from record.checkpoint import write_file
-from record.logger import plain_json
+from utils.plain_json import plain_json
 from utils.precision import has_fast_bf16
 
 PACKAGES = ("torch", "torchvision", "numpy", "pillow", "timm", "triton")

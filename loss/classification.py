@@ -1,24 +1,10 @@
 """Cross-entropy against labels, plain or mixed up. B images, K classes."""
 
-from typing import Protocol
-
 from torch import Tensor
 from torch.nn import functional as F
 
 from loss import at_least_float32
-
-
-class MixedLabels(Protocol):
-    """A batch's labels under mixup, as `method.Targets` has them: two per image and the weight of the first."""
-
-    @property
-    def labels_B(self) -> Tensor: ...
-
-    @property
-    def labels_other_B(self) -> Tensor: ...
-
-    @property
-    def lam(self) -> Tensor: ...
+from utils.targets import Targets
 
 
 def cross_entropy(logits_BK: Tensor, labels_B: Tensor, *, label_smoothing: float = 0.0) -> Tensor:
@@ -29,7 +15,7 @@ def cross_entropy(logits_BK: Tensor, labels_B: Tensor, *, label_smoothing: float
     return F.cross_entropy(at_least_float32(logits_BK), labels_B, reduction="none", label_smoothing=label_smoothing)
 
 
-def mixed_cross_entropy(logits_BK: Tensor, targets: MixedLabels, *, label_smoothing: float = 0.0) -> Tensor:
+def mixed_cross_entropy(logits_BK: Tensor, targets: Targets, *, label_smoothing: float = 0.0) -> Tensor:
     """λ · CE(logits, labels) + (1 - λ) · CE(logits, other labels) of each image: (B, K) -> (B,).
 
     Mixup (Zhang et al., arXiv:1710.09412); where both labels are one and the same tensor it is `cross_entropy`.

@@ -3,7 +3,7 @@
 from abc import abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar, Generic, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +16,8 @@ from utils.options import Options
 from utils.registry import Registry
 from utils.targets import Targets
 
+OwnOptions = TypeVar("OwnOptions", bound=Options)
+
 
 class Progress(NamedTuple):
     """Where training stands when a step is made; all counted from 0.
@@ -24,6 +26,8 @@ class Progress(NamedTuple):
     batch: batch within the epoch. steps_per_epoch, epochs: totals. learning_rate: of this step.
     indices_B: int64 [B] positions of the images in the training set (for memory banks).
     weight_decay: of the main optimiser, for methods with inner optimisers of their own.
+    is_last: the last batch of its epoch, or of training.
+    updates: the weights are updated after this batch: it ends a group of --iters_to_accumulate batches.
     """
 
     epoch: int
@@ -34,6 +38,8 @@ class Progress(NamedTuple):
     learning_rate: float
     indices_B: Tensor
     weight_decay: float = 0.0
+    is_last: bool = False
+    updates: bool = True
 
 
 class StepOutput(NamedTuple):
@@ -54,16 +60,24 @@ class NoOptions(Options):
     """For a method without flags of its own."""
 
 
-class Method(nn.Module):
+class Method(nn.Module, Generic[OwnOptions]):
     """One way of learning together: the networks, the training-only parts beside them, and the loss.
 
     A method is wrapped by DDP as a whole, so every trainable part is a submodule. `state_dict()` minus the entries
-    of `network` is what a checkpoint keeps under `method`.
+    of `network` is what a checkpoint keeps under `method`. A step is, in this order and each once: `before_step`,
+    `forward`, the backward pass, `reduce_gradients` where the method does that itself, the update of the weights, and
+    `after_step`; whoever makes steps, the trainer or a loop of your own, calls all of them. In a group of accumulated
+    batches, every batch has its `before_step` and `forward`, and the last one has the rest.
+
+    The trainer calls `train()` every epoch. What must stay frozen then, such as an older copy of the networks that
+    teaches them, is wrapped in `method.inner.Asleep`.
 
     Class attributes:
         Options: frozen dataclass of the method's own flags.
         shared_view: True if all networks must see one and the same view.
         reduces_own_gradients: True if the method averages gradients over processes itself (no DDP wrapper).
+        decides_on_host: True if what a step computes depends on numbers that the host reads in it, so that a step can
+            neither be compiled nor replayed from a CUDA graph.
         runs_networks_itself: True if it calls the single networks, or parts of them, in place of `network(views)`.
         incompatible: flags that must not be on with the method, each with the reason.
         networks_from_list: True if `--arch a,b` (full networks, S = length of the list) makes sense.
@@ -75,12 +89,13 @@ class Method(nn.Module):
     Options: ClassVar[type] = NoOptions
     shared_view: ClassVar[bool] = False
     reduces_own_gradients: ClassVar[bool] = False
+    decides_on_host: ClassVar[bool] = False
     runs_networks_itself: ClassVar[bool] = False
     networks_from_list: ClassVar[bool] = True
     incompatible: ClassVar[Mapping[str, str]] = {}
     sampler: str = "shuffled"
 
-    def __init__(self, network: SplitNet, options: Any, *, label_smoothing: float = 0.0) -> None:
+    def __init__(self, network: SplitNet, options: OwnOptions, *, label_smoothing: float = 0.0) -> None:
         super().__init__()
         self.network = network
         self.options = options
@@ -100,7 +115,7 @@ class Method(nn.Module):
         return {}
 
     @classmethod
-    def backbone_names(cls, arch: str, options: Any) -> list[str]:
+    def backbone_names(cls, arch: str, options: OwnOptions) -> list[str]:
         """The backbones that `--arch` stands for: the entries of a comma list, unless a method knows more names."""
         return split_list(arch)
 
@@ -116,7 +131,7 @@ class Method(nn.Module):
         """
 
     def before_step(self, views_SBCHW: Tensor, targets: Targets, progress: Progress) -> None:
-        """Called before the forward pass of a step, for what is learnt outside the main optimiser."""
+        """Called before the forward pass of a step: what `forward` needs of this step, what is learnt on the side."""
 
     def after_step(self, views_SBCHW: Tensor, targets: Targets, output: StepOutput, progress: Progress) -> None:
         """Called after the main optimiser's step."""
@@ -131,7 +146,7 @@ class Method(nn.Module):
 
     def compiled_parts(self) -> list[nn.Module]:
         """The modules that `forward` calls once each and --compile compiles; none if what they compute varies."""
-        return [] if self.reduces_own_gradients else [*self.network.models]
+        return [] if self.decides_on_host else [*self.network.models]
 
     def run_files(self, *, final: bool) -> Mapping[str, str | bytes]:
         """Files by name that the trainer writes into the run directory after every epoch: text, and PNG pictures.
@@ -165,4 +180,4 @@ class Method(nn.Module):
             raise KeyError(f"method state lacks {', '.join(lost)}")
 
 
-methods: Registry[type[Method]] = Registry("method", "--method", "method")
+methods: Registry[type[Method[Any]]] = Registry("method", "--method", "method")

@@ -5,7 +5,6 @@ Zhao et al., "Towards Better Accuracy-efficiency Trade-offs: Divide and Co-train
 
 import math
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -51,7 +50,7 @@ def cot_weight(epoch: int, *, weight: float, warm_up_epochs: int) -> float:
 
 
 @methods.register("co_training")
-class CoTraining(Method):
+class CoTraining(Method[CoTrainingOptions]):
     """Σ_i CE(network i, labels) + w(epoch) · agreement(all networks); one network trains in the ordinary way.
 
     Args:
@@ -63,7 +62,7 @@ class CoTraining(Method):
     Options = CoTrainingOptions
     _cot_weight: Tensor
 
-    def __init__(self, network: SplitNet, options: Any, *, label_smoothing: float = 0.0) -> None:
+    def __init__(self, network: SplitNet, options: CoTrainingOptions, *, label_smoothing: float = 0.0) -> None:
         super().__init__(network, options, label_smoothing=label_smoothing)
         self.agreement = AGREEMENT_LOSSES[options.cot_loss_choose]
         # On the device and written in place, so that a captured CUDA graph sees a new epoch's weight.
@@ -71,12 +70,10 @@ class CoTraining(Method):
         self._written_weight = math.nan
 
     def before_step(self, views_SBCHW: Tensor, targets: Targets, progress: Progress) -> None:
-        """Bring the co-training weight up to date; a caller that replays a captured `forward` needs this call."""
-        warm_up = 0
-        if self.options.is_cot_weight_warm_up:
-            warm_up = self.options.cot_weight_warm_up_epochs
-            if warm_up is None:
-                warm_up = round(40 * progress.epochs / 300)
+        """Bring the co-training weight up to date; until the first call it is NaN, and so is the loss."""
+        warm_up = self.options.cot_weight_warm_up_epochs if self.options.is_cot_weight_warm_up else 0
+        if warm_up is None:
+            warm_up = round(40 * progress.epochs / 300)
         value = cot_weight(progress.epoch, weight=self.options.cot_weight, warm_up_epochs=warm_up)
         if value != self._written_weight:
             self._cot_weight.fill_(value)
@@ -94,7 +91,6 @@ class CoTraining(Method):
         metrics = {"loss_ce": loss_ce.detach()}
         several = len(logits_SBK) > 1
         if several and self.options.is_cot_loss:
-            self.before_step(views_SBCHW, targets, progress)
             weight = self._cot_weight.to(loss.dtype)
             loss_cot = weight * self.agreement(logits_SBK).mean()
             loss = loss + loss_cot

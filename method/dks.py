@@ -33,7 +33,7 @@ class DKSOptions(Options):
 
 
 @methods.register("dks")
-class DKS(Method):
+class DKS(Method[DKSOptions]):
     """Σ_h CE(head h, labels) + Σ_{h≠g} KL(constant p_g ‖ p_h) over the branches of a network and its own head.
 
     Several networks learn side by side, each with its own branches; the losses add up. The branches exist in training
@@ -51,7 +51,7 @@ class DKS(Method):
     Options = DKSOptions
     runs_networks_itself = True
 
-    def __init__(self, network: SplitNet, options: Any, *, label_smoothing: float = 0.0) -> None:
+    def __init__(self, network: SplitNet, options: DKSOptions, *, label_smoothing: float = 0.0) -> None:
         super().__init__(network, options, label_smoothing=label_smoothing)
         self.branches = nn.ModuleList(
             synergy_branches(require_stages(one, "dks"), options.dks_branches) for one in network.models

@@ -41,7 +41,7 @@ def ensemble_kl(logits_SBK: Tensor) -> Tensor:
 
 
 @methods.register("dml")
-class DeepMutualLearning(Method):
+class DeepMutualLearning(Method[DMLOptions]):
     """Σ_i [ CE(i, labels) + w · T² / (S - 1) Σ_{j≠i} KL(constant p_j ‖ p_i) ], p = softmax(logits / T).
 
     S networks of one backbone or of several; all see the same view. One network alone trains in the ordinary way.

@@ -5,11 +5,11 @@ from torch import Tensor
 
 from loss import at_least_float32
 from loss.classification import mixed_cross_entropy
-from method import Method, Progress, StepOutput, Targets, methods
+from method import Method, NoOptions, Progress, StepOutput, Targets, methods
 
 
 @methods.register("independent")
-class Independent(Method):
+class Independent(Method[NoOptions]):
     """Σ_i CE(network i on its own view, labels)."""
 
     def forward(self, views_SBCHW: Tensor, targets: Targets, progress: Progress) -> StepOutput:

@@ -1,10 +1,11 @@
-"""What methods need for steps of their own, beside the main optimiser's: means over processes, a small guarded SGD."""
+"""What methods need inside: means over processes, a small guarded SGD, copies of networks that stay asleep."""
 
 from collections.abc import Sequence
+from typing import Self
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 
 
 @torch.no_grad()
@@ -33,3 +34,31 @@ def average_over_processes(tensors: Sequence[Tensor]) -> None:
     flat /= dist.get_world_size()
     for tensor, mean in zip(tensors, flat.split([tensor.numel() for tensor in tensors]), strict=True):
         tensor.copy_(mean.view_as(tensor))
+
+
+class Asleep(nn.Module):
+    """A frozen network: no gradients, and in evaluation mode whatever `train()` says to the method that holds it.
+
+    Args:
+        network: a copy of its own, usually by `copy.deepcopy`; state-dict keys begin with `network.`.
+    """
+
+    def __init__(self, network: nn.Module) -> None:
+        super().__init__()
+        self.network = network.requires_grad_(False)
+        self.train()
+
+    def train(self, mode: bool = True) -> Self:
+        """Changes nothing: the network stays in evaluation mode."""
+        return super().train(False)
+
+    @torch.no_grad()
+    def forward(self, images: Tensor) -> Tensor:
+        """What the network gives, without a graph."""
+        outputs: Tensor = self.network(images)
+        return outputs
+
+    @torch.no_grad()
+    def refresh(self, network: nn.Module) -> None:
+        """Take parameters and buffers over from a network of the same structure."""
+        self.network.load_state_dict(network.state_dict())

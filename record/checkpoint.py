@@ -1,7 +1,6 @@
 """Checkpoints: plain tensors and dicts, written aside and renamed, never unpickling code when read.
 
-A checkpoint is a dict with the published keys `epoch` (the next one), `arch`, `state_dict` (`module.models.<i>...`),
-`best_acc1`, `optimizer`, `scaler`, and ours beside them: see `train_split.py`.
+What a run's checkpoint holds is `Checkpoint`; `training/state.py` fills it and reads it back.
 """
 
 import contextlib
@@ -15,7 +14,7 @@ import zipfile
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, TypedDict
 
 import torch
 from torch import Tensor
@@ -32,6 +31,44 @@ FORMAT_VERSION = 1
 BEST = "model_best.pth.tar"
 PARTIAL = ".partial"
 _NAME = re.compile(r"^checkpoint_(\d+)(?:_(\d+))?\.pth\.tar$")
+
+
+class Checkpoint(TypedDict, total=False):
+    """The keys of a run's checkpoint. Those of the published code come first; the others are ours.
+
+    epoch: the next one. arch: value of --arch. state_dict: tensors as `module.models.<i>...`. best_acc1: of the
+    ensemble so far, in percent. optimizer, scaler: their states; a scaler with fp16 only.
+    ema: moving average of the weights, as `state_dict`, with --ema_decay only.
+    widths: of the stages, where the solver found them. method: training-only state of the method.
+    config: every flag's value. classes, mean, std, crop_size, data_recipe: of the data.
+    rng: `seed`. sampler: `epoch`, `batch` and `step` to go on from. guard, meters, clock, report: what the run knows
+    of itself; the meters of every process. environment: what must stay the same for the last bits to stay.
+    format_version: of these keys.
+    """
+
+    epoch: int
+    arch: str
+    state_dict: dict[str, Tensor]
+    best_acc1: float
+    optimizer: dict[str, Any]
+    scaler: dict[str, Any]
+    ema: dict[str, Tensor]
+    widths: list[float]
+    method: dict[str, Any]
+    config: dict[str, Any]
+    classes: list[str]
+    mean: list[float]
+    std: list[float]
+    crop_size: int
+    data_recipe: str
+    rng: dict[str, int]
+    sampler: dict[str, int]
+    guard: dict[str, Tensor]
+    meters: list[Any]
+    clock: dict[str, float]
+    report: dict[str, Any]
+    environment: dict[str, Any]
+    format_version: int
 
 
 def state_sha256(state: Mapping[str, Tensor]) -> str:

@@ -9,7 +9,6 @@ import csv
 import io
 import json
 import logging
-import math
 import os
 import sys
 from collections.abc import Iterable, Mapping, Sequence
@@ -20,6 +19,7 @@ from torch import Tensor
 
 from record.append import append_whole
 from utils.errors import reason
+from utils.plain_json import plain_json
 
 logger = logging.getLogger(__name__)
 
@@ -50,17 +50,6 @@ def set_up_text_log(folder: Path | None, *, rank: int) -> None:
         file = _TrainLog(folder / "train.log", encoding="utf-8")
         file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
         root.addHandler(file)
-
-
-def plain_json(value: Any) -> Any:
-    """`value` with everything that JSON cannot say replaced: non-finite numbers by None, tuples by lists."""
-    if isinstance(value, float):
-        return value if math.isfinite(value) else None
-    if isinstance(value, Mapping):
-        return {str(key): plain_json(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [plain_json(item) for item in value]
-    return value
 
 
 class LineFile:

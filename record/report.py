@@ -23,18 +23,39 @@ class RunClock:
         self.seconds = 0.0
         self.train_seconds = 0.0
         self.images = 0
+        self._began: float | None = None  # of what is not yet counted
 
     @contextmanager
     def training(self) -> Iterator[None]:
-        """Count the time of a block as training."""
-        before = self.seconds
-        with self.evaluating():
+        """Count the time of a block as training, but for what is `paused` in it."""
+        self._began = time.perf_counter()
+        try:
             yield
-        self.train_seconds += self.seconds - before
+        finally:
+            self._count()
+            self._began = None
 
     @contextmanager
-    def evaluating(self) -> Iterator[None]:
-        """Count the time of a block, but not as training."""
+    def paused(self) -> Iterator[None]:
+        """Count the time of a block inside of `training` not at all; the clock is right within it."""
+        is_training = self._began is not None
+        self._count()
+        try:
+            yield
+        finally:
+            if is_training:
+                self._began = time.perf_counter()
+
+    def _count(self) -> None:
+        if self._began is not None:
+            passed = time.perf_counter() - self._began
+            self.seconds += passed
+            self.train_seconds += passed
+            self._began += passed
+
+    @contextmanager
+    def running(self) -> Iterator[None]:
+        """Count the time of a block as the run's, but not as training: an evaluation."""
         began = time.perf_counter()
         try:
             yield

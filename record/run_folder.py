@@ -7,14 +7,14 @@ import platform
 import sys
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 
-from record.checkpoint import list_checkpoints, load_checkpoint, load_newest
-from record.logger import plain_json
+from record.checkpoint import Checkpoint, list_checkpoints, load_checkpoint, load_newest
 from utils.errors import UserError, reason
 from utils.launch import World
+from utils.plain_json import plain_json
 
 logger = logging.getLogger(__name__)
 
@@ -22,7 +22,7 @@ RESULTS = "results.json"
 HPARAMS = "hparams_train.json"
 
 
-def open_run(folder: Path, resume: str | None) -> dict[str, Any] | None:
+def open_run(folder: Path, resume: str | None) -> Checkpoint | None:
     """The checkpoint to go on from, or None for a fresh run.
 
     Args:
@@ -37,9 +37,9 @@ def open_run(folder: Path, resume: str | None) -> dict[str, Any] | None:
         if found is None:
             return None
         logger.info("Going on from %s", found[1])
-        return found[0]
+        return cast(Checkpoint, found[0])
     if resume is not None:
-        return load_checkpoint(resume)
+        return cast(Checkpoint, load_checkpoint(resume))
     if folder.is_dir() and (list_checkpoints(folder) or (folder / "metrics.jsonl").exists()):
         raise UserError(
             f"--model_dir {folder} already holds a run: go on with --resume auto, or choose another --model_dir."

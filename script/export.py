@@ -20,16 +20,17 @@ from torch import Tensor
 # the project's root, where this file is run by its path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from eval import EvalOptions, Session, class_names_and_statistics, open_inputs, open_session
 from evaluation.ensemble import ensemble_scores
 from evaluation.export import OUTPUTS, export_ensemble, load_exported, onnx_bytes, program_bytes, require
+from evaluation.options import EvalOptions
+from evaluation.session import Session, class_names_and_statistics, open_inputs, open_session
 from model.splitnet import SplitNet
 from parser_params import parse_config
 from record.checkpoint import PARTIAL
-from record.logger import plain_json
 from utils import launch
 from utils.command_line import OneLineParser
 from utils.errors import RunError, UserError, reason
+from utils.plain_json import plain_json
 
 BATCH_SIZES = (1, 2, 7)
 TOLERANCE = 1e-3

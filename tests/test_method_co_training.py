@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from loss.agreement import AGREEMENT_LOSSES
 from loss.classification import mixed_cross_entropy
-from method import Progress, methods
+from method import Progress, StepOutput, methods
 from method.co_training import CoTraining, CoTrainingOptions, cot_weight
 from model.splitnet import SplitNet
 from utils.errors import UserError
@@ -35,6 +35,12 @@ def views(num_views: int = S, dtype: torch.dtype = torch.float64) -> Tensor:
     return torch.randn(num_views, B, 3, 2, 2, generator=torch.Generator().manual_seed(1), dtype=dtype)
 
 
+def learn(method: CoTraining, views_SBCHW: Tensor, targets: Targets, place: Progress) -> StepOutput:
+    """`before_step`, then `forward`, as whoever makes steps calls them."""
+    method.before_step(views_SBCHW, targets, place)
+    return method(views_SBCHW, targets, place)
+
+
 @pytest.mark.parametrize(
     ("epoch", "warm_up_epochs", "expected"),
     [(0, 40, 0.005), (10, 40, 0.125), (39, 40, 0.4875), (40, 40, 0.5), (299, 40, 0.5), (0, 0, 0.5), (1, 200, 0.005)],
@@ -49,7 +55,7 @@ def test_weight_rises_from_its_minimum(epoch: int, warm_up_epochs: int, expected
 def test_loss_is_the_sum_of_its_parts(name: str, targets: Targets, label_smoothing: float) -> None:
     method = make(label_smoothing=label_smoothing, cot_loss_choose=name, is_ensembled_loss=True)
     images = views()
-    output = method(images, targets, progress(epoch=10))
+    output = learn(method, images, targets, progress(epoch=10))
     logits_SBK = torch.stack([network(view) for network, view in zip(method.network.models, images, strict=True)])
 
     def classification(logits_BK: Tensor) -> Tensor:
@@ -74,14 +80,14 @@ def test_loss_is_the_sum_of_its_parts(name: str, targets: Targets, label_smoothi
 @pytest.mark.parametrize("flags", [{"is_cot_loss": False}, {"cot_weight": 0.0, "is_cot_weight_warm_up": False}])
 def test_without_agreement_networks_learn_alone(flags: dict) -> None:
     method = make(**flags)
-    output = method(views(), plain_targets(LABELS), progress())
+    output = learn(method, views(), plain_targets(LABELS), progress())
     assert output.loss.item() == output.metrics["loss_ce"].item()
 
 
 @pytest.mark.parametrize("flags", [{}, {"is_ensembled_loss": True}])
 def test_one_network_trains_in_the_ordinary_way(flags: dict) -> None:
     method = make(1, **flags)
-    output = method(views(1), plain_targets(LABELS), progress())
+    output = learn(method, views(1), plain_targets(LABELS), progress())
     ordinary = nn.functional.cross_entropy(method.network.models[0](views(1)[0]), LABELS, reduction="none").mean()
     assert torch.equal(output.loss, ordinary)
     assert set(output.metrics) == {"loss_ce"}
@@ -92,8 +98,8 @@ def test_one_network_trains_in_the_ordinary_way(flags: dict) -> None:
 
 def test_one_shared_view_is_enough() -> None:
     one = views(1)
-    expected = make()(one.expand(S, -1, -1, -1, -1), plain_targets(LABELS), progress())
-    assert torch.equal(make()(one, plain_targets(LABELS), progress()).loss, expected.loss)
+    expected = learn(make(), one.expand(S, -1, -1, -1, -1), plain_targets(LABELS), progress())
+    assert torch.equal(learn(make(), one, plain_targets(LABELS), progress()).loss, expected.loss)
 
 
 @pytest.mark.parametrize(
@@ -108,14 +114,15 @@ def test_one_shared_view_is_enough() -> None:
 def test_weight_follows_the_epoch(flags: dict, epochs: int, weights: list[float]) -> None:
     method = make(**flags)
     for epoch, weight in [*enumerate(weights), (0, weights[0])]:
-        output = method(views(), plain_targets(LABELS), progress(epoch, epochs))
+        output = learn(method, views(), plain_targets(LABELS), progress(epoch, epochs))
         assert output.metrics["cot_weight"].item() == pytest.approx(weight, rel=1e-12)
 
 
 def test_weight_is_one_tensor_on_the_device_that_before_step_writes() -> None:
     """A captured graph replays `forward` with whatever this tensor holds."""
     method = make()
-    method(views(), plain_targets(LABELS), progress(0))
+    assert method(views(), plain_targets(LABELS), progress(0)).loss.isnan()
+    learn(method, views(), plain_targets(LABELS), progress(0))
     (weight,) = [buffer for name, buffer in method.named_buffers() if name == "_cot_weight"]
     method.before_step(views(), plain_targets(LABELS), progress(20))
     assert weight.item() == 0.25
@@ -126,7 +133,7 @@ def test_weight_is_one_tensor_on_the_device_that_before_step_writes() -> None:
 def test_losses_stay_in_float32_under_autocast() -> None:
     method = make(dtype=torch.float32)
     with torch.autocast("cpu", torch.bfloat16):
-        output = method(views(dtype=torch.float32), MIXED, progress())
+        output = learn(method, views(dtype=torch.float32), MIXED, progress())
     assert output.loss.dtype == torch.float32
     assert output.logits_SBK.dtype == torch.float32
     assert all(value.dtype == torch.float32 for value in output.metrics.values())
@@ -135,7 +142,7 @@ def test_losses_stay_in_float32_under_autocast() -> None:
 def test_nothing_of_the_step_needs_to_be_read_back() -> None:
     """On the meta device any read of a value fails."""
     method = make().to("meta")
-    output = method(views().to("meta"), Targets(*(value.to("meta") for value in MIXED)), progress(3))
+    output = learn(method, views().to("meta"), Targets(*(value.to("meta") for value in MIXED)), progress(3))
     assert output.loss.is_meta
 
 

@@ -26,9 +26,9 @@ from record.checkpoint import load_checkpoint
 from record.run_folder import read_results
 from tests.processes import run_processes
 from tests.test_method_cream import SPACE
-from train_split import train_step
 from training.optim import build_optimizer, parameter_groups
 from training.options import OptimizerOptions
+from training.step import forward_backward
 from utils.errors import UserError
 from utils.options import option
 from utils.precision import choose_precision
@@ -90,7 +90,7 @@ def step(
     method.before_step(views, targets, progress)
     optimizer.zero_grad(set_to_none=True)
     scaler = torch.amp.GradScaler("cpu", enabled=False)
-    output = train_step(model or method, views, targets, progress, precision=precision, scaler=scaler, scale=1.0)
+    output = forward_backward(model or method, views, targets, progress, precision=precision, scaler=scaler, scale=1.0)
     if method.reduces_own_gradients:
         method.reduce_gradients()
     optimizer.step()

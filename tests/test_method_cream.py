@@ -19,7 +19,7 @@ from loss.soft_target import soft_cross_entropy
 from method import Progress, methods
 from method.cream import Cream
 from method.cream.board import BoardEntry, PathSampler
-from method.cream.meta import frozen_statistics, match_features, match_scores, meta_gradient
+from method.cream.meta import frozen_statistics, match_features, match_gradient, match_scores
 from model import LARGE, SMALL, BackboneRequest, build_network, build_splitnet
 from model.search.estimates import est_flops
 from model.search.reading import read_space, space_to_text
@@ -188,7 +188,7 @@ def test_meta_gradient_of_the_toy(toy):
         seen["loss"] = cross_entropy(logits_BK, labels[2:4], label_smoothing=inputs["smoothing"]).mean()
         return seen["loss"]
 
-    found = meta_gradient(network, inputs["student_path"], entries, images[:2], images[2:4], outer_loss, inputs["lr"])
+    found = match_gradient(network, inputs["student_path"], entries, images[:2], images[2:4], outer_loss, inputs["lr"])
     close(found.gate, expected["gate"])
     close(found.kd, expected["kd"])
     close(found.dot, expected["dot"])
@@ -217,7 +217,7 @@ def test_meta_gradient_matches_double_backward(toy):
 
     for parameter in network.parameters():
         nn.init.normal_(parameter, generator=torch.Generator().manual_seed(parameter.numel()))
-    found = meta_gradient(network, path, entries, images[:2], images[2:4], outer_loss, 0.3)
+    found = match_gradient(network, path, entries, images[:2], images[2:4], outer_loss, 0.3)
     features = match_features(network, path, entries)
     scores = network.meta_layer(features).squeeze(1)
     gate = scores.max().sigmoid()
@@ -473,12 +473,10 @@ def test_how_paths_are_drawn(how_to_prob):
     assert method._step.path == expected
 
 
-def test_forward_alone_draws_its_own_path():
-    method = tiny_method()
+def test_forward_needs_the_path_that_before_step_draws():
     images, targets = batch(1)
-    output = method(images, targets, progress_at(0))
-    assert output.logits_SBK.shape == (1, BATCH, K)
-    assert output.loss.requires_grad
+    with pytest.raises(RuntimeError, match="before_step"):
+        tiny_method()(images, targets, progress_at(0))
 
 
 def test_learning_on_the_tiny_space():
@@ -717,7 +715,7 @@ def toy_gradient(rank):
     golden, network, entries, images, labels = make_toy()
     entries = [dataclasses.replace(e, images=e.images * (1 + rank / 2)) for e in entries]
     own, outer = [rank], [2 + rank]
-    return meta_gradient(
+    return match_gradient(
         network,
         golden["inputs"]["student_path"],
         entries,

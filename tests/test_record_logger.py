@@ -13,7 +13,8 @@ import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from record.logger import LineFile, RunLog, plain_json, set_up_text_log
+from record.logger import LineFile, RunLog, set_up_text_log
+from utils.plain_json import plain_json
 
 
 def test_plain_json_replaces_what_json_cannot_say() -> None:

@@ -1,9 +1,9 @@
 """A step of training: it waits for nothing, and is the same compiled, replayed and as it is written."""
 
-from collections.abc import Callable
+import itertools
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
 import pytest
 import torch
@@ -13,9 +13,11 @@ from torch._subclasses.fake_tensor import unset_fake_temporarily
 from torch.utils import _pytree as pytree
 
 import train_split
+import training.step
 from benchmarks.sync_audit import SyncAudit
 from dataset import SourceRequest, open_source
 from dataset.augment.color import count_without_waiting
+from dataset.loader import Batch
 from method.l_mcl import LMCL
 from parser_params import parse_config, resolve_config
 from tests.fake_gpu import GPU, fake_gpu
@@ -79,6 +81,12 @@ def trainer_of(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     return build
 
 
+def steps(trainer: Trainer, batches: Iterator[Batch], count: int = 2) -> None:
+    """Make so many steps, as the trainer's loop does."""
+    for batch in itertools.islice(batches, count):
+        trainer.advance(batch, trainer.training_step(batch, trainer.progress(batch)))
+
+
 ROWS = {
     "s1": [*AUGMENTED, "--split_factor", 1, "--amp_dtype", "fp32"],
     "everything": [
@@ -111,10 +119,10 @@ ROWS = {
 def test_a_step_waits_for_nothing(trainer_of, flags):
     trainer = trainer_of(*flags)
     batches = trainer.loader.epoch(0)
-    trainer._interval(batches)
+    steps(trainer, batches)
     with SyncAudit(trainer.world.device) as audit:
-        trainer._interval(batches)
-    assert trainer.step == 4
+        steps(trainer, batches)
+    assert trainer.position.step == 4
     assert audit.found == []
 
 
@@ -136,21 +144,20 @@ def test_a_step_on_a_gpu_mixes_no_devices(trainer_of, monkeypatch, flags):
     monkeypatch.setattr(LMCL, "after_step", lambda *step: None)  # differentiates twice
     with fake_gpu(monkeypatch, num_classes=10):
         trainer = trainer_of(*flags, device="cuda:0")
-        monkeypatch.setattr(trainer.log, "views", lambda *views: None)  # reads a picture back, once in a run
         batches = trainer.loader.epoch(0)
-        trainer._interval(batches)
-        trainer._interval(batches)
+        steps(trainer, batches)
+        steps(trainer, batches)
         assert {tensor.device for tensor in trainer.method.state_dict().values()} == {GPU}
-    assert trainer.step == 4
+    assert trainer.position.step == 4
 
 
 @pytest.mark.parametrize("policy", ["fail", "skip"])
 def test_mixup_knows_every_processs_images(trainer_of, monkeypatch, policy):
     found = []
-    real = train_split.apply_mix
-    monkeypatch.setattr(train_split, "apply_mix", lambda *a: (found.append(a[3]), real(*a))[1])
+    real = training.step.apply_mix
+    monkeypatch.setattr(training.step, "apply_mix", lambda *a: (found.append(a[3]), real(*a))[1])
     trainer = trainer_of("--split_factor", 1, "--on_bad_image", policy)
-    trainer._interval(trainer.loader.epoch(0))
+    steps(trainer, trainer.loader.epoch(0))
     assert found == [[8]] * 2
 
 
@@ -158,10 +165,10 @@ def test_a_search_reads_the_two_numbers_that_decide_what_comes_next(trainer_of):
     trainer = trainer_of(*SUPERNET)
     found = []
     for epoch in (0, 1):
-        trainer.epoch, batches = epoch, trainer.loader.epoch(epoch)
-        trainer._interval(batches)
+        trainer.position.epoch, batches = epoch, trainer.loader.epoch(epoch)
+        steps(trainer, batches)
         with SyncAudit(trainer.world.device) as audit:
-            trainer._interval(batches)
+            steps(trainer, batches)
         found.append([line.split(" at ")[0] for line in audit.found])
     while_closed, while_open = found
     assert while_closed == []
@@ -175,7 +182,7 @@ def test_an_evaluation_reads_nothing_but_its_figures(trainer_of):
         trainer = trainer_of("--eval_batch_size", batch_size, "--split_factor", 2)
         trainer.method.eval()
         with SyncAudit(trainer.world.device) as audit:
-            trainer._evaluate("test")
+            trainer.evaluate_split("test")
         found.append(audit.found)
     many_batches, one_batch = found
     assert many_batches == one_batch
@@ -187,10 +194,10 @@ def test_an_evaluation_reads_nothing_but_its_figures(trainer_of):
 def test_a_gpu_is_not_waited_for_either(trainer_of, flags):
     trainer = trainer_of(*flags, device="cuda")
     batches = trainer.loader.epoch(0)
-    trainer._interval(batches)
+    steps(trainer, batches)
     torch.cuda.set_sync_debug_mode("error")
     try:
-        trainer._interval(batches)
+        steps(trainer, batches)
     finally:
         torch.cuda.set_sync_debug_mode("default")
 
@@ -201,10 +208,10 @@ def test_a_gpu_is_not_waited_for_either(trainer_of, flags):
 def trained(trainer: Trainer, *, epochs: int = 1, intervals: int = 3) -> dict[str, torch.Tensor]:
     """Train so many intervals of each epoch; the networks' state, on the CPU."""
     for epoch in range(epochs):
-        trainer.epoch, trainer.batch = epoch, 0
+        trainer.position.epoch, trainer.position.batch = epoch, 0
         batches = trainer.loader.epoch(epoch)
         for _ in range(intervals):
-            trainer._interval(batches)
+            steps(trainer, batches)
     return {name: value.cpu().clone() for name, value in trainer.method.state_dict().items()}
 
 
@@ -228,7 +235,7 @@ def test_compiled_training_is_the_same(trainer_of, method):
     assert not counters["graph_break"]
     assert counters["stats"]["unique_graphs"] == 1  # alike networks share what was compiled
     trainer.method.eval()
-    trainer._evaluate("test")
+    trainer.evaluate_split("test")
     assert counters["stats"]["unique_graphs"] == 1
 
 
@@ -256,7 +263,10 @@ def test_inductor_computes_the_same():
     ("flags", "line"),
     [
         (SUPERNET, "--compile: this --method"),
-        (["--method", "l_mcl", "--arch", "lmcl_resnet20_cifar"], "--compile: this --method"),
+        (
+            ["--method", "l_mcl", "--arch", "lmcl_resnet20_cifar"],
+            "--compile cannot go with --method l_mcl",
+        ),
         (["--split_factor", 2, "--execution", "stacked"], "--compile does not go with --execution stacked"),
     ],
 )
@@ -286,9 +296,7 @@ class Rerun:
 
         def replay() -> None:
             self.replays += 1
-            # at the recording it found its tensor up to date and did nothing
-            with mock.patch.object(self.trainer().method, "before_step", return_value=None):
-                again = function()
+            again = function()
             for old, new in zip(pytree.tree_leaves(result), pytree.tree_leaves(again), strict=True):
                 old.copy_(new)
 
@@ -298,8 +306,8 @@ class Rerun:
 def state_of(trainer: Trainer) -> list[torch.Tensor]:
     """Every tensor that a step changes."""
     tensors = [*trainer.method.parameters(), *trainer.method.buffers()]
-    tensors += [v for state in trainer.optimizer.state.values() for v in state.values()]
-    tensors += [getattr(trainer.guard, name) for name in ("_bad_steps", "_first_step", "_networks_S")]
+    tensors += [v for state in trainer.state.optimizer.state.values() for v in state.values()]
+    tensors += trainer.guard.tensors()
     return [*tensors, *trainer.average.state_dict().values()]
 
 
@@ -311,12 +319,12 @@ def test_a_replayed_step_is_the_step(trainer_of, monkeypatch, optimizer):
     monkeypatch.setattr(train_split, "check_replayable", lambda **_: None)
     monkeypatch.setattr(train_split, "CudaRecorder", lambda _: Rerun(lambda: trainer))
     plain, trainer = (trainer_of(*flags, "--cuda_graph", 1) for _ in range(2))
-    plain.replayed = None
+    plain.training_step.replayed = None
     plain_state = trained(plain, epochs=3)
     assert_close(trained(trainer, epochs=3), plain_state, 0)
     assert_close(trainer.average.state_dict(), plain.average.state_dict(), 0)
     assert trainer.meter.read() == plain.meter.read()
-    recorder = trainer.replayed._recorder
+    recorder = trainer.training_step.replayed.recorder
     assert (recorder.recorded, recorder.replays) == (1, 18 - WARM_UP)
 
 

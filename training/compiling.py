@@ -30,7 +30,7 @@ def compile_modules(modules: Iterable[nn.Module], mode: str, device: torch.devic
     if execution != "loop" and not (execution == "parallel" and device.type == "cuda"):
         raise UserError(f"--compile does not go with --execution {execution}: leave one of them out.")
     if not modules:
-        raise UserError("--compile: this --method decides in every step what it computes; leave the flag out.")
+        raise UserError("--compile: this --method decides on the host what a step computes; leave the flag out.")
     if mode != "aot_eager":
         if device.type == "cuda" and importlib.util.find_spec("triton") is None:
             raise UserError(f"--compile {mode} needs the package triton on a GPU; install it or leave the flag out.")

@@ -93,6 +93,10 @@ class NonfiniteGuard:
         """Number of bad steps in this process."""
         return int(self._bad_steps)
 
+    def tensors(self) -> list[Tensor]:
+        """What a step changes, on the device."""
+        return [self._bad_steps, self._first_step, self._networks_S]
+
     def state_dict(self) -> dict[str, Tensor]:
         """Tensors for a checkpoint."""
         return {"steps": self._bad_steps.cpu(), "first": self._first_step.cpu(), "networks": self._networks_S.cpu()}

@@ -10,17 +10,11 @@ from typing import TypeVar
 import torch
 import torch.distributed as dist
 
+from utils.errors import Stopped
+
 ECHO = 2.0  # seconds in which a signal may come again: a terminal and a launcher both hand it to every process
 
 _Batch = TypeVar("_Batch")
-
-
-class Stopped(Exception):
-    """The run was asked to stop by a signal; `number` is the signal's."""
-
-    def __init__(self, number: int) -> None:
-        super().__init__(number)
-        self.number = number
 
 
 class StopRequest:

@@ -71,7 +71,7 @@ class ReplayedStep:
     """
 
     def __init__(self, recorder: Recorder) -> None:
-        self._recorder = recorder
+        self.recorder = recorder
         self._seen: dict[object, int] = {}
         self._form: object = None
         self._buffers: list[Tensor] = []
@@ -88,7 +88,7 @@ class ReplayedStep:
         if self._form is None:
             self._seen[form] = self._seen.get(form, 0) + 1
             if self._seen[form] <= WARM_UP:
-                return self._recorder.warm_up(lambda: function(*inputs))
+                return self.recorder.warm_up(lambda: function(*inputs))
             self._record(form, function, inputs)
         elif form != self._form:
             return function(*inputs)
@@ -100,7 +100,7 @@ class ReplayedStep:
     def _record(self, form: object, function: Callable[..., Result], inputs: Sequence[Tensor]) -> None:
         buffers = {id(value): value.clone() for value in inputs}  # one for an input that comes twice
         self._buffers = [buffers[id(value)] for value in inputs]
-        self._result, self._replay = self._recorder.record(lambda: function(*self._buffers))
+        self._result, self._replay = self.recorder.record(lambda: function(*self._buffers))
         self._form = form
 
 
@@ -111,7 +111,7 @@ def _form(inputs: Sequence[Tensor]) -> object:
 
 
 def check_replayable(
-    *, device: torch.device, world_size: int, scaler: bool, iters_to_accumulate: int, own_gradients: bool
+    *, device: torch.device, world_size: int, scaler: bool, iters_to_accumulate: int, decides_on_host: bool
 ) -> None:
     """Refuse --cuda_graph where a step cannot be one graph.
 
@@ -120,7 +120,7 @@ def check_replayable(
         world_size: number of processes.
         scaler: fp16 with a gradient scaler.
         iters_to_accumulate: batches per update.
-        own_gradients: the method exchanges gradients itself, and decides on the host what a step computes.
+        decides_on_host: see `method.Method`.
 
     Raises:
         UserError: the line says which setting to change.
@@ -130,7 +130,7 @@ def check_replayable(
         "is for a single process: leave it out, or start one process": world_size > 1,
         "does not go with fp16, whose scaler changes between steps: use --amp_dtype bf16 or fp32": scaler,
         "does not go with --iters_to_accumulate: leave one of them out": iters_to_accumulate > 1,
-        "does not go with this --method, which decides on the host what a step computes: leave it out": own_gradients,
+        "does not go with this --method, which decides on the host what a step computes: leave it out": decides_on_host,
     }
     for text, holds in why.items():
         if holds:

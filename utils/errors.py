@@ -1,4 +1,6 @@
-"""The two kinds of failure that a user sees as one line instead of a traceback."""
+"""How a program ends early: the two kinds of failure that a user sees as one line, and a signal."""
+
+import signal
 
 
 class UserError(ValueError):
@@ -18,6 +20,20 @@ class RunError(RuntimeError):
 
 class WriteError(RunError):
     """A file of the run could not be written (full disk, read-only folder); what its name held before is whole."""
+
+
+class Stopped(Exception):
+    """The run was asked to stop by a signal, and has saved a checkpoint.
+
+    Attributes:
+        number: of the signal.
+        exit_code: 130 after SIGINT, as a shell has it, and 0 after SIGTERM.
+    """
+
+    def __init__(self, number: int) -> None:
+        super().__init__("stopped; a checkpoint was saved. Go on with --resume auto.")
+        self.number = number
+        self.exit_code = 130 if number == signal.SIGINT else 0
 
 
 def reason(error: BaseException) -> str:

@@ -24,7 +24,7 @@ from loss.classification import mixed_cross_entropy
 from loss.soft_target import soft_cross_entropy
 from method import Method, Progress, StepOutput, Targets, methods
 from method.cream.board import BoardEntry, PathBoard, PathSampler
-from method.cream.meta import frozen_statistics, match_features, match_scores, meta_gradient, probabilities
+from method.cream.meta import frozen_statistics, match_features, match_gradient, match_scores, probabilities
 from method.cream.plots import plot_board, plot_network
 from method.inner import average_over_processes, finite_sgd_step
 from model import LARGE, request_of
@@ -89,7 +89,7 @@ class _Step(NamedTuple):
 
 
 @methods.register("cream")
-class Cream(Method):
+class Cream(Method[CreamSearchOptions]):
     """Trains one sampled path per step with CE, or ((2 - g) CE + g KD(board path)) / 2 once the board has entries.
 
     The network is one `Supernet` (`--arch cream_supernet`). Two numbers reach the host per step once the board is
@@ -108,9 +108,10 @@ class Cream(Method):
     shared_view = True
     runs_networks_itself = True
     reduces_own_gradients = True
+    decides_on_host = True
     networks_from_list = False
 
-    def __init__(self, network: SplitNet, options: Any, *, label_smoothing: float = 0.0) -> None:
+    def __init__(self, network: SplitNet, options: CreamSearchOptions, *, label_smoothing: float = 0.0) -> None:
         super().__init__(network, options, label_smoothing=label_smoothing)
         supernet = network.models[0]
         if len(network.models) != 1 or not isinstance(supernet, Supernet):
@@ -238,7 +239,7 @@ class Cream(Method):
             return mixed_cross_entropy(logits_BK, labels, label_smoothing=self.label_smoothing).mean()
 
         with torch.enable_grad():
-            found = meta_gradient(
+            found = match_gradient(
                 self.supernet,
                 path,
                 self.board.entries,
@@ -265,8 +266,7 @@ class Cream(Method):
         Metrics: loss_ce; loss_kd and gate, both 0 as long as there is no teacher.
         """
         if self._step is None:
-            self.before_step(views_SBCHW, targets, progress)
-        assert self._step is not None
+            raise RuntimeError("before_step draws the path that forward trains: call it first")
         images_BCHW, step = views_SBCHW[0], self._step
         logits_BK = at_least_float32(self.supernet(images_BCHW, step.path))
         loss = loss_ce = mixed_cross_entropy(logits_BK, targets, label_smoothing=self.label_smoothing).mean()

@@ -72,7 +72,7 @@ class MetaGradient(NamedTuple):
     bias: Tensor
 
 
-def meta_gradient(
+def match_gradient(
     supernet: WeightSharing,
     path: Any,
     entries: Sequence[BoardEntry],

@@ -34,7 +34,7 @@ from utils.errors import UserError
 from utils.options import Options, option
 from utils.seed import STREAM_METHOD, fold_in, torch_generator
 
-META_MOMENTUM = 0.9
+VIRTUAL_MOMENTUM = 0.9
 
 # The published pairs of different networks; `lmcl_<backbone>` is --number_net networks of one backbone.
 MIXED_PAIRS = {
@@ -83,7 +83,7 @@ class Outputs(NamedTuple):
 
 
 @methods.register("l_mcl")
-class LMCL(Method):
+class LMCL(Method[LMCLOptions]):
     """Exits of all networks learn from the labels, from aggregated predictions and from contrasting each other.
 
     L = Σ CE(exits) + Σ CE(aggregated) + Σ_ij KD(final i | constant aggregated j)
@@ -108,13 +108,17 @@ class LMCL(Method):
     shared_view = True
     runs_networks_itself = True
     reduces_own_gradients = True
-    incompatible: ClassVar[Mapping[str, str]] = {"is_syncbn": "its virtual steps are local to a process"}
+    incompatible: ClassVar[Mapping[str, str]] = {
+        "is_syncbn": "its virtual steps are local to a process",
+        "compile": "it runs parts of networks, and whole ones are compiled",
+        "cuda_graph": "every step draws by its own number, which a graph would hold fast",
+    }
     pairs_2P: Tensor
     network_M: Tensor
     finals_N: Tensor
     banks_NRD: Tensor | None
 
-    def __init__(self, network: SplitNet, options: Any, *, label_smoothing: float = 0.0) -> None:
+    def __init__(self, network: SplitNet, options: LMCLOptions, *, label_smoothing: float = 0.0) -> None:
         super().__init__(network, options, label_smoothing=label_smoothing)
         if network.split_factor < 2:
             raise UserError(
@@ -140,7 +144,7 @@ class LMCL(Method):
         self.seed = 0
         self._meta_due = False
         self.weight_optimizer = torch.optim.SGD(
-            self.weight_net.parameters(), lr=0.0, momentum=META_MOMENTUM, nesterov=True
+            self.weight_net.parameters(), lr=0.0, momentum=VIRTUAL_MOMENTUM, nesterov=True
         )
 
     @classmethod
@@ -193,7 +197,7 @@ class LMCL(Method):
         return plain
 
     @classmethod
-    def backbone_names(cls, arch: str, options: Any) -> list[str]:
+    def backbone_names(cls, arch: str, options: LMCLOptions) -> list[str]:
         """Backbones behind `--arch`: a published pair's two, --number_net of an `lmcl_<backbone>`, or a comma list.
 
         Raises:
@@ -414,7 +418,7 @@ class LMCL(Method):
         def classification() -> Tensor:
             return self._cross_entropy(self.outputs(view_BCHW).logits_MBK, targets)
 
-        sgd = VirtualSGD(progress.learning_rate, META_MOMENTUM, progress.weight_decay)
+        sgd = VirtualSGD(progress.learning_rate, VIRTUAL_MOMENTUM, progress.weight_decay)
         phi = [*self.weight_net.parameters()]
         return meta_gradient(contrast, classification, theta, phi, steps=self.options.times, sgd=sgd)[1]
 

@@ -1,0 +1,27 @@
+"""Flags of eval.py beside those of a training run."""
+
+from dataclasses import dataclass
+
+from model.restore import WEIGHTS
+from utils.options import Options, option
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvalOptions(Options):
+    """Evaluation of a checkpoint"""
+
+    predict: str | None = option(
+        None,
+        "classify an image, the images of a folder, or a .npy array [N, 3, H, W] of normalised floats",
+        metavar="PATH",
+    )
+    weights: str = option("auto", "which weights; auto is the moving average where there is one", choices=WEIGHTS)
+    benchmark: bool = option(
+        False, "after the evaluation, time the networks beside the undivided one: latency.md, .json and .png", bare="1"
+    )
+    large: str | None = option(
+        None, "for --benchmark, checkpoint of the undivided network; without it its weights are random", metavar="PATH"
+    )
+    devices: str | None = option(
+        None, "for --benchmark, GPUs to spread the networks over, as cuda:0,cuda:1; one device is timed anyway"
+    )

@@ -1,0 +1,250 @@
+"""What eval.py does with a session: an evaluation, a prediction, a timing; and what it prints and writes."""
+
+import json
+import logging
+import os
+import tempfile
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Self
+
+import torch
+from torch import Tensor
+
+from evaluation.contenders import Contender, compare_latencies, undivided
+from evaluation.files import evaluation_results, write_evaluation, write_latencies
+from evaluation.latency import Latency, as_plain
+from evaluation.options import EvalOptions
+from evaluation.passes import evaluate
+from evaluation.prediction import predict, write_prediction
+from evaluation.session import (
+    Session,
+    class_names_and_statistics,
+    open_inputs,
+    open_session,
+    open_test_split,
+    output_folder,
+)
+from parser_params import Config, parse_config
+from record.checkpoint import write_file
+from record.logger import set_up_text_log
+from record.run_folder import RESULTS, as_json
+from utils import distributed, launch
+from utils.errors import RunError, UserError
+from utils.plain_json import plain_json
+from utils.program import run_program, show
+
+logger = logging.getLogger("eval")
+
+
+def run_evaluation(session: Session) -> dict[str, Any]:
+    """Evaluate on the test split and, with --benchmark, time the networks; process 0 writes and prints.
+
+    Returns:
+        figures in percent, nats and [0, 1]: see `EvaluationCounts.result`; those of --benchmark under `latency`.
+
+    Raises:
+        UserError: as `open_test_split`.
+        RunError: an unreadable image under --on_bad_image fail, no readable image, a full disk.
+    """
+    folder = output_folder(session)
+    timing = Timing.open(session)
+    results, confusion_KK = evaluate_session(session)
+    results["results_dir"] = str(folder)
+    if session.world.is_main:
+        classes = tuple(results["per_class_acc"])
+        show(write_evaluation(plain_json(results), confusion_KK, classes, folder))
+        if timing is not None:
+            rows = timing.run(results["ensemble_acc1"])
+            results["latency"] = as_plain(rows)
+            write_file(folder / RESULTS, as_json(results))
+            show(f"\n{write_latencies(rows, folder)}")
+    return results
+
+
+@dataclass(frozen=True)
+class Timing:
+    """What --benchmark does once the ensemble's accuracy is known.
+
+    Attributes:
+        session: whose networks are timed.
+        large: the undivided network beside them, if there is one.
+        devices: several GPUs to spread the networks over.
+    """
+
+    session: Session
+    large: Contender | None
+    devices: Sequence[torch.device]
+
+    @classmethod
+    def open(cls, session: Session) -> Self | None:
+        """Made before the evaluation, so that wrong flags fail before it; None without --benchmark.
+
+        Raises:
+            UserError: flags that do not fit, --large is no checkpoint of one network for these classes, or --devices
+                names something else than GPUs.
+        """
+        info, options, world = session.info, session.options, session.world
+        if not options.benchmark:
+            if options.large is not None or options.devices is not None:
+                raise UserError("--large and --devices are for --benchmark: add it, or leave them away.")
+            return None
+        if world.world_size > 1:
+            raise UserError(f"--benchmark times one process, and this job has {world.world_size}: start it alone.")
+        devices = launch.named_gpus("--devices", options.devices)
+        divided = len(info.archs) == 1 and info.split_factor > 1
+        large = Contender("undivided", undivided(info.request), None) if divided else None
+        if options.large is not None:
+            given = {
+                flag: value for flag, value in session.config.given.items() if flag not in ("arch", "split_factor")
+            }
+            other = open_session(replace(session.config, resume=options.large, given=given), world, [], "--large")
+            if other.info.num_networks != 1 or other.info.num_classes != info.num_classes:
+                raise UserError(f"--large {options.large}: expected one network for {info.num_classes} classes.")
+            large = Contender("undivided", other.network, evaluate_session(other)[0]["ensemble_acc1"])
+        return cls(session, large, devices)
+
+    def run(self, accuracy: float) -> list[Latency]:
+        """Time the networks in every way of running them; `accuracy` is the ensemble's, in percent."""
+        info = self.session.info
+        return compare_latencies(
+            Contender(f"{','.join(info.archs)}, S = {info.num_networks}", self.session.network, accuracy),
+            self.large,
+            crop_size=info.crop_size,
+            device=self.session.world.device,
+            precision=self.session.precision,
+            devices=self.devices,
+        )
+
+
+def evaluate_session(session: Session) -> tuple[dict[str, Any], Tensor]:
+    """Figures on the test split, and the confusion matrix [K, K]; raises as `run_evaluation`."""
+    info = session.info
+    source = open_test_split(session) if session.world.is_main else None
+    distributed.barrier()  # process 0 first, because it may download
+    source = source or open_test_split(session)
+    # the statistics of a folder are those of its training images, which only the checkpoint knows
+    mean, std = info.mean or source.mean, info.std or source.std
+    loader = session.loader(source.test, info.data_recipe or source.recipe)
+    began = time.perf_counter()
+    evaluation = evaluate(
+        session.network,
+        loader,
+        prepare=session.prepare(mean, std),
+        num_networks=info.num_networks,
+        num_classes=info.num_classes,
+        rule=session.rule,
+        device=session.world.device,
+        autocast_dtype=session.precision.autocast,
+        all_reduce=distributed.all_reduce_sum,
+    )
+    seconds = time.perf_counter() - began
+    figures = evaluation.figures
+    if figures["seen"] == 0:
+        raise RunError(f"--data {session.config.data}: not one image of the test split can be read.")
+    results = session.header() | evaluation_results(
+        evaluation, info.classes or source.classes, skipped=len(source.test) - figures["seen"], seconds=seconds
+    )
+    for path, why in loader.bad_images.items():
+        logger.warning("left out: %s: %s", path, why)
+    return results, evaluation.confusion
+
+
+def run_prediction(session: Session, path: Path) -> dict[str, Any]:
+    """Classify images; process 0 writes predictions.csv and logits.npz (`logits` [S, N, K], `ensemble` [N, K]).
+
+    Raises:
+        UserError: nothing to classify, or an array of another kind.
+        RunError: an unreadable image under --on_bad_image fail, no readable image, a full disk.
+    """
+    folder = output_folder(session)
+    info, precision = session.info, session.precision
+    classes, mean, std = class_names_and_statistics(session)
+    inputs = open_inputs(session, path, mean, std)
+    prediction = predict(
+        session.network,
+        inputs.names,
+        inputs.batches,
+        num_networks=info.num_networks,
+        num_classes=info.num_classes,
+        rule=session.rule,
+        device=session.world.device,
+        dtype=precision.weights,
+        autocast_dtype=precision.autocast,
+        source=f"--predict {path}",
+    )
+    results = {
+        **session.header(),
+        "images": len(prediction.names),
+        "skipped": len(inputs.names) - len(prediction.names),
+        "rule": session.rule,
+        "disagreement": float(prediction.disagreement_N().mean()),
+        "predictions": str(folder / "predictions.csv"),
+        "logits": str(folder / "logits.npz"),
+        "results_dir": str(folder),
+    }
+    if session.world.is_main:
+        show("\n".join(write_prediction(prediction, classes, folder)))
+        write_file(folder / RESULTS, as_json(results))
+    return results
+
+
+def run(config: Config) -> dict[str, Any]:
+    """Evaluate or predict as `config` says, in this process of the job; returns the results.
+
+    Raises:
+        UserError, RunError: see `open_session`, `run_evaluation`, `run_prediction`.
+    """
+    gpus = config.gpus()
+    world = launch.join(gpus, backend=config.dist_backend)
+    set_up_text_log(None, rank=world.rank)
+    for line in config.warnings:
+        logger.warning("%s", line)
+    try:
+        session = open_session(config, world, gpus)
+        logger.info(
+            "%s: %d x %s, %s weights, K = %d, on %s in %s",
+            session.checkpoint,
+            session.info.num_networks,
+            ",".join(dict.fromkeys(session.info.archs)),
+            "averaged" if session.info.weights == "ema" else "raw",
+            session.info.num_classes,
+            world.device,
+            session.precision.name,
+        )
+        predict = session.options.predict
+        if predict is not None and session.options.benchmark:
+            raise UserError("--benchmark follows an evaluation, and --predict takes its place: use one of them.")
+        return run_evaluation(session) if predict is None else run_prediction(session, Path(predict))
+    finally:
+        launch.leave(world)
+
+
+def evaluate_arguments(argv: list[str]) -> dict[str, Any]:
+    """Evaluate as a command line says, starting the processes that it asks for; returns the results.
+
+    Raises:
+        UserError, RunError: as `run`.
+        SystemExit: a started process failed and has said why.
+    """
+    config = parse_config(argv, program="eval.py", extra=EvalOptions)
+    if not config.multiprocessing_distributed or launch.under_launcher():
+        return run(config)
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "results.json"
+        config.start_processes(_worker, (argv, str(path)))
+        results: dict[str, Any] = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    return results
+
+
+def _worker(argv: list[str], path: str) -> None:
+    """One process of the published launcher; the one on each node that comes first hands the results over."""
+
+    def work(arguments: list[str]) -> None:
+        results = run(parse_config(arguments, program="eval.py", extra=EvalOptions))
+        if os.environ["LOCAL_RANK"] == "0":
+            Path(path).write_text(json.dumps(plain_json(results)), encoding="utf-8")
+
+    raise SystemExit(run_program("eval.py", work, argv))

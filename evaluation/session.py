@@ -1,0 +1,274 @@
+"""A session: checkpoint and flags as networks on their device, with their data, its statistics and class names."""
+
+import dataclasses
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from dataset import DataSource, ImageSet, SourceRequest, open_source
+from dataset.loader import EvalLoader
+from dataset.pipeline import build_eval_loader
+from dataset.unlabelled import Inputs, array_inputs, file_inputs
+from dataset.views import ViewMaker, plain_spec
+from evaluation.ensemble import ensemble_rule
+from evaluation.options import EvalOptions
+from method import methods
+from model import SplitNet, backbones, split_list
+from model.restore import NetworkInfo, restore_splitnet
+from parser_params import Config
+from recipe.datasets import ROWS, open_row
+from record import checkpoint as ckpt
+from record.run_folder import HPARAMS
+from utils import launch
+from utils.errors import UserError, reason
+from utils.launch import World
+from utils.precision import Precision, choose_precision, lay_out
+
+logger = logging.getLogger("eval")
+
+# flags that are those of the training run unless they are given
+INHERITED = ("dataset", "data", "method", "is_ensembled_after_softmax", "is_max_ensemble")
+
+
+@dataclass(frozen=True)
+class Session:
+    """What an evaluation works with.
+
+    Attributes:
+        config: flags, completed by those of the training run.
+        checkpoint: the file.
+        info: what the checkpoint says of its networks.
+        seed: of the training run, for generated data.
+        network: prepared images [B, 3, H, W] -> logits [S, B, K], in evaluation mode on its device.
+    """
+
+    config: Config
+    checkpoint: Path
+    info: NetworkInfo
+    seed: int
+    world: World
+    precision: Precision
+    network: nn.Module
+
+    @property
+    def options(self) -> EvalOptions:
+        """The flags that only eval.py has."""
+        return self.config.extra_options if isinstance(self.config.extra_options, EvalOptions) else EvalOptions()
+
+    @property
+    def rule(self) -> str:
+        """The ensemble rule that is reported."""
+        return ensemble_rule(self.config.is_ensembled_after_softmax, self.config.is_max_ensemble)
+
+    def header(self) -> dict[str, Any]:
+        """What all results begin with."""
+        return {
+            "checkpoint": str(self.checkpoint),
+            "arch": ",".join(self.info.archs),
+            "split_factor": self.info.num_networks,
+            "dataset": self.config.dataset,
+            "weights": self.info.weights,
+            "precision": self.precision.name,
+        }
+
+    def prepare(self, mean: Sequence[float], std: Sequence[float]) -> Callable[[Tensor], Tensor]:
+        """uint8 images -> normalised floats as the networks take them."""
+        views, precision = ViewMaker(plain_spec(self.info.crop_size, mean, std), seed=0), self.precision
+        return lambda images: views.evaluate(images, precision.weights, memory_format=precision.memory_format)
+
+    def loader(self, split: ImageSet, recipe: str) -> EvalLoader:
+        """This process's part of a split, cut as the recipe evaluates: large images as `eval_resize` says."""
+        crop_pct = self.config.crop_pct if ROWS[recipe].is_large else 1.0
+        options = replace(self.config, crop_size=self.info.crop_size, crop_pct=crop_pct)
+        return build_eval_loader(split, options, self.world)
+
+
+def open_session(config: Config, world: World, gpus: list[int], flag: str = "--resume") -> Session:
+    """Networks of --resume on their device, what is known of them, and flags completed by the training run's.
+
+    Args:
+        flag: that the checkpoint was given by; named in errors.
+
+    Raises:
+        UserError: no checkpoint, not one of networks, or one that contradicts the flags.
+    """
+    options = config.extra_options if isinstance(config.extra_options, EvalOptions) else EvalOptions()
+    content, path = _read_checkpoint(config, flag)
+    trained = content.get("config")
+    trained = trained if isinstance(trained, Mapping) else {}
+    given = config.given
+    inherited = {
+        name: trained[name]
+        for name in INHERITED
+        if name not in given and isinstance(trained.get(name), type(getattr(config, name)))
+    }
+    config = replace(config, extra_options=options, **inherited)
+    network, info = restore_splitnet(
+        content,
+        arch=given.get("arch"),
+        split_factor=given.get("split_factor"),
+        dataset=config.dataset,
+        num_classes=given.get("num_classes"),
+        crop_size=given.get("crop_size"),
+        options={name: given[name] for name in (*config.backbone_options, "output_stride") if name in given},
+        train_separately=config.is_train_sep,
+        backbone_names=_backbone_names(config, trained),
+        weights=options.weights,
+        source=f"{flag} {path}",
+    )
+    if config.crop_pct is None and info.archs[0] in backbones:
+        config = replace(config, crop_pct=trained.get("crop_pct", backbones.get(info.archs[0]).crop_pct))
+    seed = config.seed if config.seed is not None else trained.get("seed")
+    # exact figures unless a precision is asked for
+    amp_dtype = config.amp_dtype if "amp_dtype" in given else "fp32"
+    precision = choose_precision(world.device, is_amp=config.is_amp, amp_dtype=amp_dtype)
+    if precision.name == "fp32":
+        torch.backends.cudnn.allow_tf32 = False
+    return Session(
+        config=config,
+        checkpoint=path,
+        info=info,
+        seed=seed if isinstance(seed, int) else 0,
+        world=world,
+        precision=precision,
+        network=_place(network, config, precision, world.device, gpus),
+    )
+
+
+def _read_checkpoint(config: Config, flag: str) -> tuple[dict[str, Any], Path]:
+    if config.resume is None:
+        raise UserError("--resume PATH is missing: the checkpoint to evaluate.")
+    if config.resume != "auto":
+        return ckpt.load_checkpoint(config.resume, flag), Path(config.resume)
+    newest = ckpt.load_newest(Path(config.model_dir))
+    if newest is None:
+        raise UserError(f"--resume auto: --model_dir {config.model_dir} holds no checkpoint.")
+    return newest
+
+
+def _backbone_names(config: Config, trained: Mapping[str, Any]) -> Callable[[str], Sequence[str]]:
+    """How the method that trained the networks reads --arch: some have names of their own for lists of backbones."""
+    if config.method not in methods:
+        return split_list
+    kind = methods.get(config.method)
+    options = config.method_options
+    if trained:
+        defaults = dataclasses.asdict(kind.Options())
+        known = {k: trained[k] for k, v in defaults.items() if k in trained and isinstance(trained[k], type(v))}
+        options = kind.Options(**known)
+    return lambda arch: kind.backbone_names(arch, options)
+
+
+def _place(network: SplitNet, config: Config, precision: Precision, device: torch.device, gpus: list[int]) -> nn.Module:
+    network.to(device, precision.weights)
+    lay_out(network, precision.memory_format)
+    for flag in ("is_test_on_multigpus", "is_test_with_multistreams"):
+        if getattr(config, flag) and device.type != "cuda":
+            raise UserError(f"--{flag} 1 needs a GPU, and this run is on the CPU: leave it away.")
+    if config.is_test_on_multigpus:
+        if launch.under_launcher():
+            raise UserError("--is_test_on_multigpus 1 spreads networks, and torchrun spreads images: use one of them.")
+        network.spread([torch.device("cuda", number) for number in gpus])
+    else:
+        network.execution = "parallel" if config.is_test_with_multistreams else config.execution
+    return network
+
+
+def output_folder(session: Session) -> Path:
+    """Where results go: --model_dir if given, but not over a training run's own; else `eval/` beside the checkpoint.
+
+    Raises:
+        UserError: the folder cannot be made.
+    """
+    folder = session.checkpoint.parent / "eval"
+    if "model_dir" in session.config.given:
+        given = Path(session.config.model_dir)
+        folder = given / "eval" if (given / HPARAMS).exists() else given
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"--model_dir {folder}: cannot be made: {reason(error)}.") from None
+    return folder
+
+
+def open_test_split(session: Session, *, download: bool = True) -> DataSource:
+    """The data set to evaluate on.
+
+    Raises:
+        UserError: the data is missing, or its classes are not those of the networks.
+    """
+    config, info = session.config, session.info
+    source = open_source(
+        SourceRequest(
+            dataset=config.dataset,
+            root=Path(config.data),
+            num_classes=info.num_classes if config.dataset == "synthetic" else None,
+            crop_size=info.crop_size,
+            seed=session.seed,
+            splits=("test",),
+            on_bad_image=config.on_bad_image,
+            workers=config.workers,
+            download=download,
+        )
+    )
+    if len(source.classes) != info.num_classes:
+        raise UserError(
+            f"--dataset {config.dataset} has {len(source.classes)} classes and the networks of --resume have "
+            f"{info.num_classes}: name the data set that they were trained on."
+        )
+    # numbers stand for names that the data set's files do not tell
+    nameless = config.dataset == info.dataset and source.classes == _numbers(info.num_classes)
+    if info.classes is not None and info.classes != source.classes and not nameless:
+        at = next(i for i, name in enumerate(info.classes) if name != source.classes[i])
+        raise UserError(
+            f"--dataset {config.dataset} has other classes than the networks of --resume: class {at} is "
+            f"{source.classes[at]!r} in the data and {info.classes[at]!r} in the checkpoint."
+        )
+    return source
+
+
+def _numbers(count: int) -> tuple[str, ...]:
+    return tuple(map(str, range(count)))
+
+
+def open_inputs(session: Session, path: Path, mean: Sequence[float], std: Sequence[float]) -> Inputs:
+    """What --predict names, prepared; files are cut as in evaluation."""
+    info, world, precision = session.info, session.world, session.precision
+    if path.suffix.lower() == ".npy":
+        return array_inputs(
+            path,
+            rank=world.rank,
+            world_size=world.world_size,
+            batch_size=session.config.eval_batch_size,
+            device=world.device,
+            dtype=precision.weights,
+            memory_format=precision.memory_format,
+        )
+    recipe = info.data_recipe or open_row(info.crop_size)
+    return file_inputs(path, load=lambda split: session.loader(split, recipe), prepare=session.prepare(mean, std))
+
+
+def class_names_and_statistics(session: Session) -> tuple[Sequence[str], Sequence[float], Sequence[float]]:
+    """(K names, mean, std) for prediction: the checkpoint's; for a released one the data set's, as far as it is there.
+
+    Raises:
+        UserError: a released checkpoint, and a data set that has no published mean and deviation and is not there.
+    """
+    info, dataset = session.info, session.config.dataset
+    if info.classes is not None and info.mean is not None and info.std is not None:
+        return info.classes, info.mean, info.std
+    try:
+        source = open_test_split(session, download=False)
+        return info.classes or source.classes, info.mean or source.mean, info.std or source.std
+    except UserError as error:
+        row = ROWS.get(dataset)
+        if row is None or row.statistics is None:
+            raise
+        logger.info("class names are unknown, numbers stand for them: %s", error)
+    mean, std = row.statistics
+    return info.classes or _numbers(info.num_classes), info.mean or mean, info.std or std

@@ -1,0 +1,192 @@
+"""The training step: one batch -> views -> mixing -> forward, backward, update of the weights -> metrics."""
+
+from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from dataset.loader import Batch
+from dataset.mixup import apply_mix, draw_mix
+from dataset.options import DataOptions
+from dataset.sampler import shard
+from dataset.views import ViewMaker
+from method import Method, Progress, StepOutput
+from training.optim import set_learning_rate
+from training.replay import ReplayedStep
+from training.update import WeightUpdate
+from utils import distributed
+from utils.launch import World
+from utils.precision import Precision
+from utils.seed import STREAM_STEP, fold_in
+from utils.targets import Targets, plain_targets
+
+
+def forward_backward(
+    model: nn.Module,
+    views_VBCHW: Tensor,
+    targets: Targets,
+    progress: Progress,
+    *,
+    precision: Precision,
+    scaler: torch.amp.GradScaler,
+    scale: float,
+) -> StepOutput:
+    """Forward and backward of one batch; gradients add up in the parameters.
+
+    Args:
+        model: the method, or its DDP wrapper.
+        views_VBCHW: V views, S or 1, of B images.
+        scale: factor of the loss before the backward pass: 1 / --iters_to_accumulate, times this process's share of
+            the images where shards are uneven.
+    """
+    device = views_VBCHW.device.type
+    with torch.autocast(device, precision.autocast, enabled=precision.autocast is not None):
+        output: StepOutput = model(views_VBCHW, targets, progress)
+    scaler.scale(output.loss * scale).backward()
+    return output
+
+
+class TrainingStep:
+    """What a run does with each batch. Nothing in it waits for the device.
+
+    Everything random in a step is a function of the seed, its number and the process, so a resumed run needs no state
+    of random generators.
+
+    Args:
+        method: what is trained.
+        views: makes the training views.
+        update: what follows the last backward pass of an accumulation group.
+        options: whether and how images are mixed, and whether processes may have lost some.
+        num_views: V, one for each network or one for all.
+        iters_to_accumulate: batches per update.
+        precision: of weights and products.
+        seed: of the run.
+        world: this process's place among all.
+        replayed: replays the part of a step that a CUDA graph can hold; None: every step is computed as it is written.
+    """
+
+    def __init__(
+        self,
+        method: Method[Any],
+        views: ViewMaker,
+        update: WeightUpdate,
+        options: DataOptions,
+        *,
+        num_views: int,
+        iters_to_accumulate: int,
+        precision: Precision,
+        seed: int,
+        world: World,
+        replayed: ReplayedStep | None = None,
+    ) -> None:
+        self.method, self.views, self.update, self.options = method, views, update, options
+        self.num_views, self.iters_to_accumulate = num_views, iters_to_accumulate
+        self.precision, self.seed, self.world, self.replayed = precision, seed, world, replayed
+        # last, because DDP copies process 0's weights to the others
+        self.model: nn.Module = method
+        if world.world_size > 1 and not method.reduces_own_gradients:
+            self.model = distributed.wrap(method, world)
+
+    def __call__(self, batch: Batch, progress: Progress) -> Mapping[str, Tensor]:
+        """Train on one batch; the weights change where `progress.updates`.
+
+        Returns:
+            detached means over this process's images, on the device: loss, acc1 [S] in percent, the method's own.
+        """
+        # The random layers of a step depend on (seed, step, process) only.
+        key = fold_in(self.seed, STREAM_STEP, progress.step, self.world.rank)
+        torch.manual_seed(key)
+        self.method.network.begin_step(key)
+        counts_W = self._counts(batch)
+        views_VBCHW, targets = self._mixed(self.make_views(batch, progress.epoch), batch.labels_B, progress, counts_W)
+        set_learning_rate(self.update.optimizer, progress.learning_rate)
+        self.method.before_step(views_VBCHW, targets, progress)
+        share = len(batch.labels_B) * self.world.world_size / sum(counts_W)
+        learn = partial(self._learn, progress, share / self.iters_to_accumulate)
+        step = torch.full((), progress.step, device=self.world.device)
+        tensors = (views_VBCHW, *targets, progress.indices_B, step)
+        output = learn(*tensors) if self.replayed is None else self.replayed(learn, *tensors)
+        if progress.updates:
+            self.method.after_step(views_VBCHW, targets, output, progress)
+        return {"loss": output.loss, "acc1": _accuracy(output.logits_SBK, targets), **output.metrics}
+
+    def make_views(self, batch: Batch, epoch: int) -> Tensor:
+        """The views [V, B, C, H, W] that a batch is trained on."""
+        return self.views.make(
+            batch.images,
+            epoch,
+            batch.positions_B,
+            self.num_views,
+            dtype=self.precision.weights,
+            memory_format=self.precision.memory_format,
+        )
+
+    def _counts(self, batch: Batch) -> list[int]:
+        """How many images of the batch every process W has."""
+        if self.options.on_bad_image == "skip":
+            return distributed.gather_counts(len(batch.labels_B), self.world.device)
+        world_size = self.world.world_size
+        parts = (shard(batch.global_batch_size, rank, world_size) for rank in range(world_size))
+        return [part.stop - part.start for part in parts]
+
+    def _mixed(
+        self, views_VBCHW: Tensor, labels_B: Tensor, progress: Progress, counts_W: list[int]
+    ) -> tuple[Tensor, Targets]:
+        """Views and targets after mixup, where it is on."""
+        if not self.options.is_mixup:
+            return views_VBCHW, plain_targets(labels_B)
+        mix = draw_mix(
+            self.seed,
+            progress.step,
+            alpha=self.options.mix_alpha,
+            global_batch=sum(counts_W),
+            first=sum(counts_W[: self.world.rank]),
+            count=len(labels_B),
+        )
+        return apply_mix(views_VBCHW, labels_B, mix, counts_W)
+
+    def _learn(
+        self,
+        progress: Progress,
+        scale: float,
+        views_VBCHW: Tensor,
+        labels_B: Tensor,
+        labels_other_B: Tensor,
+        lam: Tensor,
+        indices_B: Tensor,
+        step: Tensor,
+    ) -> StepOutput:
+        """The part of a step that a CUDA graph can hold: what changes from step to step comes as a tensor."""
+        before = self.update.snapshot()
+        with self._gradient_exchange(progress.updates):
+            output = forward_backward(
+                self.model,
+                views_VBCHW,
+                Targets(labels_B, labels_other_B, lam),
+                progress._replace(indices_B=indices_B),
+                precision=self.precision,
+                scaler=self.update.scaler,
+                scale=scale,
+            )
+        if progress.updates:
+            if self.method.reduces_own_gradients and self.world.world_size > 1:
+                self.method.reduce_gradients()
+            self.update(output.loss, output.logits_SBK, step, before)
+        return output._replace(loss=output.loss.detach())
+
+    def _gradient_exchange(self, updates: bool) -> AbstractContextManager[Any]:
+        """DDP exchanges gradients only in the last backward pass of an accumulation group."""
+        if isinstance(self.model, DistributedDataParallel) and not updates:
+            return self.model.no_sync()
+        return nullcontext()
+
+
+def _accuracy(logits_SBK: Tensor, targets: Targets) -> Tensor:
+    """Top-1 of each network in percent, float64 [S]; of mixed images the two labels' by their weights."""
+    guesses_SB = logits_SBK.argmax(dim=-1)
+    hits_S, others_S = ((guesses_SB == labels_B).double().mean(dim=1) for labels_B in targets[:2])
+    return 100.0 * torch.lerp(others_S, hits_S, targets.lam.double())

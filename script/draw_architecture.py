@@ -278,7 +278,7 @@ def _apart(level: Sequence[Node], wanted: Sequence[float]) -> None:
 
 
 def draw_house(
-    axes: Axes, imports: Imports, title: str, inner: Mapping[str, str], corner: tuple[float, float]
+    axes: Axes, imports: Imports, inner: Mapping[str, str], corner: tuple[float, float]
 ) -> tuple[float, float]:
     """Boxes on their floors and the arrows between them, from `corner` to the right and up; returns where they end."""
     levels, ways = build(imports)
@@ -295,7 +295,6 @@ def draw_house(
             if node.room:
                 _box(axes, node, bottom[node.floor], inner.get(node.room, ""), len(levels))
     top = bottom[-1] + HEIGHT + 0.34
-    axes.text(corner[0], top, title, fontsize=12.5, fontweight="bold", color=INK, va="center")
     return max(node.x + node.width / 2 for level in levels for node in level), top
 
 
@@ -355,10 +354,13 @@ def draw(path: Path) -> Path:
     figure = Figure(facecolor="white")
     axes = figure.add_axes((0, 0, 1, 1))
     axes.axis("off")
-    right, top = draw_house(axes, imports_of_house(), "The project", notes(), (0.0, 0.0))
-    axes.plot([right + 0.45] * 2, [0, top], color="#e1e4e8", lw=1)
-    right, other_top = draw_house(axes, imports_of_model(), "Inside model/", {}, (right + 0.9, 0.0))
-    size = (right + 0.8, max(top, other_top) + 0.6)
+    middle, top = draw_house(axes, imports_of_house(), notes(), (0.0, 0.0))
+    right, other_top = draw_house(axes, imports_of_model(), {}, (middle + 0.9, 0.0))
+    top = max(top, other_top)
+    axes.plot([middle + 0.45] * 2, [0, top], color="#e1e4e8", lw=1)
+    for x, title in ((0.0, "The project"), (middle + 0.9, "Inside model/")):
+        axes.text(x, top, title, fontsize=12.5, fontweight="bold", color=INK, va="center")
+    size = (right + 0.8, top + 0.6)
     axes.set(xlim=(-0.4, size[0] - 0.4), ylim=(-0.3, size[1] - 0.3))
     figure.set_size_inches(*size)
     path.parent.mkdir(parents=True, exist_ok=True)

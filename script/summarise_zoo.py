@@ -4,6 +4,7 @@
 """
 
 import sys
+import textwrap
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -31,7 +32,7 @@ TITLES = (
     "published",
     "thop all G",
 )
-MARKS = ("<!-- zoo: script/summary.sh all -- --thop --markdown miscs/checkpoints.md -->", "<!-- zoo ends -->")
+MARKS = ("<!-- zoo: script/summary.sh all -- --thop --markdown miscs/zoo.md -->", "<!-- zoo ends -->")
 LEGEND = (
     "A published figure that is not ours rounded has its distance from ours behind it. MACs are multiply-adds of "
     "convolutions and matrix products. Most published MACs are counts of the package thop, which adds batch norm and "
@@ -117,10 +118,15 @@ def notes(archs: Sequence[str]) -> list[str]:
 
 
 def markdown(rows: Sequence[tuple[str, ...]], archs: Sequence[str]) -> str:
-    """Table, legend and notes as Markdown."""
+    """Table, legend and notes as Markdown; the prose wraps as all of the project's does."""
     lines = [TITLES, ("---", "---", *["---:"] * (len(TITLES) - 2)), *rows]
     table = ["| " + " | ".join(line) + " |" for line in lines]
-    return "\n".join([*table, "", LEGEND, "", *(f"- {note}" for note in notes(archs))])
+    return "\n".join([*table, "", _filled(LEGEND), "", *(_filled(note, "- ") for note in notes(archs))])
+
+
+def _filled(text: str, mark: str = "") -> str:
+    indent = " " * len(mark)
+    return textwrap.fill(text, 120, initial_indent=mark, subsequent_indent=indent, break_on_hyphens=False)
 
 
 def plain(rows: Sequence[tuple[str, ...]], archs: Sequence[str]) -> str:

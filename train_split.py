@@ -19,6 +19,7 @@ from dataset.loader import Batch
 from dataset.pipeline import build_eval_loader, build_train_loader
 from dataset.views import ViewMaker, view_spec
 from evaluation.ensemble import ensemble_rule
+from evaluation.metrics import counted
 from evaluation.passes import evaluate
 from evaluation.run import evaluate_arguments
 from evaluation.sizes import summarise
@@ -126,7 +127,8 @@ class Trainer:
         # steps between two questions whether to stop: to GPUs the answer of the others is a synchronisation
         self.ask_every = config.print_freq if world.world_size > 1 and world.device.type == "cuda" else 1
         self.saver = Saver(self.folder, keep=config.max_ckpt_nums, stops=config.on_save_error == "stop")
-        self.log = RunLog(self.folder, self.num_networks, active=world.is_main)
+        figures = [f"ensemble_{name}" if metric.of_rows else name for name, metric in counted().items()]
+        self.log = RunLog(self.folder, self.num_networks, active=world.is_main, figures=figures)
         self.report = Reporter(
             self.log, epochs=config.epochs, steps_per_epoch=self.steps_per_epoch, visible=world.is_main
         )

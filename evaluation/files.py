@@ -1,4 +1,4 @@
-"""What an evaluation shows and writes: the table, results.json, per_class.csv, confusion.png. K classes."""
+"""What an evaluation shows and writes: table.md and .csv, results.json, per_class.csv, confusion.png. K classes."""
 
 import csv
 import io
@@ -11,19 +11,18 @@ from typing import Any
 from torch import Tensor
 
 from evaluation.latency import Latency, as_plain, format_latencies, plot_accuracy_latency
+from evaluation.metrics import in_order, metrics
 from evaluation.passes import Evaluation
 from record.checkpoint import write_file
 from record.plots import plot_confusion
 from record.run_folder import RESULTS, as_json
 from utils.errors import WriteError, reason
 
-FIGURES = ("acc1", "acc5", "nll", "brier", "ece")
-
 
 def evaluation_results(
     evaluation: Evaluation, classes: Sequence[str], *, skipped: int, seconds: float
 ) -> dict[str, Any]:
-    """The figures of an evaluation as results.json has them: percent, nats and [0, 1].
+    """The figures of an evaluation as results.json has them, in the units of each metric.
 
     Args:
         classes: K names.
@@ -32,46 +31,52 @@ def evaluation_results(
     """
     figures, confusion_KK = evaluation.figures, evaluation.confusion
     per_class_K = 100.0 * confusion_KK.diagonal().double() / confusion_KK.sum(dim=1)
+    of_rows = in_order([*figures["rules"][figures["rule"]]])
+    together = in_order([name for name in figures if name in metrics and not metrics.get(name).of_rows])
     return {
         "images": figures["seen"],
         "skipped": skipped,
         "networks": [
-            {"network": i + 1, **{name: figures[name][i] for name in FIGURES}} for i in range(len(figures["acc1"]))
+            {"network": i + 1, **{name: figures[name][i] for name in of_rows}} for i in range(len(figures["acc1"]))
         ],
-        "ensembles": figures["rules"],
+        "ensembles": {rule: {name: row[name] for name in of_rows} for rule, row in figures["rules"].items()},
         "rule": figures["rule"],
-        **{f"ensemble_{name}": figures[f"ensemble_{name}"] for name in FIGURES},
+        **{f"ensemble_{name}": figures[f"ensemble_{name}"] for name in of_rows},
         "acc1": figures["acc1"],
-        "disagreement": figures["disagreement"],
-        "mean_pairwise_js": figures["js_divergence"],
+        **{name: figures[name] for name in together},
         "per_class_acc": dict(zip(classes, per_class_K.tolist(), strict=True)),
         "seconds": round(seconds, 3),
         "images_per_second": round(figures["seen"] / max(seconds, 1e-9), 1),
     }
 
 
-def format_table(results: Mapping[str, Any]) -> str:
-    """Every network and every ensemble rule as a Markdown table; the reported rule is marked."""
+def _rows(results: Mapping[str, Any]) -> list[tuple[str, Mapping[str, Any]]]:
+    """(name, figures) of every network and every ensemble rule; the reported rule is marked."""
     rows = [(f"network {row['network']}", row) for row in results["networks"]]
     for rule, row in results["ensembles"].items():
         rows.append((f"{rule} (reported)" if rule == results["rule"] else rule, row))
-    lines = ["| | top-1 % | top-5 % | NLL | Brier | ECE |", "|---|---:|---:|---:|---:|---:|"]
-    for name, row in rows:
-        cells = [_cell(row[figure], 2 if figure.startswith("acc") else 4) for figure in FIGURES]
+    return rows
+
+
+def _columns(results: Mapping[str, Any]) -> list[str]:
+    """Names of the metrics that every row has, in their order."""
+    return in_order([name for name in results["networks"][0] if name != "network"])
+
+
+def format_table(results: Mapping[str, Any]) -> str:
+    """Every network and every ensemble rule as a Markdown table, and what concerns all networks below it."""
+    columns = {name: metrics.get(name) for name in _columns(results)}
+    lines = [f"| | {' | '.join(metric.title for metric in columns.values())} |"]
+    lines.append(f"|---|{'---:|' * len(columns)}")
+    for name, row in _rows(results):
+        cells = [metric.cell(row[column]) for column, metric in columns.items()]
         lines.append(f"| {name} | {' | '.join(cells)} |")
     closing = f"{results['images']} images"
     if len(results["networks"]) > 1:
-        disagreement, js = results["disagreement"], results["mean_pairwise_js"]
-        closing += (
-            f"; two networks disagree on {_cell(disagreement and 100 * disagreement, 2)} % of them, "
-            f"their mean JS divergence is {_cell(js, 4)} nats"
-        )
+        together = in_order([name for name in results if name in metrics and not metrics.get(name).of_rows])
+        closing += f"; {', '.join(metrics.get(name).sentence(results[name]) for name in together)}"
     lines += ["", f"{closing}."]
     return "\n".join(lines)
-
-
-def _cell(value: float | None, digits: int) -> str:
-    return "not finite" if value is None else f"{value:.{digits}f}"
 
 
 def write_evaluation(results: Mapping[str, Any], confusion_KK: Tensor, classes: Sequence[str], folder: Path) -> str:
@@ -85,6 +90,9 @@ def write_evaluation(results: Mapping[str, Any], confusion_KK: Tensor, classes: 
     rows = [(i, name, counts[i], f"{accuracies[name]:.4f}") for i, name in enumerate(classes)]
     write_file(folder / RESULTS, as_json(results))
     write_file(folder / "table.md", table + "\n")
+    columns = _columns(results)
+    figures = [(name, *(row[column] for column in columns)) for name, row in _rows(results)]
+    write_file(folder / "table.csv", csv_text(("row", *columns), figures))
     write_file(folder / "per_class.csv", csv_text(("class", "name", "images", "acc1"), rows))
     with _written(folder / "confusion.png") as path:
         plot_confusion(confusion_KK.numpy(), classes, path)

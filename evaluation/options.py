@@ -22,6 +22,9 @@ class EvalOptions(Options):
     large: str | None = option(
         None, "for --benchmark, checkpoint of the undivided network; without it its weights are random", metavar="PATH"
     )
+    metrics: str | None = option(
+        None, "further figures, from the logits of all images at once: a comma list, such as aurc", metavar="NAMES"
+    )
     devices: str | None = option(
         None, "for --benchmark, GPUs to spread the networks over, as cuda:0,cuda:1; one device is timed anyway"
     )

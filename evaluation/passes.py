@@ -7,7 +7,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from evaluation.metrics import EvaluationCounts
+from evaluation.counts import EvaluationCounts
 
 
 class LabelledImages(Protocol):
@@ -27,10 +27,13 @@ class Evaluation:
     Attributes:
         figures: as `EvaluationCounts.result`; top-1 of further classifiers by name under `extra`.
         confusion: int64 [K, K]; row: label, column: prediction of the reported ensemble.
+        logits_SNK, labels_N: of all images in their order, on the CPU, where they were to be kept.
     """
 
     figures: dict[str, Any]
     confusion: Tensor
+    logits_SNK: Tensor | None = None
+    labels_N: Tensor | None = None
 
 
 def _alone(value: Tensor) -> Tensor:
@@ -50,6 +53,8 @@ def evaluate(
     autocast_dtype: torch.dtype | None = None,
     extra: Callable[[Tensor], dict[str, Tensor]] | None = None,
     all_reduce: Callable[[Tensor], Tensor] = _alone,
+    keep_logits: bool = False,
+    gather_rows: Callable[[Tensor], Tensor] = _alone,
 ) -> Evaluation:
     """Evaluate S networks and their ensembles; nothing inside the loop waits for the device.
 
@@ -63,14 +68,22 @@ def evaluate(
         autocast_dtype: type of matrix products and convolutions, or None for that of the weights.
         extra: more classifiers, name -> logits [B, K]; names must not depend on the images.
         all_reduce: sum over all processes, in place.
+        keep_logits: also return all logits and labels; each batch then waits for the device.
+        gather_rows: rows [B_r, ...] of every process one after another, [N, ...].
     """
     counts = EvaluationCounts(num_networks, num_classes, rule, device)
     correct: dict[str, Tensor] = {}
+    kept_logits: list[Tensor] = []
+    kept_labels: list[Tensor] = []
     # around the loop, not in it: autocast then casts each weight once. The counts are float64, which it leaves alone.
     with torch.autocast(device.type, autocast_dtype, enabled=autocast_dtype is not None):
         for batch in batches:
             images = prepare(batch.images)
-            counts.update(network(images), batch.labels_B)
+            logits_SBK = network(images)
+            counts.update(logits_SBK, batch.labels_B)
+            if keep_logits:
+                kept_logits.append(logits_SBK.transpose(0, 1).float().cpu())
+                kept_labels.append(batch.labels_B.cpu())
             for name, logits_BK in (extra(images) if extra is not None else {}).items():
                 hits = (logits_BK.argmax(dim=-1) == batch.labels_B).sum()
                 correct[name] = correct[name] + hits if name in correct else hits
@@ -85,4 +98,10 @@ def evaluate(
         rates = (100.0 * all_reduce(hits_E).double() / max(figures["seen"], 1)).tolist()
         if correct:
             figures["extra"] = dict(zip(sorted(correct), rates, strict=True))
-    return Evaluation(figures, counts.counts["confusion"].cpu())
+    confusion_KK = counts.confusion_KK.cpu()
+    if not keep_logits:
+        return Evaluation(figures, confusion_KK)
+    empty = torch.empty(0, num_networks, num_classes)
+    logits_NSK = gather_rows(torch.cat([empty, *kept_logits]).to(device)).cpu()
+    labels_N = gather_rows(torch.cat([torch.empty(0, dtype=torch.int64), *kept_labels]).to(device)).cpu()
+    return Evaluation(figures, confusion_KK, logits_NSK.transpose(0, 1), labels_N)

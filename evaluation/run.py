@@ -14,8 +14,10 @@ import torch
 from torch import Tensor
 
 from evaluation.contenders import Contender, compare_latencies, undivided
+from evaluation.counts import logits_figures
 from evaluation.files import evaluation_results, write_evaluation, write_latencies
 from evaluation.latency import Latency, as_plain
+from evaluation.metrics import LogitsMetric, metrics
 from evaluation.options import EvalOptions
 from evaluation.passes import evaluate
 from evaluation.prediction import predict, write_prediction
@@ -120,8 +122,9 @@ class Timing:
 
 
 def evaluate_session(session: Session) -> tuple[dict[str, Any], Tensor]:
-    """Figures on the test split, and the confusion matrix [K, K]; raises as `run_evaluation`."""
+    """Figures on the test split, and the confusion matrix [K, K]; raises as `run_evaluation` and `further_metrics`."""
     info = session.info
+    further = further_metrics(session.options.metrics)
     source = open_test_split(session) if session.world.is_main else None
     distributed.barrier()  # process 0 first, because it may download
     source = source or open_test_split(session)
@@ -139,7 +142,15 @@ def evaluate_session(session: Session) -> tuple[dict[str, Any], Tensor]:
         device=session.world.device,
         autocast_dtype=session.precision.autocast,
         all_reduce=distributed.all_reduce_sum,
+        keep_logits=bool(further),
+        gather_rows=distributed.all_gather_rows,
     )
+    if further:
+        assert evaluation.logits_SNK is not None
+        assert evaluation.labels_N is not None
+        more = logits_figures(further, evaluation.logits_SNK, evaluation.labels_N, session.rule)
+        rules = {rule: row | more["rules"][rule] for rule, row in evaluation.figures["rules"].items()}
+        evaluation = replace(evaluation, figures={**evaluation.figures, **more, "rules": rules})
     seconds = time.perf_counter() - began
     figures = evaluation.figures
     if figures["seen"] == 0:
@@ -150,6 +161,20 @@ def evaluate_session(session: Session) -> tuple[dict[str, Any], Tensor]:
     for path, why in loader.bad_images.items():
         logger.warning("left out: %s: %s", path, why)
     return results, evaluation.confusion
+
+
+def further_metrics(names: str | None) -> list[str]:
+    """The metrics that --metrics names.
+
+    Raises:
+        UserError: a name that is none, or of one that every evaluation has.
+    """
+    found = []
+    for name in (part.strip() for part in (names or "").split(",") if part.strip()):
+        if not isinstance(metrics.get(name), LogitsMetric):
+            raise UserError(f"--metrics {name}: every evaluation has it; name only those that need all logits at once.")
+        found.append(name)
+    return found
 
 
 def run_prediction(session: Session, path: Path) -> dict[str, Any]:

@@ -108,10 +108,11 @@ class RunLog:
     Args:
         folder: the run directory.
         num_networks: S, for the columns of summary.csv.
+        figures: further columns of it, figures of an evaluation by name.
         active: False in all processes but one; then nothing is written.
     """
 
-    def __init__(self, folder: Path, num_networks: int, *, active: bool) -> None:
+    def __init__(self, folder: Path, num_networks: int, *, active: bool, figures: Sequence[str] = ()) -> None:
         self.folder = folder
         self.active = active
         self.columns = [
@@ -124,8 +125,9 @@ class RunLog:
             "best_acc1",
             "train_loss",
             "train_acc1",
-            "seconds",
         ]
+        self.columns += [name for name in figures if name not in self.columns]
+        self.columns.append("seconds")
         self.metrics = LineFile(folder / "metrics.jsonl")
         self.summary = LineFile(folder / "summary.csv", header=",".join(self.columns))
         self._boards: dict[str, Any] = {}
@@ -142,6 +144,9 @@ class RunLog:
             return
         self.metrics.rewind(int(positions.get("metrics", 0)))
         self.summary.rewind(int(positions.get("summary", 0)))
+        if self.summary.lines:  # a run that began with other columns keeps them
+            with self.summary.path.open(encoding="utf-8") as file:
+                self.columns = file.readline().rstrip("\n").split(",")
         # TensorBoard drops what stands at these places and after them; the evaluation of epoch E stands at E
         self._purge = {"val": epoch + 1 if step else 0, "train": step}
 

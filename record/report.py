@@ -195,8 +195,10 @@ class Reporter:
         self.log.write_metrics({"kind": "eval", "epoch": epoch, "step": step, "best_acc1": best_acc1, **figures})
         train_acc1 = train.get("acc1", [])
         assert isinstance(train_acc1, list)
+        figures_of_all = {name: value for name, value in test.items() if isinstance(value, float)}
         self.log.write_summary(
             {
+                **figures_of_all,
                 **self.last,
                 "learning_rate": rate,
                 **{f"acc1_{i + 1}": value for i, value in enumerate(test["acc1"])},
@@ -209,6 +211,7 @@ class Reporter:
         self.log.scalars(
             "val",
             {
+                **figures_of_all,
                 "avg_acc1": test["ensemble_acc1"],
                 "avg_acc5": test["ensemble_acc5"],
                 "acc1": test["acc1"],

@@ -1,161 +1,171 @@
-"""Evaluation counts against plain loops, and their independence of how the data is cut."""
+"""The registry of metrics: what every one of them promises, and that a new one needs no edit elsewhere."""
 
+import csv
 import json
 import math
-from itertools import combinations
+from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from torch import Tensor
 
-from evaluation.ensemble import RULES, ensemble_log_probs
-from evaluation.metrics import NUM_BINS, EvaluationCounts, label_ranks
+import eval as evaluation_program
+import train_split
+from evaluation.counts import EvaluationCounts, logits_figures
+from evaluation.ensemble import RULES
+from evaluation.metrics import CountedMetric, LogitsMetric, Scored, Shape, Sums, counted, in_order, metrics
+from evaluation.metrics.aurc import aurc
+from evaluation.run import further_metrics
 from utils.errors import UserError
 
-
-def draw(num_networks: int, images: int, num_classes: int, seed: int = 0) -> tuple[Tensor, Tensor]:
-    generator = torch.Generator().manual_seed(seed)
-    logits_SBK = 2 * torch.randn(num_networks, images, num_classes, generator=generator)
-    return logits_SBK, torch.randint(num_classes, (images,), generator=generator)
+GOLDEN = json.loads((Path(__file__).parent / "golden" / "answers.json").read_text())["edges"]["selective"]
 
 
-def evaluate(logits_SBK: Tensor, labels_B: Tensor, cuts: list[int], rule: str = "mean_logits") -> EvaluationCounts:
-    counts = EvaluationCounts(len(logits_SBK), logits_SBK.shape[2], rule)
-    for first, last in zip([0, *cuts], [*cuts, len(labels_B)], strict=True):
-        counts.update(logits_SBK[:, first:last], labels_B[first:last])
-    return counts
+def draw(num_networks: int = 2, images: int = 30, num_classes: int = 4) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(3)
+    logits_SNK = torch.randn(num_networks, images, num_classes, generator=generator)
+    return logits_SNK, torch.randint(num_classes, (images,), generator=generator)
 
 
-def figures_by_hand(probs: list[list[float]], labels: list[int]) -> dict[str, float]:
-    """Top-1, top-5, NLL, Brier and ECE of one row of predictions, image by image."""
-    seen = len(labels)
-    correct1 = correct5 = nll = brier = 0.0
-    bins: list[list[tuple[float, bool]]] = [[] for _ in range(NUM_BINS)]
-    for p, label in zip(probs, labels, strict=True):
-        order = sorted(range(len(p)), key=lambda k: (-p[k], k))
-        correct1 += order[0] == label
-        correct5 += label in order[:5]
-        nll -= math.log(p[label])
-        brier += sum((v - (k == label)) ** 2 for k, v in enumerate(p))
-        confidence = max(p)
-        index = next(m for m in range(NUM_BINS) if confidence <= (m + 1) / NUM_BINS or m == NUM_BINS - 1)
-        bins[index].append((confidence, order[0] == label))
-    ece = sum(abs(sum(right for _, right in b) - sum(confidence for confidence, _ in b)) for b in bins)
-    return {
-        "acc1": 100 * correct1 / seen,
-        "acc5": 100 * correct5 / seen,
-        "nll": nll / seen,
-        "brier": brier / seen,
-        "ece": ece / seen,
-    }
+class MacroF1(CountedMetric):
+    """Mean over the classes of F1 = 2 hits / (2 hits + misses + false alarms); absent classes count 0."""
+
+    title, digits = "macro F1", 3
+
+    def zeros(self, shape: Shape) -> dict[str, Tensor]:
+        return {name: shape.counts(shape.num_rows, shape.num_classes) for name in ("hits", "labelled", "chosen")}
+
+    def add(self, sums: Sums, batch: Scored) -> None:
+        hits_RB = (batch.predictions_RB == batch.labels_B).long()
+        labels_RB = batch.labels_B.expand_as(batch.predictions_RB)
+        sums["hits"].scatter_add_(1, labels_RB, hits_RB)
+        sums["labelled"].scatter_add_(1, labels_RB, torch.ones_like(labels_RB))
+        sums["chosen"].scatter_add_(1, batch.predictions_RB, torch.ones_like(labels_RB))
+
+    def figure(self, sums: Sums, seen: Tensor, shape: Shape) -> Tensor:
+        together = (sums["labelled"] + sums["chosen"]).clamp(min=1)
+        return (2 * sums["hits"] / together).mean(dim=1) + 0 / seen
 
 
-def js_by_hand(p: list[float], q: list[float]) -> float:
-    mean = [(a + b) / 2 for a, b in zip(p, q, strict=True)]
-    return sum(0.5 * a * math.log(a / m) for x in (p, q) for a, m in zip(x, mean, strict=True))
+class Spread(LogitsMetric):
+    """Largest logit over all networks and images."""
+
+    of_rows = False
+    title = "largest logit"
+
+    def of_networks(self, logits_SNK: Tensor, labels_N: Tensor) -> float:
+        return float(logits_SNK.max())
 
 
-@pytest.mark.parametrize(("num_networks", "num_classes"), [(1, 7), (2, 2), (3, 10), (4, 3)])
-@pytest.mark.parametrize("rule", ["mean_logits", "max_softmax"])
-def test_figures_equal_plain_loops(num_networks: int, num_classes: int, rule: str) -> None:
-    logits_SBK, labels_B = draw(num_networks, 40, num_classes)
-    counts = evaluate(logits_SBK, labels_B, [13], rule)
-    result, labels, logits_SBK = counts.result(), labels_B.tolist(), logits_SBK.double()
-    assert result["seen"] == 40
-    assert result["rule"] == rule
-
-    networks = [figures_by_hand(logits_BK.softmax(dim=-1).tolist(), labels) for logits_BK in logits_SBK]
-    for name in ("acc1", "acc5", "nll", "brier", "ece"):
-        assert result[name] == pytest.approx([figures[name] for figures in networks], rel=1e-10)
-    for each in RULES:
-        expected = figures_by_hand(ensemble_log_probs(logits_SBK, each).exp().tolist(), labels)
-        assert result["rules"][each] == pytest.approx(expected, rel=1e-10)
-    assert {name: result[f"ensemble_{name}"] for name in result["rules"][rule]} == result["rules"][rule]
-
-    pairs = list(combinations(logits_SBK.softmax(dim=-1).tolist(), 2))
-    apart = [p.index(max(p)) != q.index(max(q)) for one, two in pairs for p, q in zip(one, two, strict=True)]
-    divergences = [js_by_hand(p, q) for one, two in pairs for p, q in zip(one, two, strict=True)]
-    assert result["disagreement"] == pytest.approx(sum(apart) / max(len(apart), 1))
-    assert result["js_divergence"] == pytest.approx(sum(divergences) / max(len(divergences), 1), abs=1e-12)
-
-    confusion = [[0] * num_classes for _ in range(num_classes)]
-    for label, prediction in zip(labels, ensemble_log_probs(logits_SBK, rule).argmax(dim=-1).tolist(), strict=True):
-        confusion[label][prediction] += 1
-    assert counts.counts["confusion"].tolist() == confusion
+@pytest.fixture
+def macro_f1() -> Iterator[None]:
+    """Two more registered metrics, gone again afterwards."""
+    metrics.add("macro_f1", MacroF1())
+    metrics.add("largest", Spread())
+    yield
+    for name in ("macro_f1", "largest"):
+        del metrics._items[name]
 
 
-@settings(max_examples=25, deadline=None)
-@given(cuts=st.lists(st.integers(0, 50), max_size=5).map(sorted), shards=st.integers(1, 4), seed=st.integers(0, 9))
-def test_any_cut_and_any_sharding_give_the_same(cuts: list[int], shards: int, seed: int) -> None:
-    logits_SBK, labels_B = draw(3, 50, 6, seed)
-    whole = evaluate(logits_SBK, labels_B, [])
-    pieces = [
-        evaluate(logits_SBK[:, rank::shards], labels_B[rank::shards], [min(cut, 50 // shards) for cut in cuts])
-        for rank in range(shards)
-    ]
-    tensors = [[*piece.counts.values(), *piece.sums.values()] for piece in pieces]
-    totals = iter([torch.stack(values).sum(dim=0) for values in zip(*tensors, strict=True)])
-    pieces[0].all_reduce(lambda value: value.copy_(next(totals)))
-    for name, value in whole.counts.items():
-        assert torch.equal(pieces[0].counts[name], value), name
-    for name, value in whole.sums.items():
-        torch.testing.assert_close(pieces[0].sums[name], value, rtol=1e-12, atol=1e-12)
+@pytest.mark.parametrize("name", metrics.names())
+def test_every_metric_has_a_finite_figure_and_a_heading(name: str) -> None:
+    metric = metrics.get(name)
+    assert metric.title
+    assert type(metric).__doc__
+    logits_SNK, labels_N = draw()
+    if isinstance(metric, LogitsMetric):
+        result = logits_figures([name], logits_SNK, labels_N, "mean_softmax")
+    else:
+        counts = EvaluationCounts(2, 4, "mean_softmax")
+        counts.update(logits_SNK, labels_N)
+        result = counts.result()
+    if not metric.of_rows:
+        assert isinstance(result[name], float)
+        assert metric.cell(None) in metric.sentence(None)
+        return
+    assert len(result[name]) == 2
+    assert result["rules"].keys() == set(RULES)
+    assert result[f"ensemble_{name}"] == result["rules"]["mean_softmax"][name]
+    assert all(isinstance(row[name], float) for row in result["rules"].values())
 
 
-def test_equal_scores_go_by_class_index() -> None:
-    scores_RBK = torch.tensor([[[1.0, 1.0, 1.0], [1.0, 1.0, 0.0], [0.0, 2.0, 2.0], [0.0, 2.0, 2.0]]])
-    labels_B = torch.tensor([0, 1, 1, 2])
-    assert label_ranks(scores_RBK, labels_B).tolist() == [[0, 1, 0, 1]]
-    result = evaluate(scores_RBK, labels_B, []).result()
-    assert result["acc1"] == [50.0]
-    assert result["acc5"] == [100.0]
+@pytest.mark.parametrize("name", counted())
+def test_counted_metrics_do_not_depend_on_the_cut(name: str) -> None:
+    logits_SNK, labels_N = draw(3)
+    results = []
+    for size in (30, 7, 1):
+        counts = EvaluationCounts(3, 4, "max_logits")
+        for logits_SBK, labels_B in zip(logits_SNK.split(size, dim=1), labels_N.split(size), strict=True):
+            counts.update(logits_SBK, labels_B)
+        results.append(counts.result())
+    key = f"ensemble_{name}" if metrics.get(name).of_rows else name
+    assert [result[key] for result in results] == pytest.approx([results[0][key]] * 3, rel=1e-12)
 
 
-def test_bins_are_closed_above() -> None:
-    """Two classes of equal probability: confidence 1/2 exactly, in the eighth of fifteen bins."""
-    counts = evaluate(torch.zeros(1, 2, 2), torch.tensor([0, 1]), [])
-    assert counts.counts["bin_seen"][0].tolist() == [0] * 7 + [2] + [0] * 7
-    certain = evaluate(torch.tensor([[[1e4, -1e4]]]), torch.tensor([0]), [])
-    assert certain.counts["bin_seen"][0].tolist() == [0] * 14 + [1]
+def test_tables_keep_their_order() -> None:
+    assert in_order(["ece", "nll", "acc5", "brier", "acc1"]) == ["acc1", "acc5", "nll", "brier", "ece"]
 
 
-def test_low_precision_logits_and_certainty_give_finite_numbers() -> None:
-    logits_SBK = torch.tensor([[[1e4, -1e4, 0.0]], [[-1e4, 1e4, 0.0]]], dtype=torch.float16)
-    result = evaluate(logits_SBK, torch.tensor([1]), []).result()
-    json.dumps(result, allow_nan=False)
-    assert result["acc1"] == [0.0, 100.0]
-    assert result["js_divergence"] == pytest.approx(math.log(2))
-    assert result["disagreement"] == 1.0
+@pytest.mark.parametrize("case", GOLDEN, ids=range(len(GOLDEN)))
+def test_area_under_the_risk_coverage_curve(case: dict) -> None:
+    confidence = [math.nan if value is None else value for value in case["confidence"]]
+    found = aurc(torch.tensor(confidence, dtype=torch.float64), torch.tensor(case["wrong"], dtype=torch.bool))
+    assert found == pytest.approx(case["aurc"], rel=1e-9, abs=1e-12)
 
 
-def test_a_nan_is_never_right_and_never_in_the_json() -> None:
-    logits_SBK = torch.tensor([[[math.nan, 0.0], [math.nan, math.nan], [0.0, 1.0]]])
-    result = evaluate(logits_SBK, torch.tensor([1, 0, 1]), []).result()
-    json.dumps(result, allow_nan=False)
-    assert result["acc1"] == [pytest.approx(100 / 3)]
-    assert result["nll"] == [None]
+def test_area_under_the_curve_of_nothing_and_of_nan() -> None:
+    assert (
+        logits_figures(["aurc"], torch.zeros(1, 0, 3), torch.zeros(0, dtype=torch.int64), "mean_logits")[
+            "ensemble_aurc"
+        ]
+        is None
+    )
+    log_probs_NK = torch.tensor([[0.9, 0.1], [torch.nan, torch.nan], [0.6, 0.4]], dtype=torch.float64).log()
+    # the NaN is the least confident, and wrong
+    assert metrics.get("aurc").of_row(log_probs_NK, torch.tensor([0, 1, 0])) == pytest.approx((0 + 0 + 1 / 3) / 3)
 
 
-def test_no_image_at_all() -> None:
-    counts = EvaluationCounts(2, 3, "mean_logits")
-    counts.update(torch.zeros(2, 0, 3), torch.zeros(0, dtype=torch.int64))
-    result = counts.result()
-    json.dumps(result, allow_nan=False)
-    assert result["seen"] == 0
-    assert result["ensemble_acc1"] is None
+def test_a_new_metric_appears_everywhere_without_an_edit(
+    tmp_path: Path, macro_f1: None, capsys: pytest.CaptureFixture[str], logging_restored: None
+) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    run = tmp_path / "run"
+    argv = ["--dataset", "digits", "--arch", "resnet20", "--split_factor", "2", "--batch_size", "96", "--no_cuda"]
+    argv += ["--amp_dtype", "fp32", "--seed", "1", "--model_dir", str(run), "--epochs", "1", "--max_steps", "2"]
+    assert train_split.main(argv) == 0
+    (line,) = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines() if '"eval"' in line]
+    assert 0 < line["test"]["ensemble_macro_f1"] < 1
+    assert len(line["test"]["macro_f1"]) == 2
+    with (run / "summary.csv").open(newline="") as file:
+        (row,) = csv.DictReader(file)
+    assert float(row["ensemble_macro_f1"]) == pytest.approx(line["test"]["ensemble_macro_f1"], rel=1e-5)
+    events = EventAccumulator(str(run / "val"))
+    events.Reload()
+    assert events.Scalars("ensemble_macro_f1")[0].value == pytest.approx(line["test"]["ensemble_macro_f1"])
+    capsys.readouterr()
+
+    argv = ["--resume", str(run / "model_best.pth.tar"), "--no_cuda", "--metrics", "aurc,largest"]
+    assert evaluation_program.main(argv) == 0
+    table = capsys.readouterr().out
+    assert "macro F1 |" in table.splitlines()[0]
+    assert "AURC |" in table.splitlines()[0]
+    assert "largest logit" in table
+    results = json.loads((run / "eval" / "results.json").read_text())
+    assert results["ensemble_macro_f1"] == pytest.approx(line["test"]["ensemble_macro_f1"], rel=1e-6)
+    assert results["networks"][1].keys() >= {"macro_f1", "aurc"}
+    assert results["largest"] > 0
+    with (run / "eval" / "table.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert [row["row"] for row in rows[:2]] == ["network 1", "network 2"]
+    assert float(rows[0]["aurc"]) == results["networks"][0]["aurc"]
 
 
-def test_update_reads_nothing_back() -> None:
-    """On the meta device any read of a value fails."""
-    counts = EvaluationCounts(2, 3, "max_logits", device="meta")
-    counts.update(torch.zeros(2, 4, 3, device="meta"), torch.zeros(4, dtype=torch.int64, device="meta"))
-
-
-def test_wrong_shapes_and_rules_are_refused() -> None:
-    counts = EvaluationCounts(2, 3, "mean_logits")
-    with pytest.raises(ValueError, match=r"expected logits \(2, B, 3\), got \(1, 4, 3\)"):
-        counts.update(torch.zeros(1, 4, 3), torch.zeros(4, dtype=torch.int64))
-    with pytest.raises(UserError, match="Ensemble rule 'median' is not known"):
-        EvaluationCounts(2, 3, "median")
+def test_names_that_are_no_further_metric_are_refused() -> None:
+    assert further_metrics(None) == []
+    assert further_metrics("aurc") == ["aurc"]
+    with pytest.raises(UserError, match="--metrics nll: every evaluation has it"):
+        further_metrics("aurc,nll")
+    with pytest.raises(UserError, match=r"--metrics 'aurk' is not a known metric.*Did you mean 'aurc'"):
+        further_metrics("aurk")

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from evaluation.metrics import EvaluationCounts
+from evaluation.counts import EvaluationCounts
 from evaluation.passes import evaluate
 
 S, K, N = 3, 7, 40
@@ -74,7 +74,7 @@ def test_figures_are_those_of_the_counts():
     counts.update(logits_SNK, LABELS)
     expected = counts.result()
     assert_same({name: found.figures[name] for name in expected}, expected)
-    assert torch.equal(found.confusion, counts.counts["confusion"])
+    assert torch.equal(found.confusion, counts.confusion_KK)
     first, second = found.figures["acc1"][:2]
     assert found.figures["extra"] == pytest.approx({"first exit": first, "second exit": second})
     assert list(found.figures["extra"]) == ["first exit", "second exit"]

@@ -73,11 +73,6 @@ def read_rgb(path: str | os.PathLike[str]) -> Image.Image:
         return rgb if transpose is None else rgb.transpose(transpose)
 
 
-def decode_image(path: str | os.PathLike[str]) -> np.ndarray:
-    """As `read_rgb`, but uint8 [H, W, 3]."""
-    return np.array(read_rgb(path))
-
-
 def read_size(path: str | os.PathLike[str]) -> tuple[int, int]:
     """Width and height in pixels from the header alone, EXIF rotation left out.
 

@@ -167,6 +167,13 @@ def _backbone_names(config: Config, trained: Mapping[str, Any]) -> Callable[[str
 def _place(network: SplitNet, config: Config, precision: Precision, device: torch.device, gpus: list[int]) -> nn.Module:
     network.to(device, precision.weights)
     lay_out(network, precision.memory_format)
+    asked = [
+        name
+        for name in ("execution", "is_test_with_multistreams", "is_test_on_multigpus")
+        if config.given.get(name) and (name != "execution" or config.execution != "parallel")
+    ]
+    if len(asked) > 1:
+        raise UserError(f"--{asked[0]} and --{asked[1]} are two ways of running the networks: give one of them.")
     for flag in ("is_test_on_multigpus", "is_test_with_multistreams"):
         if getattr(config, flag) and device.type != "cuda":
             raise UserError(f"--{flag} 1 needs a GPU, and this run is on the CPU: leave it away.")

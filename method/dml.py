@@ -37,6 +37,7 @@ def ensemble_kl(logits_SBK: Tensor) -> Tensor:
     num_networks = len(log_probs_SBK)
     peers = [log_probs_SBK.roll(shift, dims=0) for shift in range(1, num_networks)]
     others_SBK = torch.stack(peers).logsumexp(dim=0) - math.log(num_networks - 1)
+    # log-probabilities serve as logits: the log-softmax of a log-softmax is itself
     return distillation_kl(log_probs_SBK, others_SBK).sum(dim=0)
 
 

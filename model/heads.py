@@ -191,8 +191,16 @@ def synergy_branches(network: StagedBackbone, taps: Sequence[int] | None = None)
         nearest = tap == last - 1
         donor = fresh_network(network, wide=nearest)
         depths: list[int | None] = [None] * (last - tap)
-        if not nearest and _can_lose_blocks(network, network.halved_depth()):
-            depths[-1] = network.halved_depth()
+        if not nearest:
+            try:
+                half = network.halved_depth()
+            except ValueError as error:
+                raise UserError(
+                    f"--dks_branches {tap}: the branch there keeps half of the last stage, and this --arch has none "
+                    f"({error}): choose that, or --dks_branches {last - 1}."
+                ) from None
+            if _can_lose_blocks(network, half):
+                depths[-1] = half
         branches.append(AuxiliaryHead(donor, tap, depths))
     return AuxiliaryHeads(branches)
 

@@ -17,6 +17,10 @@ class SplitNet(nn.Module):
 
     State-dict keys are `models.<i>.<name>`, as in the published checkpoints without their `module.` prefix.
 
+    The networks given are changed in place, in nothing that a state dict or a float64 result shows: dropout draws by
+    keys of its own (`begin_step`), and on CPUs dilated convolutions and narrow batch norms take faster ways
+    (model/layers/dilated.py, narrow_norm.py; `restore_narrow_norms` undoes the latter for torch.compile).
+
     Args:
         networks: S modules, each mapping [B, C, H, W] to logits [B, K]; usually of one structure.
     """

@@ -75,7 +75,11 @@ class StagedBackbone(nn.Module):
         """Change what the family initialises differently when parts of the network serve as an auxiliary head."""
 
     def halved_depth(self) -> int:
-        """How many blocks the shallowest branch of DKS keeps of the last stage: half, rounded down, at least 1."""
+        """How many blocks a branch with half of the last stage keeps of it: half, rounded down, at least 1.
+
+        Raises:
+            ValueError: a last stage that a family does not halve.
+        """
         return max(1, len(list(self.stages[-1].children())) // 2)
 
 

@@ -8,8 +8,13 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from dataset.decode import MAX_PIXELS, BadImage, decode_image, read_rgb, read_size, resize_crop
+from dataset.decode import MAX_PIXELS, BadImage, read_rgb, read_size, resize_crop
 from utils.errors import reason
+
+
+def decode_image(path) -> np.ndarray:
+    """uint8 [H, W, 3]."""
+    return np.array(read_rgb(path))
 
 
 def message_of(error):

@@ -430,6 +430,7 @@ def test_wrong_input(run_dir, tmp_path, capsys):
         ("--resume", good, "--dataset", "cifar10", "--data", tmp_path / "empty"): str(tmp_path / "empty"),
         ("--resume", good, "--predict", tmp_path / "none"): "does not exist",
         ("--resume", good, "--predict", tmp_path / "empty"): "holds no image",
+        ("--resume", good, "--execution", "stacked", "--is_test_on_multigpus", 1): "--execution and --is_test_on_multi",
         ("--resume", good, "--is_test_on_multigpus", 1): "--is_test_on_multigpus 1 needs a GPU",
         ("--resume", good, "--is_test_with_multistreams", 1): "--is_test_with_multistreams 1 needs a GPU",
         ("--resume", good, "--amp_dtype", "fp16"): "--amp_dtype fp16",

@@ -21,6 +21,7 @@ from model.backbone.efficientnet import (
     efficientnet_structure,
 )
 from model.backbone.pyramidnet import PyramidNet
+from model.backbone.senet import DropBlock
 from model.backbone.shake_resnet import ShakeResNet, ShiftedShortcut
 from model.division import (
     densenet_growth,
@@ -29,7 +30,6 @@ from model.division import (
     pyramid_planes,
     pyramid_shake_drop_rates,
 )
-from model.layers.dropblock import DropBlock
 from model.layers.shake import ShakeDrop
 from model.layers.split_attention import SplitAttentionConv
 from model.layers.squeeze_excitation import SqueezeExcitation

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from model.layers.dropblock import DropBlock, dropblock_gamma
+from model.backbone.senet import DropBlock, dropblock_gamma
 from model.layers.shake import ShakeDrop, ShakeShake, scale_twice
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16)

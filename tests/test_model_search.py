@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from model import LARGE, BackboneRequest, build_network
 from model.search.costs import Operator, div8, macs, ref_flops
-from model.search.estimates import cost_table, est_flops, est_params, size_supernet
+from model.search.estimates import cost_table, est_flops, estimate, size_supernet
 from model.search.reading import parse_arch_list, read_space, space_from_mapping, space_to_text
 from model.search.space import PUBLISHED, PUBLISHED_SMALL, divided
 from utils.errors import UserError
@@ -62,7 +62,7 @@ def test_released_counts(row):
 @pytest.mark.parametrize("row", GOLDEN["random_archs"]["items"], ids=lambda row: json.dumps(row["arch"]))
 def test_random_archs(row):
     assert est_flops(row["arch"]) == round(row["est_flops_M"] * 1e6)
-    assert est_params(row["arch"]) == round(row["est_params_M"] * 1e6)
+    assert estimate(row["arch"], PUBLISHED).params == round(row["est_params_M"] * 1e6)
     network = stand_alone(row["arch"])
     assert sum(p.numel() for p in network.parameters()) == row["childnet_params"]
     assert macs(network, 224) == row["childnet_macs_224"] == count_macs(network, (3, 224, 224))
@@ -71,7 +71,7 @@ def test_random_archs(row):
     assert honoured.plan.cost(224).params == row["params_if_choice_honoured"]
     assert macs(honoured, 224) == row["macs_224_if_choice_honoured"]
     assert ref_flops(honoured, 224) - est_flops(row["arch"]) == 1_682_408
-    assert honoured.plan.cost(224).params - est_params(row["arch"]) == 1_281_032
+    assert honoured.plan.cost(224).params - estimate(row["arch"], PUBLISHED).params == 1_281_032
 
 
 def test_cost_table():
@@ -102,7 +102,7 @@ def test_counts_match_a_tracing_counter_at_any_size(space, resolution):
 def test_a_skipped_block_costs_nothing():
     full, skipped = parse_arch_list(EXAMPLE), [[0], [3], [3, 3], [3, -1, 3], [3, 3, 3, 3], [3, 3, 3], [0]]
     assert est_flops(full) - est_flops(skipped) == cost_table().later[2][1].ref_flops
-    assert est_params(full) - est_params(skipped) == cost_table().later[2][1].params
+    assert estimate(full, PUBLISHED).params - estimate(skipped, PUBLISHED).params == cost_table().later[2][1].params
     with pytest.raises(UserError, match="-1 in stage 1"):
         est_flops([[0], [-1], [3, 3], [3, 1, 3], [3, 3, 3, 3], [3, 3, 3], [0]])
 

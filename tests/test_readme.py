@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from eval import EvalOptions
+from evaluation.options import EvalOptions
 from method import methods
 from parser_params import parse_config, resolve_config
 

@@ -1,8 +1,4 @@
-"""The machinery of a training step: the update of the weights, replaying a whole step, compiling networks.
-
-A step that is replayed (a CUDA graph) repeats its kernels on the same memory, so all that changes from step to step
-must lie in tensors on the device that are written in place.
-"""
+"""The update of the weights, after the last backward pass of an accumulation group."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass

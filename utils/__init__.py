@@ -1,1 +1,1 @@
-"""Small helpers that the rest of the project is built from; they import torch and the standard library only."""
+"""The ground that every room stands on: errors, registry, options, seed, processes, precision. It imports no room."""

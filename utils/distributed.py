@@ -1,6 +1,6 @@
-"""Processes: who this one is, which device it computes on, and sums over all of them.
+"""What processes tell each other: sums, rows, values and buffers. Alone, a process tells itself.
 
-The device is decided here, once (`join`), and passed down.
+`utils.launch` says who a process is and how others are started.
 """
 
 import inspect

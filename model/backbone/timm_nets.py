@@ -1,4 +1,4 @@
-"""`timm/NAME`: the networks of the package timm, an optional one; divided by the solver (model/division.py).
+"""`timm/NAME`: the networks of the package timm, an optional one; divided by the solver (model/division/solver.py).
 
 Undivided they are timm's own networks; divided, its layers with other channel counts and its initial values.
 """

@@ -1,4 +1,4 @@
-"""`torchvision/NAME`: torchvision's classifiers, divided by the solver of model/division.py.
+"""`torchvision/NAME`: torchvision's classifiers, divided by model/division/solver.py.
 
 Undivided they are torchvision's own networks; divided, its layers with other channel counts and its initial values.
 """

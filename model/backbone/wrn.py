@@ -13,7 +13,6 @@ from torch import Tensor, nn
 from model.layers.resnet_parts import make_stage
 from model.registry import SMALL, Backbone, BackboneRequest, backbones, family_options
 from model.staged import StagedBackbone
-from utils.errors import UserError
 from utils.options import Options, option
 
 
@@ -100,10 +99,7 @@ class WideResNet(StagedBackbone):
 
     def halved_depth(self) -> int:
         if len(self.layer3) < 2:
-            raise UserError(
-                "--method dks halves the last group of its first branch, and this --arch has one block per group: "
-                "pick a WRN of depth 16 or more, or --dks_branches 2."
-            )
+            raise ValueError("it has one block per group, and a WRN of depth 16 or more has two")
         return super().halved_depth()
 
 

@@ -1,7 +1,7 @@
 """Ways to run S networks: one after another, at the same time, or stacked into one. All give the same numbers.
 
 `loop` is the definition. `parallel` gives each network a CUDA stream, or a thread on a CPU. `stacked` runs one network
-with S times the channels and groups (model/stacking.py). `auto` times them on the first batch and keeps the fastest.
+with S times the channels and groups (stacking.py). `auto` times them on the first batch and keeps the fastest.
 A strategy that cannot run these networks gives way to `loop`, and one line of the log says why.
 """
 

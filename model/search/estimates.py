@@ -37,7 +37,12 @@ def cost_table(space: SearchSpace = PUBLISHED) -> CostTable:
     return CostTable(fixed, base, frame.tail_cost(side), tuple(first), tuple(later))
 
 
-def _estimate(arch: Arch, space: SearchSpace) -> Cost:
+def estimate(arch: Arch, space: SearchSpace) -> Cost:
+    """Search-time estimate of a path at the space's resolution, without the stem's batch norm and the classifier.
+
+    Raises:
+        UserError: as `SearchSpace.check_arch`.
+    """
     space.check_arch(arch, skips=True)
     table = cost_table(space)
     blocks = [
@@ -57,16 +62,7 @@ def est_flops(arch: Arch, space: SearchSpace = PUBLISHED) -> int:
     Raises:
         UserError: as `SearchSpace.check_arch`.
     """
-    return _estimate(arch, space).ref_flops
-
-
-def est_params(arch: Arch, space: SearchSpace = PUBLISHED) -> int:
-    """Search-time estimate of a path's parameters, without the stem's batch norm and the classifier.
-
-    Raises:
-        UserError: as `SearchSpace.check_arch`.
-    """
-    return _estimate(arch, space).params
+    return estimate(arch, space).ref_flops
 
 
 class SupernetSize(NamedTuple):

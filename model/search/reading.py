@@ -76,7 +76,7 @@ def space_from_mapping(mapping: Mapping[str, Any], where: str) -> SearchSpace:
         if any(stage > len(stages) for stage, _ in deepening):
             raise ValueError(f"deepening names a stage beyond the {len(stages)} there are")
     except (TypeError, ValueError, KeyError) as error:
-        raise UserError(f"{where}: {error}; see model/search_space.py for the form of a search space.") from None
+        raise UserError(f"{where}: {error}; see model/search/reading.py for the form of a search space.") from None
     return SearchSpace(operators, stages, deepening, **numbers)
 
 

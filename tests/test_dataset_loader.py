@@ -15,7 +15,7 @@ from torchvision.transforms.functional import resized_crop
 
 from dataset import DataSource, ImageSet
 from dataset.augment.resized_crop import RESIZED_CROP_SLOTS, draw_resized_crops
-from dataset.cut import Request, ResizedCropSpec, RandomCrops
+from dataset.cut import RandomCrops, Request, ResizedCropSpec
 from dataset.decode import read_rgb, resize_crop
 from dataset.loader import EvalLoader, TrainLoader
 from dataset.pipeline import build_eval_loader, build_train_loader, eval_resize

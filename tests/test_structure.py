@@ -21,6 +21,8 @@ ALLOWED = {
     "evaluation": {"evaluation", "parser_params", "training", "method", "dataset", "record", *BELOW_METHOD},
 }
 OURS = {*ALLOWED, "train_split", "eval", "benchmarks"}
+# test files named by what they watch, which no single room does
+BEHAVIOURS = {"train", "scripts", "fuzz", "readme", "structure"}
 # the one program in a library folder, kept for its promised name
 PROGRAMS = {ROOT / "utils" / "compare" / "__main__.py"}
 # model/ from its ground to its face: a room imports itself and those before it
@@ -88,7 +90,7 @@ def imported_modules(path: Path, known: set[str]) -> set[str]:
 def test_no_import_climbs_inside_model() -> None:
     files = {module_name(path): path for path in source_files("model")}
     rooms = {name: name.split(".")[1] for name in files if name != "model"}
-    assert {room for room in rooms.values()} == set(FLOORS_OF_MODEL)
+    assert set(rooms.values()) == set(FLOORS_OF_MODEL)
     for name, room in rooms.items():
         allowed = FLOORS_OF_MODEL[: FLOORS_OF_MODEL.index(room) + 1]
         for other in imported_modules(files[name], set(files)):
@@ -131,3 +133,10 @@ def test_the_entry_points_know_no_method_by_name(program: str) -> None:
     found = [name for name in methods.names() if re.search(rf"(?<![\w-]){name}(?!\w)", text, flags=re.IGNORECASE)]
     assert not found
     assert not re.search(r"from method\.|import method\.", text)
+
+
+def test_every_test_file_is_named_after_a_room_that_exists() -> None:
+    rooms = {room for room in (*OURS, "script") if (ROOT / room).is_dir() or (ROOT / f"{room}.py").exists()}
+    for path in (ROOT / "tests").glob("test_*.py"):
+        name = path.stem.removeprefix("test_") + "_"
+        assert any(name.startswith(f"{room}_") for room in rooms | BEHAVIOURS), f"{path.name} is named after no room"

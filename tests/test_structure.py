@@ -6,6 +6,8 @@ from pathlib import Path
 
 import pytest
 
+from tests import kills
+
 ROOT = Path(__file__).parent.parent
 BELOW_METHOD = {"model", "loss", "utils", "recipe"}
 ALLOWED = {
@@ -140,3 +142,9 @@ def test_every_test_file_is_named_after_a_room_that_exists() -> None:
     for path in (ROOT / "tests").glob("test_*.py"):
         name = path.stem.removeprefix("test_") + "_"
         assert any(name.startswith(f"{room}_") for room in rooms | BEHAVIOURS), f"{path.name} is named after no room"
+
+
+@pytest.mark.parametrize("place", kills.PLACES)
+def test_every_place_where_runs_are_killed_exists(place: str) -> None:
+    owner, name = kills.found(place)
+    assert callable(getattr(owner, name))

@@ -192,7 +192,7 @@ def test_compare_methods_makes_every_run_that_is_not_finished_and_compares_all(t
         *("--batch_size", "100"),
     ]
     assert f"finished already: {finished}" in done.stderr
-    assert compare[:4] == ["-m", "record.compare", "--out", f"{tmp_path}/compare"]
+    assert compare[:4] == ["-m", "utils.compare", "--out", f"{tmp_path}/compare"]
     assert len(compare) == 4 + 4
     for line in call("compare_methods.sh").stdout.splitlines()[:-1]:  # the shared recipe is one that every method takes
         parse_config(shlex.split(line)[2:])

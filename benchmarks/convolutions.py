@@ -58,7 +58,7 @@ def _shape_rows(
         calls = _passes(width, side, batch, [1] * count, "NHWC", dtype, device, in_streams=True)
         cases |= {f"streams in a graph|NHWC|{part}": call for part, call in zip(PASSES, calls, strict=True)}
     rounds = min(options.rounds, 20)
-    times = interleave(cases, device, warmup=2, rounds=rounds, seconds=seconds)
+    times = interleave(cases, device, warmup=2, rounds=rounds, seconds=seconds, clock=options.clock)
     rows = []
     name_of_type = str(dtype).removeprefix("torch.")
     for key, measured in times.items():

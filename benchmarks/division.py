@@ -54,7 +54,9 @@ def run(options: argparse.Namespace, device: torch.device) -> list[dict[str, Any
         cases: dict[str, Callable[[], object]] = {"product": matrix_product(side, dtype, device)}
         cases |= {name: own.training_step(trainer) for name, trainer in trainers.items()}
         warmup = 20 if device.type == "cuda" else 1
-        times = interleave(cases, device, warmup=warmup, rounds=options.rounds, seconds=options.seconds)
+        times = interleave(
+            cases, device, warmup=warmup, rounds=options.rounds, seconds=options.seconds, clock=options.clock
+        )
         memory = {name: peak_memory_mib(cases[name], device) for name in trainers}
     sides = {
         name: Side(

@@ -61,7 +61,7 @@ def run(options: argparse.Namespace, device: torch.device) -> list[dict[str, Any
         ours = _own_evaluation if options.evaluation_only else _own_epoch
         cases: dict[str, Callable[[], object]] = {"published": published(options, first, device)}
         cases |= {name: ours(trainer) for name, trainer in trainers.items()}
-        times = interleave(cases, device, warmup=1, rounds=options.rounds, seconds=options.seconds)
+        times = interleave(cases, device, warmup=1, rounds=options.rounds, seconds=options.seconds, clock=options.clock)
         images = len(first.source.test) if options.evaluation_only else len(first.source.train)
         rows = []
         for name, trainer in trainers.items():

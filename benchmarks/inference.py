@@ -61,6 +61,7 @@ def run(options: argparse.Namespace, device: torch.device) -> list[dict[str, Any
             warmup=5,
             rounds=options.rounds,
             seconds=options.seconds / len(sizes),
+            clock=options.clock,
         )
         layout = "NHWC" if like is torch.channels_last else "NCHW"
         sides = {

@@ -64,7 +64,7 @@ def run(options: argparse.Namespace, device: torch.device) -> list[dict[str, Any
         method.after_step(view_BCHW[None], targets, output, progress)
 
     cases = {"forward-backward": plain, "with contrast": contrast, "meta round": meta_round}
-    times = interleave(cases, device, warmup=1, rounds=options.rounds, seconds=options.seconds)
+    times = interleave(cases, device, warmup=1, rounds=options.rounds, seconds=options.seconds, clock=options.clock)
     whole = "whole step"
     rounds = zip(times["with contrast"], times["meta round"], strict=True)
     times[whole] = [step + meta / options.meta_freq for step, meta in rounds]

@@ -19,6 +19,8 @@ from record.checkpoint import write_file
 from utils.plain_json import plain_json
 from utils.precision import has_fast_bf16
 
+Clock = Callable[[], float]
+
 PACKAGES = ("torch", "torchvision", "numpy", "pillow", "timm", "triton")
 
 
@@ -61,7 +63,7 @@ def versions() -> dict[str, str]:
 # ---- timing ----------------------------------------------------------------------------------------------------------
 
 
-def seconds_of(call: Callable[[], object], device: torch.device) -> float:
+def seconds_of(call: Callable[[], object], device: torch.device, clock: Clock = time.perf_counter) -> float:
     """Seconds that one call takes on its device: CUDA events there, the clock on a CPU."""
     if device.type == "cuda":
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
@@ -70,9 +72,9 @@ def seconds_of(call: Callable[[], object], device: torch.device) -> float:
         end.record()
         end.synchronize()
         return float(start.elapsed_time(end)) / 1000
-    started = time.perf_counter()
+    started = clock()
     call()
-    return time.perf_counter() - started
+    return clock() - started
 
 
 def interleave(
@@ -82,6 +84,7 @@ def interleave(
     warmup: int = 3,
     rounds: int = 20,
     seconds: float = math.inf,
+    clock: Clock = time.perf_counter,
 ) -> dict[str, list[float]]:
     """Time all cases in turns, so that whatever else the machine does hits all alike.
 
@@ -92,6 +95,7 @@ def interleave(
         warmup: untimed calls of each case before.
         rounds: timed calls of each case, at most.
         seconds: no new round begins after so long, but there are at least three.
+        clock: tells the time in seconds.
 
     Returns:
         name -> seconds of each round; the i-th entries of all cases were measured one after the other.
@@ -100,13 +104,13 @@ def interleave(
         for _ in range(warmup):
             call()
     names, times = list(cases), {name: list[float]() for name in cases}
-    started = time.perf_counter()
+    started = clock()
     for number in range(max(rounds, 1)):
-        if number >= 3 and time.perf_counter() - started > seconds:
+        if number >= 3 and clock() - started > seconds:
             break
         first = number % len(names)
         for name in names[first:] + names[:first]:
-            times[name].append(seconds_of(cases[name], device))
+            times[name].append(seconds_of(cases[name], device, clock))
     return times
 
 

@@ -97,7 +97,7 @@ def _in_memory(options: argparse.Namespace, device: torch.device) -> list[dict[s
     arrays = list(images.permute(0, 2, 3, 1).numpy())
     pillow = _pillow_round(spec, arrays, num_views, options.workers, device)
     cases: dict[str, Callable[[], object]] = {"pillow": pillow} | {why: ours(batch) for batch, why in BATCHES}
-    times = interleave(cases, device, warmup=2, rounds=options.rounds, seconds=options.seconds)
+    times = interleave(cases, device, warmup=2, rounds=options.rounds, seconds=options.seconds, clock=options.clock)
     base = Side(name=_pillow_name(options.workers), dtype="float32", layout="NCHW", seconds=times["pillow"])
     goal, commit = _goal(options, device)
     rows = []
@@ -227,7 +227,12 @@ def _files_rows(
             views.to(device)
 
     times = interleave(
-        {"pillow": pillow, "ours": ours}, device, warmup=1, rounds=options.rounds, seconds=options.seconds
+        {"pillow": pillow, "ours": ours},
+        device,
+        warmup=1,
+        rounds=options.rounds,
+        seconds=options.seconds,
+        clock=options.clock,
     )
     side = Side(name="decoded once, batched", dtype="float32", layout="NCHW", seconds=times["ours"])
     base = Side(

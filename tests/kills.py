@@ -10,24 +10,42 @@ from typing import Any
 
 Hook = Callable[[], None]
 
+# where runs are killed: name -> `module.function` or `module.Class.function`
+PLACES = {
+    "flush to the disk": "os.fsync",
+    "rename": "os.replace",
+    "checkpoint": "torch.save",
+    "dropping old checkpoints": "record.checkpoint.prune_checkpoints",
+    "line of a log": "record.logger.LineFile.write",
+    "record of TensorBoard": "record.events.append_whole",
+    "training step": "training.step.forward_backward",
+    "batch of an evaluation": "evaluation.passes.EvaluationCounts.update",
+}
+
 
 def end(number: int = signal.SIGKILL) -> None:
     """Send this process a signal."""
     os.kill(os.getpid(), number)
 
 
-def _wrap(place: str, before: Callable[..., None]) -> None:
-    """Call `before` with the arguments of each call of `module.name` or `module.Class.name`, before that call."""
-    names = place.split(".")
+def found(place: str) -> tuple[Any, str]:
+    """The module or class that holds a function of PLACES, and the function's name there."""
+    names = PLACES[place].split(".")
     module = ".".join(name for name in names[:-1] if not name[0].isupper())
     owner = functools.reduce(getattr, [n for n in names[:-1] if n[0].isupper()], importlib.import_module(module))
-    original = getattr(owner, names[-1])
+    return owner, names[-1]
+
+
+def _wrap(place: str, before: Callable[..., None]) -> None:
+    """Call `before` with the arguments of each call of a function of PLACES, before that call."""
+    owner, name = found(place)
+    original = getattr(owner, name)
 
     def wrapped(*args: Any, **kwargs: Any) -> Any:
         before(*args, **kwargs)
         return original(*args, **kwargs)
 
-    setattr(owner, names[-1], wrapped)
+    setattr(owner, name, wrapped)
 
 
 class _Countdown:
@@ -42,7 +60,7 @@ class _Countdown:
 
 
 def at_call(place: str, number: int, signal_number: int = signal.SIGKILL) -> Hook:
-    """Before the `number`-th call of a function."""
+    """Before the `number`-th call of a function of PLACES."""
     return functools.partial(_at_call, place, number, signal_number)
 
 
@@ -65,7 +83,7 @@ def _within_line(name: str, number: int) -> None:
                 file.write(line[: len(line) // 2])
             end()
 
-    _wrap("record.logger.LineFile.write", half)
+    _wrap("line of a log", half)
 
 
 def within_board(number: int) -> Hook:
@@ -81,7 +99,7 @@ def _within_board(number: int) -> None:
             file.write(record[: len(record) // 2])
             end()
 
-    _wrap("record.events.append_whole", half)
+    _wrap("record of TensorBoard", half)
 
 
 def within_checkpoint(number: int) -> Hook:
@@ -102,7 +120,7 @@ def _within_checkpoint(number: int) -> None:
             file.flush()
             end()
 
-    _wrap("torch.save", half)
+    _wrap("checkpoint", half)
 
 
 def no_space_from_call(number: int) -> None:

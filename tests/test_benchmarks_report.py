@@ -24,8 +24,29 @@ def test_cases_take_turns_and_every_round_begins_with_another_one():
     assert all(value >= 0 for values in times.values() for value in values)
 
 
-def test_a_budget_of_seconds_still_gives_three_rounds():
-    assert [len(values) for values in interleave({"a": list}, CPU, warmup=0, rounds=50, seconds=0).values()] == [3]
+class Clock:
+    """A clock on which only what is timed takes time."""
+
+    now = 0.0
+
+    def __call__(self):
+        return self.now
+
+    def spend(self, seconds):
+        self.now += seconds
+
+
+def test_every_call_is_timed_alone():
+    clock = Clock()
+    cases = {"slow": lambda: clock.spend(4), "fast": lambda: clock.spend(0.5)}
+    assert interleave(cases, CPU, rounds=2, clock=clock) == {"slow": [4, 4], "fast": [0.5, 0.5]}
+
+
+@pytest.mark.parametrize(("seconds", "rounds"), [(0, 3), (8, 5), (8.5, 5), (100, 50)])
+def test_no_round_begins_after_the_budget_of_seconds_but_there_are_three(seconds, rounds):
+    clock = Clock()
+    times = interleave({"a": lambda: clock.spend(2)}, CPU, warmup=9, rounds=50, seconds=seconds, clock=clock)
+    assert times == {"a": [2] * rounds}
 
 
 def test_quantiles_are_numpys():

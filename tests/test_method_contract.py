@@ -25,7 +25,7 @@ from model.staged import StagedBackbone
 from record.checkpoint import load_checkpoint
 from record.run_folder import read_results
 from tests.processes import run_processes
-from tests.test_method_cream import SPACE
+from tests.spaces import SPACE
 from training.optim import build_optimizer, parameter_groups
 from training.options import OptimizerOptions
 from training.step import forward_backward

@@ -24,6 +24,7 @@ from model import LARGE, SMALL, BackboneRequest, build_network, build_splitnet
 from model.search.estimates import est_flops
 from model.search.reading import read_space, space_to_text
 from model.search.space import PUBLISHED, PUBLISHED_SMALL
+from tests.spaces import SPACE
 from training.options import OptimizerOptions
 from training.schedule import Schedule
 from utils.errors import UserError
@@ -32,19 +33,6 @@ from utils.macs import count_macs
 from utils.targets import Targets
 
 GOLDEN = json.loads((Path(__file__).parent / "golden" / "cream.json").read_text())
-SPACE = """
-operators: [[3, 2], [5, 2], [3, 4]]
-stages:
-  - {channels: 8, stride: 2}
-  - {channels: 8, stride: 1}
-deepening: [[2, 2], [1, 2]]
-resolution: 8
-stem_channels: 8
-stem_stride: 1
-base_channels: 8
-tail_channels: 16
-head_channels: 16
-"""
 K, SLICE, BATCH = 4, 2, 8
 STEPS, EPOCHS = 10, 6
 

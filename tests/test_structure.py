@@ -6,6 +6,8 @@ from pathlib import Path
 
 import pytest
 
+from tests import kills
+
 ROOT = Path(__file__).parent.parent
 BELOW_METHOD = {"model", "loss", "utils", "recipe"}
 ALLOWED = {
@@ -21,6 +23,8 @@ ALLOWED = {
     "evaluation": {"evaluation", "parser_params", "training", "method", "dataset", "record", *BELOW_METHOD},
 }
 OURS = {*ALLOWED, "train_split", "eval", "benchmarks"}
+# test files named by what they watch, which no single room does
+BEHAVIOURS = {"train", "scripts", "fuzz", "readme", "structure"}
 # the one program in a library folder, kept for its promised name
 PROGRAMS = {ROOT / "utils" / "compare" / "__main__.py"}
 # model/ from its ground to its face: a room imports itself and those before it
@@ -132,3 +136,16 @@ def test_the_entry_points_know_no_method_by_name(program: str) -> None:
     found = [name for name in methods.names() if re.search(rf"(?<![\w-]){name}(?!\w)", text, flags=re.IGNORECASE)]
     assert not found
     assert not re.search(r"from method\.|import method\.", text)
+
+
+def test_every_test_file_is_named_after_a_room_that_exists() -> None:
+    rooms = {room for room in (*OURS, "script") if (ROOT / room).is_dir() or (ROOT / f"{room}.py").exists()}
+    for path in (ROOT / "tests").glob("test_*.py"):
+        name = path.stem.removeprefix("test_") + "_"
+        assert any(name.startswith(f"{room}_") for room in rooms | BEHAVIOURS), f"{path.name} is named after no room"
+
+
+@pytest.mark.parametrize("place", kills.PLACES)
+def test_every_place_where_runs_are_killed_exists(place: str) -> None:
+    owner, name = kills.found(place)
+    assert callable(getattr(owner, name))

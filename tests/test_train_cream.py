@@ -35,7 +35,7 @@ def test_a_search_killed_in_its_middle_ends_as_if_it_had_not_been(searched, tmp_
     expected, reference = searched
     argv = [*SEARCH, "--model_dir", tmp_path / "m"]
     # step 25: behind the checkpoint of step 20, with teachers, a meta update and a board that has to come back
-    before = kills.at_call("training.step.forward_backward", 25)
+    before = kills.at_call("training step", 25)
     assert train(argv, tmp_path, before=before).code == -signal.SIGKILL
     assert json.loads((tmp_path / "m" / "board.json").read_text())["board"] == []
     result = train([*argv, "--resume", "auto"], tmp_path)

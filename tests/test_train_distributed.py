@@ -81,13 +81,13 @@ def test_two_processes_stop_within_an_evaluation_and_resume_bit_for_bit(
     folder = tmp_path / "m"
     again = [*argv, "--model_dir", folder, "--resume", "auto"]
 
-    asked = at_call("evaluation.passes.EvaluationCounts.update", 1, signal.SIGTERM)
+    asked = at_call("batch of an evaluation", 1, signal.SIGTERM)
     stopped = [run.wait(60) for run in start_together(again, tmp_path / "t", 2, before={1: asked})]
     assert [result.code for result in stopped] == [0, 0], stopped[0].stderr
     assert not (folder / "summary.csv").exists()  # no process ended the evaluation
     assert ckpt.list_checkpoints(folder)[0].name == "checkpoint_0_14.pth.tar"
 
-    killed = start_together(again, tmp_path / "k", 2, before={0: at_call("os.fsync", 6)})
+    killed = start_together(again, tmp_path / "k", 2, before={0: at_call("flush to the disk", 6)})
     assert killed[0].wait().code == -signal.SIGKILL
     killed[1].signal(signal.SIGKILL)
     killed[1].wait()

@@ -26,11 +26,11 @@ CASES = {
 }
 
 POINTS = {
-    "before a flush to the disk": at_call("os.fsync", 1),
-    "before a rename": at_call("os.replace", 4),
-    "before old checkpoints are dropped": at_call("record.checkpoint.prune_checkpoints", 2),
-    "before a checkpoint": at_call("torch.save", 3),
-    "within an evaluation": at_call("evaluation.passes.EvaluationCounts.update", 6),
+    "before a flush to the disk": at_call("flush to the disk", 1),
+    "before a rename": at_call("rename", 4),
+    "before old checkpoints are dropped": at_call("dropping old checkpoints", 2),
+    "before a checkpoint": at_call("checkpoint", 3),
+    "within an evaluation": at_call("batch of an evaluation", 6),
     "within a checkpoint": within_checkpoint(4),
     "within a line of metrics.jsonl": within_line("metrics.jsonl", 3),
     "within a line of summary.csv": within_line("summary.csv", 2),

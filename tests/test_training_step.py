@@ -21,6 +21,7 @@ from dataset.loader import Batch
 from method.l_mcl import LMCL
 from parser_params import parse_config, resolve_config
 from tests.fake_gpu import GPU, fake_gpu
+from tests.spaces import SPACE
 from train_split import Trainer
 from training.compiling import compile_modules
 from training.replay import WARM_UP
@@ -28,19 +29,6 @@ from utils.errors import UserError
 from utils.launch import World
 
 AUGMENTED = ["--is_autoaugment", "1", "--erase_p", "1"]
-SPACE = """
-operators: [[3, 2], [5, 2], [3, 4]]
-stages:
-  - {channels: 8, stride: 2}
-  - {channels: 8, stride: 1}
-deepening: [[2, 2], [1, 2]]
-resolution: 8
-stem_channels: 8
-stem_stride: 1
-base_channels: 8
-tail_channels: 16
-head_channels: 16
-"""
 SUPERNET = ["--method", "cream", "--arch", "cream_supernet", "--search_space", SPACE, "--sta_num", "2,2"]
 SUPERNET += ["--slice", 2, "--flops_maximum", 0.2, "--meta_sta_epoch", 0, "--how_to_prob", "even"]
 

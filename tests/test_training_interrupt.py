@@ -1,0 +1,96 @@
+"""Signals as a wish: noted once, agreed on by all processes, and obeyed between two batches."""
+
+import os
+import signal
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from tests.processes import run_processes
+from training.interrupt import Stopped, StopRequest
+
+CPU = torch.device("cpu")
+
+
+def asked_together(rank: int) -> dict[str, Any]:
+    """What each process is told when nobody was signalled, and when two were, each with another signal."""
+    quiet, signalled = StopRequest(), StopRequest()
+    signalled.number = (0, signal.SIGTERM, signal.SIGINT)[rank]
+    return {
+        "quiet": [quiet.agreed(CPU), quiet.number],
+        "signalled": [signalled.agreed(CPU), signalled.number],
+    }
+
+
+def until_stopped(rank: int) -> list[int]:
+    """The batches that each process sees when process 1, with fewer of them, is signalled at its first."""
+    request, seen = StopRequest(), []
+    try:
+        for batch in request.until_stopped(range((5, 2, 0)[rank]), rounds=5, device=CPU, every=2):
+            seen.append(batch)
+            request.number = signal.SIGTERM if rank == 1 else request.number
+    except Stopped as stopped:
+        seen.append(-stopped.number)
+    return seen
+
+
+def together(rank: int, world_size: int) -> dict[str, Any]:
+    quiet = list(StopRequest().until_stopped(range((3, 1, 0)[rank]), rounds=3, device=CPU))
+    return {**asked_together(rank), "until_stopped": until_stopped(rank), "to_the_end": quiet}
+
+
+def test_processes_agree_and_stop_at_the_same_batch(tmp_path: Path) -> None:
+    results = run_processes(3, together, tmp_path / "r")
+    for result in results:
+        assert result["quiet"] == [False, 0]
+        assert result["signalled"] == [True, signal.SIGTERM]
+    seen = [result["until_stopped"] for result in results]
+    assert seen == [[0, 1, -signal.SIGTERM], [0, 1, -signal.SIGTERM], [-signal.SIGTERM]]
+    assert [result["to_the_end"] for result in results] == [[0, 1, 2], [0], []]
+
+
+@pytest.mark.parametrize(("every", "seen"), [(1, [0, 1]), (2, [0, 1]), (3, [0, 1, 2])])
+def test_a_signal_is_obeyed_when_the_next_question_is_due(every: int, seen: list[int]) -> None:
+    found: list[int] = []
+
+    def train(request: StopRequest) -> None:
+        for batch in request.until_stopped(range(5), rounds=5, device=CPU, every=every):
+            found.append(batch)
+            if batch == 1:
+                os.kill(os.getpid(), signal.SIGTERM)
+
+    with StopRequest() as request, pytest.raises(Stopped) as stopped:
+        train(request)
+    assert stopped.value.number == signal.SIGTERM
+    assert found == seen
+
+
+def test_the_signals_mean_what_they_meant_once_the_context_ends() -> None:
+    before = [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)]
+    with StopRequest() as request:
+        inside = [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)]
+        assert inside == [request._note] * 2
+    assert [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)] == before
+
+
+def test_a_second_signal_ends_the_process_unless_it_is_an_echo(monkeypatch: pytest.MonkeyPatch) -> None:
+    now, raised = [100.0], []
+    monkeypatch.setattr("training.interrupt.time.monotonic", lambda: now[0])
+    monkeypatch.setattr("training.interrupt.signal.raise_signal", raised.append)
+    with StopRequest() as request:
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert (request.number, raised) == (signal.SIGTERM, [])
+        now[0] += 1.0  # a launcher passes on what the terminal has sent already
+        os.kill(os.getpid(), signal.SIGINT)
+        assert (request.number, raised) == (signal.SIGTERM, [])
+        now[0] += 10.0
+        os.kill(os.getpid(), signal.SIGINT)
+        assert raised == [signal.SIGINT]
+        assert signal.getsignal(signal.SIGINT) is signal.SIG_DFL
+
+
+def test_without_a_signal_every_batch_comes() -> None:
+    request = StopRequest()
+    assert list(request.until_stopped(range(5), rounds=3, device=torch.device("cpu"))) == [0, 1, 2, 3, 4]

@@ -1,0 +1,46 @@
+"""Which GPUs a run uses, how processes are started and where they meet."""
+
+import socket
+
+import pytest
+import torch
+
+from utils import launch
+from utils.errors import RunError, UserError
+
+
+def test_gpu_ids_that_do_not_exist_are_refused() -> None:
+    with pytest.raises(UserError, match=r"--gpu_ids 0,99: no such GPU"):
+        launch.visible_gpus(no_cuda=False, gpu=None, gpu_ids="0,99")
+    with pytest.raises(UserError, match=r"--gpu 99: no such GPU"):
+        launch.visible_gpus(no_cuda=False, gpu=99, gpu_ids=None)
+    with pytest.raises(UserError, match=r"--gpu_ids 'zero'"):
+        launch.visible_gpus(no_cuda=False, gpu=None, gpu_ids="zero")
+    assert launch.visible_gpus(no_cuda=True, gpu=None, gpu_ids=None) == []
+
+
+def test_several_gpus_are_named_once_each(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    named = launch.named_gpus("--devices", "cuda:1, cuda:0")
+    assert named == [torch.device("cuda", 1), torch.device("cuda", 0)]
+    with pytest.raises(UserError, match="--devices cuda,cuda:0: names a GPU twice"):
+        launch.named_gpus("--devices", "cuda,cuda:0")
+
+
+def test_several_nodes_need_a_meeting_point() -> None:
+    with pytest.raises(UserError, match="meeting point"):
+        launch.spawn(print, (), processes=1, nodes=2, node=0, url="env://")
+    with pytest.raises(UserError, match=r"--dist_url host:1"):
+        launch.spawn(print, (), processes=1, nodes=2, node=0, url="host:1")
+
+
+def test_a_port_in_use_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    with socket.socket() as other:
+        other.bind(("127.0.0.1", 0))
+        other.listen()
+        port = other.getsockname()[1]
+        for name, value in {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "RANK": 0, "WORLD_SIZE": 2}.items():
+            monkeypatch.setenv(name, str(value))
+        with pytest.raises(RunError, match=rf"--dist_url: no meeting at 127.0.0.1:{port} \(port in use") as caught:
+            launch.join([])
+    assert "\n" not in str(caught.value)

@@ -54,7 +54,7 @@ def noise(seed, *shape):
 
 
 def test_every_data_set_of_the_command_line_is_registered():
-    assert sources.names() == ["cifar10", "cifar100", "digits", "folder", "imagenet", "svhn", "synthetic"]
+    assert {"cifar10", "cifar100", "digits", "folder", "imagenet", "svhn", "synthetic"} <= set(sources.names())
 
 
 def test_an_unknown_name_is_answered_with_the_nearest(tmp_path):

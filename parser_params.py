@@ -35,7 +35,7 @@ from utils.command_line import (
     with_underscores,
 )
 from utils.errors import UserError
-from utils.options import Flag, Options, flags_of, option
+from utils.options import OF_CALL, SAME, TAKES, Flag, Options, flags_of, option
 from utils.registry import nearest_name
 
 
@@ -43,9 +43,13 @@ from utils.registry import nearest_name
 class RunOptions(Options):
     """Run and files"""
 
-    data: str = option("./data_dir", "folder of the data set", metavar="DIR")
+    data: str = option("./data_dir", "folder of the data set", metavar="DIR", resume=OF_CALL)
     model_dir: str = option(
-        "./model_dir", "run directory: checkpoints, logs, pictures", aliases=("checkpoint_dir",), metavar="DIR"
+        "./model_dir",
+        "run directory: checkpoints, logs, pictures",
+        aliases=("checkpoint_dir",),
+        metavar="DIR",
+        resume=OF_CALL,
     )
     resume: str | None = option(
         None,
@@ -53,16 +57,18 @@ class RunOptions(Options):
         aliases=("resume_checkpoint", "evaluate_checkpoint"),
         metavar="PATH|auto",
         bare="auto",
+        resume=OF_CALL,
     )
-    evaluate: bool = option(False, "evaluate --resume and stop, as eval.py does", bare="1")
+    evaluate: bool = option(False, "evaluate --resume and stop, as eval.py does", bare="1", resume=OF_CALL)
     pretrained: str | None = option(
         None,
         "weights to start from; a head of another size is made anew. Bare: the library's weights of a torchvision or "
         "timm architecture",
         metavar="PATH",
         bare="",
+        resume="the checkpoint's weights take its place",
     )
-    pretrained_dir: str | None = option(None, "published name of --pretrained PATH", metavar="PATH")
+    pretrained_dir: str | None = option(None, "published name of --pretrained PATH", metavar="PATH", resume=OF_CALL)
     seed: int | None = option(
         None,
         "seed of everything random",
@@ -70,24 +76,32 @@ class RunOptions(Options):
         default_text="drawn, printed and recorded",
         least=0,
         most=2**63 - 1,
+        resume=SAME,
     )
-    deterministic: bool = option(False, "ask torch for deterministic kernels (slower)")
-    print_freq: int = option(20, "interval between progress lines", unit="steps", least=1)
-    max_ckpt_nums: int = option(5, "how many of the newest checkpoints are kept", least=1)
+    deterministic: bool = option(False, "ask torch for deterministic kernels (slower)", resume=TAKES)
+    print_freq: int = option(20, "interval between progress lines", unit="steps", least=1, resume=TAKES)
+    max_ckpt_nums: int = option(5, "how many of the newest checkpoints are kept", least=1, resume=TAKES)
     save_steps: int = option(
-        0, "also save a checkpoint every so many steps; 0: only after epochs", unit="steps", least=0
+        0, "also save a checkpoint every so many steps; 0: only after epochs", unit="steps", least=0, resume=TAKES
     )
-    is_summary: bool = option(False, "print parameters and MACs of the networks and stop; needs no data")
+    is_summary: bool = option(
+        False, "print parameters and MACs of the networks and stop; needs no data", resume=OF_CALL
+    )
     on_save_error: str = option(
-        "warn", "a checkpoint that cannot be written: warn and go on, or stop", choices=("warn", "stop")
+        "warn", "a checkpoint that cannot be written: warn and go on, or stop", choices=("warn", "stop"), resume=TAKES
     )
     on_nonfinite: str = option(
-        "stop", "a non-finite loss or gradient: stop, or skip the step and count", choices=("stop", "skip")
+        "stop",
+        "a non-finite loss or gradient: stop, or skip the step and count",
+        choices=("stop", "skip"),
+        resume=TAKES,
     )
-    nonfinite_limit: int = option(100, "how many steps 'skip' may skip before the run stops", unit="steps", least=1)
-    proc_name: str = option("splitnet", "process title (where setproctitle is installed)")
+    nonfinite_limit: int = option(
+        100, "how many steps 'skip' may skip before the run stops", unit="steps", least=1, resume=TAKES
+    )
+    proc_name: str = option("splitnet", "process title (where setproctitle is installed)", resume=OF_CALL)
     config: str | None = option(
-        None, "YAML file of flag names and values, or of Cream's published keys", metavar="FILE"
+        None, "YAML file of flag names and values, or of Cream's published keys", metavar="FILE", resume=OF_CALL
     )
 
 
@@ -95,27 +109,29 @@ class RunOptions(Options):
 class EvaluationOptions(Options):
     """Ensemble and evaluation"""
 
-    is_ensembled_after_softmax: bool = option(False, "average probabilities instead of logits")
-    is_max_ensemble: bool = option(False, "take the maximum over the networks instead of the mean")
-    is_test_on_multigpus: bool = option(False, "eval.py: one network per GPU")
-    is_test_with_multistreams: bool = option(False, "eval.py: one CUDA stream per network")
+    is_ensembled_after_softmax: bool = option(False, "average probabilities instead of logits", resume=TAKES)
+    is_max_ensemble: bool = option(False, "take the maximum over the networks instead of the mean", resume=TAKES)
+    is_test_on_multigpus: bool = option(False, "eval.py: one network per GPU", resume=OF_CALL)
+    is_test_with_multistreams: bool = option(False, "eval.py: one CUDA stream per network", resume=OF_CALL)
 
 
 @dataclass(frozen=True, kw_only=True)
 class DeviceOptions(Options):
     """Device, precision and processes"""
 
-    is_amp: bool = option(True, "automatic mixed precision")
+    is_amp: bool = option(True, "automatic mixed precision", resume=TAKES)
     amp_dtype: str = option(
         "auto",
         "precision: auto is bf16 where the hardware has it, fp16 with a scaler on older GPUs, else fp32",
         choices=("auto", "bf16", "fp16", "fp32", "fp64"),
+        resume=TAKES,
     )
     execution: str = option(
         "loop",
         "how the S networks run: one after another; at the same time (a CUDA stream or CPU thread each); stacked into "
         "one network of S times the channels and groups; or the fastest of these on the first batch. Same results",
         choices=EXECUTIONS,
+        resume=TAKES,
     )
     compile: str | None = option(
         None,
@@ -123,26 +139,31 @@ class DeviceOptions(Options):
         choices=COMPILE_MODES,
         metavar="MODE",
         bare="default",
+        resume=TAKES,
     )
-    cuda_graph: bool = option(False, "replay forward, backward and update as one CUDA graph (one GPU)")
-    is_apex_amp: bool = option(False, "refused: apex is gone, use --is_amp")
-    amp_opt_level: str = option("O1", "apex's level; accepted")
-    gpu: int | None = option(None, "the one GPU to use")
-    gpu_ids: str | None = option(None, "GPUs to use, as '0,1'", aliases=("gpu_id",), default_text="all visible")
-    no_cuda: bool = option(False, "run on the CPU", bare="1")
+    cuda_graph: bool = option(False, "replay forward, backward and update as one CUDA graph (one GPU)", resume=TAKES)
+    is_apex_amp: bool = option(False, "refused: apex is gone, use --is_amp", resume=OF_CALL)
+    amp_opt_level: str = option("O1", "apex's level; accepted", resume=OF_CALL)
+    gpu: int | None = option(None, "the one GPU to use", resume=OF_CALL)
+    gpu_ids: str | None = option(
+        None, "GPUs to use, as '0,1'", aliases=("gpu_id",), default_text="all visible", resume=OF_CALL
+    )
+    no_cuda: bool = option(False, "run on the CPU", bare="1", resume=OF_CALL)
     multiprocessing_distributed: bool = option(
-        False, "start one process per GPU (or --nproc_per_node on a CPU)", bare="1"
+        False, "start one process per GPU (or --nproc_per_node on a CPU)", bare="1", resume=OF_CALL
     )
     nproc_per_node: int | None = option(
-        None, "processes per node of that launcher", default_text="one per GPU", least=1
+        None, "processes per node of that launcher", default_text="one per GPU", least=1, resume=OF_CALL
     )
-    world_size: int = option(1, "number of nodes (torchrun's environment wins)", least=1)
-    rank: int = option(0, "number of this node", least=0)
+    world_size: int = option(1, "number of nodes (torchrun's environment wins)", least=1, resume=OF_CALL)
+    rank: int = option(0, "number of this node", least=0, resume=OF_CALL)
     local_rank: int | None = option(
-        None, "what launchers pass; accepted, their LOCAL_RANK decides", default_text="none"
+        None, "what launchers pass; accepted, their LOCAL_RANK decides", default_text="none", resume=OF_CALL
     )
-    dist_url: str = option("env://", "where the processes meet, as tcp://HOST:PORT")
-    dist_backend: str = option("auto", "auto is nccl on GPUs and gloo on CPUs", choices=("auto", "nccl", "gloo"))
+    dist_url: str = option("env://", "where the processes meet, as tcp://HOST:PORT", resume=OF_CALL)
+    dist_backend: str = option(
+        "auto", "auto is nccl on GPUs and gloo on CPUs", choices=("auto", "nccl", "gloo"), resume=OF_CALL
+    )
 
 
 SECTIONS: tuple[type, ...] = (

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from utils.options import BY_RECIPE, Options, option
+from utils.options import BY_RECIPE, OF_CALL, SAME, TAKES, Options, option
 
 PADDING_MODES = ("zero", "reflect")
 ERASE_MODES = ("const", "pixel")
@@ -13,18 +13,40 @@ OF_DATA = "the data set's, or the method's recipe"
 class DataOptions(Options):
     """Data and augmentation"""
 
-    dataset: str = option("cifar10", "data set", choices=None)
-    num_classes: int | None = option(None, "number of classes", default_text="known by the data set", least=2)
-    workers: int = option(8, "decoding processes per training process; 0 decodes in the process itself", least=0)
-    batch_size: int = option(
-        128, "images per node over all its processes, per step before accumulation", unit="images", least=1
+    dataset: str = option("cifar10", "data set", choices=None, resume=SAME)
+    num_classes: int | None = option(
+        None,
+        "number of classes",
+        default_text="known by the data set",
+        least=2,
+        resume="held against the classes of the checkpoint",
     )
-    drop_last: bool = option(True, "leave out the images of an epoch that fill no batch; 0: train on them too")
-    eval_batch_size: int = option(100, "images per process in evaluation", unit="images", least=1)
-    crop_size: int = option(32, "side of the network's input", unit="pixels", default_text=BY_RECIPE, least=1)
-    padding: int = option(4, "padding before the random crop of small images", unit="pixels", least=0)
+    workers: int = option(
+        8, "decoding processes per training process; 0 decodes in the process itself", least=0, resume=OF_CALL
+    )
+    batch_size: int = option(
+        128,
+        "images per node over all its processes, per step before accumulation",
+        unit="images",
+        least=1,
+        resume="the share of training that is done stays",
+    )
+    drop_last: bool = option(
+        True,
+        "leave out the images of an epoch that fill no batch; 0: train on them too",
+        resume="the share of training that is done stays",
+    )
+    eval_batch_size: int = option(100, "images per process in evaluation", unit="images", least=1, resume=TAKES)
+    crop_size: int = option(
+        32, "side of the network's input", unit="pixels", default_text=BY_RECIPE, least=1, resume=TAKES
+    )
+    padding: int = option(4, "padding before the random crop of small images", unit="pixels", least=0, resume=TAKES)
     padding_mode: str = option(
-        "zero", "what that padding holds: black, or the mirrored image", choices=PADDING_MODES, default_text=BY_RECIPE
+        "zero",
+        "what that padding holds: black, or the mirrored image",
+        choices=PADDING_MODES,
+        default_text=BY_RECIPE,
+        resume=TAKES,
     )
     crop_area: tuple[float, ...] = option(
         (0.1, 1.0),
@@ -33,6 +55,7 @@ class DataOptions(Options):
         most=1,
         count=2,
         ascending=True,
+        resume=TAKES,
     )
     crop_pct: float | None = option(
         None,
@@ -40,15 +63,22 @@ class DataOptions(Options):
         default_text="1/1.15; 0.875 for Cream's networks on imagenet",
         above=0,
         most=1,
+        resume=TAKES,
     )
-    color_jitter: float = option(0.0, "brightness, contrast and saturation change by up to this part", least=0, most=1)
+    color_jitter: float = option(
+        0.0, "brightness, contrast and saturation change by up to this part", least=0, most=1, resume=TAKES
+    )
     mean: tuple[float, ...] = option(
-        (), "mean of the red, green and blue pixels, from 0 to 1", default_text=OF_DATA, count=3
+        (), "mean of the red, green and blue pixels, from 0 to 1", default_text=OF_DATA, count=3, resume=TAKES
     )
-    std: tuple[float, ...] = option((), "their standard deviation", default_text=OF_DATA, above=0, count=3)
-    is_cutout: bool = option(True, "random erasing (under the published name)")
-    erase_p: float = option(0.5, "probability of random erasing", least=0, most=1)
-    erase_mode: str = option("const", "erase to the mean colour, or to noise per pixel", choices=ERASE_MODES)
+    std: tuple[float, ...] = option(
+        (), "their standard deviation", default_text=OF_DATA, above=0, count=3, resume=TAKES
+    )
+    is_cutout: bool = option(True, "random erasing (under the published name)", resume=TAKES)
+    erase_p: float = option(0.5, "probability of random erasing", least=0, most=1, resume=TAKES)
+    erase_mode: str = option(
+        "const", "erase to the mean colour, or to noise per pixel", choices=ERASE_MODES, resume=TAKES
+    )
     erase_area: tuple[float, ...] = option(
         (),
         "smallest and largest erased part of a view",
@@ -57,17 +87,32 @@ class DataOptions(Options):
         most=1,
         count=2,
         ascending=True,
+        resume=TAKES,
     )
     erase_ratio: tuple[float, ...] = option(
-        (), "smallest and largest height / width of it", default_text=BY_RECIPE, above=0, count=2, ascending=True
+        (),
+        "smallest and largest height / width of it",
+        default_text=BY_RECIPE,
+        above=0,
+        count=2,
+        ascending=True,
+        resume=TAKES,
     )
-    is_autoaugment: bool = option(False, "the data set's AutoAugment policy", default_text=BY_RECIPE)
-    randaa: str | None = option(None, "RandAugment instead, as 'rand-m9-mstd0.5'", metavar="STRING")
-    is_mixup: bool = option(True, "mix pairs of images and their labels (mixup)")
-    mix_alpha: float = option(0.2, "mixup draws its weight from Beta(alpha, alpha)", above=0)
-    is_label_smoothing: bool = option(False, "label smoothing of 0.1", default_text=BY_RECIPE)
-    is_diff_data_train: bool = option(True, "every network sees its own view; 0: all see the same one (ablation)")
+    is_autoaugment: bool = option(False, "the data set's AutoAugment policy", default_text=BY_RECIPE, resume=TAKES)
+    randaa: str | None = option(None, "RandAugment instead, as 'rand-m9-mstd0.5'", metavar="STRING", resume=TAKES)
+    is_mixup: bool = option(True, "mix pairs of images and their labels (mixup)", resume=TAKES)
+    mix_alpha: float = option(0.2, "mixup draws its weight from Beta(alpha, alpha)", above=0, resume=TAKES)
+    is_label_smoothing: bool = option(False, "label smoothing of 0.1", default_text=BY_RECIPE, resume=TAKES)
+    is_diff_data_train: bool = option(
+        True, "every network sees its own view; 0: all see the same one (ablation)", resume=TAKES
+    )
     val_fraction: float = option(
-        0.0, "class-balanced part of the training set held out to choose the best epoch", least=0, below=1
+        0.0,
+        "class-balanced part of the training set held out to choose the best epoch",
+        least=0,
+        below=1,
+        resume="refused where other images would be held out",
     )
-    on_bad_image: str = option("fail", "what to do with an image that cannot be read", choices=("fail", "skip"))
+    on_bad_image: str = option(
+        "fail", "what to do with an image that cannot be read", choices=("fail", "skip"), resume=TAKES
+    )

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 from model.restore import WEIGHTS
-from utils.options import Options, option
+from utils.options import OF_CALL, Options, option
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -14,17 +14,31 @@ class EvalOptions(Options):
         None,
         "classify an image, the images of a folder, or a .npy array [N, 3, H, W] of normalised floats",
         metavar="PATH",
+        resume=OF_CALL,
     )
-    weights: str = option("auto", "which weights; auto is the moving average where there is one", choices=WEIGHTS)
+    weights: str = option(
+        "auto", "which weights; auto is the moving average where there is one", choices=WEIGHTS, resume=OF_CALL
+    )
     benchmark: bool = option(
-        False, "after the evaluation, time the networks beside the undivided one: latency.md, .json and .png", bare="1"
+        False,
+        "after the evaluation, time the networks beside the undivided one: latency.md, .json and .png",
+        bare="1",
+        resume=OF_CALL,
     )
     large: str | None = option(
-        None, "for --benchmark, checkpoint of the undivided network; without it its weights are random", metavar="PATH"
+        None,
+        "for --benchmark, checkpoint of the undivided network; without it its weights are random",
+        metavar="PATH",
+        resume=OF_CALL,
     )
     metrics: str | None = option(
-        None, "further figures, from the logits of all images at once: a comma list, such as aurc", metavar="NAMES"
+        None,
+        "further figures, from the logits of all images at once: a comma list, such as aurc",
+        metavar="NAMES",
+        resume=OF_CALL,
     )
     devices: str | None = option(
-        None, "for --benchmark, GPUs to spread the networks over, as cuda:0,cuda:1; one device is timed anyway"
+        None,
+        "for --benchmark, GPUs to spread the networks over, as cuda:0,cuda:1; one device is timed anyway",
+        resume=OF_CALL,
     )

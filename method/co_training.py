@@ -14,7 +14,7 @@ from loss.agreement import AGREEMENT_LOSSES
 from loss.classification import mixed_cross_entropy
 from method import Method, Progress, StepOutput, Targets, methods
 from model.splitnet import SplitNet
-from utils.options import Options, option
+from utils.options import TAKES, Options, option
 
 MIN_WARM_UP_WEIGHT = 0.005
 
@@ -23,10 +23,12 @@ MIN_WARM_UP_WEIGHT = 0.005
 class CoTrainingOptions(Options):
     """Flags of the losses that the networks share."""
 
-    is_cot_loss: bool = option(True, "tie the networks by a co-training loss")
-    cot_loss_choose: str = option("js_divergence", "co-training loss", choices=tuple(AGREEMENT_LOSSES))
-    cot_weight: float = option(0.5, "weight of the co-training loss", aliases=("kl_weight",), least=0)
-    is_cot_weight_warm_up: bool = option(True, "raise that weight linearly at first", aliases=("is_kl_weight_warm_up",))
+    is_cot_loss: bool = option(True, "tie the networks by a co-training loss", resume=TAKES)
+    cot_loss_choose: str = option("js_divergence", "co-training loss", choices=tuple(AGREEMENT_LOSSES), resume=TAKES)
+    cot_weight: float = option(0.5, "weight of the co-training loss", aliases=("kl_weight",), least=0, resume=TAKES)
+    is_cot_weight_warm_up: bool = option(
+        True, "raise that weight linearly at first", aliases=("is_kl_weight_warm_up",), resume=TAKES
+    )
     cot_weight_warm_up_epochs: int | None = option(
         None,
         "length of that rise",
@@ -34,9 +36,10 @@ class CoTrainingOptions(Options):
         aliases=("kl_weight_warm_up_epochs",),
         default_text="set by the recipe",
         least=0,
+        resume=TAKES,
     )
-    is_ensembled_loss: bool = option(False, "also train the ensemble (mean of logits) on the labels")
-    ensembled_loss_weight: float = option(0.5, "weight of the ensemble's classification loss", least=0)
+    is_ensembled_loss: bool = option(False, "also train the ensemble (mean of logits) on the labels", resume=TAKES)
+    ensembled_loss_weight: float = option(0.5, "weight of the ensemble's classification loss", least=0, resume=TAKES)
 
 
 def cot_weight(epoch: int, *, weight: float, warm_up_epochs: int) -> float:

@@ -14,7 +14,7 @@ from method import Method, Progress, StepOutput, Targets, methods
 from model.heads import require_stages, synergy_branches
 from model.splitnet import SplitNet
 from recipe.published import scaled_milestones
-from utils.options import Options, option
+from utils.options import SAME, TAKES, Options, option
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -22,13 +22,17 @@ class DKSOptions(Options):
     """Flags of deeply-supervised knowledge synergy."""
 
     dks_branches: tuple[int, ...] | None = option(
-        None, "stages that the branches hang behind, counted from 1", default_text="the two before the last"
+        None,
+        "stages that the branches hang behind, counted from 1",
+        default_text="the two before the last",
+        resume=SAME,
     )
     dks_matching: str = option(
         "dense",
         "which heads teach which: all the others, deeper ones the shallower, the other way round, or nobody "
         "(deep supervision alone)",
         choices=MATCHINGS,
+        resume=TAKES,
     )
 
 

@@ -14,20 +14,21 @@ from loss.agreement import kl_seperate
 from loss.classification import mixed_cross_entropy
 from loss.distillation import distillation_kl
 from method import Method, Progress, StepOutput, Targets, methods
-from utils.options import Options, option
+from utils.options import TAKES, Options, option
 
 
 @dataclass(frozen=True, kw_only=True)
 class DMLOptions(Options):
     """Flags of deep mutual learning."""
 
-    dml_weight: float = option(1.0, "weight of the peers' predictions beside the labels", least=0)
-    dml_temperature: float = option(1.0, "temperature of the predictions that are compared", above=0)
+    dml_weight: float = option(1.0, "weight of the peers' predictions beside the labels", least=0, resume=TAKES)
+    dml_temperature: float = option(1.0, "temperature of the predictions that are compared", above=0, resume=TAKES)
     dml_teacher: str = option(
         "peers",
         "what a network fits: each peer's prediction in turn, averaged over the losses, or the mean of the peers' "
         "predictions (the paper's ensemble variant)",
         choices=("peers", "ensemble"),
+        resume=TAKES,
     )
 
 

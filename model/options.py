@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 from model.division.plan import DIVIDE_BY
-from utils.options import Options, option
+from utils.options import OF_CALL, SAME, TAKES, Options, option
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -14,18 +14,24 @@ class ModelOptions(Options):
         "resnet50",
         "backbone: one of those listed below, torchvision/NAME, timm/NAME or FILE.py:FACTORY; a comma list of full "
         "networks where the method takes several",
+        resume=SAME,
     )
-    method: str = option("co_training", "how the networks learn together")
-    split_factor: int = option(1, "S: into how many small networks the backbone is divided", least=1)
+    method: str = option("co_training", "how the networks learn together", resume=SAME)
+    split_factor: int = option(1, "S: into how many small networks the backbone is divided", least=1, resume=SAME)
     divide_by: str | None = option(
         None,
         "what the S copies of a torchvision/NAME, timm/NAME or FILE.py:FACTORY match together",
         choices=DIVIDE_BY,
         default_text="params; our own backbones have the paper's tables",
+        resume=SAME,
     )
-    norm_mode: str = option("batch", "normalisation", choices=("batch",))
-    is_syncbn: bool = option(False, "synchronise batch normalisation across processes")
-    output_stride: int = option(8, "2 selects the CIFAR strides 1, 1, 2 in the resnet family")
-    is_identical_init: bool = option(False, "start all networks from the weights of the first (ablation)")
-    is_train_sep: bool = option(False, "train one of the S small networks alone (ablation)")
-    gn_num_groups: int = option(8, "unused in the published code; accepted")
+    norm_mode: str = option("batch", "normalisation", choices=("batch",), resume=SAME)
+    is_syncbn: bool = option(False, "synchronise batch normalisation across processes", resume=TAKES)
+    output_stride: int = option(8, "2 selects the CIFAR strides 1, 1, 2 in the resnet family", resume=SAME)
+    is_identical_init: bool = option(
+        False,
+        "start all networks from the weights of the first (ablation)",
+        resume="the networks are those of the checkpoint",
+    )
+    is_train_sep: bool = option(False, "train one of the S small networks alone (ablation)", resume=SAME)
+    gn_num_groups: int = option(8, "unused in the published code; accepted", resume=OF_CALL)

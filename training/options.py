@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from utils.options import BY_RECIPE, Options, option
+from utils.options import BY_RECIPE, OF_CALL, SAME, TAKES, Options, option
 
 OPTIMIZERS = ("SGD", "Adam", "AdamW", "RMSprop", "RMSpropTF")
 ITERATION_MODES = ("cos", "step", "poly", "HTD", "exponential", "linear")
@@ -14,51 +14,74 @@ MODES = ITERATION_MODES + EPOCH_MODES
 class OptimizerOptions(Options):
     """Optimiser and schedule"""
 
-    epochs: int = option(300, "training length", unit="epochs", default_text=BY_RECIPE, least=1)
+    epochs: int = option(300, "training length", unit="epochs", default_text=BY_RECIPE, least=1, resume=TAKES)
     start_epoch: int | None = option(
-        None, "first epoch, overriding the checkpoint's", default_text="0, or the checkpoint's", least=0
+        None, "first epoch, overriding the checkpoint's", default_text="0, or the checkpoint's", least=0, resume=OF_CALL
     )
-    max_steps: int | None = option(None, "stop after so many steps in all", unit="steps", default_text="none", least=1)
-    eval_per_epoch: int = option(1, "evaluate every so many epochs", unit="epochs", least=1)
-    iters_to_accumulate: int = option(1, "steps per update of the weights", unit="steps", least=1)
-    optimizer: str = option("SGD", "optimiser", choices=OPTIMIZERS, default_text=BY_RECIPE)
-    lr: float = option(0.1, "learning rate", aliases=("learning_rate", "init_lr"), default_text=BY_RECIPE, least=0)
+    max_steps: int | None = option(
+        None, "stop after so many steps in all", unit="steps", default_text="none", least=1, resume=OF_CALL
+    )
+    eval_per_epoch: int = option(1, "evaluate every so many epochs", unit="epochs", least=1, resume=TAKES)
+    iters_to_accumulate: int = option(1, "steps per update of the weights", unit="steps", least=1, resume=TAKES)
+    optimizer: str = option("SGD", "optimiser", choices=OPTIMIZERS, default_text=BY_RECIPE, resume=SAME)
+    lr: float = option(
+        0.1, "learning rate", aliases=("learning_rate", "init_lr"), default_text=BY_RECIPE, least=0, resume=TAKES
+    )
     lr_mode: str = option(
         "cos",
         "shape of the schedule",
         choices=MODES,
         aliases={"lr_type": {"cosine": "epoch_cos", "multistep": "step"}},
         default_text=BY_RECIPE,
+        resume=TAKES,
     )
-    slow_start_lr: float = option(5e-3, "learning rate at which the warm-up starts", least=0)
-    slow_start_epochs: int = option(0, "length of the warm-up; -1: none", unit="epochs", default_text=BY_RECIPE)
-    end_lr: float = option(1e-4, "floor of the learning rate", default_text=BY_RECIPE, least=0)
+    slow_start_lr: float = option(5e-3, "learning rate at which the warm-up starts", least=0, resume=TAKES)
+    slow_start_epochs: int = option(
+        0, "length of the warm-up; -1: none", unit="epochs", default_text=BY_RECIPE, resume=TAKES
+    )
+    end_lr: float = option(1e-4, "floor of the learning rate", default_text=BY_RECIPE, least=0, resume=TAKES)
     lr_milestones: tuple[int, ...] = option(
-        (), "epochs at which 'step' multiplies", unit="epochs", aliases=("milestones",), default_text=BY_RECIPE
+        (),
+        "epochs at which 'step' multiplies",
+        unit="epochs",
+        aliases=("milestones",),
+        default_text=BY_RECIPE,
+        resume=TAKES,
     )
-    lr_step_multiplier: float = option(0.1, "factor at each milestone")
-    lr_multiplier: float = option(1.0, "factor for the learning rate of new heads when fine-tuning")
-    decay_factor: float = option(0.97, "factor of 'exponential'")
+    lr_step_multiplier: float = option(0.1, "factor at each milestone", resume=TAKES)
+    lr_multiplier: float = option(1.0, "factor for the learning rate of new heads when fine-tuning", resume=TAKES)
+    decay_factor: float = option(0.97, "factor of 'exponential'", resume=TAKES)
     decay_epochs: float = option(
         0.8,
         "interval of 'exponential'; length of 'epoch_cos'",
         unit="epochs",
         default_text="0.8; for epoch_cos all",
         above=0,
+        resume=TAKES,
     )
-    is_linear_lr: bool = option(False, "scale learning rate and momentum with the batch size")
-    momentum: float = option(0.9, "momentum of SGD and RMSprop", least=0, most=1)
-    is_nesterov: bool = option(True, "Nesterov momentum in SGD")
-    optimizer_eps: float | None = option(None, "eps of Adam and RMSprop", default_text="the optimiser's own", above=0)
+    is_linear_lr: bool = option(False, "scale learning rate and momentum with the batch size", resume=TAKES)
+    momentum: float = option(0.9, "momentum of SGD and RMSprop", least=0, most=1, resume=TAKES)
+    is_nesterov: bool = option(True, "Nesterov momentum in SGD", resume=TAKES)
+    optimizer_eps: float | None = option(
+        None, "eps of Adam and RMSprop", default_text="the optimiser's own", above=0, resume=TAKES
+    )
     weight_decay: float = option(
-        1e-4, "weight decay; an explicit value is taken as given", default_text=BY_RECIPE, least=0
+        1e-4, "weight decay; an explicit value is taken as given", default_text=BY_RECIPE, least=0, resume=TAKES
     )
-    is_wd_test: bool = option(False, "published: take --weight_decay as given; always so here, accepted")
-    is_div_wd: bool = option(True, "multiply the recipe's weight decay by exp(1/S - 1) when S > 1")
-    div_wd_den: float = option(20.0, "unused in the published code; accepted")
-    is_wd_all: bool = option(False, "decay every parameter")
-    no_decay: str = option("bias", "what is not decayed", choices=("bias", "norm_bias"))
-    clip_grad: float | None = option(None, "largest global norm of the gradient", default_text="none", above=0)
+    is_wd_test: bool = option(
+        False, "published: take --weight_decay as given; always so here, accepted", resume=OF_CALL
+    )
+    is_div_wd: bool = option(True, "multiply the recipe's weight decay by exp(1/S - 1) when S > 1", resume=TAKES)
+    div_wd_den: float = option(20.0, "unused in the published code; accepted", resume=OF_CALL)
+    is_wd_all: bool = option(False, "decay every parameter", resume=TAKES)
+    no_decay: str = option("bias", "what is not decayed", choices=("bias", "norm_bias"), resume=TAKES)
+    clip_grad: float | None = option(
+        None, "largest global norm of the gradient", default_text="none", above=0, resume=TAKES
+    )
     ema_decay: float = option(
-        0.0, "decay of the moving average of the weights that is evaluated too; 0: off", least=0, below=1
+        0.0,
+        "decay of the moving average of the weights that is evaluated too; 0: off",
+        least=0,
+        below=1,
+        resume="a new average starts from the restored weights; one that is switched off is dropped",
     )

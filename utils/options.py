@@ -14,6 +14,11 @@ from utils.registry import nearest_name
 
 BY_RECIPE = "set by the recipe"  # default_text of what the published recipes decide
 
+# What a resumed run does with another value than the run before had.
+SAME = "refused"  # it would not be the same run
+TAKES = "takes effect"  # and is said
+OF_CALL = "of this call"  # where and how a program runs; the run is the same
+
 
 @dataclass(frozen=True, kw_only=True)
 class Range:
@@ -87,6 +92,7 @@ def option(
     ascending: bool = False,
     aliases: Sequence[str] | Mapping[str, Mapping[str, str]] = (),
     bare: str | None = None,
+    resume: str | None = None,
     default_text: str = "",
     metavar: str | None = None,
 ) -> Any:
@@ -105,6 +111,8 @@ def option(
         aliases: other spellings of the flag, without dashes. As a mapping, each with the values that are written
             otherwise there, as {"lr_type": {"cosine": "epoch_cos"}}: that spelling then takes these values only.
         bare: what the flag means without a value; None: it needs one.
+        resume: what a resumed run does with another value than the run before had: SAME, TAKES, OF_CALL, or in words
+            what happens. Every flag of the programs must say it; a test walks them.
         default_text: what --help prints as the default where the value alone would mislead ("recipe").
         metavar: what --help prints in place of the value.
     """
@@ -115,6 +123,7 @@ def option(
         "range": Range(least=least, most=most, above=above, below=below, count=count, ascending=ascending),
         "aliases": aliases if isinstance(aliases, Mapping) else {name: {} for name in aliases},
         "bare": bare,
+        "resume": resume,
         "default_text": default_text,
         "metavar": metavar,
     }
@@ -186,6 +195,7 @@ class Flag:
     range: Range
     aliases: Mapping[str, Mapping[str, str]]
     bare: str | None
+    resume: str | None
     default_text: str
     metavar: str | None
 

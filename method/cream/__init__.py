@@ -36,7 +36,7 @@ from model.search.supernet import Supernet
 from model.splitnet import SplitNet
 from utils.distributed import all_reduce_sum
 from utils.errors import UserError
-from utils.options import Options, option
+from utils.options import SAME, TAKES, Options, option
 from utils.seed import STREAM_METHOD, fold_in
 
 logger = logging.getLogger(__name__)
@@ -50,25 +50,33 @@ TOP1_GATE = 0.5
 class CreamSearchOptions(Options):
     """Flags of the search; those that shape the supernet are with the Cream backbones."""
 
-    pool_size: int = option(10, "paths on the board", least=1)
+    pool_size: int = option(10, "paths on the board", least=1, resume=SAME)
     acc_gap: float = option(
-        5.0, "lead over the board's worst path that lets a dearer one in", unit="percentage points", least=0
+        5.0,
+        "lead over the board's worst path that lets a dearer one in",
+        unit="percentage points",
+        least=0,
+        resume=TAKES,
     )
     meta_sta_epoch: int = option(
         20,
         "last epoch, from 0, without board, teacher and meta update",
         default_text="20 of 120 epochs, else alike",
         least=0,
+        resume=TAKES,
     )
-    update_iter: int = option(200, "batches of an epoch between meta updates", unit="batches", least=1)
-    pick_method: str = option("meta", "how the teacher is chosen", choices=("meta", "top1"))
-    meta_lr: float = option(1e-4, "learning rate of the meta-network, decayed linearly", least=0)
+    update_iter: int = option(200, "batches of an epoch between meta updates", unit="batches", least=1, resume=TAKES)
+    pick_method: str = option("meta", "how the teacher is chosen", choices=("meta", "top1"), resume=TAKES)
+    meta_lr: float = option(1e-4, "learning rate of the meta-network, decayed linearly", least=0, resume=TAKES)
     how_to_prob: str = option(
         "pre_prob",
         "operators drawn uniformly, by --pre_prob, or as on the board",
         choices=("even", "pre_prob", "teacher"),
+        resume=TAKES,
     )
-    pre_prob: tuple[float, ...] = option((0.05, 0.2, 0.05, 0.5, 0.05, 0.15), "probability of every operator", least=0)
+    pre_prob: tuple[float, ...] = option(
+        (0.05, 0.2, 0.05, 0.5, 0.05, 0.15), "probability of every operator", least=0, resume=TAKES
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -20,7 +20,7 @@ from model.layers.shake import ShakeDrop
 from model.registry import SMALL, Backbone, BackboneRequest, backbones, family_options
 from model.staged import StagedBackbone
 from utils.errors import UserError
-from utils.options import Options, option
+from utils.options import SAME, TAKES, Options, option
 
 NUM_BLOCKS = 3
 LAYERS_PER_BLOCK = 31
@@ -31,11 +31,13 @@ class DenseNetOptions(Options):
     """Flags of the DenseNets."""
 
     is_efficient_densenet: bool = option(
-        False, "DenseNet: recompute half of each layer in the backward pass to save memory; same results"
+        False, "DenseNet: recompute half of each layer in the backward pass to save memory; same results", resume=TAKES
     )
-    is_official_densenet: bool = option(True, "DenseNet: 1 the official implementation, 0 the variant densenet3")
+    is_official_densenet: bool = option(
+        True, "DenseNet: 1 the official implementation, 0 the variant densenet3", resume=SAME
+    )
     densenet_p_shakedrop: float = option(
-        0.0, "DenseNet: ShakeDrop rate of the last layer before division; 0 is off", least=0, most=1
+        0.0, "DenseNet: ShakeDrop rate of the last layer before division; 0 is off", least=0, most=1, resume=SAME
     )
 
     def __post_init__(self) -> None:

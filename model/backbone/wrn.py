@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from model.layers.resnet_parts import make_stage
 from model.registry import SMALL, Backbone, BackboneRequest, backbones, family_options
 from model.staged import StagedBackbone
-from utils.options import Options, option
+from utils.options import TAKES, Options, option
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -21,7 +21,11 @@ class WrnOptions(Options):
     """Backbone family: wrn"""
 
     wrn_dropout: float = option(
-        0.0, "dropout rate between the convolutions of a wrn_D_K block (published: 0 and 0.3)", least=0, below=1
+        0.0,
+        "dropout rate between the convolutions of a wrn_D_K block (published: 0 and 0.3)",
+        least=0,
+        below=1,
+        resume=TAKES,
     )
 
 

@@ -771,6 +771,7 @@ def check_toy_of_two(first, second):
         assert torch.equal(found["weight"], first["weight"])
 
 
+@pytest.mark.slow
 def test_two_processes_stay_one_search(tmp_path):
     torch.multiprocessing.spawn(_search_in_a_process, (2, free_port(), str(tmp_path)), nprocs=2)
     first, second = (torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in (0, 1))

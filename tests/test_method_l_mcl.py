@@ -467,6 +467,7 @@ def test_training_with_banks_continues_bit_for_bit(prepare_first, tmp_path):
         assert torch.equal(value, resumed.state_dict()[name]), name
 
 
+@pytest.mark.slow
 def test_a_run_that_stops_within_an_epoch_goes_on_as_if_it_had_not(tmp_path, capsys, logging_restored):
     argv = ["--method", "l_mcl", "--arch", "lmcl_wrn_10_1", "--dataset", "digits", "--batch_size", "40", "--seed", "2"]
     argv += ["--meta_freq", "2", "--no_cuda", "--model_dir"]
@@ -644,6 +645,7 @@ def _train_on_own_images(rank: int, options: dict) -> dict[str, Tensor]:
     }
 
 
+@pytest.mark.slow
 def test_two_processes_keep_everything_trained_identical(tmp_path):
     results = run_processes(2, _train_in_process, tmp_path / "results")
     for options, first, second in zip(({}, BANK), *results, strict=True):

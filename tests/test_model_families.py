@@ -611,6 +611,7 @@ PIECES = {
     "lightnet": (lightnet, 3),
     "lukemelas": (lukemelas, 3),
 }
+COMPILED = ("se_resnet_B", "densenet")  # also outside the long suite
 each_piece = pytest.mark.parametrize("name", PIECES)
 
 
@@ -630,7 +631,9 @@ def step(module: nn.Module, x_BCHW: Tensor) -> Tensor:
     return output
 
 
-@each_piece
+@pytest.mark.parametrize(
+    "name", [name if name in COMPILED else pytest.param(name, marks=pytest.mark.long) for name in PIECES]
+)
 def test_compiled_equals_eager(name):
     eager, x_BCHW = piece(name)
     other = copy.deepcopy(eager)
@@ -680,6 +683,7 @@ def gradients_in_process(rank: int, world_size: int, names: list[str]) -> dict[s
     return found
 
 
+@pytest.mark.slow
 def test_random_layers_in_two_processes(tmp_path):
     names = ["shake_resnet", "pyramidnet", "densenet"]
     first, second = run_processes(2, gradients_in_process, tmp_path / "results", names)

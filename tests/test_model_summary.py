@@ -145,6 +145,7 @@ def test_published_figures_are_those_of_the_golden_rows():
     assert typed == golden
 
 
+@pytest.mark.slow
 def test_the_documented_zoo_is_up_to_date():
     lines = ZOO.partition(MARKS[0])[2].partition(MARKS[1])[0].splitlines()
     documented = {line.split(" | ")[0].removeprefix("| ") for line in lines if line.count("|") == len(TITLES) + 1}

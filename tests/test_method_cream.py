@@ -663,11 +663,11 @@ def test_wrong_options_are_refused(options, fault):
 
 
 def test_what_does_not_fit_together_is_refused():
-    with pytest.raises(UserError, match="--pre_prob has 6 numbers and the search space 3"):
+    with pytest.raises(UserError, match=r"--pre_prob.* 6 .* 3"):
         tiny_method(how_to_prob="pre_prob")
     method = tiny_method()
     images, targets = batch(0, size=2 * SLICE - 1)
-    with pytest.raises(UserError, match="--batch_size gives a process 3 images"):
+    with pytest.raises(UserError, match=r"--batch_size.* 3 images"):
         method.before_step(images, targets, progress_at(0))
     request = BackboneRequest(arch="resnet20", num_classes=K, shape=SMALL)
     with pytest.raises(UserError, match="--arch cream_supernet"):

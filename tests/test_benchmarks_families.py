@@ -38,7 +38,7 @@ def test_a_part_of_the_images_by_links(tmp_path):
         families.take_part(tmp_path / "data", tmp_path / "part", train=2, test=1)
     links = sorted(str(path.relative_to(tmp_path / "part")) for path in (tmp_path / "part").rglob("*.jpg"))
     assert links == [*(f"train/{c}/{n}.jpg" for c in "ab" for n in (0, 1)), "val/a/0.jpg", "val/b/0.jpg"]
-    with pytest.raises(UserError, match="train/a has 3 images, 4 are needed"):
+    with pytest.raises(UserError, match=r"train/a .*3 images.* 4"):
         families.take_part(tmp_path / "data", tmp_path / "part", train=4, test=1)
     with pytest.raises(UserError, match="expected images in train"):
         families.take_part(tmp_path / "nothing", tmp_path / "part", train=1, test=1)

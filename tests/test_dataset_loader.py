@@ -346,7 +346,7 @@ def test_constructors_refuse_what_cannot_work(files):
         eval_loader(files, resize=None)
     with pytest.raises(ValueError, match="in memory take none"):
         train_loader(in_memory(5), crop=CROP)
-    with pytest.raises(ValueError, match="the sampler gave 7 indices, an epoch takes 8"):
+    with pytest.raises(ValueError, match=r"sampler.* 7 .* 8"):
         list(train_loader(in_memory(9), sampler=lambda epoch: np.arange(7)).epoch(0))
     assert list(eval_loader(ImageSet.empty(), resize=8, crop=8)) == []
 

@@ -30,6 +30,7 @@ def mixed(rank: int, world_size: int) -> dict[str, Any]:
     return {"views": views, "other": targets.labels_other_B, "lam": targets.lam, "waits": waits}
 
 
+@pytest.mark.slow
 def test_mixup_does_not_depend_on_the_number_of_processes(tmp_path: Path) -> None:
     alone = mixed(0, 1)
     parts = run_processes(3, mixed, tmp_path / "r")

@@ -99,6 +99,7 @@ def mend_interpreter() -> None:
     interpreter._patch_lang_tensor = mended
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs triton")
 def test_the_kernel_equals_the_plain_ops():
     # in a process of its own: Triton asks for the interpreter when a kernel is defined
@@ -127,6 +128,7 @@ def compile_for(capability: int) -> str:
     return triton.compile(source, target=GPUTarget("cuda", capability, 32), options=COMPILER_OPTIONS).asm["ptx"]
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs triton")
 def test_the_kernel_compiles_for_a_gpu_without_fused_multiply_adds():
     # in a process of its own, so that no test before it has chosen the interpreter

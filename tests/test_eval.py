@@ -176,6 +176,7 @@ def test_pictures_that_cannot_be_written_are_one_line(run_dir, tmp_path, capsys)
         write_latencies([row], tmp_path)
 
 
+@pytest.mark.slow
 def test_benchmark_times_every_strategy_beside_the_undivided_network(run_dir, tmp_path, monkeypatch, capsys):
     quick = functools.partial(latency.measure, batch_sizes=(1, 3), seconds=0)
     monkeypatch.setattr(inference, "measure", quick)
@@ -240,6 +241,7 @@ def test_moving_average_is_said(run_dir, one_image, tmp_path, capsys):
     assert (logits["auto"] != logits["raw"]).any()
 
 
+@pytest.mark.slow
 def test_torchrun_agrees_with_one_process(run_dir, tmp_path, capsys):
     resume = ("--resume", run_dir / "checkpoint_1.pth.tar")
     alone = succeed(*resume, "--model_dir", tmp_path / "one", capsys=capsys)
@@ -291,6 +293,7 @@ def write_digits(folder: Path, count: int) -> None:
         Image.fromarray(pixels).save(target)
 
 
+@pytest.mark.slow
 def test_prediction_of_a_folder_equals_evaluation(run_dir, test_logits_SNK, tmp_path, capsys):
     write_digits(tmp_path / "images", 6)
     resume = ("--resume", run_dir / "checkpoint_1.pth.tar", "--predict", tmp_path / "images")

@@ -56,7 +56,7 @@ def predicted_part(rank: int, world_size: int, count: int) -> dict[str, Any]:
     return {"names": list(found.names), "logits": found.logits_SNK}
 
 
-@pytest.mark.parametrize("count", [2, 11])
+@pytest.mark.parametrize("count", [pytest.param(2, marks=pytest.mark.slow), 11])
 def test_several_processes_predict_as_one_does(tmp_path: Path, count: int) -> None:
     alone = run(batches(slice(count), unreadable=(1,)))
     for result in run_processes(3, predicted_part, tmp_path / "r", count):

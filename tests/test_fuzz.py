@@ -75,6 +75,7 @@ def checkpoint() -> bytes:
     return file.getvalue()
 
 
+@pytest.mark.slow
 def test_checkpoints(checkpoint: bytes, tmp_path: Path) -> None:
     path, refused = tmp_path / "c.pth.tar", 0
     for seed in range(CASES["checkpoint"]):

@@ -170,6 +170,7 @@ def _train_all(rank: int, world_size: int) -> dict[str, dict[str, Tensor]]:
     return found
 
 
+@pytest.mark.slow
 def test_processes_keep_what_they_train_identical(tmp_path: Path) -> None:
     first, second = run_processes(2, _train_all, tmp_path / "results")
     assert first.keys() == second.keys() == set(methods.names())
@@ -209,6 +210,7 @@ class OnePass(SplitNet):
         return self.leaf
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("arch", one_of_each_family())
 def test_methods_take_every_family_with_stages(arch: str) -> None:
     """The same networks for all methods; each parameter of theirs learns, so heads keep nothing they do not use."""

@@ -663,11 +663,11 @@ def test_wrong_options_are_refused(options, fault):
 
 
 def test_what_does_not_fit_together_is_refused():
-    with pytest.raises(UserError, match="--pre_prob has 6 numbers and the search space 3"):
+    with pytest.raises(UserError, match=r"--pre_prob.* 6 .* 3"):
         tiny_method(how_to_prob="pre_prob")
     method = tiny_method()
     images, targets = batch(0, size=2 * SLICE - 1)
-    with pytest.raises(UserError, match="--batch_size gives a process 3 images"):
+    with pytest.raises(UserError, match=r"--batch_size.* 3 images"):
         method.before_step(images, targets, progress_at(0))
     request = BackboneRequest(arch="resnet20", num_classes=K, shape=SMALL)
     with pytest.raises(UserError, match="--arch cream_supernet"):
@@ -771,6 +771,7 @@ def check_toy_of_two(first, second):
         assert torch.equal(found["weight"], first["weight"])
 
 
+@pytest.mark.slow
 def test_two_processes_stay_one_search(tmp_path):
     torch.multiprocessing.spawn(_search_in_a_process, (2, free_port(), str(tmp_path)), nprocs=2)
     first, second = (torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in (0, 1))

@@ -44,7 +44,10 @@ def large_split(arch, shape):
     return max(s for s in backbones.get(arch).split_factors[shape] if s <= 16)
 
 
-EVERY_FORM = [(arch, shape) for arch, entry in backbones.items() for shape in entry.split_factors]
+def some_split_factors(arch, shape):
+    """All legal S; where a formula takes any, some of each kind."""
+    legal = backbones.get(arch).split_factors[shape]
+    return legal if len(legal) <= 8 else (1, 2, 3, 5, 8, 12, 16)
 
 
 def representative_requests():
@@ -60,6 +63,21 @@ def representative_requests():
     for arch, shape, options in VARIANTS:
         if arch in backbones:
             yield make_request(arch, shape, large_split(arch, shape), options)
+
+
+def every_form():
+    """Every architecture with one S, another one in turn, and with every S.
+
+    The quick suite takes one S for a member of each family, the default one every S for it and one S for all others.
+    """
+    members = {(request.arch, request.shape) for request in representative_requests()}
+    forms = [(arch, shape) for arch, entry in backbones.items() for shape in entry.split_factors]
+    for number, (arch, shape) in enumerate(forms):
+        factors = some_split_factors(arch, shape)
+        one = factors[number % len(factors)]
+        for_one, for_all = ((), pytest.mark.slow) if (arch, shape) in members else (pytest.mark.slow, pytest.mark.long)
+        yield pytest.param(arch, shape, (one,), id=f"{arch}-{shape}-s{one}", marks=for_one)
+        yield pytest.param(arch, shape, factors, id=f"{arch}-{shape}-all", marks=for_all)
 
 
 def request_id(request):
@@ -97,11 +115,10 @@ def trained(name: str) -> nn.Module:
     return network.eval()
 
 
-@pytest.mark.parametrize(("arch", "shape"), EVERY_FORM)
-def test_every_architecture_divides_and_learns_at_every_legal_split_factor(arch, shape):
-    legal, params = backbones.get(arch).split_factors[shape], []
-    # where a formula takes any S, some of each kind
-    for split_factor in legal if len(legal) <= 8 else (1, 2, 3, 5, 8, 12, 16):
+@pytest.mark.parametrize(("arch", "shape", "split_factors"), list(every_form()))
+def test_every_architecture_divides_and_learns(arch, shape, split_factors):
+    params = []
+    for split_factor in split_factors:
         with torch.device("meta"):
             network = build_network(make_request(arch, shape, split_factor))
         assert isinstance(network, StagedBackbone)

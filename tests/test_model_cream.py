@@ -213,7 +213,7 @@ def test_pooling_and_dropout_options():
 @pytest.mark.parametrize("arch", ["cream_14", "cream", "cream_supernet"])
 @pytest.mark.parametrize("rate", [-0.1, 1.0, 1.5, math.nan])
 def test_a_dropout_rate_that_cannot_be_is_refused(arch, rate):
-    with torch.device("meta"), pytest.raises(UserError, match="--dropout_rate must be 0 or more and below 1"):
+    with torch.device("meta"), pytest.raises(UserError, match=r"--dropout_rate.*below 1"):
         build_network(request(arch, dropout_rate=rate))
 
 

@@ -99,12 +99,12 @@ def test_legal_split_factors(arch, shape, legal):
     ("arch", "shape"), [("resnet20", LARGE), ("resnext29_8x64d", LARGE), ("wide_resnet16_8", LARGE)]
 )
 def test_small_networks_are_not_for_large_images(arch, shape):
-    with pytest.raises(UserError, match=f"--arch {arch} exists for small images only"):
+    with pytest.raises(UserError, match=f"--arch {arch}.*small images only"):
         build_network(make_request(arch, 1, shape))
 
 
 def test_large_wide_resnet_is_not_for_small_images():
-    with pytest.raises(UserError, match="--arch wide_resnet50_2 exists for large images only"):
+    with pytest.raises(UserError, match=r"--arch wide_resnet50_2.*large images only"):
         build_network(make_request("wide_resnet50_2"))
 
 
@@ -274,13 +274,13 @@ def test_several_full_networks():
     assert [one.fc.in_features for one in network.models] == [64, 64]
     assert network(torch.zeros(2, 3, 16, 16)).shape == (2, 2, 10)
 
-    with pytest.raises(UserError, match="--split_factor 4 cannot go with the 2 full networks"):
+    with pytest.raises(UserError, match=r"--split_factor 4.*2 full networks"):
         build_splitnet(make_request("resnet50", 4), seed=0, archs=["resnet20", "resnet32"])
-    with pytest.raises(UserError, match="--is_identical_init needs equal networks"):
+    with pytest.raises(UserError, match=r"--is_identical_init.*equal networks"):
         build_splitnet(make_request("resnet20"), seed=0, archs=["resnet20", "resnet32"], identical_init=True)
-    with pytest.raises(UserError, match="--is_train_sep needs one divided network"):
+    with pytest.raises(UserError, match=r"--is_train_sep.*divided network"):
         build_splitnet(make_request("resnet20"), seed=0, archs=["resnet20"], train_separately=True)
-    with pytest.raises(UserError, match="--arch 'resnet2' is not a known backbone"):
+    with pytest.raises(UserError, match=r"--arch 'resnet2'.*not a known"):
         build_splitnet(make_request("resnet20"), seed=0, archs=["resnet2"])
 
 

@@ -342,6 +342,7 @@ def test_images_get_their_gradients_too(execution: str) -> None:
     torch.testing.assert_close(gradients[1], gradients[0], rtol=0, atol=1e-12)
 
 
+@pytest.mark.slow
 def test_stacked_networks_compile_whole() -> None:
     network = split_net(FAMILIES["wrn"], 2)
     network.execution = "stacked"

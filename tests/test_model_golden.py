@@ -79,7 +79,12 @@ def published_state(network: SplitNet) -> list[list[Any]]:
     ]
 
 
-@pytest.mark.parametrize("path", FIXTURES, ids=lambda path: path.name.removesuffix(".json.gz"))
+def fixture_of(path: Path) -> Any:
+    name = path.name.removesuffix(".json.gz")
+    return pytest.param(path, id=name, marks=pytest.mark.slow if name.endswith("_imagenet") else ())
+
+
+@pytest.mark.parametrize("path", [fixture_of(path) for path in FIXTURES])
 def test_released_checkpoint(path):
     golden = json.loads(gzip.decompress(path.read_bytes()))
     with torch.device("meta"):

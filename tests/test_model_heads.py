@@ -278,7 +278,7 @@ def test_a_fresh_network_keeps_the_options():
 def test_only_sequences_can_be_cut():
     with pytest.raises(UserError, match="cannot be cut"):
         first_blocks(nn.Conv2d(1, 1, 1), 1)
-    with pytest.raises(UserError, match="--method dks needs a backbone with stages"):
+    with pytest.raises(UserError, match=r"--method dks.*stages"):
         require_stages(nn.Linear(2, 2), "dks")
 
 

@@ -222,7 +222,7 @@ def test_widths_of_a_checkpoint_win_over_the_solver():
     kept = build_network(make_request("torchvision/resnet18", 2, widths=(8, 16, 24, 32)))
     assert [m.out_channels for m in (kept.layer1[0].conv1, kept.layer2[0].conv1, kept.layer4[1].conv2)] == [8, 16, 32]
     assert kept.fc.in_features == 32
-    with pytest.raises(UserError, match="has 4 widths, and the checkpoint names 2"):
+    with pytest.raises(UserError, match=r"4 widths.*checkpoint.* 2"):
         build_network(make_request("torchvision/resnet18", 2, widths=(8, 16)))
 
 
@@ -242,12 +242,12 @@ def test_both_budgets_are_reported():
     [
         ("torchvision/resnet51", 1, r"has no classifier 'resnet51'. Did you mean 'resnet5|'resnet101'"),
         ("torchvision/googlenet", 1, "auxiliary logits"),
-        ("torchvision/vit_b_32", 1, "--crop_size 64: does not run: Wrong image height"),
+        ("torchvision/vit_b_32", 1, "--crop_size 64.*Wrong image height"),
         ("torchvision/shufflenet_v2_x0_5", 2, r"\(--split_factor 1\): the solver divides networks like resnet50"),
         ("torchvision/densenet121", 65, "--split_factor 65 is not possible"),
         ("timm/resnett50", 1, "Did you mean 'resnet50'"),
         ("timm/vit_tiny_patch16_224", 2, r"\(--split_factor 1\): the solver divides networks like resnet50"),
-        ("timm/ecaresnet50d", 2, "cannot be divided: its parameter .* Others that can be divided: resnet50"),
+        ("timm/ecaresnet50d", 2, "cannot be divided.*its parameter .*resnet50"),
         ("torchvsion/resnet50", 1, "Known: .*torchvision/NAME, timm/NAME, FILE.py:FACTORY"),
     ],
 )
@@ -287,19 +287,19 @@ def test_a_wrong_flag_is_one_line(argv, named, capsys):
 
 
 def test_an_image_too_small():
-    with pytest.raises(UserError, match="give a larger --crop_size"), torch.device("meta"):
+    with pytest.raises(UserError, match="larger --crop_size"), torch.device("meta"):
         build_network(make_request("torchvision/densenet121", 2, crop_size=16))
 
 
 def test_divide_by_is_not_for_tables():
-    with pytest.raises(UserError, match="--divide_by macs: --arch resnet20 is divided by the paper's table"):
+    with pytest.raises(UserError, match=r"--divide_by macs.*--arch resnet20.*table"):
         build_network(make_request("resnet20", 2, divide_by="macs"))
 
 
 def test_without_timm_the_package_is_named(monkeypatch):
     timm_nets.timm_backbone.cache_clear()
     monkeypatch.setitem(sys.modules, "timm", None)
-    with pytest.raises(UserError, match=r"needs the package timm, which is not installed .*pip install timm"):
+    with pytest.raises(UserError, match=r"timm.*not installed.*pip install timm"):
         backbones.get("timm/resnet18")
 
 

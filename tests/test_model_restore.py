@@ -105,7 +105,7 @@ def test_arch_of_a_file_that_does_not_say(released, network):
 
 def test_arch_of_a_file_that_calls_it_otherwise(released, network):
     released["arch"] = "resnet20_of_others"
-    with pytest.raises(UserError, match=r"x\.tar: calls its networks 'resnet20_of_others', .* add --arch NAME"):
+    with pytest.raises(UserError, match=r"x\.tar.*'resnet20_of_others'.*add --arch"):
         restore_splitnet(released, dataset="cifar10", source="--resume x.tar")
     assert same(restore_splitnet(released, arch="resnet20", dataset="cifar10")[0], network)
 
@@ -141,7 +141,7 @@ def test_the_names_of_the_tensors_tell_the_implementation(arch, dataset, options
     assert same(restored, network)
     assert options.items() <= info.request.options.items()
     ((flag, value),) = options.items()
-    with pytest.raises(UserError, match=f"not the weights of --arch {arch}"):
+    with pytest.raises(UserError, match=f"not the weights.*--arch {arch}"):
         restore_splitnet(content, dataset=dataset, options={flag: not value})
 
 
@@ -167,7 +167,7 @@ def test_one_network_trained_alone(ours, released):
     assert info.split_factor == 2
     restored, _ = restore_splitnet(released, dataset="digits", split_factor=2, train_separately=True)
     assert same(restored, alone)
-    with pytest.raises(UserError, match="not the weights of --arch resnet20 --dataset digits --split_factor 1"):
+    with pytest.raises(UserError, match=r"not the weights.*--arch resnet20 --dataset digits --split_factor 1"):
         restore_splitnet(released, dataset="digits")
 
 
@@ -189,9 +189,9 @@ def test_a_librarys_plain_state_dict(arch, wrapped, prefix):
     with torch.no_grad():
         assert torch.equal(restored(images_BCHW)[0], theirs.eval()(images_BCHW))
     assert (info.num_classes, info.num_networks) == (5, 1)
-    with pytest.raises(UserError, match="does not say which backbone it holds: add --arch"):
+    with pytest.raises(UserError, match=r"which backbone.*add --arch"):
         restore_splitnet(content, dataset="imagenet")
-    with pytest.raises(UserError, match="not the weights of --arch torchvision/resnet34"):
+    with pytest.raises(UserError, match=r"not the weights.*--arch torchvision/resnet34"):
         restore_splitnet(content, arch="torchvision/resnet34", dataset="imagenet")
 
 
@@ -218,7 +218,7 @@ def test_a_librarys_published_weights(monkeypatch, tmp_path):
         raise URLError("no route to host")
 
     monkeypatch.setattr(torch.hub, "download_url_to_file", no_network)
-    with pytest.raises(UserError, match=r"cannot be fetched from https.*no route to host.*Put the file into") as error:
+    with pytest.raises(UserError, match=r"cannot be fetched.*https.*no route to host.*file into") as error:
         library_weights(target)
     assert "\n" not in str(error.value)
 
@@ -230,8 +230,8 @@ def test_a_librarys_published_weights(monkeypatch, tmp_path):
     assert all(torch.equal(own[key], theirs[key]) for key in own if not key.startswith("classifier.3"))
 
     for arch, split_factor, message in (
-        ("torchvision/mobilenet_v3_small", 2, "those of the undivided torchvision/mobilenet_v3_small"),
-        ("resnet20", 1, "--arch resnet20 is none of a library's"),
+        ("torchvision/mobilenet_v3_small", 2, "undivided torchvision/mobilenet_v3_small"),
+        ("resnet20", 1, "--arch resnet20.*library"),
     ):
         with pytest.raises(UserError, match=message):
             library_weights(build_splitnet(replace(request, arch=arch, split_factor=split_factor), seed=0))
@@ -246,7 +246,7 @@ def test_timms_published_weights_fail_in_one_line(monkeypatch):
         raise OSError("cannot reach the hub\nat all")
 
     monkeypatch.setattr(timm, "create_model", no_network)
-    with pytest.raises(UserError, match=r"timm's weights of resnet18 cannot be fetched .cannot reach the hub at all"):
+    with pytest.raises(UserError, match=r"timm.*resnet18.*cannot be fetched.*cannot reach the hub"):
         library_weights(target)
     published = torch.nn.Linear(2, 3)
     monkeypatch.setattr(timm, "create_model", lambda name, pretrained: published)
@@ -312,20 +312,20 @@ def test_weights_of_another_structure(ours, damage):
         ("state_dict", {"module.models.0.fc.weight": 3.0}, "expected tensors by name"),
         ("state_dict", {"fc.weight": torch.zeros(2, 2)}, "models.0.layer0.0.weight is missing"),
         ("state_dict", {}, "holds no networks"),
-        ("widths", [1, "x"], "'widths' is damaged: expected positive numbers"),
+        ("widths", [1, "x"], "'widths'.*damaged.*positive numbers"),
         ("widths", 3, "'widths' is damaged"),
         ("state_dict", {"module.models.1.fc.weight": torch.zeros(2, 2)}, "holds no networks"),
         ("config", "x", "'config' is damaged"),
         ("config", {"arch": 3}, "'arch' is damaged"),
         ("config", {"arch": "resnet20", "dataset": 5}, "'dataset' is damaged"),
         ("config", {"arch": "resnet20", "is_train_sep": True, "split_factor": "2"}, "'split_factor' is damaged"),
-        ("config", {"arch": "resnet0"}, "--arch 'resnet0' is not a known backbone"),
+        ("config", {"arch": "resnet0"}, "--arch 'resnet0'.*not a known"),
         ("crop_size", "16", "'crop_size' is damaged"),
-        ("mean", [1, 2], "'mean' is damaged: expected three numbers"),
+        ("mean", [1, 2], "'mean'.*damaged.*three numbers"),
         ("std", "abc", "'std' is damaged"),
-        ("std", [1, 2, "x"], "'std' is damaged: expected three numbers"),
+        ("std", [1, 2, "x"], "'std'.*damaged.*three numbers"),
         ("epoch", "x", "'epoch' is damaged"),
-        ("classes", ["a", "b"], "names 2 classes, and its networks have 10"),
+        ("classes", ["a", "b"], " 2 classes.*networks.* 10"),
     ],
 )
 def test_damaged_content(ours, key, value, message):
@@ -347,7 +347,7 @@ def test_pretrained_keeps_a_head_of_another_size(network):
     assert same(target, network)
 
     target = build_splitnet(replace(REQUEST, split_factor=4), seed=9)
-    with pytest.raises(UserError, match=r"--pretrained x.tar: not the weights of these 4 networks"):
+    with pytest.raises(UserError, match=r"--pretrained x\.tar.*not the weights.*4 networks"):
         load_pretrained(target, content, "x.tar")
 
 
@@ -393,5 +393,5 @@ def test_released_cream_files(tmp_path, monkeypatch, caplog, zipped, prefix, ave
     )
     with pytest.raises(UserError, match="add --arch NAME"):
         restore_splitnet(read, dataset="imagenet")
-    with pytest.raises(UserError, match="not the weights of --arch cream_43"):
+    with pytest.raises(UserError, match=r"not the weights.*--arch cream_43"):
         restore_splitnet(read, arch="cream_43", dataset="imagenet")

@@ -144,6 +144,7 @@ def test_published_figures_are_those_of_the_golden_rows():
     assert typed == golden
 
 
+@pytest.mark.slow
 def test_the_documented_zoo_is_up_to_date():
     """What the page says is what the script writes, byte for byte; counts of thop, which take long, excepted."""
     lines = ZOO.partition(MARKS[0])[2].partition(MARKS[1])[0].strip("\n").split("\n")

@@ -39,7 +39,7 @@ def synced_step(rank: int, world_size: int, count: int) -> dict[str, Any]:
     return {"gradients": gradients, "buffers": dict(net.named_buffers()), "keys": list(net.state_dict())}
 
 
-@pytest.mark.parametrize(("world_size", "count"), [(2, 8), (3, 10)])
+@pytest.mark.parametrize(("world_size", "count"), [(2, 8), pytest.param(3, 10, marks=pytest.mark.slow)])
 def test_synchronised_batchnorm_equals_one_process(tmp_path: Path, world_size: int, count: int) -> None:
     reference = small_net()
     expected = step(reference, images(count), 1.0)

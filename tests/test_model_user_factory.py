@@ -91,14 +91,14 @@ def test_its_width_is_solved_and_kept(file):
         ("number", 1, "cannot be called as number"),
         ("no_width", 1, "no_width takes no argument 'width'"),
         ("more", 1, "needs depth too"),
-        ("raising", 1, "raises KeyError for width=1: 'of mine'"),
-        ("nothing", 1, "returns NoneType, expected an nn.Module"),
-        ("wrong_shape", 1, r"two images give \[2, 11\], expected logits \[2, 10\]"),
-        ("too_deep", 1, r"--crop_size 16: its network \(width=1\) does not run"),
-        ("leaving", 1, "raises SystemExit for width=1: 3"),
+        ("raising", 1, "raises KeyError.*width=1.*'of mine'"),
+        ("nothing", 1, r"NoneType.*expected.*nn\.Module"),
+        ("wrong_shape", 1, r"\[2, 11\].*expected logits \[2, 10\]"),
+        ("too_deep", 1, r"--crop_size 16.*\(width=1\) does not run"),
+        ("leaving", 1, "raises SystemExit.*width=1.*3"),
         ("Failing", 1, r"its network \(width=1\) does not run: KeyError: 'mine'"),
         ("lazy", 1, r"its parameter 0\.weight has no size yet"),
-        ("coarse", 4, "no widths of .* give 4 copies with the params .* the nearest differ by"),
+        ("coarse", 4, "no widths of .* 4 copies.*params.*nearest"),
     ],
 )
 def test_refusals(file, name, split_factor, message):
@@ -130,7 +130,7 @@ def test_a_checkpoint_cannot_make_us_run_a_file(file, tmp_path):
         {"arch": f"resnet20,{arch}"},
     ):
         content |= {"state_dict": published_keys(network.state_dict()), "widths": widths, "crop_size": 16}
-        with pytest.raises(UserError, match=r"come from the program .*only you can choose to run: add --arch"):
+        with pytest.raises(UserError, match=r"the program .*only you can choose.*add --arch"):
             restore_splitnet(content, dataset="digits")
     assert not (tmp_path / "ran").exists()
     # the user's own choice, whatever the file calls it

@@ -204,6 +204,7 @@ def killed_everywhere(template: Path, folder: Path) -> list[list[int]]:
     return found
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="ptrace")
 def test_killed_at_any_system_call_the_folder_is_whole(tmp_path: Path) -> None:
     template = tmp_path / "template"

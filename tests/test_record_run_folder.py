@@ -24,7 +24,7 @@ def test_a_folder_with_something_else_in_it_may_be_used(tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", ["checkpoint_1.pth.tar", "metrics.jsonl"])
 def test_a_folder_with_a_run_needs_resume(tmp_path: Path, name: str) -> None:
     (tmp_path / name).write_text("x")
-    with pytest.raises(UserError, match="already holds a run: go on with --resume auto"):
+    with pytest.raises(UserError, match=r"already holds a run.*--resume auto"):
         open_run(tmp_path, None)
 
 

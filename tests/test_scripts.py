@@ -345,6 +345,29 @@ def test_missing_packages_are_named():
     assert all("#" in line for line in requirements), "every requirement says why it is there"
 
 
+@pytest.mark.parametrize(
+    ("flags", "left_out"),
+    [(["--quick"], ["-m", "not slow and not long"]), ([], ["-m", "not long"]), (["--long"], [])],
+    ids=["quick", "default", "long"],
+)
+def test_the_three_suites_leave_out_what_is_marked_and_check_all_else(flags, left_out):
+    done = call("run_tests.sh", *flags, "-k", "one or two", PYTEST_PROCESSES="3")
+    assert done.returncode == 0, done.stderr
+    commands = [shlex.split(line) for line in done.stdout.splitlines() if not line.startswith("==")]
+    *checks, tests = commands
+    assert [" ".join(words).removeprefix(f"{Path(sys.executable).parent}/") for words in checks[:3]] == [
+        "ruff check .",
+        "ruff format --check .",
+        "mypy",
+    ]
+    assert Path(checks[3][0]).name == "shellcheck"
+    assert tests == [sys.executable, "-m", "pytest", "-n", "3", "--durations=20", *left_out, "-k", "one or two"]
+
+
+def test_continuous_integration_runs_every_test():
+    assert "\n./script/run_tests.sh --long\n" in (ROOT / ".ci" / "run").read_text()
+
+
 def test_method_figure(tmp_path):
     done = subprocess.run(
         [sys.executable, "-W", "error", ROOT / "script" / "draw_method.py", tmp_path / "method.png"], check=False

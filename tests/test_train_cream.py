@@ -31,6 +31,7 @@ def searched(tmp_path_factory):
     return folder, result
 
 
+@pytest.mark.slow
 def test_a_search_killed_in_its_middle_ends_as_if_it_had_not_been(searched, tmp_path):
     expected, reference = searched
     argv = [*SEARCH, "--model_dir", tmp_path / "m"]
@@ -60,6 +61,7 @@ def _tensors(value, name=""):
     return {name: value} if hasattr(value, "shape") else {}
 
 
+@pytest.mark.slow
 def test_the_search_writes_its_board_and_pictures(searched):
     folder, _ = searched
     board = json.loads((folder / "board.json").read_text())
@@ -76,6 +78,7 @@ def test_the_search_writes_its_board_and_pictures(searched):
         assert [event.step for event in events.Images(tag)][:2] == [2, 3]
 
 
+@pytest.mark.slow
 def test_what_was_found_is_retrained_divided_and_evaluated(searched, tmp_path):
     folder, _ = searched
     argv = ["--config", folder / "found.yaml", "--dataset", "digits", "--no_cuda", "--workers", 0, "--epochs", 1]
@@ -105,6 +108,7 @@ def test_kendall_tau_is_tau_b(first, second):
     assert cream_rank.kendall_tau(first, [1.0] * len(first)) is None
 
 
+@pytest.mark.slow
 def test_paths_are_ranked_by_shared_weights_and_alone(searched, tmp_path, monkeypatch):
     folder, _ = searched
     (tmp_path / "search").symlink_to(folder)

@@ -50,7 +50,7 @@ def state_of(folder: Path) -> dict[str, torch.Tensor]:
     return ckpt.load_checkpoint(ckpt.list_checkpoints(folder)[0])["state_dict"]
 
 
-@pytest.mark.parametrize("world_size", [2, 3])
+@pytest.mark.parametrize("world_size", [2, pytest.param(3, marks=pytest.mark.slow)])
 def test_any_number_of_processes_gives_the_weights_and_metrics_of_one(world_size: int, tmp_path: Path) -> None:
     # 50 images a step divide by neither 3 nor the shards of 359 test images
     argv = [*TINY, *SYNCED, "--amp_dtype", "fp64", "--batch_size", 50, "--max_steps", 4]
@@ -70,6 +70,7 @@ def test_any_number_of_processes_gives_the_weights_and_metrics_of_one(world_size
             assert many["acc1"] == pytest.approx(one["acc1"], abs=1e-9)
 
 
+@pytest.mark.slow
 def test_two_processes_stop_within_an_evaluation_and_resume_bit_for_bit(
     tmp_path: Path, record_property: Callable[[str, object], None]
 ) -> None:
@@ -97,6 +98,7 @@ def test_two_processes_stop_within_an_evaluation_and_resume_bit_for_bit(
     record_property("identical", 1)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/environ").exists(), reason="finds the process through /proc")
 def test_torchrun_starts_all_anew_when_one_is_killed(
     tmp_path: Path, record_property: Callable[[str, object], None]
@@ -135,6 +137,7 @@ def process_of(agent: int, rank: int) -> int:
     raise AssertionError(f"no process has rank {rank}")
 
 
+@pytest.mark.slow
 def test_one_process_that_stops_with_an_error_stops_the_others(tmp_path: Path) -> None:
     argv = [*TINY, *SYNCED, "--epochs", 50, "--model_dir", tmp_path / "m", "--on_save_error", "stop"]
     runs = start_together(argv, tmp_path / "s", 2, before={0: functools.partial(no_space_from_call, 2)})
@@ -162,6 +165,7 @@ def test_one_signalled_process_stops_all_of_them(tmp_path: Path) -> None:
     assert len(ckpt.list_checkpoints(tmp_path / "m")) >= 1
 
 
+@pytest.mark.slow
 def test_a_process_that_dies_ends_the_others_and_is_named(tmp_path: Path) -> None:
     argv = [*TINY, *SYNCED, "--epochs", 50, "--model_dir", tmp_path / "m"]
     runs = start_together(argv, tmp_path / "s", 3)

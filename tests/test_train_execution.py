@@ -22,6 +22,7 @@ def expected(tmp_path_factory: pytest.TempPathFactory) -> tuple[list, Path]:
     return argv, folder / "m"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("execution", ["stacked", "parallel"])
 def test_two_processes_train_as_one_loop(execution: str, expected: tuple[list, Path], tmp_path: Path) -> None:
     argv = [*expected[0], "--execution", execution, "--model_dir", tmp_path / "m"]
@@ -37,6 +38,7 @@ def test_two_processes_train_as_one_loop(execution: str, expected: tuple[list, P
     assert states[0]["optimizer"]["state"].keys() == states[1]["optimizer"]["state"].keys()
 
 
+@pytest.mark.slow
 def test_a_resumed_run_keeps_its_strategy_and_its_bits(tmp_path: Path) -> None:
     argv = [*BASE, "--amp_dtype", "bf16", "--save_steps", 3]
     unbroken = train([*argv, "--execution", "stacked", "--max_steps", 6, "--model_dir", tmp_path / "u"], tmp_path)
@@ -48,6 +50,7 @@ def test_a_resumed_run_keeps_its_strategy_and_its_bits(tmp_path: Path) -> None:
     assert newest["environment"]["threads"] == 1
 
 
+@pytest.mark.slow
 def test_auto_says_what_it_chose_in_training_and_in_evaluation(tmp_path: Path) -> None:
     result = train([*BASE, "--execution", "auto", "--max_steps", 2, "--model_dir", tmp_path / "m"], tmp_path)
     assert "for a training pass: " in result.stderr

@@ -15,6 +15,7 @@ from tests.kills import no_space_from_call, small_files_only
 from tests.runs import TINY, Run, train, without_times
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("policy", ["warn", "stop"])
 def test_a_full_disk_keeps_the_checkpoint_before(policy: str, tmp_path: Path) -> None:
     folder = tmp_path / "m"
@@ -72,6 +73,7 @@ def test_bad_images_fail_or_are_listed(folder_with_a_bad_image: Path, workers: i
     assert "3.png" in (tmp_path / "s" / "bad_images.txt").read_text()
 
 
+@pytest.mark.slow
 def test_a_full_disk_under_every_file(tmp_path: Path) -> None:
     argv = [*TINY, "--epochs", 2, "--save_steps", 5, "--print_freq", 5, "--seed", 1]
     whole = train([*argv, "--model_dir", tmp_path / "w"], tmp_path)

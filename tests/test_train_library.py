@@ -27,6 +27,7 @@ def evaluate(folder, *argv):
     return train(["--no_cuda", "--model_dir", folder / "eval", *argv], folder, module="eval")
 
 
+@pytest.mark.slow
 def test_a_divided_network_trains_resumes_and_evaluates(tmp_path):
     argv = [*BASE, "--arch", ARCH, "--split_factor", 2, "--divide_by", "macs", "--max_steps", 3, "--save_steps", 1]
     whole = train([*argv, "--model_dir", tmp_path / "whole"], tmp_path)
@@ -58,6 +59,7 @@ def test_a_divided_network_trains_resumes_and_evaluates(tmp_path):
     assert found.result["arch"] == ARCH
 
 
+@pytest.mark.slow
 def test_a_users_factory(tmp_path):
     file = tmp_path / "mine.py"
     file.write_text(FACTORY)

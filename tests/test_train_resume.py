@@ -61,7 +61,13 @@ def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
-@pytest.fixture(scope="module", params=sorted(CASES))
+def only(suite: pytest.MarkDecorator, *, but: tuple[str, ...]) -> pytest.MarkDecorator:
+    """All sets of flags; those that are not in `but` carry the marker."""
+    cases = [pytest.param(case, marks=() if case in but else suite) for case in sorted(CASES)]
+    return pytest.mark.parametrize("unbroken", cases, indirect=True)
+
+
+@pytest.fixture(scope="module")
 def unbroken(
     request: pytest.FixtureRequest, images: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> tuple[str, list, Path, Finished]:
@@ -73,6 +79,7 @@ def unbroken(
     return request.param, argv, folder, result
 
 
+@only(pytest.mark.slow, but=("plain",))
 def test_killed_at_chosen_points(
     unbroken: tuple[str, list, Path, Finished], tmp_path: Path, record_property: Callable[[str, object], None]
 ) -> None:
@@ -86,6 +93,8 @@ def test_killed_at_chosen_points(
         record_property("identical", 1)
 
 
+@pytest.mark.slow
+@only(pytest.mark.long, but=("everything", "files"))
 def test_killed_again_and_again_at_random_moments(
     unbroken: tuple[str, list, Path, Finished], tmp_path: Path, record_property: Callable[[str, object], None]
 ) -> None:
@@ -106,6 +115,7 @@ def test_killed_again_and_again_at_random_moments(
     record_property("identical", kills)
 
 
+@pytest.mark.slow
 def test_sigterm_and_sigint_save_and_say_how_to_go_on(tmp_path: Path) -> None:
     argv = [*TINY, "--split_factor", 2, "--epochs", 3, "--seed", 11, "--print_freq", 1]
     reference = train([*argv, "--model_dir", tmp_path / "u"], tmp_path)
@@ -126,6 +136,7 @@ def test_sigterm_and_sigint_save_and_say_how_to_go_on(tmp_path: Path) -> None:
     assert without_times(folder / "metrics.jsonl") == without_times(tmp_path / "u" / "metrics.jsonl")
 
 
+@pytest.mark.slow
 def test_a_damaged_newest_checkpoint_is_stepped_over(tmp_path: Path) -> None:
     argv = [*BASE, "--model_dir", tmp_path / "m"]
     first = train(argv, tmp_path)
@@ -137,6 +148,7 @@ def test_a_damaged_newest_checkpoint_is_stepped_over(tmp_path: Path) -> None:
     assert result.result["state_sha256"] == first.result["state_sha256"]
 
 
+@pytest.mark.slow
 def test_resuming_with_other_networks_is_refused(tmp_path: Path) -> None:
     train([*BASE, "--max_steps", 2, "--model_dir", tmp_path / "m"], tmp_path)
     argv = [*TINY, "--split_factor", 4, "--model_dir", tmp_path / "m", "--resume", "auto"]

@@ -169,7 +169,7 @@ def test_a_folder_of_small_images_trains_in_memory(tmp_path: Path) -> None:
     assert (content["crop_size"], content["data_recipe"]) == (24, "cifar10")
 
 
-@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("workers", [0, pytest.param(2, marks=pytest.mark.slow)])
 def test_a_folder_of_large_images_trains_through_workers(tmp_path: Path, workers: int) -> None:
     data = folder_of_images(tmp_path / "data", 80, per_class=6)
     argv = ["--dataset", "folder", "--data", data, "--arch", "resnet20", "--split_factor", 2, "--batch_size", 9]
@@ -251,6 +251,7 @@ def test_mistakes_are_one_line_and_exit_2(argv: list[object], message: str, tmp_
     assert run.stdout == ""
 
 
+@pytest.mark.slow
 def test_ablations_and_ensemble_loss_run(tmp_path: Path) -> None:
     common = [*TINY, "--split_factor", 2, "--max_steps", 2, "--seed", 1]
     alone = train([*common, "--is_train_sep", 1, "--model_dir", tmp_path / "a"], tmp_path)

@@ -48,11 +48,9 @@ def test_state_round_trip() -> None:
 
 def test_what_was_found_ends_the_run_or_is_a_warning() -> None:
     found = NonfiniteSteps(count=3, first_step=25, networks=(0, 2))
-    with pytest.raises(RunError, match=r"at step 25 \(epoch 3\), network 1, 3: that step .* --on_nonfinite skip"):
+    with pytest.raises(RunError, match=r"step 25 \(epoch 3\).*network 1, 3.*--on_nonfinite skip"):
         judge_nonfinite(found, None, 10)
-    with pytest.raises(
-        RunError, match=r"3 steps were non-finite, more than --nonfinite_limit 2; the first was step 25"
-    ):
+    with pytest.raises(RunError, match=r"3 steps.*--nonfinite_limit 2.*first.*step 25"):
         judge_nonfinite(found, 2, 10)
     assert judge_nonfinite(found, 3, 10).startswith("Skipped 3 non-finite steps so far; the first: step 25 (epoch 3)")
     assert "none in its logits" in judge_nonfinite(NonfiniteSteps(1, 0, ()), 3, 10)

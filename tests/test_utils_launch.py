@@ -10,9 +10,9 @@ from utils.errors import RunError, UserError
 
 
 def test_gpu_ids_that_do_not_exist_are_refused() -> None:
-    with pytest.raises(UserError, match=r"--gpu_ids 0,99: no such GPU"):
+    with pytest.raises(UserError, match=r"--gpu_ids 0,99.*no such GPU"):
         launch.visible_gpus(no_cuda=False, gpu=None, gpu_ids="0,99")
-    with pytest.raises(UserError, match=r"--gpu 99: no such GPU"):
+    with pytest.raises(UserError, match=r"--gpu 99.*no such GPU"):
         launch.visible_gpus(no_cuda=False, gpu=99, gpu_ids=None)
     with pytest.raises(UserError, match=r"--gpu_ids 'zero'"):
         launch.visible_gpus(no_cuda=False, gpu=None, gpu_ids="zero")
@@ -23,7 +23,7 @@ def test_several_gpus_are_named_once_each(monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     named = launch.named_gpus("--devices", "cuda:1, cuda:0")
     assert named == [torch.device("cuda", 1), torch.device("cuda", 0)]
-    with pytest.raises(UserError, match="--devices cuda,cuda:0: names a GPU twice"):
+    with pytest.raises(UserError, match=r"--devices cuda,cuda:0.*twice"):
         launch.named_gpus("--devices", "cuda,cuda:0")
 
 
@@ -41,6 +41,6 @@ def test_a_port_in_use_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
         port = other.getsockname()[1]
         for name, value in {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "RANK": 0, "WORLD_SIZE": 2}.items():
             monkeypatch.setenv(name, str(value))
-        with pytest.raises(RunError, match=rf"--dist_url: no meeting at 127.0.0.1:{port} \(port in use") as caught:
+        with pytest.raises(RunError, match=rf"--dist_url.*127\.0\.0\.1:{port}.*port in use") as caught:
             launch.join([])
     assert "\n" not in str(caught.value)

@@ -96,7 +96,7 @@ class _Prefixed:
 
 
 def test_a_process_that_does_not_come_is_named(clients: Callable[[], dist.Store]) -> None:
-    with pytest.raises(RuntimeError, match=r"process 1, 2 did not come within 0 s"):
+    with pytest.raises(RuntimeError, match=r"process 1, 2 did not come"):
         fresh_store(clients(), 0, 3, timeout=0.1)
 
 
@@ -119,6 +119,7 @@ def _joined(local_rank: int, port: int, late: int, folder: str) -> None:
     os._exit(0)  # as if killed: what this start wrote stays in the store
 
 
+@pytest.mark.slow
 def test_processes_started_anew_find_each_other_whoever_comes_first(tmp_path: Path) -> None:
     server = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     for start, late in enumerate((0, 0, 1)):

@@ -94,6 +94,7 @@ def test_family_exports_with_any_batch(family):
 
 
 # cifar_resnet and resnext consist of the blocks of imagenet_resnet and resnet; test_model_families.py has the others
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "family", ["cream", "hcgnet", "imagenet_resnet", "resnet", "shufflenetv2", "wide_resnet", "wrn"]
 )
@@ -109,6 +110,7 @@ def test_family_trains_compiled_as_one_graph(family):
         torch.testing.assert_close(ours.grad, theirs.grad, rtol=1e-7, atol=1e-9, msg=lambda m, n=name: f"{n}: {m}")
 
 
+@pytest.mark.slow
 @torch._inductor.config.patch(compile_threads=1)  # no pool of processes for one small network
 def test_one_family_trains_the_same_under_inductor():
     torch.manual_seed(0)

@@ -211,6 +211,7 @@ def assert_close(found: dict[str, torch.Tensor], expected: dict[str, torch.Tenso
         )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["co_training", "dks"])
 def test_compiled_training_is_the_same(trainer_of, method):
     flags = ["--amp_dtype", "fp64", "--method", method, "--is_mixup", 0]
@@ -227,6 +228,7 @@ def test_compiled_training_is_the_same(trainer_of, method):
     assert counters["stats"]["unique_graphs"] == 1
 
 
+@pytest.mark.slow
 @torch._inductor.config.patch(compile_threads=1)  # no pool of processes for one small network
 def test_inductor_computes_the_same():
 

@@ -215,6 +215,11 @@ class Config(DeviceOptions, EvaluationOptions, OptimizerOptions, ModelOptions, D
             name: {"value": value, "origin": self.origins.get(name, "default")} for name, value in self.values().items()
         }
 
+    def resume_choices(self) -> dict[str, str | None]:
+        """What a resumed run does with another value of each flag."""
+        extra = None if self.extra_options is None else type(self.extra_options)
+        return {flag.name: flag.resume for _, flags in _sections(self.method, extra) for flag in flags}
+
     def backbone_request(self, num_classes: int) -> BackboneRequest:
         """What the flags say of the networks, for K classes."""
         return backbone_request(

@@ -4,7 +4,6 @@ Progress goes to stderr and train.log; the last line of stdout is one JSON objec
 """
 
 import logging
-import sys
 from collections.abc import Mapping
 from contextlib import nullcontext
 from dataclasses import replace
@@ -34,7 +33,20 @@ from record.checkpoint import Checkpoint
 from record.logger import RunLog, set_up_text_log
 from record.plots import plot_curves
 from record.report import Reporter, RunClock
-from record.run_folder import HPARAMS, RESULTS, as_json, describe_environment, make_folder, open_run, read_results
+from record.run_folder import (
+    ABANDONED,
+    HPARAMS,
+    RESULTS,
+    Resumed,
+    as_json,
+    describe_environment,
+    is_in,
+    keep_best,
+    make_folder,
+    open_run,
+    put_aside,
+    read_results,
+)
 from record.saving import Saver
 from training.compiling import as_written, compile_modules
 from training.guard import NonfiniteGuard, judge_nonfinite
@@ -42,8 +54,9 @@ from training.interrupt import Stopped, StopRequest
 from training.meters import MeanMeter
 from training.optim import WeightAverage, build_optimizer, parameter_groups
 from training.replay import CudaRecorder, Recorder, ReplayedStep, check_replayable
+from training.resume import Pace, Position, changed_flags
 from training.schedule import Schedule
-from training.state import Position, RunState, execution_before, has_ended, seed_before, steps_before
+from training.state import RunState, execution_before, has_ended, heads_before, seed_before, steps_before
 from training.step import TrainingStep
 from training.update import WeightUpdate
 from utils import distributed, launch
@@ -76,13 +89,13 @@ class Trainer:
         source, loader, eval_loaders: its data.
         method, network: what is trained, and the S networks in it.
         training_step: what is done with each batch.
-        steps_per_epoch, total_steps, position: how far training goes, and where it stands.
+        steps_per_epoch, total_steps, position: how far training goes without --max_steps, and where it stands.
         meter, epoch_meter, clock, report, log, saver: what it knows of itself, and what it writes.
         state: what a checkpoint holds of all this.
         stop: whether somebody wants it to end.
     """
 
-    def __init__(self, config: Config, world: World, source: DataSource, resumed: Checkpoint | None) -> None:
+    def __init__(self, config: Config, world: World, source: DataSource, resumed: Resumed | None) -> None:
         assert config.seed is not None
         # what the run is
         self.config, self.world, self.seed = config, world, config.seed
@@ -91,14 +104,15 @@ class Trainer:
         self.precision = choose_precision(world.device, is_amp=config.is_amp, amp_dtype=config.amp_dtype)
 
         # networks and method
-        self.method = self._build_method(resumed)
+        before = None if resumed is None else resumed.state
+        self.method = self._build_method(before)
         self.network = self.method.network
         self.num_networks = len(self.network.models)
         self.params_one, self.params_total = count_params(self.network.models[0]), count_params(self.network)
         self.macs_total = count_macs(self.network, (3, config.crop_size, config.crop_size))
         recorder = self._recorder()
-        new_heads = self._load_pretrained() if config.pretrained is not None and resumed is None else ()
-        self._place(resumed)
+        new_heads = heads_before(before) if before is not None else self._load_pretrained()
+        self._place(before)
 
         # data, and how long the run is
         views = ViewMaker(view_spec(source.recipe, config, mean=source.mean, std=source.std), self.seed)
@@ -110,8 +124,15 @@ class Trainer:
             name: build_eval_loader(split, config, world) for name, split in splits.items() if split is not None
         }
         self.steps_per_epoch = self.loader.steps_per_epoch
-        self.total_steps = min(config.epochs * self.steps_per_epoch, config.max_steps or sys.maxsize)
+        self.total_steps = config.epochs * self.steps_per_epoch
         self.position = Position()
+        pace = Pace(
+            steps_per_epoch=self.steps_per_epoch,
+            global_batch=config.batch_size * world.num_nodes,
+            images=len(source.train),
+            names=source.names,
+            val_fraction=config.val_fraction,
+        )
         self.method.prepare(source.train.targets.to(world.device), self.seed)
 
         # what changes the weights
@@ -134,9 +155,13 @@ class Trainer:
         )
         self.state = RunState(
             flags=config.values(),
+            origins=config.origins,
+            choices=config.resume_choices(),
             seed=self.seed,
             data=source,
+            pace=pace,
             position=self.position,
+            new_heads=new_heads,
             method=self.method,
             optimizer=update.optimizer,
             scaler=update.scaler,
@@ -206,8 +231,10 @@ class Trainer:
         return CudaRecorder(self.world.device)
 
     def _load_pretrained(self) -> tuple[str, ...]:
-        """Take weights from --pretrained; returns the names of the heads that stay new, as prefixes."""
+        """Take weights from --pretrained, if given; returns the names of the heads that stay new, as prefixes."""
         path = self.config.pretrained
+        if path is None:
+            return ()
         content = ckpt.load_checkpoint(path, "--pretrained") if path else library_weights(self.network)
         renewed = load_pretrained(self.network, content, path or "of the library")
         for name in renewed:
@@ -257,15 +284,41 @@ class Trainer:
             restores_buffers=config.on_nonfinite == "skip",
         )
 
-    def _begin(self, resumed: Checkpoint | None) -> None:
-        """Go to where the resumed run was stopped, or to the start."""
+    def _begin(self, resumed: Resumed | None) -> None:
+        """Go to where the resumed run was stopped, or to the start, or to --start_epoch."""
+        position, first = self.position, self.config.start_epoch
+        changed: list[str] = []
+        lines: Mapping[str, int] = {}
         if resumed is not None:
-            self.state.restore(resumed)
-        else:
-            self.log.rewind({}, epoch=0, step=0)
-        first = self.config.start_epoch
+            changed = self.state.restore(resumed.state)
+            lines = resumed.state["report"]["log"] if is_in(resumed.path, self.folder) else {}
+        self.log.rewind(lines, epoch=position.epoch, step=position.done)
         if first is not None:
-            self.position.epoch, self.position.batch, self.position.step = first, 0, first * self.steps_per_epoch
+            position.epoch, position.batch = first, 0
+            position.step = position.done = first * self.steps_per_epoch
+            self.log.cut(epoch=first, step=position.done)
+        if changed:
+            logger.warning("changed on resume: %s", ", ".join(changed))
+        if resumed is not None and (first is not None or self.config.resume != "auto"):
+            self._settle_folder(resumed)
+
+    def _settle_folder(self, resumed: Resumed) -> None:
+        """Have in the run directory what a run has that has come to this place, and nothing of what came after it."""
+        position, best = self.position, self.report.best
+        if best is not None and (best["epoch"], best["step"]) > (position.epoch, position.done):
+            best = None
+        is_there = True
+        if self.world.is_main:
+            within = position.done if position.batch else None
+            aside = put_aside(self.folder, epoch=position.epoch, done=within)
+            if aside:
+                logger.warning("put aside in %s: %s", self.folder / ABANDONED, ", ".join(aside))
+            is_there = keep_best(resumed.path, self.folder, best)
+        # every process must know, because all take part in saving a new best
+        if best is None or not distributed.gather_values(is_there)[0]:
+            if self.report.best is not None:
+                logger.warning("the best epoch is counted anew from here: the weights of the one before are not there")
+            self.report.forget_best()
 
     # ---- one epoch ---------------------------------------------------------------------------------------------------
 
@@ -295,7 +348,7 @@ class Trainer:
                 if progress.updates and self.asked_to_stop():
                     self.save_and_stop()
                 if progress.updates and self.save_is_due(progress):
-                    self.save(f"checkpoint_{self.position.epoch}_{self.position.step}.pth.tar")
+                    self.save(f"checkpoint_{self.position.epoch}_{self.position.done}.pth.tar")
                 if progress.is_last:
                     return
         raise RunError("The training data ended within an epoch.")
@@ -304,7 +357,7 @@ class Trainer:
         """Where training stands before this batch."""
         config, position = self.config, self.position
         # the one place that asks whether a batch is the last
-        is_last = position.batch + 1 == self.steps_per_epoch or position.step + 1 >= self.total_steps
+        is_last = position.batch + 1 == self.steps_per_epoch or self.has_ended(ahead=1)
         return Progress(
             epoch=position.epoch,
             step=position.step,
@@ -318,10 +371,17 @@ class Trainer:
             updates=is_last or (position.batch + 1) % config.iters_to_accumulate == 0,
         )
 
+    def has_ended(self, *, ahead: int = 0) -> bool:
+        """Whether training is over, now or so many batches ahead: after --epochs or --max_steps."""
+        most = self.config.max_steps
+        position = self.position
+        return position.step + ahead >= self.total_steps or (most is not None and position.done + ahead >= most)
+
     def advance(self, batch: Batch, metrics: Mapping[str, Tensor]) -> None:
         """One batch is done."""
         self.position.batch += 1
         self.position.step += 1
+        self.position.done += 1
         self.clock.images += batch.global_batch_size
         self.report.step()
         for meter in (self.meter, self.epoch_meter):
@@ -334,7 +394,7 @@ class Trainer:
     def save_is_due(self, progress: Progress) -> bool:
         """Whether --save_steps asks for a checkpoint here; after an epoch there is one anyway."""
         every = self.config.save_steps
-        return not progress.is_last and every > 0 and self.position.step % every == 0
+        return not progress.is_last and every > 0 and self.position.done % every == 0
 
     def asked_to_stop(self) -> bool:
         """Whether any process was signalled."""
@@ -361,7 +421,7 @@ class Trainer:
             self.saver.check()
             self.report.interval(
                 epoch=progress.epoch,
-                step=progress.step,
+                step=self.position.done - 1,
                 batch=progress.batch,
                 rate=progress.learning_rate,
                 means=means,
@@ -406,7 +466,7 @@ class Trainer:
             Stopped: always.
         """
         self._check_finite()
-        self.save(f"checkpoint_{self.position.epoch}_{self.position.step}.pth.tar")
+        self.save(f"checkpoint_{self.position.epoch}_{self.position.done}.pth.tar")
         self.saver.wait()
         raise Stopped(self.stop.number)
 
@@ -422,7 +482,7 @@ class Trainer:
         is_best = self.report.evaluation(
             figures,
             epoch=position.epoch,
-            step=position.step,
+            step=position.done,
             rate=self.schedule(max(position.step - 1, 0)),
             train=self.epoch_meter.read(distributed.all_reduce_sum),
             seconds=self.clock.seconds,
@@ -476,21 +536,21 @@ class Trainer:
 
     def _train_and_evaluate(self) -> None:
         position, config = self.position, self.config
-        while position.step < self.total_steps or position.batch == self.steps_per_epoch:
+        while not self.has_ended() or position.batch == self.steps_per_epoch:
             if position.batch < self.steps_per_epoch:  # a run stopped within its evaluation begins with that
                 with self.report.epoch(position.epoch, position.batch):
                     self.train_epoch()
             is_whole = position.batch == self.steps_per_epoch
             if is_whole:
                 position.epoch, position.batch = position.epoch + 1, 0
-            if position.step >= self.total_steps or (is_whole and position.epoch % config.eval_per_epoch == 0):
+            if self.has_ended() or (is_whole and position.epoch % config.eval_per_epoch == 0):
                 try:
                     self.evaluate_epoch()
                 except Stopped:
                     if is_whole:
                         position.epoch, position.batch = position.epoch - 1, self.steps_per_epoch
                     self.save_and_stop()
-            within = "" if is_whole else f"_{position.step}"
+            within = "" if is_whole else f"_{position.done}"
             self.save(f"checkpoint_{position.epoch}{within}.pth.tar")
             self._write_method_files(final=False)
             self._list_bad_images()
@@ -519,8 +579,9 @@ class Trainer:
 
     def finish(self) -> dict[str, Any]:
         """Final figures: results.json, curves.png, TensorBoard's hparams."""
-        if self.report.last is None or self.report.last["step"] != self.position.step:
-            self.evaluate_epoch()  # it was stopped within its evaluation
+        last = self.report.last
+        if last is None or last["step"] != self.position.done or self.report.best is None:
+            self.evaluate_epoch()  # it was stopped within its evaluation, or has lost its best epoch
         self._write_method_files(final=True)
         self.saver.wait()
         results = self.results()
@@ -545,7 +606,7 @@ class Trainer:
             "params_total": self.params_total,
             "macs_total": self.macs_total,
             "epochs": self.position.epoch,
-            "steps": self.position.step,
+            "steps": self.position.done,
             "seconds": round(self.clock.seconds, 3),
             "images_per_second": round(self.clock.images_per_second(), 1),
             "state_sha256": ckpt.state_sha256(published_keys(self.network.state_dict())),
@@ -563,11 +624,11 @@ class Trainer:
 # ---- entry -----------------------------------------------------------------------------------------------------------
 
 
-def settle_seed(config: Config, world: World, resumed: Checkpoint | None) -> Config:
+def settle_seed(config: Config, world: World, resumed: Resumed | None) -> Config:
     """The configuration with its seed: the user's, else the resumed run's, else one drawn by process 0."""
     seed = config.seed
     if seed is None and resumed is not None:
-        seed = seed_before(resumed)
+        seed = seed_before(resumed.state)
     if seed is None:
         drawn = torch.tensor([draw_seed()], device=world.device)
         if world.world_size > 1:
@@ -611,14 +672,23 @@ def run(config: Config) -> dict[str, Any]:
         launch.leave(world)
 
 
-def finished_results(folder: Path, config: Config, resumed: Checkpoint | None) -> dict[str, Any] | None:
-    """The results of a run that `--resume auto` finds with nothing left to do."""
-    results = read_results(folder) if config.resume == "auto" else None
+def finished_results(folder: Path, config: Config, resumed: Resumed | None) -> dict[str, Any] | None:
+    """The results of a run that `--resume auto` finds with nothing left to do.
+
+    Raises:
+        UserError: a flag that was given makes it another run.
+    """
+    results = read_results(folder) if config.resume == "auto" and config.start_epoch is None else None
     if results is None or resumed is None:
         return None
     epochs = config.given.get("epochs")
-    done = has_ended(resumed, epochs=epochs, max_steps=config.max_steps, default_epochs=config.epochs)
-    return results if done and results.get("steps") == steps_before(resumed) else None
+    done = has_ended(resumed.state, epochs=epochs, max_steps=config.max_steps, default_epochs=config.epochs)
+    if not done or results.get("steps") != steps_before(resumed.state):
+        return None
+    given = {name: value for name, value in config.values().items() if name in config.given}
+    changed = changed_flags(resumed.state.get("config", {}), given, config.resume_choices(), config.origins)
+    logger.warning("already finished: nothing was trained%s", f"; without effect: {', '.join(changed)}" * bool(changed))
+    return results
 
 
 def warn_of_unused_flags(config: Config) -> None:

@@ -40,13 +40,13 @@ def run(options: argparse.Namespace, device: torch.device) -> list[dict[str, Any
             steps = str(options.steps)
             trainer = own.open_trainer([*flags, "--max_steps", steps, "--epochs", steps], Path(folder), device)
             found = []
-            while trainer.position.step < trainer.total_steps:
+            while not trainer.has_ended():
                 trainer.method.train()
                 for batch in trainer.loader.epoch(trainer.position.epoch):
                     metrics = trainer.training_step(batch, trainer.progress(batch))
                     trainer.advance(batch, metrics)
                     found.append(float(metrics["loss"]))
-                    if trainer.position.step == trainer.total_steps:
+                    if trainer.has_ended():
                         break
                 trainer.position.epoch, trainer.position.batch = trainer.position.epoch + 1, 0
             losses[name] = torch.tensor(found, dtype=torch.float64)

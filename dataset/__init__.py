@@ -1,7 +1,9 @@
 """Data-set registry and what a data set is: two splits of images, class names, statistics."""
 
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+import hashlib
+import os
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Self
@@ -47,6 +49,15 @@ class ImageSet:
         )
 
 
+def names_hash(paths: Iterable[Path]) -> str:
+    """Hash of the names of images: class folder and file, wherever the data set lies; "" for none."""
+    digest, any_path = hashlib.sha256(), False
+    for path in paths:
+        digest.update(os.fsencode("/".join(path.parts[-2:])) + b"\0")
+        any_path = True
+    return digest.hexdigest() if any_path else ""
+
+
 @dataclass(frozen=True, kw_only=True)
 class DataSource:
     """A data set, opened.
@@ -60,6 +71,7 @@ class DataSource:
         train, test: the two splits; `test` is what the published code evaluates on. Empty if not asked for.
         val: held out of `train` by --val_fraction, or None.
         bad_images: files that --on_bad_image skip left out while opening, with the reason.
+        names: hash of the names of all training images, held out or not; "" where images have none.
     """
 
     name: str
@@ -72,6 +84,7 @@ class DataSource:
     test: ImageSet
     val: ImageSet | None = None
     bad_images: Mapping[Path, str] = field(default_factory=dict)
+    names: str = ""
 
     def normalised(self, mean: Sequence[float], std: Sequence[float]) -> Self:
         """The same data with another mean and deviation [3]; an empty one leaves the data's own."""
@@ -87,6 +100,7 @@ class DataSource:
         splits: Mapping[str, ImageSet],
         *,
         statistics: tuple[Statistic, Statistic] | None = None,
+        names: str = "",
     ) -> Self:
         """A data set that has a row of its own in `recipe.datasets.ROWS`.
 
@@ -94,6 +108,7 @@ class DataSource:
             classes: K names.
             splits: those that were asked for, "train" and "test".
             statistics: mean and standard deviation, where the row has none.
+            names: see the attribute.
         """
         row = ROWS[name]
         mean, std = statistics or row.published_statistics
@@ -106,6 +121,7 @@ class DataSource:
             crop_size=row.side,
             train=splits.get("train", ImageSet.empty()),
             test=splits.get("test", ImageSet.empty()),
+            names=names,
         )
 
 

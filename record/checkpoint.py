@@ -41,8 +41,11 @@ class Checkpoint(TypedDict, total=False):
     ema: moving average of the weights, as `state_dict`, with --ema_decay only.
     widths: of the stages, where the solver found them. method: training-only state of the method.
     config: every flag's value. classes, mean, std, crop_size, data_recipe: of the data.
-    rng: `seed`. sampler: `epoch`, `batch` and `step` to go on from. guard, meters, clock, report: what the run knows
-    of itself; the meters of every process. environment: what must stay the same for the last bits to stay.
+    new_heads: prefixes of parameters that --pretrained did not bring. parameters: names in the order of `optimizer`.
+    pace: how an epoch was made of batches, `training.resume.Pace`. sampler: where to go on from: `epoch`, `batch`,
+    `step` and `done`, `training.resume.Position`. rng: `seed`.
+    guard, meters, clock, report: what the run knows of itself; the meters of every process.
+    environment: what must stay the same for the last bits to stay.
     format_version: of these keys.
     """
 
@@ -61,6 +64,9 @@ class Checkpoint(TypedDict, total=False):
     std: list[float]
     crop_size: int
     data_recipe: str
+    new_heads: list[str]
+    parameters: list[str]
+    pace: dict[str, Any]
     rng: dict[str, int]
     sampler: dict[str, int]
     guard: dict[str, Tensor]

@@ -6,12 +6,14 @@ checkpoint, so no line stands twice and none is missing.
 
 import contextlib
 import csv
+import functools
 import io
+import itertools
 import json
 import logging
 import os
 import sys
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -82,6 +84,13 @@ class LineFile:
             logger.warning("%s has %d lines and the checkpoint knows of %d.", self.path, len(kept), lines)
         self.lines = len(kept)
 
+    def lines_before(self, is_later: Callable[[str], bool]) -> int:
+        """How many lines come before the first for which the function is true."""
+        if not self.path.exists():
+            return 0
+        with self.path.open(encoding="utf-8") as file:
+            return sum(1 for _ in itertools.takewhile(lambda line: not is_later(line), file))
+
     def write(self, line: str) -> None:
         """Append one line and hand it to the operating system; a line that does not fit is left out whole."""
         lines = [self.header, line] if self.lines == 0 and self.header is not None else [line]
@@ -100,6 +109,18 @@ class LineFile:
             with contextlib.suppress(OSError):
                 self._file.close()
             self._file = None
+
+
+def _trained_later(epoch: int, line: str) -> bool:
+    """Whether a line of metrics.jsonl lies after so many whole epochs."""
+    record = json.loads(line)
+    return bool(record["epoch"] > epoch if record["kind"] == "eval" else record["epoch"] >= epoch)
+
+
+def _evaluated_later(epoch: int, line: str) -> bool:
+    """The same for a row of summary.csv; its header lies before everything."""
+    number = line.split(",", 1)[0]
+    return number.isdecimal() and int(number) > epoch
 
 
 class RunLog:
@@ -148,6 +169,14 @@ class RunLog:
             with self.summary.path.open(encoding="utf-8") as file:
                 self.columns = file.readline().rstrip("\n").split(",")
         # TensorBoard drops what stands at these places and after them; the evaluation of epoch E stands at E
+        self._purge = {"val": epoch + 1 if step else 0, "train": step}
+
+    def cut(self, *, epoch: int, step: int) -> None:
+        """Leave out what was logged after `epoch` whole epochs and `step` steps: a run goes back there."""
+        if not self.active:
+            return
+        for file, is_later in ((self.metrics, _trained_later), (self.summary, _evaluated_later)):
+            file.rewind(file.lines_before(functools.partial(is_later, epoch)))
         self._purge = {"val": epoch + 1 if step else 0, "train": step}
 
     def write_metrics(self, record: Mapping[str, Any]) -> None:

@@ -243,11 +243,14 @@ class Reporter:
             "log": self.log.positions(),
         }
 
-    def load_state_dict(self, state: Mapping[str, Any], *, epoch: int, step: int) -> None:
-        """Inverse of `state_dict`; the logs go back to where they were, `epoch` and `step` being the next ones."""
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Inverse of `state_dict`, but for the places in the logs, which are `RunLog.rewind`'s."""
         self.last, self.best, self.chosen_on = state["last"], state["best"], state["chosen_on"]
         self.own_best = dict(state.get("own_best", {}))  # absent in checkpoints of earlier versions
-        self.log.rewind(state["log"], epoch=epoch, step=step)
+
+    def forget_best(self) -> None:
+        """Count the best epoch anew, because its weights are gone or it lies after a place gone back to."""
+        self.best, self.own_best = None, {}
 
     def results(self) -> dict[str, Any]:
         """Last and best figures for the JSON object that a run ends with; accuracies in percent.

@@ -7,11 +7,19 @@ import platform
 import sys
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 
-from record.checkpoint import Checkpoint, list_checkpoints, load_checkpoint, load_newest
+from record.checkpoint import (
+    BEST,
+    Checkpoint,
+    list_checkpoints,
+    load_checkpoint,
+    load_newest,
+    run_position,
+    write_file,
+)
 from utils.errors import UserError, reason
 from utils.launch import World
 from utils.plain_json import plain_json
@@ -20,9 +28,17 @@ logger = logging.getLogger(__name__)
 
 RESULTS = "results.json"
 HPARAMS = "hparams_train.json"
+ABANDONED = "abandoned"  # folder for what lies after a place that a run has gone back to
 
 
-def open_run(folder: Path, resume: str | None) -> Checkpoint | None:
+class Resumed(NamedTuple):
+    """A checkpoint to go on from, and where it lies."""
+
+    state: Checkpoint
+    path: Path
+
+
+def open_run(folder: Path, resume: str | None) -> Resumed | None:
     """The checkpoint to go on from, or None for a fresh run.
 
     Args:
@@ -30,21 +46,93 @@ def open_run(folder: Path, resume: str | None) -> Checkpoint | None:
         resume: a path, "auto" for the newest readable checkpoint of the folder, or None.
 
     Raises:
-        UserError: the folder holds a run and `resume` is None, or the checkpoint cannot be used.
+        UserError: the folder holds a run and `resume` is none of it, or the checkpoint cannot be used.
     """
     if resume == "auto":
         found = load_newest(folder) if folder.is_dir() else None
         if found is None:
             return None
         logger.info("Going on from %s", found[1])
-        return cast(Checkpoint, found[0])
+        return Resumed(cast(Checkpoint, found[0]), found[1])
+    holds_run = folder.is_dir() and bool(list_checkpoints(folder) or (folder / "metrics.jsonl").exists())
     if resume is not None:
-        return cast(Checkpoint, load_checkpoint(resume))
-    if folder.is_dir() and (list_checkpoints(folder) or (folder / "metrics.jsonl").exists()):
+        path = Path(resume)
+        content = load_checkpoint(path)
+        if holds_run and not is_in(path, folder):
+            raise UserError(
+                f"--model_dir {folder} holds another run than --resume {path}: choose another --model_dir, or a "
+                "checkpoint of the run that is there."
+            )
+        return Resumed(cast(Checkpoint, content), path)
+    if holds_run:
         raise UserError(
             f"--model_dir {folder} already holds a run: go on with --resume auto, or choose another --model_dir."
         )
     return None
+
+
+def is_in(path: Path, folder: Path) -> bool:
+    """Whether a checkpoint is one of the run in a folder."""
+    return path.resolve().parent == folder.resolve()
+
+
+def put_aside(folder: Path, *, epoch: int, done: int | None) -> list[str]:
+    """Move checkpoints that lie after a place, which a run goes back to, into `abandoned/`; returns their names.
+
+    Args:
+        epoch: whole epochs at that place.
+        done: batches done in all, where the place is within an epoch.
+    """
+    place = (epoch, -1.0 if done is None else float(done))
+    later = [path for path in list_checkpoints(folder) if (run_position(path) or place) > place]
+    for path in later:
+        _move_aside(path)
+    return [path.name for path in later]
+
+
+def _move_aside(path: Path) -> None:
+    target = path.parent / ABANDONED
+    target.mkdir(exist_ok=True)
+    number, free = 0, target / path.name
+    while free.exists():
+        number += 1
+        free = target / f"{path.name}.{number}"
+    os.replace(path, free)
+
+
+def keep_best(resumed: Path, folder: Path, best: Mapping[str, Any] | None) -> bool:
+    """Have the weights of the best epoch so far in the run directory; False where they are nowhere.
+
+    They may be the best weights beside the checkpoint that a run goes on from, that epoch's own checkpoint, or the one
+    gone on from. What stands under the name of the best weights in the directory and is of another epoch, later than a
+    place that the run has gone back to, is put aside.
+
+    Args:
+        resumed: the checkpoint that the run goes on from.
+        folder: the run directory.
+        best: `epoch` and `step` of the best evaluation so far; None: there was none.
+    """
+    here = folder / BEST
+    names = [BEST] if best is None else [BEST, f"checkpoint_{best['epoch']}.pth.tar", resumed.name]
+    candidates = [path for name in names if (path := resumed.parent / name).is_file()]
+    found = next((path for path in candidates if best is not None and _is_of(path, best)), None)
+    if found is not None and found.resolve() == here.resolve():
+        return True
+    if here.is_file():
+        _move_aside(here)
+    if found is not None:
+        write_file(here, found.read_bytes())
+    return best is None or found is not None
+
+
+def _is_of(path: Path, best: Mapping[str, Any]) -> bool:
+    """Whether a checkpoint was made at this evaluation."""
+    try:
+        content = load_checkpoint(path)
+    except UserError:
+        return False
+    place = content.get("sampler", {})
+    return bool(content.get("epoch") == best["epoch"] and place.get("done", place.get("step")) == best["step"])
 
 
 def make_folder(folder: Path) -> None:

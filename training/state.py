@@ -5,8 +5,8 @@ The keys of a checkpoint are `record.checkpoint.Checkpoint`; this module fills t
 
 import logging
 import os
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
@@ -20,6 +20,7 @@ from record.report import Reporter, RunClock
 from training.guard import NonfiniteGuard
 from training.meters import MeanMeter
 from training.optim import WeightAverage
+from training.resume import Pace, Position, changed_flags, check_classes, position_now
 from utils import distributed
 from utils.errors import UserError, reason
 from utils.launch import World
@@ -27,28 +28,19 @@ from utils.precision import Precision
 
 logger = logging.getLogger(__name__)
 
-# flags that a resumed run must have as the run before it
-KEPT_FLAGS = ("arch", "split_factor", "divide_by", "method", "dataset", "optimizer")
-
-
-@dataclass
-class Position:
-    """Where training stands: the next epoch, the next batch in it, batches done in all. All count from 0."""
-
-    epoch: int = 0
-    batch: int = 0
-    step: int = 0
-
 
 @dataclass(frozen=True, kw_only=True)
 class RunState:
     """The parts of a run whose state a checkpoint holds.
 
     Attributes:
-        flags: every flag's value, as plain data.
+        flags, origins: every flag's value, as plain data, and where it comes from.
+        choices: what a resumed run does with another value of each.
         seed: of the run.
         data: what is trained on.
+        pace: how an epoch is made of batches.
         position: where training stands.
+        new_heads: prefixes of the parameters that --pretrained did not bring.
         method, optimizer, scaler, average, guard: what is trained, and with what; no average without --ema_decay.
         meter, epoch_meter: means over the print interval and over the epoch.
         clock, report: time, and the figures so far.
@@ -56,9 +48,13 @@ class RunState:
     """
 
     flags: Mapping[str, Any]
+    origins: Mapping[str, str]
+    choices: Mapping[str, str | None]
     seed: int
     data: DataSource
+    pace: Pace
     position: Position
+    new_heads: Sequence[str]
     method: Method[Any]
     optimizer: torch.optim.Optimizer
     scaler: torch.amp.GradScaler
@@ -101,8 +97,11 @@ class RunState:
             "best_acc1": best["ensemble_acc1"] if best else 0.0,
             "optimizer": self.optimizer.state_dict(),
             "method": self.method.training_state(),
+            "new_heads": list(self.new_heads),
+            "parameters": self._optimised(),
+            "pace": self.pace.as_dict(),
             "rng": {"seed": self.seed},
-            "sampler": {"epoch": position.epoch, "batch": position.batch, "step": position.step},
+            "sampler": asdict(position),
             "config": dict(self.flags),
             "classes": list(self.data.classes),
             "mean": list(self.data.mean),
@@ -122,29 +121,36 @@ class RunState:
             state["ema"] = published_keys(self.average.state_dict())
         return state
 
-    def restore(self, state: Checkpoint) -> None:
-        """Inverse of `gather`.
+    def restore(self, state: Checkpoint) -> list[str]:
+        """Inverse of `gather`, as far as this run is the one before; returns what has changed, in words.
 
         Raises:
-            UserError: the checkpoint holds no run, or that of other flags.
+            UserError: the checkpoint holds no run, or one that this cannot be.
         """
         try:
-            self._check_flags(state["config"])
+            changed = changed_flags(state["config"], self.flags, self.choices, self.origins)
+            check_classes(state.get("classes"), self.data.classes)
+            before = Pace.before(state, self.pace)
+            follows = self.method.sampler != "shuffled"
+            place = position_now(state["sampler"], before, self.pace, order_follows_batches=follows)
+            if before.images != self.pace.images:
+                changed.append(f"training images {before.images} → {self.pace.images}")
             self._check_environment(state["environment"])
             network = self.method.network
             network.load_state_dict(plain_keys(state["state_dict"]))
-            self.optimizer.load_state_dict(state["optimizer"])
+            self._restore_optimizer(state)
             self.method.load_training_state(state["method"])
             if self.precision.scaler and "scaler" in state:
                 self.scaler.load_state_dict(state["scaler"])
-            if self.average is not None and "ema" in state:
-                self.average.load_state_dict(plain_keys(state["ema"]))
-            position, place = self.position, state["sampler"]
-            position.epoch, position.batch, position.step = (int(place[key]) for key in ("epoch", "batch", "step"))
+            if self.average is not None:
+                # an average that is switched on now starts from the weights as they are
+                start = plain_keys(state["ema"]) if "ema" in state else network.state_dict()
+                self.average.load_state_dict(start)
+            vars(self.position).update(vars(place))
             self._restore_meters(state["meters"])
             self.clock.load_state_dict(state["clock"])
             self.guard.load_state_dict(state["guard"])
-            self.report.load_state_dict(state["report"], epoch=position.epoch, step=position.step)
+            self.report.load_state_dict(state["report"])
         except UserError:
             raise
         except (KeyError, ValueError, TypeError, AttributeError, RuntimeError) as error:
@@ -152,14 +158,28 @@ class RunState:
                 f"--resume: the checkpoint holds no run of these flags to go on with ({reason(error)[:200]}). "
                 "Use --pretrained for its weights alone."
             ) from None
+        return changed
 
-    def _check_flags(self, before: Mapping[str, Any]) -> None:
-        for name in KEPT_FLAGS:
-            if before.get(name) != self.flags[name]:
-                raise UserError(
-                    f"--resume: the checkpoint is of a run with --{name} {before.get(name)}, "
-                    f"and this one has --{name} {self.flags[name]}."
-                )
+    def _optimised(self) -> list[str]:
+        """Names of the optimiser's parameters, in its order."""
+        names = {id(parameter): name for name, parameter in self.method.named_parameters()}
+        return [names[id(p)] for group in self.optimizer.param_groups for p in group["params"]]
+
+    def _restore_optimizer(self, state: Checkpoint) -> None:
+        """The state of each parameter from before, under the settings of now (weight decay, momentum, groups)."""
+        own = self.optimizer.state_dict()
+        names, before = self._optimised(), state["optimizer"]
+        names_before = state.get("parameters", names)
+        if sorted(names_before) != sorted(names):
+            lost = sorted(set(names_before) ^ set(names))
+            raise ValueError(f"the optimiser has other parameters, such as {lost[0]}")
+        place = {name: i for i, name in enumerate(names_before)}
+        kept = {i: before["state"][place[name]] for i, name in enumerate(names) if place[name] in before["state"]}
+        if "parameters" not in state and [len(g["params"]) for g in before["param_groups"]] != [
+            len(g["params"]) for g in own["param_groups"]
+        ]:
+            raise ValueError("the optimiser has other groups of parameters")
+        self.optimizer.load_state_dict({"state": kept, "param_groups": own["param_groups"]})
 
     def _check_environment(self, before: Mapping[str, Any]) -> None:
         torch.set_num_threads(min(before["threads"], os.cpu_count() or 1))
@@ -187,6 +207,11 @@ def seed_before(resumed: Checkpoint) -> int | None:
     return resumed.get("rng", {}).get("seed")
 
 
+def heads_before(resumed: Checkpoint) -> tuple[str, ...]:
+    """Prefixes of the heads that --pretrained did not bring to the run before."""
+    return tuple(resumed.get("new_heads", ()))
+
+
 def has_ended(resumed: Checkpoint, *, epochs: int | None, max_steps: int | None, default_epochs: int) -> bool:
     """Whether a checkpoint is the end of a run of this length.
 
@@ -201,4 +226,5 @@ def has_ended(resumed: Checkpoint, *, epochs: int | None, max_steps: int | None,
 
 def steps_before(resumed: Checkpoint) -> int:
     """How many batches the run before has trained on."""
-    return int(resumed.get("sampler", {}).get("step", 0))
+    place = resumed.get("sampler", {})
+    return int(place.get("done", place.get("step", 0)))

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-from dataset import DataSource, ImageSet, SourceRequest, sources
+from dataset import DataSource, ImageSet, SourceRequest, names_hash, sources
 from dataset.class_folders import find_folders, iterate_images, list_images
 from dataset.decode import BadImage, read_size
 from dataset.loader import EvalLoader
@@ -71,6 +71,7 @@ def open_folder(request: SourceRequest) -> DataSource:
         train=splits.get("train", ImageSet.empty()),
         test=splits.get("test", ImageSet.empty()),
         bad_images=bad_images,
+        names=names_hash(files["train"].paths) if "train" in files else "",
     )
 
 

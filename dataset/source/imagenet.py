@@ -1,6 +1,6 @@
 """ImageNet (ILSVRC 2012), or any part of it: DIR/train/<class>/* and DIR/val/<class>/*."""
 
-from dataset import DataSource, SourceRequest, sources
+from dataset import DataSource, SourceRequest, names_hash, sources
 from dataset.class_folders import find_folders, list_images
 
 
@@ -13,4 +13,5 @@ def open_imagenet(request: SourceRequest) -> DataSource:
     """
     folders, classes = find_folders(request, evaluation=("val",))
     splits = {split: list_images(folders[split], classes) for split in request.splits}
-    return DataSource.of_row("imagenet", classes, splits)
+    names = names_hash(splits["train"].paths) if "train" in splits else ""
+    return DataSource.of_row("imagenet", classes, splits, names=names)

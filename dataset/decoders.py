@@ -99,6 +99,11 @@ class Decoders(Generic[_Item]):
 
     @functools.cached_property
     def _loader(self) -> DataLoader[_Item]:
+        context = _context() if self._workers else None
+        if context is not None:
+            # as many as its queues need: torch leaves a traceback where it runs out of them half-way
+            probes = [context.Semaphore() for _ in range(4 * (self._workers + 2))]
+            del probes
         return DataLoader(
             self._files,
             batch_size=None,
@@ -108,7 +113,7 @@ class Decoders(Generic[_Item]):
             pin_memory=self._pinned,
             timeout=LOOK if self._workers else 0,
             persistent_workers=self._workers > 0,
-            multiprocessing_context=_context() if self._workers else None,
+            multiprocessing_context=context,
             worker_init_fn=_begin,
             generator=torch.Generator(),  # so that the global one is left alone
         )

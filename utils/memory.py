@@ -16,7 +16,7 @@ _SIGNS = (
     "std::bad_alloc",
     "_STATUS_ALLOC_FAILED",
 )
-_AMOUNT = re.compile(r"allocate ([\d.]+) ?([KMGTP]?i?B|bytes)", re.IGNORECASE)
+_AMOUNT = re.compile(r"allocate ([\d.]+) ?(bytes|[KMGTP]i?B)")
 _GPU = re.compile(r"GPU (\d+) has a total capacity of ([\d.]+ \w+) of which ([\d.]+ \w+) is free")
 
 
@@ -44,5 +44,5 @@ def what_did_not_fit(error: BaseException) -> str:
         return where
     number, unit = float(amount[1]), amount[2]
     if unit == "bytes":
-        number, unit = number / 2**20, "MiB"
+        number, unit = number / 2**30, "GiB"
     return f"{where}: {number:,.1f} {unit} more did not fit"

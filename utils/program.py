@@ -39,6 +39,7 @@ def run_program(
     """
     with Interruption() as signals:
         try:
+            signals.release()
             try:
                 results = work(sys.argv[1:] if argv is None else argv)
             except Incomplete as error:

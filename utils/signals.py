@@ -57,13 +57,12 @@ class SignalNote:
 
 
 class Interruption(SignalNote):
-    """Context in which the first signal raises `Interrupted`; signals that were `held` come when it begins."""
+    """Context in which the first signal raises `Interrupted`."""
 
-    def __enter__(self) -> Self:
-        super().__enter__()
+    def release(self) -> None:
+        """Let signals through that were `held`; one that is waiting comes now."""
         if self._before and hasattr(signal, "pthread_sigmask"):
             signal.pthread_sigmask(signal.SIG_UNBLOCK, NUMBERS)
-        return self
 
     def noted(self) -> None:
         raise Interrupted(self.number)

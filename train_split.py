@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from dataset import DataSource, SourceRequest, open_source
-from dataset.loader import Batch
+from dataset.loader import Batch, EvalLoader, TrainLoader
 from dataset.pipeline import build_eval_loader, build_train_loader
 from dataset.views import ViewMaker, view_spec
 from evaluation.ensemble import ensemble_rule
@@ -50,7 +50,7 @@ from record.run_folder import (
 from record.saving import Saver
 from training.compiling import as_written, compile_modules
 from training.guard import NonfiniteGuard, judge_nonfinite
-from training.interrupt import Stopped, StopRequest
+from training.interrupt import PACE, StopRequest
 from training.meters import MeanMeter
 from training.optim import WeightAverage, build_optimizer, parameter_groups
 from training.replay import CudaRecorder, Recorder, ReplayedStep, check_replayable
@@ -60,7 +60,7 @@ from training.state import RunState, execution_before, has_ended, heads_before, 
 from training.step import TrainingStep
 from training.update import WeightUpdate
 from utils import distributed, launch
-from utils.errors import RunError, UserError, WriteError, reason
+from utils.errors import Incomplete, Interrupted, RunError, Stopped, UserError, WriteError, reason
 from utils.launch import World
 from utils.macs import count_macs, count_params
 from utils.precision import choose_precision, lay_out
@@ -70,6 +70,12 @@ from utils.seed import STREAM_INIT, draw_seed, fold_in
 logger = logging.getLogger("train_split")
 
 LABEL_SMOOTHING = 0.1
+GRACE = 20.0  # seconds after a signal in which images may still come, so that an accumulation group gets whole
+# flags, for the line of a run without memory
+SAVES_MEMORY = (
+    "a smaller --batch_size (with --iters_to_accumulate an update covers as many images as before), a smaller "
+    "--eval_batch_size, or --execution loop"
+)
 METHOD_INIT = 1_000_000  # the part of the initialisation stream that a method's own layers use
 
 
@@ -144,9 +150,11 @@ class Trainer:
         self.clock = RunClock()
         self.meter, self.epoch_meter = MeanMeter(world.device), MeanMeter(world.device)
         self.bad_images: dict[Path, str] = {}
-        self.stop = StopRequest()
-        # steps between two questions whether to stop: to GPUs the answer of the others is a synchronisation
-        self.ask_every = config.print_freq if world.world_size > 1 and world.device.type == "cuda" else 1
+        self.newest = ""  # name of the checkpoint that was saved last, the best one aside
+        self.stop = StopRequest(PACE if world.world_size > 1 and world.device.type == "cuda" else 0.0)
+        self.loaders: list[TrainLoader | EvalLoader] = [self.loader, *self.eval_loaders.values()]
+        for loader in self.loaders:
+            loader.on_wait(self.while_waiting)
         self.saver = Saver(self.folder, keep=config.max_ckpt_nums, stops=config.on_save_error == "stop")
         figures = [f"ensemble_{name}" if metric.of_rows else name for name, metric in counted().items()]
         self.log = RunLog(self.folder, self.num_networks, active=world.is_main, figures=figures)
@@ -336,6 +344,7 @@ class Trainer:
             self.meter.reset()
             self.epoch_meter.reset()
         since = self.mark()
+        self.stop.begin()
         with self.clock.training():
             for batch in self.loader.epoch(self.position.epoch, start_batch=self.position.batch):
                 progress = self.progress(batch)
@@ -398,9 +407,30 @@ class Trainer:
 
     def asked_to_stop(self) -> bool:
         """Whether any process was signalled."""
-        if self.position.batch % self.ask_every and self.position.batch < self.steps_per_epoch:
-            return False
-        return self.stop.agreed(self.world.device)
+        is_due = self.stop.due() or self.position.batch == self.steps_per_epoch
+        return is_due and self.stop.agreed(self.world.device)
+
+    def while_waiting(self) -> None:
+        """Obey a signal although the next images do not come; called again and again while they do not.
+
+        Several processes stop at one place only, so each of them waits for its images.
+
+        Raises:
+            Stopped: a signal; a checkpoint was written, or the last one is older.
+            RunError: as Stopped, where other processes wait for this one.
+        """
+        if not self.stop.number:
+            return
+        if self.world.world_size == 1:
+            if not self.method.training:
+                raise Stopped(self.stop.number)  # out of `evaluate_epoch`
+            if self.position.batch % self.config.iters_to_accumulate == 0:
+                self.save_and_stop()
+        if self.stop.seconds() > GRACE:
+            what = f"no images came for {GRACE:.0f} s, so that the last checkpoint is an older one"
+            if self.world.world_size > 1:
+                raise RunError(f"stopped; {what}. Go on with --resume auto.")
+            raise Stopped(self.stop.number, what)
 
     def report_interval(self, progress: Progress, since: Mark) -> Mark:
         """Read the meters (the one host synchronisation of an interval), log them, and look for non-finite steps.
@@ -454,6 +484,8 @@ class Trainer:
 
     def save(self, name: str) -> None:
         """Begin to write a checkpoint of this name (process 0); the oldest ones beyond --max_ckpt_nums go then."""
+        if name != ckpt.BEST:
+            self.newest = name
         with self.clock.paused():
             state = self.state.gather()
             if state is not None:
@@ -463,11 +495,14 @@ class Trainer:
         """The end of a run that a signal asked for.
 
         Raises:
-            Stopped: always.
+            Stopped: always, unless
+            RunError: the checkpoint could not be written.
         """
         self._check_finite()
         self.save(f"checkpoint_{self.position.epoch}_{self.position.done}.pth.tar")
         self.saver.wait()
+        if lost := self.saver.lost(self.newest):
+            raise RunError(f"stopped, but {lost[0]} could not be written: {self.saver.on_disk()}.")
         raise Stopped(self.stop.number)
 
     # ---- evaluation --------------------------------------------------------------------------------------------------
@@ -504,7 +539,7 @@ class Trainer:
             distributed.broadcast_buffers(self.network)  # an average's are each process's own until here
             evaluation = evaluate(
                 self.network,
-                self.stop.until_stopped(loader, rounds=loader.rounds, device=self.world.device, every=self.ask_every),
+                self.stop.until_stopped(loader, rounds=loader.rounds, device=self.world.device),
                 prepare=lambda images: views.evaluate(images, dtype=precision.weights),
                 num_networks=self.num_networks,
                 device=self.world.device,
@@ -526,13 +561,17 @@ class Trainer:
         Raises:
             Stopped: SIGTERM or SIGINT; a checkpoint was written.
             RunError: a non-finite step, a bad image, a full disk under --on_save_error stop.
+            Incomplete: what the run ends with could not be written.
         """
-        try:
-            with self.stop:
-                self._train_and_evaluate()
-                return self.finish()
-        finally:
-            self.saver.close()
+        with self.stop:
+            try:
+                with launch.naming_lost_processes(self.world):
+                    self._train_and_evaluate()
+                    return self.finish()
+            finally:
+                self.saver.close()
+                for loader in self.loaders:
+                    loader.close()
 
     def _train_and_evaluate(self) -> None:
         position, config = self.position, self.config
@@ -578,7 +617,11 @@ class Trainer:
                 self.log.picture(Path(name).stem, content, self.position.epoch)
 
     def finish(self) -> dict[str, Any]:
-        """Final figures: results.json, curves.png, TensorBoard's hparams."""
+        """Final figures: results.json, curves.png, TensorBoard's hparams.
+
+        Raises:
+            Incomplete: the best or the last checkpoint, or results.json, could not be written.
+        """
         last = self.report.last
         if last is None or last["step"] != self.position.done or self.report.best is None:
             self.evaluate_epoch()  # it was stopped within its evaluation, or has lost its best epoch
@@ -596,12 +639,19 @@ class Trainer:
                 plot_curves([("", self.folder)], self.folder / "curves.png")
             except OSError as error:
                 self.saver.failed(WriteError(f"{self.folder / 'curves.png'}: could not be written: {reason(error)}."))
+            if lost := self.saver.lost(ckpt.BEST, self.newest, RESULTS):
+                raise Incomplete(
+                    f"trained to the end, but {' and '.join(lost)} could not be written: {self.saver.on_disk()}. Make "
+                    "room and go on with --resume auto.",
+                    results,
+                )
         return results
 
     def results(self) -> dict[str, Any]:
         """The JSON object that a run ends with; accuracies in percent."""
         return {
             **self.report.results(),
+            "best_saved_epoch": ckpt.saved_epoch(self.folder / ckpt.BEST),
             "params_one": self.params_one,
             "params_total": self.params_total,
             "macs_total": self.macs_total,
@@ -645,8 +695,16 @@ def run(config: Config) -> dict[str, Any]:
     """
     world = launch.join(config.gpus(), backend=config.dist_backend)
     set_up_text_log(None, rank=world.rank)
-    folder = Path(config.model_dir)
     try:
+        return run_in(world, config)
+    finally:
+        launch.leave(world)
+
+
+def run_in(world: World, config: Config) -> dict[str, Any]:
+    """`run` in a process that has found its place."""
+    folder = Path(config.model_dir)
+    with launch.naming_lost_processes(world):
         resumed = open_run(folder, config.resume)
         distributed.barrier()  # nobody writes into the folder before everybody has looked
         finished = finished_results(folder, config, resumed)
@@ -664,12 +722,9 @@ def run(config: Config) -> dict[str, Any]:
         if world.is_main:
             ckpt.write_file(folder / HPARAMS, as_json(config.described()))
             ckpt.write_file(folder / "env.json", as_json(describe_environment(world)))
-        with launch.naming_lost_processes(world):
-            trainer = Trainer(config, world, source, resumed)
-            announce(trainer)
-            return trainer.run()
-    finally:
-        launch.leave(world)
+        trainer = Trainer(config, world, source, resumed)
+        announce(trainer)
+        return trainer.run()
 
 
 def finished_results(folder: Path, config: Config, resumed: Resumed | None) -> dict[str, Any] | None:
@@ -753,16 +808,22 @@ def train_arguments(argv: list[str]) -> Mapping[str, Any] | None:
         UserError, RunError, Stopped: see `Trainer.run`.
         SystemExit: a started process failed and has said why.
     """
-    config = parse_config(argv, program="train_split.py")
-    set_process_title(config.proc_name)
-    if config.is_summary:
-        return summarise(config)
-    if config.evaluate:
-        return evaluate_arguments(argv)
-    if config.multiprocessing_distributed and not launch.under_launcher():
-        config.start_processes(worker, (argv,))
-        return None  # process 0 has printed it
-    return run(config)
+    config = None
+    try:
+        config = parse_config(argv, program="train_split.py")
+        set_process_title(config.proc_name)
+        if config.is_summary:
+            return summarise(config)
+        if config.evaluate:
+            return evaluate_arguments(argv)
+        if config.multiprocessing_distributed and not launch.under_launcher():
+            config.start_processes(worker, (argv,))
+            return None  # process 0 has printed it
+        return run(config)
+    except Interrupted as interrupted:
+        if config is not None and (config.is_summary or config.evaluate):
+            raise
+        raise Stopped(interrupted.number, "training was not under way") from None
 
 
 def worker(argv: list[str]) -> None:
@@ -771,8 +832,8 @@ def worker(argv: list[str]) -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """The command line; returns the exit code: 0 done, 1 failed run, 2 the user's mistake, 130 interrupted."""
-    return run_program("train_split.py", train_arguments, argv)
+    """The command line; returns the exit code: 0 done, also by SIGTERM, 1 failed, 2 the user's mistake, 130 SIGINT."""
+    return run_program("train_split.py", train_arguments, argv, saves_memory=SAVES_MEMORY)
 
 
 def set_process_title(name: str) -> None:

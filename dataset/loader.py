@@ -5,28 +5,24 @@ epoch's global order, view). They depend neither on the number of decoding worke
 an epoch can be entered at any batch.
 """
 
-import functools
 import logging
-import multiprocessing
-import multiprocessing.connection
 import os
-import threading
 import time
-import warnings
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 
 from dataset import ImageSet
 from dataset.cut import CentreCut, Cut, RandomCrops, Request, ResizedCropSpec
 from dataset.decode import BadImage, read_rgb, refusal
+from dataset.decoders import Decoders, hand_over
 from dataset.sampler import Shuffled, shard
-from utils.errors import RunError, UserError, reason
+from utils.errors import RunError, UserError
 
 logger = logging.getLogger(__name__)
 
@@ -121,6 +117,14 @@ class TrainLoader:
     def bad_images(self) -> dict[Path, str]:
         return self._feed.bad_images
 
+    def on_wait(self, look: Callable[[], None]) -> None:
+        """Call `look` about every second while a batch of the decoding processes does not come; it may raise."""
+        self._feed.on_wait(look)
+
+    def close(self) -> None:
+        """End the decoding processes."""
+        self._feed.close()
+
     def epoch(self, epoch: int, start_batch: int = 0) -> Iterator[Batch]:
         """The batches of an epoch, from `start_batch` on; what comes before is not decoded.
 
@@ -201,6 +205,14 @@ class EvalLoader:
     def bad_images(self) -> dict[Path, str]:
         return self._feed.bad_images
 
+    def on_wait(self, look: Callable[[], None]) -> None:
+        """Call `look` about every second while a batch of the decoding processes does not come; it may raise."""
+        self._feed.on_wait(look)
+
+    def close(self) -> None:
+        """End the decoding processes."""
+        self._feed.close()
+
     def __len__(self) -> int:
         """Batches of this process, if every image can be read."""
         return len(self._requests)
@@ -242,6 +254,7 @@ class _Files(Dataset[_Decoded]):
                 continue
             images_VBCHW[:, len(rows)] = cut(image, row)
             rows.append(row)
+        hand_over(images_VBCHW)
         return _Decoded(images_VBCHW[:, : len(rows)], np.array(rows, dtype=np.int64), bad)
 
 
@@ -253,12 +266,21 @@ class _Feed:
             raise ValueError("files need a crop, images in memory take none")
         self.time_waiting = 0.0
         self.bad_images: dict[Path, str] = {}
-        self._device, self._workers, self._on_bad_image = device, workers, on_bad_image
+        self._device, self._on_bad_image = device, on_bad_image
         self._labels_N = split.targets.to(device)
         self._is_resident = split.images is not None and _fits(device, split.images.nbytes)
         self._images = split.images.to(device) if split.images is not None and self._is_resident else split.images
-        self._files = _Files(split.paths, cut) if cut is not None else None
-        self._plan: list[Request] = []
+        self._decoders: Decoders[_Decoded] | None = None
+        if cut is not None:
+            self._decoders = Decoders(_Files(split.paths, cut), workers, pinned=device.type == "cuda")
+
+    def on_wait(self, look: Callable[[], None]) -> None:
+        if self._decoders is not None:
+            self._decoders.look = look
+
+    def close(self) -> None:
+        if self._decoders is not None:
+            self._decoders.close()
 
     def batches(self, requests: Sequence[Request]) -> Iterator[Batch]:
         """One batch per request, its images [V, B, 3, h, w] if they are files; empty where every file is skipped."""
@@ -266,7 +288,7 @@ class _Feed:
             return
         # one copy to the device for the whole epoch
         indices_N = torch.from_numpy(np.concatenate([request.indices_B for request in requests])).to(self._device)
-        decoded = None if self._files is None else self._decoded(requests)
+        decoded = None if self._decoders is None else self._decoders.items(requests)
         sizes = [len(request.indices_B) for request in requests]
         for request, indices_B in zip(requests, indices_N.split(sizes), strict=True):
             started = time.perf_counter()
@@ -297,63 +319,6 @@ class _Feed:
             positions_B = positions_B[decoded.rows]
         images = decoded.images_VBCHW.to(self._device, non_blocking=True)
         return Batch(images, self._labels_N[indices_B], indices_B, positions_B, request.global_batch_size)
-
-    def _decoded(self, requests: Sequence[Request]) -> Iterator[_Decoded]:
-        self._plan[:] = requests
-        with warnings.catch_warnings():
-            # how many workers there are is the user's choice, and no result depends on it
-            warnings.filterwarnings("ignore", message="This DataLoader will create", category=UserWarning)
-            decoded = iter(self._decoders)
-        try:
-            yield from decoded
-        except (RuntimeError, OSError, EOFError) as error:  # the latter two where it died while handing a batch over
-            if isinstance(error, RuntimeError) and not str(error).startswith("DataLoader worker"):
-                raise
-            raise RunError(
-                f"A decoding process died ({reason(error)}). Fewer --workers or a larger /dev/shm may help."
-            ) from None
-
-    @functools.cached_property
-    def _decoders(self) -> DataLoader[_Decoded]:
-        """Workers that live as long as the loader and follow `_plan`."""
-        assert self._files is not None
-        method = "spawn"  # a plain fork of a process that has threads or a GPU open may hang
-        if "forkserver" in multiprocessing.get_all_start_methods():
-            method = "forkserver"
-            multiprocessing.set_forkserver_preload(["dataset.loader"])
-        return DataLoader(
-            self._files,
-            batch_size=None,
-            sampler=self._plan,
-            num_workers=self._workers,
-            collate_fn=_as_it_is,
-            pin_memory=self._device.type == "cuda",
-            persistent_workers=self._workers > 0,
-            multiprocessing_context=method if self._workers else None,
-            worker_init_fn=_end_with_trainer,
-            generator=torch.Generator(),  # so that the global one is left alone
-        )
-
-
-def _as_it_is(item: Any) -> Any:
-    return item
-
-
-def _end_with_trainer(worker: int) -> None:
-    """End this worker when the process that it decodes for has been killed.
-
-    Torch's workers look at their parent. Here that is the fork server, which lives as long as its children do: they
-    would wait for each other for ever.
-    """
-    trainer = multiprocessing.parent_process()
-    assert trainer is not None
-    sentinel = trainer.sentinel
-
-    def watch() -> None:
-        multiprocessing.connection.wait([sentinel])
-        os._exit(1)
-
-    threading.Thread(target=watch, name="end with trainer", daemon=True).start()
 
 
 def _fits(device: torch.device, num_bytes: int) -> bool:

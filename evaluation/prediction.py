@@ -15,6 +15,7 @@ from evaluation.files import csv_text
 from record.checkpoint import write_file
 from utils import distributed
 from utils.errors import RunError, reason
+from utils.memory import is_out_of_memory
 
 TOP = 5  # classes listed per image
 SHOWN = 10  # predictions that are printed
@@ -73,7 +74,9 @@ def predict(
         for indices_B, images in batches:
             try:
                 logits_SBK = network(images)
-            except RuntimeError as error:  # too small for the strides, too large for the memory
+            except RuntimeError as error:  # too small for the strides
+                if is_out_of_memory(error):
+                    raise
                 size = " x ".join(map(str, images.shape))
                 raise RunError(f"{source}: the networks fail on a batch {size}: {reason(error)}") from None
             indices.append(indices_B.cpu())

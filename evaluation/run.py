@@ -40,6 +40,8 @@ from utils.program import run_program, show
 
 logger = logging.getLogger("eval")
 
+SAVES_MEMORY = "a smaller --eval_batch_size or --execution loop"  # flags, for the line of an evaluation without memory
+
 
 def run_evaluation(session: Session) -> dict[str, Any]:
     """Evaluate on the test split and, with --benchmark, time the networks; process 0 writes and prints.
@@ -228,23 +230,28 @@ def run(config: Config) -> dict[str, Any]:
     for line in config.warnings:
         logger.warning("%s", line)
     try:
-        session = open_session(config, world, gpus)
-        logger.info(
-            "%s: %d x %s, %s weights, K = %d, on %s in %s",
-            session.checkpoint,
-            session.info.num_networks,
-            ",".join(dict.fromkeys(session.info.archs)),
-            "averaged" if session.info.weights == "ema" else "raw",
-            session.info.num_classes,
-            world.device,
-            session.precision.name,
-        )
-        predict = session.options.predict
-        if predict is not None and session.options.benchmark:
-            raise UserError("--benchmark follows an evaluation, and --predict takes its place: use one of them.")
-        return run_evaluation(session) if predict is None else run_prediction(session, Path(predict))
+        with launch.naming_lost_processes(world, "Start it again."):
+            return _run(open_session(config, world, gpus))
     finally:
         launch.leave(world)
+
+
+def _run(session: Session) -> dict[str, Any]:
+    info = session.info
+    logger.info(
+        "%s: %d x %s, %s weights, K = %d, on %s in %s",
+        session.checkpoint,
+        info.num_networks,
+        ",".join(dict.fromkeys(info.archs)),
+        "averaged" if info.weights == "ema" else "raw",
+        info.num_classes,
+        session.world.device,
+        session.precision.name,
+    )
+    predict = session.options.predict
+    if predict is not None and session.options.benchmark:
+        raise UserError("--benchmark follows an evaluation, and --predict takes its place: use one of them.")
+    return run_evaluation(session) if predict is None else run_prediction(session, Path(predict))
 
 
 def evaluate_arguments(argv: list[str]) -> dict[str, Any]:
@@ -272,4 +279,4 @@ def _worker(argv: list[str], path: str) -> None:
         if os.environ["LOCAL_RANK"] == "0":
             Path(path).write_text(json.dumps(plain_json(results)), encoding="utf-8")
 
-    raise SystemExit(run_program("eval.py", work, argv))
+    raise SystemExit(run_program("eval.py", work, argv, saves_memory=SAVES_MEMORY))

@@ -190,6 +190,15 @@ def load_checkpoint(path: str | Path, flag: str = "--resume") -> dict[str, Any]:
     return content
 
 
+def saved_epoch(path: Path) -> int | None:
+    """The epoch that a checkpoint says it is of; None where there is none that can be read. Reads no tensors."""
+    try:
+        epoch = torch.load(path, map_location="cpu", weights_only=True, mmap=True)["epoch"]
+    except Exception:  # a damaged file fails in every way there is, and is none to go on from
+        return None
+    return epoch if isinstance(epoch, int) else None
+
+
 def run_position(path: Path) -> tuple[int, float] | None:
     """(epoch, step) from a checkpoint's name, ordered in time; None for other files.
 

@@ -55,6 +55,7 @@ class Saver:
         self._keep, self._stops = keep, stops
         self._thread = ThreadPoolExecutor(1, "saver")
         self._pending: list[Future[None]] = []
+        self._lost: set[str] = set()
 
     def checkpoint(self, name: str, state: Mapping[str, Any]) -> None:
         """Begin to write a checkpoint; waits only where PENDING others are still to be written.
@@ -69,8 +70,10 @@ class Saver:
         try:
             ckpt.save_checkpoint(state, path)
         except WriteError as error:
+            self._lost.add(path.name)
             self.failed(error)
         else:
+            self._lost.discard(path.name)
             if ckpt.run_position(path) is not None:
                 ckpt.prune_checkpoints(self.folder, self._keep)
 
@@ -106,7 +109,9 @@ class Saver:
         """
         try:
             ckpt.write_file(self.folder / name, content)
+            self._lost.discard(name)
         except WriteError as error:
+            self._lost.add(name)
             self.failed(error)
 
     def failed(self, error: WriteError) -> None:
@@ -116,5 +121,17 @@ class Saver:
             RunError: the end of the run.
         """
         if self._stops:
-            raise RunError(f"{error} What was written before is whole; stopped by --on_save_error stop.") from None
+            raise RunError(
+                f"{error} What was written before is whole: {self.on_disk()}; stopped by --on_save_error stop."
+            ) from None
         logger.warning("%s What was written before is whole; going on.", error)
+
+    def lost(self, *names: str) -> list[str]:
+        """Which of these files could not be written the last time that it was tried; once `wait` has returned."""
+        return [name for name in names if name in self._lost]
+
+    def on_disk(self) -> str:
+        """What a run can be gone on with, as a clause."""
+        newest, best = ckpt.list_checkpoints(self.folder), ckpt.saved_epoch(self.folder / ckpt.BEST)
+        kept = f"{newest[0].name} is the newest checkpoint on the disk" if newest else "no checkpoint is on the disk"
+        return f"{kept}, {ckpt.BEST} is {'missing' if best is None else f'that of epoch {best}'}"

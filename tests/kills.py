@@ -5,6 +5,7 @@ import importlib
 import io
 import os
 import signal
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -20,12 +21,29 @@ PLACES = {
     "record of TensorBoard": "record.events.append_whole",
     "training step": "training.step.forward_backward",
     "batch of an evaluation": "evaluation.passes.EvaluationCounts.update",
+    "networks": "model.splitnet.SplitNet.forward",
+    "wait for images": "dataset.decoders.Decoders._next",
 }
 
 
 def end(number: int = signal.SIGKILL) -> None:
     """Send this process a signal."""
     os.kill(os.getpid(), number)
+
+
+def end_group(number: int) -> None:
+    """Send a signal to this process and to all that it has started."""
+    os.killpg(0, number)
+
+
+def both(*hooks: Hook) -> Hook:
+    """Several hooks of one run."""
+    return functools.partial(_both, hooks)
+
+
+def _both(hooks: tuple[Hook, ...]) -> None:
+    for hook in hooks:
+        hook()
 
 
 def found(place: str) -> tuple[Any, str]:
@@ -59,14 +77,24 @@ class _Countdown:
         return self.left == 0
 
 
+def do_at_call(place: str, number: int, action: Hook) -> Hook:
+    """`action` before the `number`-th call of a function of PLACES."""
+    return functools.partial(_do_at_call, place, number, action)
+
+
+def _do_at_call(place: str, number: int, action: Hook) -> None:
+    due = _Countdown(number)
+    _wrap(place, lambda *_, **__: action() if due() else None)
+
+
 def at_call(place: str, number: int, signal_number: int = signal.SIGKILL) -> Hook:
     """Before the `number`-th call of a function of PLACES."""
-    return functools.partial(_at_call, place, number, signal_number)
+    return do_at_call(place, number, functools.partial(end, signal_number))
 
 
-def _at_call(place: str, number: int, signal_number: int) -> None:
-    due = _Countdown(number)
-    _wrap(place, lambda *_, **__: end(signal_number) if due() else None)
+def at_group_call(place: str, number: int, signal_number: int) -> Hook:
+    """As `at_call`, to all processes of the run's group."""
+    return do_at_call(place, number, functools.partial(end_group, signal_number))
 
 
 def within_line(name: str, number: int) -> Hook:
@@ -139,8 +167,35 @@ def no_space_from_call(number: int) -> None:
     os.fsync = full  # type: ignore[assignment]
 
 
+def slow_from_call(place: str, number: int, seconds: float) -> Hook:
+    """From the `number`-th call of a function of PLACES on, each one begins so many seconds later."""
+    return functools.partial(_slow_from_call, place, number, seconds)
+
+
+def _slow_from_call(place: str, number: int, seconds: float) -> None:
+    due = _Countdown(number)
+    _wrap(place, lambda *_, **__: time.sleep(seconds) if due() or due.left < 0 else None)
+
+
 def small_files_only(room: int) -> None:
     """Let no file that a run writes below its folder grow beyond so many bytes."""
     import resource
 
     resource.setrlimit(resource.RLIMIT_FSIZE, (room, room))
+
+
+def gpu_out_of_memory() -> None:
+    """Fail as torch does on a GPU that is full."""
+    import torch
+
+    raise torch.OutOfMemoryError(
+        "CUDA out of memory. Tried to allocate 20.00 GiB. GPU 0 has a total capacity of 139.80 GiB of which 3.50 GiB "
+        "is free. Of the allocated memory 130.00 GiB is allocated by PyTorch."
+    )
+
+
+def cpu_out_of_memory() -> None:
+    """Ask for more than there is."""
+    import torch
+
+    torch.empty(10**15)

@@ -40,12 +40,20 @@ class Finished:
 
 
 def _child(
-    module: str, argv: list[str], out: str, err: str, environment: dict[str, str], before: Callable[..., None] | None
+    module: str,
+    argv: list[str],
+    out: str,
+    err: str,
+    environment: dict[str, str],
+    before: Callable[..., None] | None,
+    own_group: bool,
 ) -> None:
     import importlib
 
     import torch
 
+    if own_group:
+        os.setsid()
     os.chdir(ROOT)
     os.environ.update(environment)
     for number, path in ((1, out), (2, err)):
@@ -73,6 +81,7 @@ class Run:
         module: the entry point.
         before: called in the child first; a module-level function or a partial of one.
         environment: variables to set.
+        own_group: it leads a session and a process group of its own, as a job of a terminal or a launcher does.
     """
 
     def __init__(
@@ -83,13 +92,14 @@ class Run:
         module: str = "train_split",
         before: Callable[..., None] | None = None,
         environment: dict[str, str] | None = None,
+        own_group: bool = False,
     ) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         number = len(list(folder.glob("out*")))
         self.out, self.err = folder / f"out{number}", folder / f"err{number}"
         self.process = _CONTEXT.Process(
             target=_child,
-            args=(module, [str(a) for a in argv], str(self.out), str(self.err), environment or {}, before),
+            args=(module, [str(a) for a in argv], str(self.out), str(self.err), environment or {}, before, own_group),
         )
         self.process.start()
 
@@ -98,6 +108,12 @@ class Run:
         assert self.process.pid is not None
         with contextlib.suppress(ProcessLookupError):
             os.kill(self.process.pid, number)
+
+    def signal_group(self, number: int) -> None:
+        """Send a signal to the run and to every process that it has started; it has a group of its own."""
+        assert self.process.pid is not None
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self.process.pid, number)
 
     def wait(self, timeout: float = 300) -> Finished:
         """Wait for the end."""

@@ -1,6 +1,7 @@
 """What goes wrong while a run goes on: a full disk, a folder that cannot be written, images that cannot be read."""
 
 import functools
+import json
 import signal
 import time
 from pathlib import Path
@@ -22,14 +23,22 @@ def test_a_full_disk_keeps_the_checkpoint_before(policy: str, tmp_path: Path) ->
     argv = [*TINY, "--epochs", 2, "--seed", 1, "--model_dir", folder, "--on_save_error", policy]
     # an epoch writes the best checkpoint and its own: the third write is the second epoch's
     run = train(argv, tmp_path, before=functools.partial(no_space_from_call, 3))
-    assert run.code == (0 if policy == "warn" else 1), run.stderr
+    assert run.code == 1, run.stderr
     assert "No space left on device" in run.stderr
+    last = run.stderr.strip().splitlines()[-1]
+    assert "checkpoint_1.pth.tar is the newest checkpoint on the disk, model_best.pth.tar is that of epoch 1" in last
+    if policy == "warn":  # it ran to its end, where 'stop' does not come to
+        assert "trained to the end, but model_best.pth.tar and checkpoint_2.pth.tar could not be written" in last
+        results = json.loads((folder / "results.json").read_text())
+        assert results == run.result
+        assert (results["best_epoch"], results["best_saved_epoch"]) == (2, 1)
     assert "Traceback" not in run.stderr
     assert [path.name for path in ckpt.list_checkpoints(folder)] == ["checkpoint_1.pth.tar"]
     assert ckpt.load_checkpoint(folder / "checkpoint_1.pth.tar")["epoch"] == 1
     assert not list(folder.glob("*.partial"))
     again = train([*argv, "--resume", "auto"], tmp_path)
     assert again.code == 0
+    assert (again.result["best_epoch"], again.result["best_saved_epoch"]) == (2, 2)
     whole = train([*TINY, "--epochs", 2, "--seed", 1, "--model_dir", tmp_path / "w"], tmp_path)
     assert again.result["state_sha256"] == whole.result["state_sha256"]
 
@@ -79,7 +88,9 @@ def test_a_full_disk_under_every_file(tmp_path: Path) -> None:
     whole = train([*argv, "--model_dir", tmp_path / "w"], tmp_path)
     room = 40_000  # bytes a file may have: enough for all but checkpoints and the picture
     run = train([*argv, "--model_dir", tmp_path / "m"], tmp_path, before=functools.partial(small_files_only, room))
-    assert run.code == 0, run.stderr
+    assert run.code == 1, run.stderr
+    assert "no checkpoint is on the disk, model_best.pth.tar is missing." in run.stderr.strip().splitlines()[-1]
+    assert run.result["best_saved_epoch"] is None
     assert run.result["state_sha256"] == whole.result["state_sha256"]
     assert "checkpoint_1.pth.tar: could not be written: File too large" in run.stderr
     assert "curves.png: could not be written: File too large" in run.stderr

@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 
 from record import checkpoint as ckpt
-from tests.kills import at_call, within_board, within_checkpoint, within_line
+from tests.kills import at_call, at_group_call, within_board, within_checkpoint, within_line
 from tests.runs import TINY, Finished, Run, same_ending, train, without_times
 
 BASE = [*TINY, "--split_factor", 2, "--epochs", 2, "--seed", 11, "--print_freq", 4, "--save_steps", 5]
@@ -23,6 +23,7 @@ CASES = {
     "bf16": ["--amp_dtype", "bf16", "--optimizer", "AdamW"],
     "rmsprop": ["--optimizer", "RMSpropTF", "--val_fraction", 0.1, "--lr_mode", "step"],
     "files": ["--crop_size", 16, "--workers", 1],
+    "workers": ["--crop_size", 16, "--workers", 2, "--iters_to_accumulate", 3, "--val_fraction", 0.2],
 }
 
 POINTS = {
@@ -43,6 +44,12 @@ CHOSEN = {
     "bf16": ["before a rename", "within a checkpoint"],
     "rmsprop": ["before old checkpoints are dropped", "within an evaluation", "within a line of metrics.jsonl"],
     "files": ["before a checkpoint", "within a record of TensorBoard"],
+    "workers": ["before a rename"],
+}
+SIGNALLED = {
+    "within an accumulation group": at_group_call("training step", 2, signal.SIGINT),
+    "while waiting for images": at_group_call("wait for images", 5, signal.SIGTERM),
+    "within an evaluation": at_group_call("batch of an evaluation", 2, signal.SIGINT),
 }
 
 
@@ -72,7 +79,7 @@ def unbroken(
     request: pytest.FixtureRequest, images: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> tuple[str, list, Path, Finished]:
     folder = tmp_path_factory.mktemp(request.param) / "m"
-    data = images / ("large" if request.param == "files" else "small")
+    data = images / ("large" if "--workers" in CASES[request.param] else "small")
     argv = [*QUICK, *CASES[request.param], "--data", data]
     result = train([*argv, "--model_dir", folder], folder.parent)
     assert result.code == 0, result.stderr
@@ -113,6 +120,59 @@ def test_killed_again_and_again_at_random_moments(
     record_property("kills", kills)
     same_ending(tmp_path / "m", expected, train(argv, tmp_path), reference)
     record_property("identical", kills)
+
+
+def obeyed(run: Run, number: int | None) -> bool:
+    """Whether a run that all its processes were signalled in stopped as it should; False: it had come to its end."""
+    began = time.monotonic()
+    stopped = run.wait(60)
+    assert time.monotonic() - began < 30
+    assert "Traceback" not in stopped.stderr
+    assert "decoding process" not in stopped.stderr
+    if stopped.code == 0 and stopped.stdout:
+        return False
+    last = stopped.stderr.strip().splitlines()[-1]
+    assert last.startswith("train_split.py: stopped; "), stopped.stderr
+    assert last.endswith("Go on with --resume auto.")
+    assert stopped.code == {signal.SIGTERM: 0, signal.SIGINT: 130}.get(number, stopped.code), stopped.stderr
+    return True
+
+
+@pytest.mark.slow
+@only(pytest.mark.long, but=("workers",))
+def test_signals_to_all_processes_at_random_moments(
+    unbroken: tuple[str, list, Path, Finished], tmp_path: Path, record_property: Callable[[str, object], None]
+) -> None:
+    case, argv, expected, reference = unbroken
+    argv = [*argv, "--model_dir", tmp_path / "m", "--resume", "auto"]
+    chance = random.Random(case)
+    kills = 0
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGINT, signal.SIGTERM):
+        run = Run(argv, tmp_path / "streams", own_group=True)
+        time.sleep(chance.uniform(0.2, 4.0))
+        run.signal_group(number)
+        kills += obeyed(run, number)
+    assert kills
+    record_property("kills", kills)
+    same_ending(tmp_path / "m", expected, train(argv, tmp_path), reference)
+    record_property("identical", kills)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("unbroken", ["workers"], indirect=True)
+def test_signals_to_all_processes_at_chosen_points(
+    unbroken: tuple[str, list, Path, Finished], tmp_path: Path, record_property: Callable[[str, object], None]
+) -> None:
+    _, argv, expected, reference = unbroken
+    for number, (point, hook) in enumerate(SIGNALLED.items()):
+        folder = tmp_path / str(number)
+        here = [*argv, "--model_dir", folder / "m"]
+        run = Run(here, folder / "streams", before=hook, own_group=True)
+        assert obeyed(run, None), point
+        assert "a checkpoint was saved" in run.text(), point
+        record_property("kills", 1)
+        same_ending(folder / "m", expected, train([*here, "--resume", "auto"], folder), reference)
+        record_property("identical", 1)
 
 
 @pytest.mark.slow

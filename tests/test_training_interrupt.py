@@ -2,16 +2,29 @@
 
 import os
 import signal
+from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
 from tests.processes import run_processes
-from training.interrupt import Stopped, StopRequest
+from training import interrupt
+from training.interrupt import StopRequest
+from utils.errors import Stopped
 
 CPU = torch.device("cpu")
+
+
+@pytest.fixture(autouse=True)
+def handlers_restored() -> Iterator[None]:
+    """A note of a signal outlives its context."""
+    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
 
 
 def asked_together(rank: int) -> dict[str, Any]:
@@ -28,7 +41,7 @@ def until_stopped(rank: int) -> list[int]:
     """The batches that each process sees when process 1, with fewer of them, is signalled at its first."""
     request, seen = StopRequest(), []
     try:
-        for batch in request.until_stopped(range((5, 2, 0)[rank]), rounds=5, device=CPU, every=2):
+        for batch in request.until_stopped(range((5, 2, 0)[rank]), rounds=5, device=CPU):
             seen.append(batch)
             request.number = signal.SIGTERM if rank == 1 else request.number
     except Stopped as stopped:
@@ -47,16 +60,34 @@ def test_processes_agree_and_stop_at_the_same_batch(tmp_path: Path) -> None:
         assert result["quiet"] == [False, 0]
         assert result["signalled"] == [True, signal.SIGTERM]
     seen = [result["until_stopped"] for result in results]
-    assert seen == [[0, 1, -signal.SIGTERM], [0, 1, -signal.SIGTERM], [-signal.SIGTERM]]
+    assert seen == [[0, -signal.SIGTERM], [0, -signal.SIGTERM], [-signal.SIGTERM]]
     assert [result["to_the_end"] for result in results] == [[0, 1, 2], [0], []]
 
 
-@pytest.mark.parametrize(("every", "seen"), [(1, [0, 1]), (2, [0, 1]), (3, [0, 1, 2])])
-def test_a_signal_is_obeyed_when_the_next_question_is_due(every: int, seen: list[int]) -> None:
+def paced(rank: int, world_size: int) -> list[int]:
+    """The rounds that ask, of processes that take 0.1 and 0.4 s for a round and then 4 s, at a pace of 3 s."""
+    now = [0.0]
+    interrupt.time = SimpleNamespace(monotonic=lambda: now[0])  # type: ignore[assignment]
+    request, asked = StopRequest(pace=3.0), []
+    for number in range(40):
+        now[0] += 4.0 if number >= 30 else (0.1, 0.4)[rank]
+        if request.due():
+            asked.append(number)
+            request.agreed(CPU)
+    return asked
+
+
+def test_questions_to_other_gpus_come_every_few_seconds_whatever_a_step_takes(tmp_path: Path) -> None:
+    first, second = run_processes(2, paced, tmp_path / "r")
+    assert first == second
+    assert first == [0, 2, 6, 13, 20, 27, 34, 35, 36, 37, 38, 39]
+
+
+def test_a_signal_is_obeyed_before_the_next_batch() -> None:
     found: list[int] = []
 
     def train(request: StopRequest) -> None:
-        for batch in request.until_stopped(range(5), rounds=5, device=CPU, every=every):
+        for batch in request.until_stopped(range(5), rounds=5, device=CPU):
             found.append(batch)
             if batch == 1:
                 os.kill(os.getpid(), signal.SIGTERM)
@@ -64,7 +95,7 @@ def test_a_signal_is_obeyed_when_the_next_question_is_due(every: int, seen: list
     with StopRequest() as request, pytest.raises(Stopped) as stopped:
         train(request)
     assert stopped.value.number == signal.SIGTERM
-    assert found == seen
+    assert found == [0, 1]
 
 
 def test_the_signals_mean_what_they_meant_once_the_context_ends() -> None:
@@ -77,8 +108,8 @@ def test_the_signals_mean_what_they_meant_once_the_context_ends() -> None:
 
 def test_a_second_signal_ends_the_process_unless_it_is_an_echo(monkeypatch: pytest.MonkeyPatch) -> None:
     now, raised = [100.0], []
-    monkeypatch.setattr("training.interrupt.time.monotonic", lambda: now[0])
-    monkeypatch.setattr("training.interrupt.signal.raise_signal", raised.append)
+    monkeypatch.setattr("utils.signals.time.monotonic", lambda: now[0])
+    monkeypatch.setattr("utils.signals.signal.raise_signal", raised.append)
     with StopRequest() as request:
         os.kill(os.getpid(), signal.SIGTERM)
         assert (request.number, raised) == (signal.SIGTERM, [])

@@ -69,7 +69,8 @@ PLACES = st.fixed_dictionaries({"epoch": st.integers(0, 50), "batch": st.integer
 def test_the_share_of_training_stays(place: dict, images: int, size_before: int, size_now: int) -> None:
     assume(min(size_before, size_now) <= images)
     before, now = (
-        Pace(steps_per_epoch=max(1, images // size), global_batch=size, images=images) for size in (size_before, size_now)
+        Pace(steps_per_epoch=max(1, images // size), global_batch=size, images=images)
+        for size in (size_before, size_now)
     )
     place["batch"] = min(place["batch"], before.steps_per_epoch)
     place["step"] = place["epoch"] * before.steps_per_epoch + place["batch"]

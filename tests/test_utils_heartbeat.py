@@ -9,7 +9,7 @@ import pytest
 import torch.distributed as dist
 
 from utils import heartbeat
-from utils.heartbeat import SILENCE, Heartbeat
+from utils.heartbeat import FAILED, SILENCE, Heartbeat
 
 
 class Clock:
@@ -159,6 +159,49 @@ def test_a_process_gives_up_on_one_that_is_silent_for_too_long(start, clock: Clo
     assert error.startswith("train_split.py: process 1 has not answered for 60 s")
     assert "--resume auto" in error
     assert error.count("\n") == 1
+
+
+def test_a_process_that_fails_ends_the_others_soon_and_is_named(start, clock: Clock, exits, capfd) -> None:
+    store = dist.HashStore()
+    watcher, other = start(store, 0, silence=SILENCE), start(store, 1, silence=SILENCE)
+    wait_until(lambda: heard(watcher) == [1], "it was heard")
+    other.fail()
+    other.close()  # later, and it does not take the word back
+    wait_until(lambda: heard(watcher) == [], "it has failed")
+    assert not exits
+    clock.now += FAILED + 0.1
+    wait_until(lambda: exits == [1], "the process ended with code 1")
+    assert "process 1 failed; stopping" in capfd.readouterr().err
+
+
+def test_one_that_ends_by_itself_is_not_ended_while_it_writes(start, clock: Clock, exits) -> None:
+    store = dist.HashStore()
+    watcher, other = start(store, 0, silence=SILENCE), start(store, 1, silence=SILENCE)
+    wait_until(lambda: heard(watcher) == [1], "it was heard")
+    other.fail()
+    wait_until(lambda: heard(watcher) == [], "it has failed")
+    assert watcher.who_is_gone() == "process 1 failed"
+    clock.now += 100 * FAILED
+    time.sleep(0.1)
+    assert not exits
+
+
+def test_one_that_only_follows_is_not_the_one_to_name(start, clock: Clock) -> None:
+    store = dist.HashStore()
+    died(store, 2)
+    watcher, other = start(store, 0, 3), start(store, 1, 3)
+    wait_until(lambda: heard(watcher) == [1, 2], "both were heard")
+    other.fail(follows=True)
+    wait_until(lambda: heard(watcher) == [2], "it has left")
+    assert watcher.who_is_gone() == "process 2 died"
+
+
+def test_the_one_that_holds_the_store_waits_until_the_others_have_read_it(start, clock: Clock) -> None:
+    first, second = start(dist.HashStore(), 0), start(dist.HashStore(), 1)
+    for beat, seconds in ((second, 0.0), (first, 2 * heartbeat.INTERVAL)):
+        before = clock.now
+        beat.fail()
+        assert clock.now - before == pytest.approx(seconds)
 
 
 @pytest.mark.parametrize("met", [True, False])

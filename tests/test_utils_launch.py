@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from utils import launch
-from utils.errors import RunError, UserError
+from utils.errors import Incomplete, Interrupted, RunError, Stopped, UserError
+from utils.launch import World, naming_lost_processes
 
 
 def test_gpu_ids_that_do_not_exist_are_refused() -> None:
@@ -44,3 +45,39 @@ def test_a_port_in_use_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
         with pytest.raises(RunError, match=rf"--dist_url.*127\.0\.0\.1:{port}.*port in use") as caught:
             launch.join([])
     assert "\n" not in str(caught.value)
+
+
+class Beat:
+    """Stands in for a heartbeat."""
+
+    def __init__(self, gone: str = "") -> None:
+        self.gone, self.said = gone, []
+
+    def who_is_gone(self) -> str:
+        self.said.append("waited")
+        return self.gone
+
+    def fail(self, *, follows: bool = False) -> None:
+        self.said.append("followed" if follows else "failed")
+
+
+@pytest.mark.parametrize(
+    ("error", "gone", "said", "text"),
+    [
+        (RuntimeError("closed by peer"), "process 1 died", ["waited", "followed"], "process 1 died; process 0 stops"),
+        (RuntimeError("a mistake"), "", ["waited", "failed"], "a mistake"),
+        (RunError("a bad image"), "process 1 died", ["failed"], "a bad image"),
+        (torch.OutOfMemoryError("full"), "process 1 died", ["failed"], "full"),
+        (UserError("no data"), "", ["failed"], "no data"),
+        (Interrupted(2), "", ["failed"], "interrupted"),
+        (Stopped(15), "", [], "stopped"),
+        (Incomplete("not all", {}), "", [], "not all"),
+    ],
+)
+def test_whoever_fails_says_so_and_whoever_follows_names_the_other(error, gone, said, text) -> None:
+    beat = Beat(gone)
+    world = World(0, 2, 0, 2, torch.device("cpu"), beat)  # type: ignore[arg-type]
+    kind = RunError if "followed" in said else type(error)
+    with pytest.raises(kind, match=text), naming_lost_processes(world):
+        raise error
+    assert beat.said == said

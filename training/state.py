@@ -24,6 +24,7 @@ from training.resume import Pace, Position, changed_flags, check_classes, positi
 from utils import distributed
 from utils.errors import UserError, reason
 from utils.launch import World
+from utils.memory import is_out_of_memory
 from utils.precision import Precision
 
 logger = logging.getLogger(__name__)
@@ -154,6 +155,8 @@ class RunState:
         except UserError:
             raise
         except (KeyError, ValueError, TypeError, AttributeError, RuntimeError) as error:
+            if is_out_of_memory(error):
+                raise
             raise UserError(
                 f"--resume: the checkpoint holds no run of these flags to go on with ({reason(error)[:200]}). "
                 "Use --pretrained for its weights alone."

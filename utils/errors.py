@@ -1,6 +1,8 @@
 """How a program ends early: the two kinds of failure that a user sees as one line, and a signal."""
 
 import signal
+from collections.abc import Mapping
+from typing import Any
 
 
 class UserError(ValueError):
@@ -22,18 +24,44 @@ class WriteError(RunError):
     """A file of the run could not be written (full disk, read-only folder); what its name held before is whole."""
 
 
+class Incomplete(RunError):
+    """The run came to its end, and not everything of it could be written.
+
+    Attributes:
+        results: the final figures.
+    """
+
+    def __init__(self, message: str, results: Mapping[str, Any]) -> None:
+        super().__init__(message)
+        self.results = results
+
+
 class Stopped(Exception):
-    """The run was asked to stop by a signal, and has saved a checkpoint.
+    """Training was asked to stop by a signal.
 
     Attributes:
         number: of the signal.
         exit_code: 130 after SIGINT, as a shell has it, and 0 after SIGTERM.
     """
 
-    def __init__(self, number: int) -> None:
-        super().__init__("stopped; a checkpoint was saved. Go on with --resume auto.")
+    def __init__(self, number: int, what: str = "a checkpoint was saved") -> None:
+        super().__init__(f"stopped; {what}. Go on with --resume auto.")
         self.number = number
         self.exit_code = 130 if number == signal.SIGINT else 0
+
+
+class Interrupted(KeyboardInterrupt):
+    """A signal came while there was nothing to save; a KeyboardInterrupt, because libraries let that pass.
+
+    Attributes:
+        number: of the signal.
+        exit_code: as a shell has it: 130 after SIGINT, 143 after SIGTERM.
+    """
+
+    def __init__(self, number: int) -> None:
+        super().__init__(f"interrupted by {signal.Signals(number).name}; no results were written.")
+        self.number = number
+        self.exit_code = 128 + number
 
 
 def reason(error: BaseException) -> str:

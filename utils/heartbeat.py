@@ -16,6 +16,7 @@ logger = logging.getLogger(__name__)
 
 INTERVAL = 1.0  # seconds between beats
 SILENCE = 60.0  # seconds without a beat after which the others give up
+FAILED = 5.0  # seconds after which they give up on one that says that it failed, if no exchange has told them
 
 
 class Heartbeat:
@@ -32,6 +33,9 @@ class Heartbeat:
         self._rank, self._world_size, self._silence = rank, world_size, silence
         self._heard: dict[int, tuple[bytes, float]] = {}
         self._left: set[int] = set()
+        self._failed: dict[int, float] = {}
+        self._followed: set[int] = set()
+        self._resigned = False
         self._stop = threading.Event()
         self._store.set(str(rank), "0")
         self._thread = threading.Thread(target=self._run, name="heartbeat", daemon=True)
@@ -47,19 +51,30 @@ class Heartbeat:
             except RuntimeError:  # the process that holds the store is gone
                 if not self._stop.is_set():
                     self._heard[0] = (b"", self._heard.get(0, (b"", time.monotonic()))[1])
-            silent = self.silent(self._silence)
-            if silent and not self._stop.is_set():
-                self._give_up(silent)
+            if self._stop.is_set() or self._resigned:
+                continue
+            if silent := self.silent(self._silence):
+                self._give_up(silent, f"has not answered for {self._silence:.0f} s (it died or hangs)")
+            now = time.monotonic()
+            if failed := sorted(rank for rank, heard in self._failed.items() if now - heard > FAILED):
+                self._give_up(failed, "failed")
 
     def _listen(self) -> None:
         now = time.monotonic()
         for rank in range(self._world_size):
-            if rank == self._rank or rank in self._left or not self._store.check([str(rank)]):
+            if rank == self._rank or rank in self._left or rank in self._failed or rank in self._followed:
+                continue
+            if not self._store.check([str(rank)]):
                 continue
             value = self._store.get(str(rank))
-            if value == b"left":
-                self._left.add(rank)
+            if value in (b"left", b"failed", b"followed"):
                 self._heard.pop(rank, None)
+            if value == b"failed":
+                self._failed[rank] = now
+            elif value == b"left":
+                self._left.add(rank)
+            elif value == b"followed":
+                self._followed.add(rank)
             elif self._heard.get(rank, (None, 0.0))[0] != value:
                 self._heard[rank] = (value, now)
 
@@ -69,26 +84,49 @@ class Heartbeat:
         return sorted(rank for rank, (_, heard) in list(self._heard.items()) if now - heard > seconds)
 
     def who_is_gone(self, patience: float = 5.0) -> str:
-        """After a failed exchange: which processes do not beat any more, waiting for certainty; "" where all do."""
+        """After a failed exchange: which processes do not beat any more, waiting for certainty; "" where all do.
+
+        From now on this process ends by itself, and is not ended while it writes what it still has to write.
+        """
+        self._resigned = True
         deadline = time.monotonic() + patience
         while time.monotonic() < deadline:
             time.sleep(INTERVAL / 2)
-            for ranks, what in ((self.silent(3 * INTERVAL), "died"), (sorted(self._left), "stopped")):
+            found = (
+                (sorted(self._failed), "failed"),
+                (self.silent(3 * INTERVAL), "died"),
+                (sorted(self._left), "stopped"),
+            )
+            for ranks, what in found:
                 if ranks:
                     return f"process {', '.join(map(str, ranks))} {what}"
-        return ""
+        return f"process {', '.join(map(str, sorted(self._followed)))} stopped" if self._followed else ""
 
-    def _give_up(self, silent: list[int]) -> None:
-        names = ", ".join(map(str, silent))
+    def _give_up(self, ranks: list[int], what: str) -> None:
         program = os.path.basename(sys.argv[0])
-        line = f"{program}: process {names} has not answered for {self._silence:.0f} s (it died or hangs); stopping."
+        line = f"{program}: process {', '.join(map(str, ranks))} {what}; stopping. Go on with --resume auto."
         with contextlib.suppress(OSError):
-            os.write(2, f"{line} Go on with --resume auto.\n".encode())
+            os.write(2, f"{line}\n".encode())
         os._exit(1)  # the main thread may be stuck in an exchange that never ends
+
+    def fail(self, *, follows: bool = False) -> None:
+        """Say that this process ends with an error, and stop: the others give up, as soon as they can.
+
+        Args:
+            follows: it does so because another one is gone, and is not the one to be named.
+        """
+        if not self._stop.is_set():
+            self._leave("followed" if follows else "failed")
+            if self._rank == 0 and not follows:
+                time.sleep(2 * INTERVAL)  # the store may end with this process; the others look every INTERVAL
 
     def close(self) -> None:
         """Say that this process leaves, and stop."""
+        if not self._stop.is_set():
+            self._leave("left")
+
+    def _leave(self, word: str) -> None:
         self._stop.set()
+        self._thread.join(timeout=2 * INTERVAL)  # first, because its beat would overwrite the word
         with contextlib.suppress(RuntimeError):
-            self._store.set(str(self._rank), "left")
-        self._thread.join(timeout=2 * INTERVAL)
+            self._store.set(str(self._rank), word)

@@ -15,9 +15,11 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from utils.errors import RunError, UserError, reason
+from utils.errors import Incomplete, Interrupted, RunError, Stopped, UserError, reason
 from utils.heartbeat import Heartbeat
 from utils.meeting import fresh_store
+from utils.memory import is_out_of_memory
+from utils.signals import held
 
 TIMEOUT = datetime.timedelta(minutes=10)
 
@@ -162,21 +164,33 @@ def leave(world: World) -> None:
 
 
 @contextlib.contextmanager
-def naming_lost_processes(world: World) -> Iterator[None]:
-    """Turn the failure of an exchange, because another process died, into one line that names that process.
+def naming_lost_processes(world: World, advice: str = "Go on with --resume auto.") -> Iterator[None]:
+    """Share the fate of the other processes: tell them where this one fails, and name the one that failed before.
+
+    Args:
+        advice: a sentence at the end of the error.
 
     Raises:
-        RunError: in place of the backend's error.
+        RunError: in place of the backend's error, where an exchange failed because another process is gone.
     """
+    heartbeat = world.heartbeat
+    if heartbeat is None:
+        yield
+        return
     try:
         yield
+    except (Stopped, Incomplete):  # the others have done all that they had to do with this one
+        raise
     except RuntimeError as error:
-        if world.heartbeat is None or isinstance(error, RunError):
-            raise
-        gone = world.heartbeat.who_is_gone()
+        # said at once, and not only when the last checkpoint is written
+        gone = "" if isinstance(error, RunError) or is_out_of_memory(error) else heartbeat.who_is_gone()
+        heartbeat.fail(follows=bool(gone))
         if not gone:
             raise
-        raise RunError(f"{gone}; process {world.rank} stops. Go on with --resume auto.") from None
+        raise RunError(f"{gone}; process {world.rank} stops. {advice}") from None
+    except BaseException:
+        heartbeat.fail()
+        raise
 
 
 def free_port() -> int:
@@ -207,7 +221,7 @@ def spawn(
 
     Raises:
         UserError: several nodes without a meeting point.
-        SystemExit: with the first failed process's exit code.
+        SystemExit: with the first failed process's exit code; after a signal, with the largest once all have ended.
     """
     if url.startswith("tcp://") and url.count(":") == 2:
         host, port = url.removeprefix("tcp://").split(":")
@@ -229,11 +243,25 @@ def spawn(
     }
     # it would warn of ending the others, when the one that failed has said why
     logging.getLogger("torch.multiprocessing.spawn").setLevel(logging.ERROR)
-    context = torch.multiprocessing.spawn(
-        _spawned, args=(target, arguments, settings), nprocs=processes, join=False, start_method="spawn"
-    )
+    with held():  # until the program in them knows what to do with a signal
+        context = torch.multiprocessing.spawn(
+            _spawned, args=(target, arguments, settings), nprocs=processes, join=False, start_method="spawn"
+        )
     try:
         while not context.join():
             pass
     except torch.multiprocessing.ProcessExitedException as failure:
         raise SystemExit(failure.exit_code if failure.exit_code > 0 else 1) from None
+    except Interrupted as interrupted:
+        raise SystemExit(_stopped(context.processes, interrupted.number)) from None
+
+
+def _stopped(processes: list[Any], number: int) -> int:
+    """Hand a signal on to started processes, and wait for what they still do; the largest of their exit codes."""
+    for process in processes:
+        if process.is_alive():  # where it has come to the whole group, they take this for an echo
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(process.pid, number)
+    for process in processes:
+        process.join()
+    return max(abs(process.exitcode) for process in processes)

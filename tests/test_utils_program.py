@@ -1,0 +1,98 @@
+"""How a program ends: its exit code, its one line, and the figures that it has."""
+
+import json
+import os
+import signal
+from collections.abc import Callable, Iterator
+
+import pytest
+
+from tests.kills import cpu_out_of_memory
+from utils.errors import Incomplete, Interrupted, RunError, Stopped, UserError
+from utils.program import run_program
+
+NUMBERS = (signal.SIGTERM, signal.SIGINT)
+
+
+@pytest.fixture(autouse=True)
+def handlers_restored() -> Iterator[None]:
+    before = {number: signal.getsignal(number) for number in NUMBERS}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
+def run(work: Callable[[], object]) -> int:
+    def called(argv: list[str]) -> None:
+        work()
+
+    return run_program("program.py", called, [], saves_memory="a smaller --batch_size")
+
+
+def raising(error: BaseException) -> Callable[[], object]:
+    def work() -> None:
+        raise error
+
+    return work
+
+
+@pytest.mark.parametrize(
+    ("error", "code"),
+    [
+        (UserError("--x: wrong."), 2),
+        (RunError("bad."), 1),
+        (Stopped(signal.SIGTERM), 0),
+        (Stopped(signal.SIGINT), 130),
+    ],
+)
+def test_what_a_user_can_mend_is_one_line(error: Exception, code: int, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(raising(error)) == code
+    assert capsys.readouterr() == ("", f"program.py: {error}\n")
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_is_one_line_whatever_it_breaks(number: int, code: int, capsys: pytest.CaptureFixture[str]) -> None:
+    def broken() -> None:
+        try:
+            os.kill(os.getpid(), number)
+        except Interrupted:
+            os.kill(os.getpid(), number)  # its echo, which is none
+            raise RuntimeError("connection closed by peer") from None
+
+    for work in (lambda: os.kill(os.getpid(), number), broken):
+        assert run(work) == code
+        assert (
+            capsys.readouterr().err == f"program.py: interrupted by {signal.Signals(number).name}; no results were "
+            "written.\n"
+        )
+
+
+def test_signals_that_were_held_come_when_the_program_begins(capsys: pytest.CaptureFixture[str]) -> None:
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, NUMBERS)
+    try:
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert run(lambda: None) == 143
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def test_without_a_signal_everything_is_as_before() -> None:
+    before = [signal.getsignal(number) for number in NUMBERS]
+    assert run(lambda: None) == 0
+    assert [signal.getsignal(number) for number in NUMBERS] == before
+    with pytest.raises(ZeroDivisionError):
+        run(lambda: 1 / 0)
+
+
+def test_too_little_memory_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(cpu_out_of_memory) == 1
+    line = capsys.readouterr().err
+    assert line.startswith("program.py: out of memory: 3,725,290.3 GiB more did not fit. Try a smaller --batch_size.")
+    assert line.count("\n") == 1
+
+
+def test_a_run_that_could_not_write_everything_still_shows_its_figures(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(raising(Incomplete("not all.", {"acc1": 1.5}))) == 1
+    out, err = capsys.readouterr()
+    assert json.loads(out) == {"acc1": 1.5}
+    assert err == "program.py: not all.\n"

@@ -15,6 +15,12 @@ class EvalOptions(Options):
         "classify an image, the images of a folder, or a .npy array [N, 3, H, W] of normalised floats",
         metavar="PATH",
     )
+    split: str | None = option(
+        None,
+        "what to evaluate on",
+        choices=("val", "test"),
+        default_text="test where there is one, else val",
+    )
     weights: str = option("auto", "which weights; auto is the moving average where there is one", choices=WEIGHTS)
     benchmark: bool = option(
         False, "after the evaluation, time the networks beside the undivided one: latency.md, .json and .png", bare="1"

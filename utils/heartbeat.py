@@ -83,7 +83,7 @@ class Heartbeat:
         program = os.path.basename(sys.argv[0])
         line = f"{program}: process {names} has not answered for {self._silence:.0f} s (it died or hangs); stopping."
         with contextlib.suppress(OSError):
-            os.write(2, f"{line} Go on with --resume auto.\n".encode())
+            os.write(2, f"{line} Go on with --resume auto.\n".encode(errors="backslashreplace"))
         os._exit(1)  # the main thread may be stuck in an exchange that never ends
 
     def close(self) -> None:

@@ -8,6 +8,7 @@ from typing import Any
 
 from utils.errors import RunError, Stopped, UserError
 from utils.plain_json import plain_json
+from utils.text import fit_streams, one_line
 
 INTERRUPTED = 130
 
@@ -29,10 +30,11 @@ def run_program(name: str, work: Callable[[list[str]], Mapping[str, Any] | None]
     Returns:
         the exit code: 0 done or stopped by SIGTERM, 1 failed while running, 2 the user's mistake, 130 interrupted.
     """
+    fit_streams()
     try:
         results = work(sys.argv[1:] if argv is None else argv)
     except (UserError, RunError, Stopped) as error:
-        sys.stderr.write(f"{name}: {error}\n")
+        sys.stderr.write(f"{name}: {one_line(str(error))}\n")
         return error.exit_code
     except KeyboardInterrupt:
         return INTERRUPTED

@@ -1,7 +1,7 @@
-"""ImageNet (ILSVRC 2012), or any part of it: DIR/train/<class>/* and DIR/val/<class>/*."""
+"""ImageNet (ILSVRC 2012), or any part of it: DIR/train/<class>/* and DIR/val/<class>/*; DIR/test/<class>/* if there."""
 
 from dataset import DataSource, SourceRequest, sources
-from dataset.class_folders import find_folders, list_images
+from dataset.class_folders import find_folders
 
 
 @sources.register("imagenet")
@@ -11,6 +11,5 @@ def open_imagenet(request: SourceRequest) -> DataSource:
     Raises:
         UserError: --data, a needed split or its class folders missing, an empty class folder, splits that differ.
     """
-    folders, classes = find_folders(request, evaluation=("val",))
-    splits = {split: list_images(folders[split], classes) for split in request.splits}
-    return DataSource.of_row("imagenet", classes, splits)
+    folders = find_folders(request)
+    return DataSource.of_row("imagenet", folders.classes, folders.roles(folders.files()), reported=folders.reported)

@@ -37,6 +37,7 @@ from utils.command_line import (
 from utils.errors import UserError
 from utils.options import OF_CALL, SAME, TAKES, Flag, Options, flags_of, option
 from utils.registry import nearest_name
+from utils.text import fit_streams, one_line
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -528,12 +529,13 @@ def main() -> None:
 
     Recipes are filled in where the data set's is known without opening the data.
     """
+    fit_streams()
     try:
         config = parse_config(program="parser_params.py")
         if config.dataset in ROWS:
             config = resolve_config(config, data_recipe=config.dataset)
     except UserError as error:
-        print(f"parser_params.py: {error}", file=sys.stderr)
+        print(f"parser_params.py: {one_line(str(error))}", file=sys.stderr)
         raise SystemExit(2) from None
     for name, item in config.described().items():
         print(f"{name} = {item['value']} ({item['origin']})")

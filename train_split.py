@@ -66,6 +66,7 @@ from utils.macs import count_macs, count_params
 from utils.precision import choose_precision, lay_out
 from utils.program import run_program
 from utils.seed import STREAM_INIT, draw_seed, fold_in
+from utils.text import escaped, one_line
 
 logger = logging.getLogger("train_split")
 
@@ -125,7 +126,7 @@ class Trainer:
         self.loader = build_train_loader(
             source, config, world, num_views=self.num_views, seed=self.seed, sampler=self.method.sampler
         )
-        splits = {"val": source.val, "test": source.test}
+        splits = {"val": source.val, source.reported: source.test}
         self.eval_loaders = {
             name: build_eval_loader(split, config, world) for name, split in splits.items() if split is not None
         }
@@ -159,7 +160,11 @@ class Trainer:
         figures = [f"ensemble_{name}" if metric.of_rows else name for name, metric in counted().items()]
         self.log = RunLog(self.folder, self.num_networks, active=world.is_main, figures=figures)
         self.report = Reporter(
-            self.log, epochs=config.epochs, steps_per_epoch=self.steps_per_epoch, visible=world.is_main
+            self.log,
+            epochs=config.epochs,
+            steps_per_epoch=self.steps_per_epoch,
+            visible=world.is_main,
+            reported=source.reported,
         )
         self.state = RunState(
             flags=config.values(),
@@ -601,11 +606,12 @@ class Trainer:
             found.update(loader.bad_images)
         new = {path: why for path, why in found.items() if path not in self.bad_images}
         for path, why in new.items():
-            logger.warning("left out: %s: %s", path, why)
+            logger.warning("left out: %s: %s", escaped(path), why)
         self.bad_images.update(new)
         if new:
             name = "bad_images.txt" if self.world.is_main else f"bad_images_{self.world.rank}.txt"
-            self.saver.file(name, "".join(f"{path}: {why}\n" for path, why in sorted(self.bad_images.items())))
+            lines = (f"{escaped(path)}: {one_line(why)}\n" for path, why in sorted(self.bad_images.items()))
+            self.saver.file(name, "".join(lines))
 
     def _write_method_files(self, *, final: bool) -> None:
         """What the method wants to have in the run directory, such as an architecture that it found."""
@@ -775,18 +781,23 @@ def open_shared_source(config: Config, world: World) -> DataSource:
 
 def announce(trainer: Trainer) -> None:
     """Say at the start what was decided and by whom."""
-    config = trainer.config
+    config, source = trainer.config, trainer.source
+    held_out = "held-out" if config.val_fraction else "validation"
+    names = {"val": "validation", "test": "test"}
+    evaluated = f"{len(source.test)} {names[source.reported]}"
+    if source.val is not None:
+        evaluated = f"{len(source.val)} {held_out}, {evaluated}"
     supplied = [f"{name} {value['value']}" for name, value in config.described().items() if value["origin"] == "recipe"]
     logger.info(
-        "%s: %d x %s (S = %d) on %s, %d classes, %d training and %d test images; %.3f M parameters, %.1f M MACs",
+        "%s: %d x %s (S = %d) on %s, %d classes, %d training, %s images; %.3f M parameters, %.1f M MACs",
         config.method,
         trainer.num_networks,
         config.arch,
         config.split_factor,
         config.dataset,
-        len(trainer.source.classes),
-        len(trainer.source.train),
-        len(trainer.source.test),
+        len(source.classes),
+        len(source.train),
+        evaluated,
         trainer.params_total / 1e6,
         trainer.macs_total / 1e6,
     )
@@ -796,7 +807,7 @@ def announce(trainer: Trainer) -> None:
         trainer.precision.name,
         trainer.world.world_size,
         trainer.seed,
-        "held-out" if "val" in trainer.eval_loaders else "test",
+        names[source.reported] if source.val is None else held_out,
     )
     logger.info("from the recipe: %s", ", ".join(supplied))
 

@@ -28,6 +28,7 @@ from utils.command_line import OneLineParser
 from utils.errors import RunError, UserError
 from utils.launch import join
 from utils.seed import STREAM_METHOD, fold_in
+from utils.text import fit_streams, one_line
 
 ROOT = Path(__file__).resolve().parent.parent
 TRIES = 20_000  # draws before a search space is said to hold too few paths
@@ -160,6 +161,7 @@ def compare(options: argparse.Namespace, flags: Sequence[str]) -> dict[str, Any]
 
 def main(argv: list[str] | None = None) -> int:
     """The command line; the exit code is 2 for the user's mistake and 1 for a failed run."""
+    fit_streams()
     arguments = sys.argv[1:] if argv is None else argv
     own = arguments[: arguments.index("--")] if "--" in arguments else arguments
     parser = OneLineParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -173,7 +175,7 @@ def main(argv: list[str] | None = None) -> int:
     try:
         result = compare(options, arguments[len(own) + 1 :])
     except (UserError, RunError) as error:
-        print(f"cream_rank: {error}", file=sys.stderr)
+        print(f"cream_rank: {one_line(str(error))}", file=sys.stderr)
         return error.exit_code
     print(table(result["paths"], result["tau"]), end="")
     return 0

@@ -24,6 +24,7 @@ from record.plots import COLOURS
 from record.run_folder import read_results
 from utils.command_line import OneLineParser
 from utils.errors import RunError, UserError
+from utils.text import fit_streams, one_line
 
 ROOT = Path(__file__).resolve().parent.parent
 INTERVALS = 10  # progress lines of a run
@@ -212,6 +213,7 @@ def report(outcomes: Mapping[str, Outcome]) -> str:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The command line; returns the exit code: 0 done, 1 a run failed or a loss did not fall, 2 the user's mistake."""
+    fit_streams()
     parser = OneLineParser(prog="benchmarks.families", description=__doc__)
     parser.add_argument("--data", type=Path, required=True, help="folder of train/<class>/* and test/<class>/*")
     parser.add_argument("--runs", type=Path, required=True, help="folder for the runs, families.md and families.png")
@@ -233,7 +235,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             write_file(runs / "families.md", f"# One short run per family\n\n{facts}\n\n{report(outcomes)}\n")
             plot_losses(outcomes, runs / "families.png")
     except (UserError, RunError) as error:
-        print(f"benchmarks.families: {error}", file=sys.stderr)
+        print(f"benchmarks.families: {one_line(str(error))}", file=sys.stderr)
         return error.exit_code
     print(report(outcomes))
     return 0 if all(outcome.losses[-1] < outcome.losses[0] for outcome in outcomes.values()) else 1

@@ -26,6 +26,7 @@ from PIL import Image
 from benchmarks.report import hardware, versions
 from record.checkpoint import PARTIAL, list_checkpoints, run_position
 from utils.command_line import OneLineParser
+from utils.text import fit_streams
 
 ROOT = Path(__file__).parent.parent
 KEPT = 3  # checkpoints
@@ -337,6 +338,7 @@ def picture(samples: Sequence[Sample], path: Path) -> None:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The command line; 0: flat, 1: something grows."""
+    fit_streams()
     parser = OneLineParser(prog="python -m benchmarks.soak", description="Does a long run stay flat?")
     parser.add_argument("--minutes", type=float, default=30.0, help="length (default: 30)")
     parser.add_argument("--resumes", type=int, default=2, help="how often it is stopped and resumed (default: 2)")

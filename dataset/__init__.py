@@ -68,8 +68,10 @@ class DataSource:
         classes: K class names, in the order of the targets.
         mean, std: per channel, on the scale [0, 1].
         crop_size: side of the training input in pixels where --crop_size is not given.
-        train, test: the two splits; `test` is what the published code evaluates on. Empty if not asked for.
-        val: held out of `train` by --val_fraction, or None.
+        train, test: the two splits; `test` is what is reported. Empty if not asked for.
+        val: what the best epoch is chosen on where that is not `test`: the images of val/ beside test/, or those that
+            --val_fraction holds out of `train`; else None.
+        reported: what the images of `test` are called, "test" or "val".
         bad_images: files that --on_bad_image skip left out while opening, with the reason.
         names: hash of the names of all training images, held out or not; "" where images have none.
     """
@@ -83,6 +85,7 @@ class DataSource:
     train: ImageSet
     test: ImageSet
     val: ImageSet | None = None
+    reported: str = "test"
     bad_images: Mapping[Path, str] = field(default_factory=dict)
     names: str = ""
 
@@ -97,18 +100,20 @@ class DataSource:
         cls,
         name: str,
         classes: tuple[str, ...],
-        splits: Mapping[str, ImageSet],
+        splits: Mapping[str, ImageSet | None],
         *,
         statistics: tuple[Statistic, Statistic] | None = None,
         names: str = "",
+        reported: str = "test",
     ) -> Self:
         """A data set that has a row of its own in `recipe.datasets.ROWS`.
 
         Args:
             classes: K names.
-            splits: those that were asked for, "train" and "test".
+            splits: those that were asked for, "train" and "test", and "val" if there is one.
             statistics: mean and standard deviation, where the row has none.
             names: see the attribute.
+            reported: what the images of "test" are called.
         """
         row = ROWS[name]
         mean, std = statistics or row.published_statistics
@@ -119,8 +124,10 @@ class DataSource:
             mean=mean,
             std=std,
             crop_size=row.side,
-            train=splits.get("train", ImageSet.empty()),
-            test=splits.get("test", ImageSet.empty()),
+            train=splits.get("train") or ImageSet.empty(),
+            test=splits.get("test") or ImageSet.empty(),
+            val=splits.get("val"),
+            reported=reported,
             names=names,
         )
 
@@ -138,6 +145,9 @@ class SourceRequest:
         seed: for synthetic and for the hold-out.
         val_fraction: part of the training set held out, class-balanced, in [0, 1).
         splits: which splits are needed ("train", "test"); a missing one that is not needed is no error.
+        split: what an evaluation takes for the test split: "val" or "test"; None: test where there is one, else val.
+        classes: of a checkpoint that is evaluated; a folder may lack some of them.
+        recipe: name of the row that the images of this checkpoint take; None: as their sizes say.
         on_bad_image: "fail" or "skip".
         workers: processes for decoding many files while opening; 0 decodes in this one.
         download: whether missing archives may be fetched.
@@ -151,6 +161,9 @@ class SourceRequest:
     seed: int = 0
     val_fraction: float = 0.0
     splits: tuple[str, ...] = ("train", "test")
+    split: str | None = None
+    classes: tuple[str, ...] | None = None
+    recipe: str | None = None
     on_bad_image: str = "fail"
     workers: int = 0
     download: bool = True
@@ -165,7 +178,8 @@ def open_source(request: SourceRequest) -> DataSource:
     """Open a data set by name, check --num_classes against it and hold out --val_fraction of its training set.
 
     Raises:
-        UserError: unknown name, missing or empty data, class-count mismatch, a --val_fraction that cannot be held out.
+        UserError: unknown name, missing or empty data, class-count mismatch, a --split that is not there, a
+            --val_fraction that cannot be held out, or is given beside images to choose the best epoch on.
         RunError: an unreadable image under --on_bad_image fail, where a source decodes while opening.
     """
     source = sources.get(request.dataset)(request)
@@ -174,8 +188,18 @@ def open_source(request: SourceRequest) -> DataSource:
             f"--num_classes {request.num_classes} does not fit --dataset {request.dataset} --data {request.root}, "
             f"which has {len(source.classes)} classes. Leave the flag out, or give {len(source.classes)}."
         )
+    if request.split not in (None, source.reported):
+        raise UserError(f"--split {request.split}: --dataset {request.dataset} has {source.reported} images only.")
+    if request.val_fraction and source.val is not None:
+        raise UserError(
+            f"--val_fraction {request.val_fraction}: --data {request.root} has val/ beside test/, and the best epoch "
+            "is chosen on val/. Leave the flag away."
+        )
     if request.val_fraction and len(source.train):
         generator = numpy_generator(request.seed, STREAM_SPLIT)
         kept, held = split_indices(source.train.targets, request.val_fraction, generator)
-        source = dataclasses.replace(source, train=source.train.subset(kept), val=source.train.subset(held))
+        # beside a part of train/ to choose on, a val/ is what is tested on
+        source = dataclasses.replace(
+            source, train=source.train.subset(kept), val=source.train.subset(held), reported="test"
+        )
     return source

@@ -6,12 +6,12 @@ from typing import NamedTuple, Protocol
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
 from dataset.augment.resized_crop import RESIZED_CROP_SLOTS, draw_resized_crops
-from dataset.decode import resize_crop
+from dataset.decode import INTERPOLATIONS, resize_crop
+from dataset.options import RANDOM
 from utils.seed import STREAM_VIEW, counter_uniform, fold_in
 
 
@@ -23,8 +23,8 @@ class ResizedCropSpec:
         size: side of the result in pixels.
         area: smallest and largest part of the image's area.
         ratio: smallest and largest width / height of the box.
-        interpolation: "bicubic" or "bilinear", antialiased; torch's for uint8, which is several times as fast as PIL's
-            and within 2 of its values where the image is not noise.
+        interpolation: one of `dataset.options.CROP_INTERPOLATIONS`; PIL's, antialiased. "random" draws one of the
+            others for every view.
     """
 
     size: int
@@ -57,6 +57,8 @@ class Cut(Protocol):
 
 @dataclass(frozen=True)
 class RandomCrops:
+    """Random resized crops as torchvision makes them of PIL's images: the box is cut out, and then resized."""
+
     spec: ResizedCropSpec
     num_views: int
     seed: int
@@ -67,23 +69,20 @@ class RandomCrops:
 
     def prepare(self, request: Request) -> Callable[[Image.Image, int], Tensor]:
         key = fold_in(self.seed, STREAM_VIEW, request.epoch, 1)
-        uniforms = counter_uniform(key, request.positions_B, np.arange(self.num_views), RESIZED_CROP_SLOTS)
+        # the last slot says how a view is resized; those before it do not depend on whether it is drawn
+        uniforms = counter_uniform(key, request.positions_B, np.arange(self.num_views), RESIZED_CROP_SLOTS + 1)
+        spec = self.spec
 
         def cut(image: Image.Image, row: int) -> Tensor:
-            boxes_V4 = draw_resized_crops(
-                uniforms[:, row], image.height, image.width, self.spec.area, self.spec.ratio
-            ).tolist()
-            pixels_1CHW = _pixels(image).unsqueeze(0)
-            views = [
-                F.interpolate(
-                    pixels_1CHW[..., top : top + height, left : left + width],
-                    (self.size, self.size),
-                    mode=self.spec.interpolation,
-                    antialias=True,
-                )
-                for top, left, height, width in boxes_V4
-            ]
-            return torch.cat(views)
+            boxes_V4 = draw_resized_crops(uniforms[:, row], image.height, image.width, spec.area, spec.ratio).tolist()
+            views = []
+            for (top, left, height, width), chance in zip(boxes_V4, uniforms[:, row, -1], strict=True):
+                interpolation = spec.interpolation
+                if interpolation == RANDOM:
+                    interpolation = "bilinear" if chance < 0.5 else "bicubic"
+                box = image.crop((left, top, left + width, top + height))
+                views.append(_pixels(box.resize((spec.size, spec.size), INTERPOLATIONS[interpolation])))
+            return torch.stack(views)
 
         return cut
 
@@ -100,5 +99,5 @@ class CentreCut:
 
 
 def _pixels(image: Image.Image) -> Tensor:
-    """uint8 [3, H, W], its memory ordered as PIL's."""
-    return torch.from_numpy(np.array(image)).permute(2, 0, 1)
+    """uint8 [3, H, W]."""
+    return torch.from_numpy(np.array(np.asarray(image).transpose(2, 0, 1), order="C"))

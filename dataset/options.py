@@ -6,6 +6,9 @@ from utils.options import BY_RECIPE, OF_CALL, SAME, TAKES, Options, option
 
 PADDING_MODES = ("zero", "reflect")
 ERASE_MODES = ("const", "pixel")
+RANDOM = "random"
+INTERPOLATIONS = ("bicubic", "bilinear")
+CROP_INTERPOLATIONS = (*INTERPOLATIONS, RANDOM)
 OF_DATA = "the data set's, or the method's recipe"
 
 
@@ -56,6 +59,15 @@ class DataOptions(Options):
         count=2,
         ascending=True,
         resume=TAKES,
+    )
+    crop_interpolation: str = option(
+        "bicubic",
+        "how random crops of image files are resized; random draws one of the two for every view",
+        choices=CROP_INTERPOLATIONS,
+        default_text=BY_RECIPE,
+    )
+    eval_interpolation: str = option(
+        "bicubic", "how evaluation resizes image files", choices=INTERPOLATIONS, default_text=BY_RECIPE
     )
     crop_pct: float | None = option(
         None,

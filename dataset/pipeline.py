@@ -52,7 +52,7 @@ def build_train_loader(
             raise UserError("--drop_last 0: class-balanced batches are all complete; leave the flag away.")
         order = ClassBalancedSampler(source.train.targets, batch_size=batch_size, seed=fold_in(seed, STREAM_SAMPLER))
     smallest, largest = options.crop_area
-    crop = ResizedCropSpec(size=options.crop_size, area=(smallest, largest))
+    crop = ResizedCropSpec(size=options.crop_size, area=(smallest, largest), interpolation=options.crop_interpolation)
     return TrainLoader(
         source.train,
         batch_size=batch_size,
@@ -87,5 +87,6 @@ def build_eval_loader(split: ImageSet, options: DataOptions, world: World) -> Ev
         workers=options.workers,
         resize=None if in_memory else eval_resize(options.crop_size, options.crop_pct),
         crop=None if in_memory else options.crop_size,
+        interpolation=options.eval_interpolation,
         on_bad_image=options.on_bad_image,
     )

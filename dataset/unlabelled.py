@@ -14,6 +14,7 @@ from dataset.class_folders import iterate_images
 from dataset.loader import EvalLoader
 from dataset.sampler import shard
 from utils.errors import UserError, reason
+from utils.text import escaped
 
 logger = logging.getLogger(__name__)
 
@@ -23,7 +24,7 @@ class Inputs:
     """What is to be classified, and one process's part of it, prepared for the networks.
 
     Attributes:
-        names: of all inputs, N.
+        names: of all inputs, N, as `utils.text.escaped` writes them.
         batches: (int64 indices [B] into `names`, prepared images [B, 3, H, W]).
     """
 
@@ -63,7 +64,7 @@ def array_inputs(
             images = torch.from_numpy(rows).to(device, dtype)
             yield torch.arange(start, start + len(rows)), images.contiguous(memory_format=memory_format)
 
-    return Inputs([f"{path.name}[{i}]" for i in range(len(array))], batches())
+    return Inputs([f"{escaped(path.name)}[{i}]" for i in range(len(array))], batches())
 
 
 def file_inputs(path: Path, *, load: Callable[[ImageSet], EvalLoader], prepare: Callable[[Tensor], Tensor]) -> Inputs:
@@ -78,9 +79,9 @@ def file_inputs(path: Path, *, load: Callable[[ImageSet], EvalLoader], prepare: 
     """
     if path.is_dir():
         files = list(iterate_images(path))
-        names = [str(file.relative_to(path)) for file in files]
+        names = [escaped(file.relative_to(path)) for file in files]
     else:
-        files, names = [path], [path.name]
+        files, names = [path], [escaped(path.name)]
     if not path.exists() or not files:
         raise UserError(f"--predict {path}: {'holds no image' if path.exists() else 'does not exist'}.")
     loader = load(ImageSet(targets=torch.zeros(len(files), dtype=torch.int64), paths=tuple(files)))
@@ -89,6 +90,6 @@ def file_inputs(path: Path, *, load: Callable[[ImageSet], EvalLoader], prepare: 
         for batch in loader:
             yield batch.indices_B, prepare(batch.images)
         for file, why in loader.bad_images.items():
-            logger.warning("left out: %s: %s", file, why)
+            logger.warning("left out: %s: %s", escaped(file), why)
 
     return Inputs(names, batches())

@@ -21,6 +21,7 @@ from evaluation.ensemble import ensemble_scores
 from model.fold import fold_batch_norm
 from model.splitnet import SplitNet
 from utils.errors import UserError
+from utils.plain_json import plain_json
 from utils.precision import lay_out
 
 METADATA = "metadata.json"  # beside the program inside a .pt2 file, and the property "metadata" of an ONNX model
@@ -70,7 +71,7 @@ def export_ensemble(network: SplitNet, rule: str, image_shape: Sequence[int]) ->
 def program_bytes(program: ExportedProgram, metadata: Mapping[str, Any]) -> bytes:
     """Contents of a .pt2 file with the metadata as JSON in its extra file METADATA."""
     buffer = io.BytesIO()
-    torch.export.save(program, buffer, extra_files={METADATA: json.dumps(metadata)})
+    torch.export.save(program, buffer, extra_files={METADATA: json.dumps(plain_json(metadata))})
     return buffer.getvalue()
 
 
@@ -88,7 +89,7 @@ def onnx_bytes(program: ExportedProgram, metadata: Mapping[str, Any]) -> bytes:
             program, input_names=["images"], output_names=list(OUTPUTS), dynamo=True, verbose=False, external_data=False
         )
     assert converted is not None
-    converted.model.metadata_props["metadata"] = json.dumps(metadata)
+    converted.model.metadata_props["metadata"] = json.dumps(plain_json(metadata))
     contents: bytes = converted.model_proto.SerializeToString()
     return contents
 
@@ -124,7 +125,7 @@ def load_exported(path: Path) -> tuple[Exported, dict[str, Any]]:
         require(("onnxruntime",))
         import onnxruntime
 
-        session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+        session = onnxruntime.InferenceSession(path.read_bytes(), providers=["CPUExecutionProvider"])
         metadata = session.get_modelmeta().custom_metadata_map["metadata"]
 
         def run(images_BCHW: Tensor) -> tuple[Tensor, Tensor]:
@@ -134,5 +135,5 @@ def load_exported(path: Path) -> tuple[Exported, dict[str, Any]]:
         return run, json.loads(metadata)
     files = {METADATA: ""}
     with _own_warnings_ignored():
-        module = torch.export.load(path, extra_files=files).module()
+        module = torch.export.load(io.BytesIO(path.read_bytes()), extra_files=files).module()
     return lambda images_BCHW: module(images_BCHW), json.loads(files[METADATA])

@@ -18,6 +18,8 @@ from record.plots import plot_confusion
 from record.run_folder import RESULTS, as_json
 from utils.errors import WriteError, reason
 
+_SPLITS = {"val": "validation ", "test": "test "}
+
 
 def evaluation_results(
     evaluation: Evaluation, classes: Sequence[str], *, skipped: int, seconds: float
@@ -71,7 +73,7 @@ def format_table(results: Mapping[str, Any]) -> str:
     for name, row in _rows(results):
         cells = [metric.cell(row[column]) for column, metric in columns.items()]
         lines.append(f"| {name} | {' | '.join(cells)} |")
-    closing = f"{results['images']} images"
+    closing = f"{results['images']} {_SPLITS.get(results.get('split', ''), '')}images"
     if len(results["networks"]) > 1:
         together = in_order([name for name in results if name in metrics and not metrics.get(name).of_rows])
         closing += f"; {', '.join(metrics.get(name).sentence(results[name]) for name in together)}"
@@ -87,7 +89,9 @@ def write_evaluation(results: Mapping[str, Any], confusion_KK: Tensor, classes: 
     """
     table = format_table(results)
     accuracies, counts = results["per_class_acc"], confusion_KK.sum(dim=1).tolist()
-    rows = [(i, name, counts[i], f"{accuracies[name]:.4f}") for i, name in enumerate(classes)]
+    # a class without images has no accuracy
+    shares = ["" if accuracies[name] is None else f"{accuracies[name]:.4f}" for name in classes]
+    rows = [(i, name, counts[i], shares[i]) for i, name in enumerate(classes)]
     write_file(folder / RESULTS, as_json(results))
     write_file(folder / "table.md", table + "\n")
     columns = _columns(results)

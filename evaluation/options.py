@@ -19,6 +19,13 @@ class EvalOptions(Options):
     weights: str = option(
         "auto", "which weights; auto is the moving average where there is one", choices=WEIGHTS, resume=OF_CALL
     )
+    split: str | None = option(
+        None,
+        "what to evaluate on",
+        choices=("val", "test"),
+        default_text="test where there is one, else val",
+        resume=OF_CALL,
+    )
     benchmark: bool = option(
         False,
         "after the evaluation, time the networks beside the undivided one: latency.md, .json and .png",

@@ -37,6 +37,7 @@ from utils import distributed, launch
 from utils.errors import RunError, UserError
 from utils.plain_json import plain_json
 from utils.program import run_program, show
+from utils.text import escaped
 
 logger = logging.getLogger("eval")
 
@@ -44,7 +45,7 @@ SAVES_MEMORY = "a smaller --eval_batch_size or --execution loop"  # flags, for t
 
 
 def run_evaluation(session: Session) -> dict[str, Any]:
-    """Evaluate on the test split and, with --benchmark, time the networks; process 0 writes and prints.
+    """Evaluate on the split that --split names and, with --benchmark, time the networks; process 0 writes and prints.
 
     Returns:
         figures in percent, nats and [0, 1]: see `EvaluationCounts.result`; those of --benchmark under `latency`.
@@ -124,7 +125,11 @@ class Timing:
 
 
 def evaluate_session(session: Session) -> tuple[dict[str, Any], Tensor]:
-    """Figures on the test split, and the confusion matrix [K, K]; raises as `run_evaluation` and `further_metrics`."""
+    """Figures on the split that --split names, and the confusion matrix [K, K].
+
+    Raises:
+        UserError, RunError: as `run_evaluation` and `further_metrics`.
+    """
     info = session.info
     further = further_metrics(session.options.metrics)
     source = open_test_split(session) if session.world.is_main else None
@@ -156,12 +161,12 @@ def evaluate_session(session: Session) -> tuple[dict[str, Any], Tensor]:
     seconds = time.perf_counter() - began
     figures = evaluation.figures
     if figures["seen"] == 0:
-        raise RunError(f"--data {session.config.data}: not one image of the test split can be read.")
-    results = session.header() | evaluation_results(
+        raise RunError(f"--data {session.config.data}: not one image of the {source.reported} split can be read.")
+    results = {**session.header(), "split": source.reported} | evaluation_results(
         evaluation, info.classes or source.classes, skipped=len(source.test) - figures["seen"], seconds=seconds
     )
     for path, why in loader.bad_images.items():
-        logger.warning("left out: %s: %s", path, why)
+        logger.warning("left out: %s: %s", escaped(path), why)
     return results, evaluation.confusion
 
 

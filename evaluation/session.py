@@ -32,7 +32,7 @@ from utils.precision import Precision, choose_precision, lay_out
 logger = logging.getLogger("eval")
 
 # flags that are those of the training run unless they are given
-INHERITED = ("dataset", "data", "method", "is_ensembled_after_softmax", "is_max_ensemble")
+INHERITED = ("eval_interpolation", "dataset", "data", "method", "is_ensembled_after_softmax", "is_max_ensemble")
 
 
 @dataclass(frozen=True)
@@ -204,7 +204,7 @@ def output_folder(session: Session) -> Path:
 
 
 def open_test_split(session: Session, *, download: bool = True) -> DataSource:
-    """The data set to evaluate on.
+    """The data set to evaluate on; its `test` is the split that --split names.
 
     Raises:
         UserError: the data is missing, or its classes are not those of the networks.
@@ -218,11 +218,20 @@ def open_test_split(session: Session, *, download: bool = True) -> DataSource:
             crop_size=info.crop_size,
             seed=session.seed,
             splits=("test",),
+            split=session.options.split,
+            classes=info.classes,
+            recipe=info.data_recipe if info.data_recipe in ROWS else None,
             on_bad_image=config.on_bad_image,
             workers=config.workers,
             download=download,
         )
     )
+    unknown = sorted(set(source.classes) - set(info.classes or source.classes))
+    if unknown and len(source.classes) > info.num_classes:
+        raise UserError(
+            f"--data {config.data} has a class that the networks of --resume do not know: {unknown[0]!r} "
+            f"({len(unknown)} in all). Name the data set that they were trained on."
+        )
     if len(source.classes) != info.num_classes:
         raise UserError(
             f"--dataset {config.dataset} has {len(source.classes)} classes and the networks of --resume have "

@@ -23,6 +23,7 @@ from model.registry import (
 from model.splitnet import SplitNet
 from model.staged import classifier_name
 from utils.errors import UserError
+from utils.text import one_line
 
 logger = logging.getLogger(__name__)
 
@@ -166,7 +167,7 @@ def restore_splitnet(
         crop_size=request.crop_size,
         weights=taken,
         request=request,
-        classes=None if classes is None else tuple(map(str, classes)),
+        classes=None if classes is None else tuple(one_line(str(name)) for name in classes),
         mean=_per_channel(content, "mean", source),
         std=_per_channel(content, "std", source),
         data_recipe=_entry(content, "data_recipe", str, source),

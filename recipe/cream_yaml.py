@@ -328,9 +328,10 @@ def _translate(
         "is_cutout": values["AUGMENTATION.RE_PROB"] > 0,
         # fixed in the published code
         "crop_area": [0.08, 1.0],
+        "crop_interpolation": "random",
         "crop_pct": 0.875,
         "erase_area": [0.02, 1 / 3],
-        "erase_ratio": [0.3, 3.3],
+        "erase_ratio": [0.3, 1 / 0.3],
         "no_decay": "norm_bias",
         "is_amp": False,
         "is_autoaugment": False,
@@ -386,6 +387,7 @@ def _search(values: Mapping[str, Any]) -> dict[str, Any]:
         "slow_start_epochs": -1,
         "end_lr": 0.0,
         "ema_decay": 0.0,
+        "eval_interpolation": "bilinear",
         "color_jitter": values["AUGMENTATION.COLOR_JITTER"],
     }
     if values["DATASET.IMAGE_SIZE"] != KEYS["DATASET.IMAGE_SIZE"].default:

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from record import safe_tensors
 from utils.errors import UserError, WriteError, reason
+from utils.text import ESCAPE
 
 # Classes of the settings that other projects keep in their checkpoints (Cream's, timm's).
 SETTINGS = ("yacs.config.CfgNode", "argparse.Namespace")
@@ -135,7 +136,7 @@ def write_file(path: Path, content: bytes | str) -> None:
         WriteError: the disk is full or the folder cannot be written; `path` still holds what it held before.
     """
     with _replacing(path) as file:
-        file.write(content.encode() if isinstance(content, str) else content)
+        file.write(content.encode(errors=ESCAPE) if isinstance(content, str) else content)
 
 
 def save_checkpoint(state: Mapping[str, Any], path: Path) -> None:

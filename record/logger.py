@@ -22,6 +22,7 @@ from torch import Tensor
 from record.append import append_whole
 from utils.errors import reason
 from utils.plain_json import plain_json
+from utils.text import ESCAPE, escaped, fit_streams
 
 logger = logging.getLogger(__name__)
 
@@ -39,6 +40,7 @@ class _TrainLog(logging.FileHandler):
 
 def set_up_text_log(folder: Path | None, *, rank: int) -> None:
     """Send the project's log records to stderr and, in process 0, to train.log; other processes only warn."""
+    fit_streams()
     root = logging.getLogger()
     for handler in list(root.handlers):
         root.removeHandler(handler)
@@ -49,7 +51,7 @@ def set_up_text_log(folder: Path | None, *, rank: int) -> None:
     root.addHandler(screen)
     root.setLevel(logging.INFO if rank == 0 else logging.WARNING)
     if folder is not None and rank == 0:
-        file = _TrainLog(folder / "train.log", encoding="utf-8")
+        file = _TrainLog(folder / "train.log", encoding="utf-8", errors=ESCAPE)
         file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
         root.addHandler(file)
 
@@ -94,7 +96,7 @@ class LineFile:
     def write(self, line: str) -> None:
         """Append one line and hand it to the operating system; a line that does not fit is left out whole."""
         lines = [self.header, line] if self.lines == 0 and self.header is not None else [line]
-        content = "".join(f"{text}\n" for text in lines).encode()
+        content = "".join(f"{text}\n" for text in lines).encode(errors=ESCAPE)
         try:
             if self._file is None:
                 self._file = self.path.open("ab", buffering=0)
@@ -256,7 +258,7 @@ class RunLog:
             return
         from torch.utils.tensorboard.summary import hparams, scalar
 
-        plain = {k: v if isinstance(v, bool | int | float | str) else str(v) for k, v in flags.items()}
+        plain = {k: v if isinstance(v, bool | int | float) else escaped(str(v)) for k, v in flags.items()}
         figures = (scalar(tag, value) for tag, value in results.items())
         self._board("val", [*hparams(plain, dict(results)), *figures], 0)
 

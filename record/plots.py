@@ -9,6 +9,8 @@ from typing import Any
 
 import numpy as np
 
+from utils.text import escaped, one_line
+
 COLOURS = ("#1f5fa8", "#d1571b", "#2c8a4b", "#8a3fa0", "#b8860b", "#c2185b", "#008b9a", "#6b5b4b")
 MOST_CONFUSED = 18
 MOST_CELLS = 200
@@ -64,7 +66,7 @@ def plot_curves(runs: Path | Sequence[tuple[str, Path]], path: Path | None = Non
     """
     from matplotlib.figure import Figure
 
-    pairs = [("", runs)] if isinstance(runs, Path) else list(runs)
+    pairs = [("", runs)] if isinstance(runs, Path) else [(escaped(label), run) for label, run in runs]
     path = path or pairs[0][1] / "curves.png"
     shown_runs = [read_curves(run_dir) for _, run_dir in pairs]
     figure = Figure(figsize=(14, 4.2), layout="constrained")
@@ -139,7 +141,7 @@ def plot_confusion(matrix_KK: np.ndarray, classes: Sequence[str], path: Path) ->
 
     counts = np.asarray(matrix_KK)
     num_classes = len(counts)
-    names = [_shorten(name) for name in classes]
+    names = [_shorten(one_line(name)) for name in classes]
     share = 100.0 * counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
     few = num_classes <= 30
     side = min(4.0 + 0.36 * num_classes, 14.0)

@@ -83,9 +83,12 @@ class Reporter:
         log: where figures go.
         epochs, steps_per_epoch: length of the run.
         visible: False in all processes but one.
+        reported: the split whose figures are reported, "test" or "val".
     """
 
-    def __init__(self, log: RunLog, *, epochs: int, steps_per_epoch: int, visible: bool) -> None:
+    def __init__(
+        self, log: RunLog, *, epochs: int, steps_per_epoch: int, visible: bool, reported: str = "test"
+    ) -> None:
         self.log = log
         self.epochs = epochs
         self.steps_per_epoch = steps_per_epoch
@@ -93,7 +96,7 @@ class Reporter:
         self.last: dict[str, Any] | None = None
         self.best: dict[str, Any] | None = None
         self.own_best: dict[str, dict[str, Any]] = {}
-        self.chosen_on = "test"
+        self.reported = self.chosen_on = reported
         self._bar: tqdm[Any] | None = None
 
     # ---- training ----------------------------------------------------------------------------------------------------
@@ -167,14 +170,15 @@ class Reporter:
         """Log an evaluation; True if it is the best so far.
 
         Args:
-            figures: `Evaluation.figures` by split; the best is chosen on "val" where it is there, else on "test".
+            figures: `Evaluation.figures` by split; the best is chosen on "val" where it is there, else on the reported
+                one.
             epoch, step: how many are done.
             rate: learning rate of the last step.
             train: means over the epoch's training batches.
             seconds: of the run so far.
         """
-        test = figures["test"]
-        self.chosen_on = "val" if "val" in figures else "test"
+        test = figures[self.reported]
+        self.chosen_on = "val" if "val" in figures else self.reported
         self.last = {
             "epoch": epoch,
             "step": step,
@@ -268,6 +272,7 @@ class Reporter:
             "best_acc1": self.best["acc1"],
             "best_epoch": self.best["epoch"],
             "best_chosen_on": self.chosen_on,
+            "reported_on": self.reported,
             "last": self.last,
             "best": self.best,
             "own_best": self.own_best,

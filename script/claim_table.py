@@ -11,6 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from utils.text import fit_streams
+
 FIGURES = (("acc1", "top-1 %", 2), ("nll", "NLL", 3), ("ece", "ECE", 4))
 
 
@@ -112,6 +114,7 @@ def plot(runs: Sequence[Run], path: Path) -> Path:
 
 def main(arguments: list[str]) -> int:
     """The command line; returns the exit code."""
+    fit_streams()
     out, *folders = map(Path, arguments)
     runs = [read_run(folder) for folder in folders]
     text = table(runs)

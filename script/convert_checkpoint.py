@@ -11,6 +11,8 @@ from typing import Any
 
 from torch import Tensor
 
+from utils.text import fit_streams, one_line
+
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # started as a file, Python looks in script/ only
 
 from dataset import sources
@@ -72,6 +74,7 @@ def convert(
 
 def main(argv: list[str] | None = None) -> int:
     """The command line; returns the exit code."""
+    fit_streams()
     parser = OneLineParser(prog="python script/convert_checkpoint.py", description=__doc__)
     parser.add_argument("source", metavar="IN", type=Path)
     parser.add_argument("target", metavar="OUT", type=Path, help="*.safetensors, or any other name for ours")
@@ -84,7 +87,7 @@ def main(argv: list[str] | None = None) -> int:
             given.source, given.target, arch=given.arch, split_factor=given.split_factor, dataset=given.dataset
         )
     except (UserError, RunError) as error:
-        print(f"convert_checkpoint.py: {error}", file=sys.stderr)
+        print(f"convert_checkpoint.py: {one_line(str(error))}", file=sys.stderr)
         return error.exit_code
     average = " and their moving average" if "ema" in written else ""
     print(f"{given.target}: {written['arch']}, {len(written['state_dict'])} tensors{average}")

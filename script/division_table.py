@@ -6,6 +6,7 @@ from model import LARGE, BackboneRequest, backbones
 from model.division.plan import DIVIDE_BY, division_plan
 from utils.command_line import OneLineParser
 from utils.errors import UserError
+from utils.text import fit_streams, one_line
 
 ARCHS = (
     *(f"torchvision/{name}" for name in ("resnet18", "resnet50", "resnext50_32x4d", "wide_resnet50_2")),
@@ -48,6 +49,7 @@ def rows(archs: list[str], split_factors: list[int], divide_by: str) -> list[tup
 
 def main() -> int:
     """The command line; returns the exit code."""
+    fit_streams()
     parser = OneLineParser(description=__doc__)
     parser.add_argument(
         "archs", nargs="*", help="torchvision/NAME, timm/NAME or FILE.py:FACTORY [default: a selection]"
@@ -58,7 +60,7 @@ def main() -> int:
     try:
         table = rows(given.archs or list(ARCHS), given.split_factors, given.divide_by)
     except UserError as error:
-        print(f"division_table.py: {error}", file=sys.stderr)
+        print(f"division_table.py: {one_line(str(error))}", file=sys.stderr)
         return error.exit_code
     titles = ("arch", "M parameters", "G MACs", "S", "widths of the stages", "parameters", "MACs")
     for line in (titles, ("---", "---:", "---:", "---:", "---", "---:", "---:"), *table):

@@ -17,6 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from utils.text import fit_streams, one_line
+
 # the project's root, where this file is run by its path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
@@ -160,10 +162,11 @@ def export(argv: Sequence[str]) -> tuple[dict[str, Any], list[Difference], bool]
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The command line; returns the exit code: 0 done, 1 the file differs or cannot be written, 2 a user's mistake."""
+    fit_streams()
     try:
         results, differences, agrees = export(sys.argv[1:] if argv is None else argv)
     except (UserError, RunError) as error:
-        print(f"export.py: {error}", file=sys.stderr)
+        print(f"export.py: {one_line(str(error))}", file=sys.stderr)
         return error.exit_code
     for one in differences:
         print(f"{one.source}: largest difference {one.absolute:.2e}, {one.relative:.2e} of the largest logit")

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from record.plots import plot_curves
+from utils.text import fit_streams
 
 
 def table(results: list[dict[str, Any]]) -> str:
@@ -31,6 +32,7 @@ def table(results: list[dict[str, Any]]) -> str:
 
 def main(folders: list[str]) -> int:
     """The command line; returns the exit code."""
+    fit_streams()
     runs = [Path(folder) for folder in folders]
     results = [json.loads((run / "results.json").read_text(encoding="utf-8")) for run in runs]
     picture = plot_curves([(run.name, run) for run in runs], runs[0].parent / "curves.png")

@@ -15,6 +15,7 @@ from record.checkpoint import write_file
 from script.published import PUBLISHED, Size
 from utils.command_line import OneLineParser
 from utils.errors import UserError, reason
+from utils.text import fit_streams, one_line
 
 # the data set that stands for a form of the networks, and its crop
 SHAPES = {SMALL: ("cifar100", 32), LARGE: ("imagenet", 224)}
@@ -158,6 +159,7 @@ def replace_table(path: Path, text: str) -> None:
 
 def main() -> int:
     """The command line; returns the exit code."""
+    fit_streams()
     parser = OneLineParser(prog="summarise_zoo", description=__doc__.partition("\n")[0])
     parser.add_argument("archs", nargs="*", metavar="ARCH", help="backbones [default: all]")
     parser.add_argument("--split_factors", type=int, nargs="+", default=SPLIT_FACTORS, metavar="S")
@@ -172,7 +174,7 @@ def main() -> int:
         else:
             replace_table(arguments.markdown, markdown(rows, archs))
     except UserError as error:
-        print(f"summarise_zoo: {error}", file=sys.stderr)
+        print(f"summarise_zoo: {one_line(str(error))}", file=sys.stderr)
         return error.exit_code
     return 0
 

@@ -431,9 +431,10 @@ def test_files_are_found_by_any_extension_that_is_read_in_any_case_and_in_subfol
         ({"train": 1, "val/a": 1}, "{root}/train has no class folders"),
         ({"train/a": 1, "val": 1}, "{root}/val has no class folders"),
         ({"train/a": 1, "train/b": 0, "val/a": 1, "val/b": 1}, "{root}/train/b holds no image"),
-        ({"train/a": 1, "train/b": 1, "val/a": 1, "val/b": 0}, "{root}/val/b holds no image"),
-        ({"train/a": 1, "train/b": 1, "val/a": 1}, "{root}/train/b"),
+        ({"train/a": 1, "train/b": 1, "val/a": 0, "val/b": 0}, "{root}/val/a holds no image"),
         ({"train/a": 1, "val/a": 1, "val/c": 1}, "{root}/val/c"),
+        ({"train/a": 1, "val/a": 1, "test/c": 1}, "{root}/test/c"),
+        ({"train/a": 1, "test": 1}, "{root} has no folder val/ or test/"),
     ],
 )
 def test_mistakes_in_the_folders_are_told_in_one_line_with_the_path(tmp_path, dataset, layout, expected):
@@ -460,13 +461,164 @@ def test_a_split_that_is_not_needed_may_be_of_any_kind(tmp_path):
         assert open_source(request(dataset, tmp_path, splits=("test",))).classes == ("a", "b")
 
 
-def test_a_folder_takes_test_where_there_is_no_val(tmp_path):
-    write_images(tmp_path, {"train/a": 1, "test/a": 2}, size=(100, 100))
-    assert [p.parts[-3] for p in open_source(request("folder", tmp_path)).test.paths] == ["test", "test"]
-    write_images(tmp_path, {"val/a": 1})
-    assert [p.parts[-3] for p in open_source(request("folder", tmp_path)).test.paths] == ["val"]
+def splits_of(source):
+    """The folders that the images of val and of test come from."""
+    folders = [{p.parts[-3] for p in split.paths} if split else set() for split in (source.val, source.test)]
+    return (*folders, source.reported)
+
+
+@pytest.mark.parametrize("dataset", ["imagenet", "folder"])
+@pytest.mark.parametrize(
+    ("layout", "expected"),
+    [
+        ({"val/a": 2}, (set(), {"val"}, "val")),
+        ({"test/a": 2}, (set(), {"test"}, "test")),
+        ({"val/a": 1, "test/a": 2}, ({"val"}, {"test"}, "test")),
+        ({"val/a": 1, "test": 2}, (set(), {"val"}, "val")),  # ImageNet's test/ has no class folders
+    ],
+)
+def test_val_is_chosen_on_and_test_is_reported_under_their_own_names(tmp_path, dataset, layout, expected):
+    write_images(tmp_path, {"train/a": 4, **layout}, size=(100, 100))
+    assert splits_of(open_source(request(dataset, tmp_path))) == expected
+    evaluated = open_source(request(dataset, tmp_path, splits=("test",)))
+    assert splits_of(evaluated) == (set(), *expected[1:])
+    for split in ("val", "test"):
+        asked = request(dataset, tmp_path, splits=("test",), split=split)
+        if split in expected[0] | expected[1]:
+            assert splits_of(open_source(asked)) == (set(), {split}, split)
+        else:
+            with pytest.raises(UserError, match=f"--split {split}: ") as error:
+                open_source(asked)
+            message_of(error)
+
+
+def test_other_data_sets_have_a_test_split_only(tmp_path):
+    assert open_source(request("digits", tmp_path, splits=("test",), split="test")).reported == "test"
+    with pytest.raises(UserError, match="--split val: --dataset digits has test images only"):
+        open_source(request("digits", tmp_path, splits=("test",), split="val"))
+
+
+def test_val_fraction_beside_a_val_that_is_chosen_on_is_refused(tmp_path):
+    write_images(tmp_path, {"train/a": 4, "val/a": 2, "test/a": 2}, size=(100, 100))
+    for dataset in ("imagenet", "folder"):
+        with pytest.raises(UserError, match=r"--val_fraction 0\.5: .* chosen on val/") as error:
+            open_source(request(dataset, tmp_path, val_fraction=0.5))
+        message_of(error)
+
+
+@pytest.mark.parametrize("side", [20, 100])
+@pytest.mark.parametrize("layout", [{"val/a": 2}, {"val/a": 2, "val/b": 0}])
+def test_a_class_without_validation_images_is_told_and_the_others_are_evaluated(tmp_path, side, layout, caplog):
+    write_images(tmp_path, {"train/a": 3, "train/b": 3, **layout}, size=(side, side))
+    source = open_source(request("folder", tmp_path))
+    assert (source.classes, source.test.targets.tolist()) == (("a", "b"), [0, 0])
+    (line,) = [record.getMessage() for record in caplog.records if "has no image of" in record.getMessage()]
+    assert line == f"{tmp_path / 'val'} has no image of 1 of the 2 classes, such as b: evaluated on the others."
+    # an evaluation knows the classes from its checkpoint, or from train/
+    for classes in (("a", "b", "c"), None):
+        known = open_source(request("folder", tmp_path, splits=("test",), classes=classes))
+        assert known.classes == (classes or ("a", "b"))
+        assert known.test.targets.tolist() == [0, 0]
+    other = open_source(request("folder", tmp_path, splits=("test",), classes=("x",)))
+    assert other.classes == ("a", "b")  # which whoever has the checkpoint refuses
+
+
+def test_a_class_whose_validation_images_cannot_be_read_is_no_obstacle(tmp_path, caplog):
+    paths = write_images(tmp_path, {"train/a": 2, "train/b": 2, "val/a": 1, "val/b": 1}, size=(20, 20))
+    paths[-1].write_bytes(b"")
+    source = open_source(request("folder", tmp_path, on_bad_image="skip"))
+    assert source.test.targets.tolist() == [0]
+    assert "such as b: evaluated on the others" in caplog.text
+
+
+def test_the_number_of_classes_is_held_against_the_flag(tmp_path):
+    write_images(tmp_path, {"train/a": 1, "val/a": 1}, size=(100, 100))
     with pytest.raises(UserError, match="--num_classes 3 "):
         open_source(request("folder", tmp_path, num_classes=3))
+
+
+def test_each_file_counts_once_and_loops_end(tmp_path, caplog):
+    write_images(tmp_path, {"train/a": 3, "train/b": 2, "val/a": 1, "val/b": 1}, size=(100, 100))
+    a, b = tmp_path / "train" / "a", tmp_path / "train" / "b"
+    (a / "loop").symlink_to(a)
+    (a / "up").symlink_to("..")
+    (a / "zz.png").symlink_to("0.png")
+    (a / "hard.png").hardlink_to(a / "1.png")
+    (a / "of_b.png").symlink_to(b / "0.png")
+    files = open_source(request("imagenet", tmp_path)).train
+    assert [str(p.relative_to(tmp_path / "train")) for p in files.paths] == [
+        "a/0.png",
+        "a/1.png",
+        "a/2.png",
+        "b/0.png",
+        "b/1.png",
+    ]
+    assert files.targets.tolist() == [0, 0, 0, 1, 1]
+    (line,) = [record.getMessage() for record in caplog.records if "left out" in record.getMessage()]
+    assert line.startswith(f"{tmp_path / 'train'}: left out: ")
+    assert "met before through links" in line
+    assert list(iterate_images(a)) == [*(a / f"{i}.png" for i in range(3)), a / "of_b.png", *[a / "up" / "b" / "1.png"]]
+
+
+def test_links_to_folders_and_files_elsewhere_are_followed_in_the_usual_order(tmp_path):
+    store = tmp_path / "store"
+    write_images(store, {"x": 2, "y/deep": 1, "z": 1}, size=(100, 100))
+    (tmp_path / "train" / "a").mkdir(parents=True)
+    (tmp_path / "train" / "a" / "m").symlink_to(store / "y")
+    (tmp_path / "train" / "a" / "n.png").symlink_to(store / "x" / "1.png")
+    (tmp_path / "train" / "a" / "b.png").symlink_to(store / "x" / "0.png")
+    (tmp_path / "train" / "a" / "gone.png").symlink_to("nowhere")
+    (tmp_path / "train" / "b").symlink_to(store / "z")
+    names = ["a/b.png", "a/gone.png", "a/n.png", "a/m/deep/0.png", "b/0.png"]
+    paths = open_source(request("imagenet", tmp_path, splits=("train",))).train.paths
+    assert [str(p.relative_to(tmp_path / "train")) for p in paths] == names
+
+
+def test_two_classes_that_are_one_folder_are_refused(tmp_path):
+    write_images(tmp_path, {"train/a": 2}, size=(100, 100))
+    (tmp_path / "train" / "b").symlink_to("a")
+    with pytest.raises(UserError, match=r"train/b holds no image file .* of its own"):
+        open_source(request("imagenet", tmp_path, splits=("train",)))
+
+
+def test_pipes_are_no_images(tmp_path, caplog):
+    write_images(tmp_path, {"train/a": 1}, size=(100, 100))
+    os.mkfifo(tmp_path / "train" / "a" / "pipe.png")
+    assert len(open_source(request("imagenet", tmp_path, splits=("train",))).train) == 1
+    assert "1 neither file nor folder" in caplog.text
+
+
+def test_whether_images_are_small_is_decided_over_all_classes_and_told(tmp_path, caplog):
+    write_images(tmp_path, {"train/a": 101}, size=(20, 20))
+    write_images(tmp_path, {"train/b": 4, "train/c": 4}, size=(100, 90))
+    with caplog.at_level(logging.INFO):
+        source = open_source(request("folder", tmp_path, splits=("train",)))
+    # 34 of a, and the 4 of each other class
+    assert source.recipe == "cifar10"
+    assert f"--data {tmp_path}: images of 20 pixels (median" in caplog.text
+    assert "small, kept in memory" in caplog.text
+    write_images(tmp_path, {"train/b": 30, "train/c": 30}, size=(100, 90))
+    caplog.clear()
+    with caplog.at_level(logging.INFO):
+        assert open_source(request("folder", tmp_path, splits=("train",))).recipe == "imagenet"
+    assert "images of 90 pixels (median" in caplog.text
+    assert "large, read as files" in caplog.text
+    assert (
+        open_source(request("folder", tmp_path, splits=("train",), recipe="cifar10", crop_size=32)).recipe == "cifar10"
+    )
+
+
+def test_the_sample_takes_every_class_alike(tmp_path, monkeypatch):
+    looked_at = []
+    monkeypatch.setattr("dataset.source.folder.read_size", lambda path: looked_at.append(path) or (100, 100))
+    for number in range(150):
+        folder = tmp_path / "train" / f"{number:03}"
+        folder.mkdir(parents=True)
+        for name in ("a.png", "b.png"):
+            (folder / name).touch()
+    monkeypatch.setattr("dataset.source.folder._measure", lambda *_: ((0.5,) * 3, (0.5,) * 3))
+    open_source(request("folder", tmp_path, splits=("train",)))
+    assert [path.parts[-2:] for path in looked_at] == [(f"{number:03}", "a.png") for number in range(150)]
 
 
 def test_small_folders_live_in_memory_as_they_are(tmp_path):

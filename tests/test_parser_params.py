@@ -30,7 +30,8 @@ pretrained pretrained_dir print_freq max_ckpt_nums save_steps is_summary proc_na
 multiprocessing_distributed nproc_per_node world_size rank dist_url dist_backend is_test_on_multigpus
 is_test_with_multistreams is_efficient_densenet is_official_densenet densenet_p_shakedrop is_efficientnet_user_crop
 is_lukemelas_efficientnet is_memory_efficient_swish gn_num_groups config val_fraction on_bad_image
-color_jitter crop_area crop_pct erase_mode erase_area erase_ratio padding_mode mean std optimizer_eps
+color_jitter crop_area crop_interpolation
+eval_interpolation crop_pct erase_mode erase_area erase_ratio padding_mode mean std optimizer_eps
 local_rank"""
 FLAGS = NAMES.split()
 

@@ -106,7 +106,7 @@ class Heartbeat:
         program = os.path.basename(sys.argv[0])
         line = f"{program}: process {', '.join(map(str, ranks))} {what}; stopping. Go on with --resume auto."
         with contextlib.suppress(OSError):
-            os.write(2, f"{line}\n".encode())
+            os.write(2, f"{line}\n".encode(errors="backslashreplace"))
         os._exit(1)  # the main thread may be stuck in an exchange that never ends
 
     def fail(self, *, follows: bool = False) -> None:

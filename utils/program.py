@@ -10,6 +10,7 @@ from utils.errors import Incomplete, Interrupted, RunError, Stopped, UserError
 from utils.memory import is_out_of_memory, what_did_not_fit
 from utils.plain_json import plain_json
 from utils.signals import Interruption
+from utils.text import fit_streams, one_line
 
 
 def show(text: str) -> None:
@@ -37,6 +38,7 @@ def run_program(
         the exit code: 0 done, or training stopped by SIGTERM; 1 failed while running; 2 the user's mistake; 130 and 143
         interrupted by SIGINT and SIGTERM.
     """
+    fit_streams()
     with Interruption() as signals:
         try:
             signals.release()
@@ -70,5 +72,5 @@ def _show_results(results: Mapping[str, Any]) -> None:
 
 
 def _failed(name: str, why: BaseException | str, code: int) -> int:
-    sys.stderr.write(f"{name}: {why}\n")
+    sys.stderr.write(f"{name}: {one_line(str(why))}\n")
     return code

@@ -1,28 +1,28 @@
-"""A data set of the user's: DIR/train/<class>/* and DIR/val/<class>/* (or DIR/test). Ours."""
+"""A data set of the user's: DIR/train/<class>/* and DIR/val/<class>/*, DIR/test/<class>/* or both. Ours."""
 
 import contextlib
 import hashlib
-import itertools
 import json
 import logging
 import os
 import statistics
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import torch
 
 from dataset import DataSource, ImageSet, SourceRequest, names_hash, sources
-from dataset.class_folders import find_folders, iterate_images, list_images
+from dataset.class_folders import find_folders
 from dataset.decode import BadImage, read_size
 from dataset.loader import EvalLoader
 from dataset.statistics import Statistic, pixel_statistics
 from recipe.datasets import ROWS, open_row
 from utils.errors import UserError
+from utils.text import escaped
 
 logger = logging.getLogger(__name__)
 
-PROBE = 100  # images that decide which it is
+PROBE = 100  # images, alike many of every class, that decide which it is; of more classes, one of each
 SAMPLE = 2000  # files that the statistics of large images are measured on
 MANY = 5000  # files that are worth starting workers for
 CHUNK = 256  # files read at once
@@ -33,9 +33,9 @@ STATISTICS_FILE = "folder_statistics.json"
 def open_folder(request: SourceRequest) -> DataSource:
     """Images of a user's own, small ones in memory, large ones as files.
 
-    Small, by `recipe.datasets.open_row`, is the median of the short sides of the first 100 images, and --crop_size
-    where given. Small images are brought to squares of --crop_size, else of that median, by `resize_crop` (which leaves
-    images of just that size alone).
+    Small, by `recipe.datasets.open_row`, is the median of the short sides of a sample over all classes, and --crop_size
+    where given; what was decided is told. Small images are brought to squares of --crop_size, else of that median, by
+    `resize_crop` (which leaves images of just that size alone).
 
     Mean and standard deviation are measured on the training images: all of the small ones, or 2,000 evenly spaced
     large ones, cut as in validation. They are kept in `request.cache_dir` for the same files. Where training images are
@@ -45,22 +45,34 @@ def open_folder(request: SourceRequest) -> DataSource:
         UserError: as `find_folders` and `list_images`; no image can be read.
         RunError: an unreadable image, under --on_bad_image fail.
     """
-    folders, classes = find_folders(request, evaluation=("val", "test"))
-    side = _short_side(folders.values(), classes, request.root)
-    recipe = open_row(max(side, request.crop_size or 0))
+    folders = find_folders(request)
+    classes, files = folders.classes, folders.files()
+    side = 0
+    if request.recipe is None or (not ROWS[request.recipe].is_large and request.crop_size is None):
+        side = _short_side(files, request.root)
+    recipe = request.recipe or open_row(max(side, request.crop_size or 0))
     row = ROWS[recipe]
     crop_size = request.crop_size or (row.side if row.is_large else side)
+    if request.recipe is None:
+        logger.info(
+            "--data %s: images of %d pixels (median of the short sides in a sample over all classes): %s, input of %d "
+            "pixels.",
+            request.root,
+            side,
+            "large, read as files" if row.is_large else "small, kept in memory",
+            crop_size,
+        )
 
-    files = {split: list_images(folders[split], classes) for split in request.splits}
     bad_images: dict[Path, str] = {}
-    splits = files
+    splits: Mapping[str, ImageSet] = files
     if not row.is_large:
-        splits = {s: _decode(f, classes, crop_size, request, bad_images) for s, f in files.items()}
+        splits = {s: _decode(f, s, classes, crop_size, request, bad_images) for s, f in files.items()}
     if "train" in splits:
         key = _fingerprint(files["train"].paths, crop_size)
         mean, std = _cached(request.cache_dir, key, lambda: _measure(splits["train"], crop_size, request))
     else:
         mean, std = row.published_statistics
+    images = folders.roles(splits)
     return DataSource(
         name="folder",
         recipe=recipe,
@@ -68,23 +80,29 @@ def open_folder(request: SourceRequest) -> DataSource:
         mean=mean,
         std=std,
         crop_size=crop_size,
-        train=splits.get("train", ImageSet.empty()),
-        test=splits.get("test", ImageSet.empty()),
+        train=images["train"] or ImageSet.empty(),
+        test=images["test"] or ImageSet.empty(),
+        val=images["val"],
+        reported=folders.reported,
         bad_images=bad_images,
         names=names_hash(files["train"].paths) if "train" in files else "",
     )
 
 
-def _short_side(folders: Iterable[Path], classes: tuple[str, ...], root: Path) -> int:
-    """Lower median of the short sides of the first images, in the first folder that has readable ones."""
-    for folder in folders:
+def _short_side(files: Mapping[str, ImageSet], root: Path) -> int:
+    """Lower median of the short sides of a sample over all classes, in the first split that has readable images."""
+    for split in files.values():
+        counts_K = split.targets.bincount()
+        each = -(-PROBE // max(int((counts_K > 0).sum()), 1))
+        ends_K = counts_K.cumsum(0)
         sides: list[int] = []
-        for path in itertools.islice((p for name in classes for p in iterate_images(folder / name)), PROBE):
-            with contextlib.suppress(BadImage):
-                sides.append(min(read_size(path)))
+        for count, end in zip(counts_K.tolist(), ends_K.tolist(), strict=True):
+            for place in range(min(each, count)):  # evenly spaced over the class
+                with contextlib.suppress(BadImage):
+                    sides.append(min(read_size(split.paths[end - count + place * count // min(each, count)])))
         if sides:
             return statistics.median_low(sides)
-    raise UserError(f"--data {root} has no readable image among its first {PROBE}. Check its class folders.")
+    raise UserError(f"--data {root} has no readable image in a sample over all classes. Check its class folders.")
 
 
 def _cut(files: ImageSet, resize: int, crop: int, request: SourceRequest) -> EvalLoader:
@@ -103,7 +121,12 @@ def _cut(files: ImageSet, resize: int, crop: int, request: SourceRequest) -> Eva
 
 
 def _decode(
-    files: ImageSet, classes: tuple[str, ...], side: int, request: SourceRequest, bad_images: dict[Path, str]
+    files: ImageSet,
+    split: str,
+    classes: tuple[str, ...],
+    side: int,
+    request: SourceRequest,
+    bad_images: dict[Path, str],
 ) -> ImageSet:
     """The files as uint8 [N, 3, side, side] in memory, without those that cannot be read: these go to `bad_images`."""
     images = torch.empty((len(files), 3, side, side), dtype=torch.uint8)
@@ -117,12 +140,23 @@ def _decode(
         bad_images.update(loader.bad_images)
         path, why = next(iter(loader.bad_images.items()))
         logger.warning(
-            "--on_bad_image skip left out %d of %d files, first %s: %s", len(loader.bad_images), len(files), path, why
+            "--on_bad_image skip left out %d of %d files, first %s: %s",
+            len(loader.bad_images),
+            len(files),
+            escaped(path),
+            why,
         )
-        emptied = sorted(set(range(len(classes))) - set(targets.tolist()))
-        if emptied:
+        emptied = sorted(set(files.targets.tolist()) - set(targets.tolist()))
+        if emptied and (split == "train" or not kept):
             raise UserError(
                 f"No image of the class {classes[emptied[0]]!r} can be read, such as {path}. Mend its files."
+            )
+        if emptied:
+            logger.warning(
+                "%s: no image of %d classes can be read, such as %s: evaluated on the others.",
+                split,
+                len(emptied),
+                classes[emptied[0]],
             )
     return ImageSet(targets=targets, images=images[: len(kept)])
 

@@ -1,7 +1,7 @@
-"""ImageNet (ILSVRC 2012), or any part of it: DIR/train/<class>/* and DIR/val/<class>/*."""
+"""ImageNet (ILSVRC 2012), or any part of it: DIR/train/<class>/* and DIR/val/<class>/*; DIR/test/<class>/* if there."""
 
 from dataset import DataSource, SourceRequest, names_hash, sources
-from dataset.class_folders import find_folders, list_images
+from dataset.class_folders import find_folders
 
 
 @sources.register("imagenet")
@@ -11,7 +11,7 @@ def open_imagenet(request: SourceRequest) -> DataSource:
     Raises:
         UserError: --data, a needed split or its class folders missing, an empty class folder, splits that differ.
     """
-    folders, classes = find_folders(request, evaluation=("val",))
-    splits = {split: list_images(folders[split], classes) for split in request.splits}
-    names = names_hash(splits["train"].paths) if "train" in splits else ""
-    return DataSource.of_row("imagenet", classes, splits, names=names)
+    folders = find_folders(request)
+    files = folders.files()
+    names = names_hash(files["train"].paths) if "train" in files else ""
+    return DataSource.of_row("imagenet", folders.classes, folders.roles(files), reported=folders.reported, names=names)

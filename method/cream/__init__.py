@@ -175,7 +175,8 @@ class Cream(Method[CreamSearchOptions]):
         if dataset_recipe == "imagenet":
             flags |= {"lr": 1.0, "batch_size": 1024, "eval_batch_size": 512, "is_autoaugment": False, "erase_p": 0.2}
             flags |= {"crop_area": (0.08, 1.0), "color_jitter": 0.4, "erase_mode": "pixel"}
-            flags |= {"erase_area": (0.02, 1 / 3), "erase_ratio": (0.3, 3.3)}
+            flags |= {"erase_area": (0.02, 1 / 3), "erase_ratio": (0.3, 1 / 0.3)}
+            flags |= {"crop_interpolation": "random", "eval_interpolation": "bilinear"}
         given = given or {}
         if {"search_space", "flops_minimum", "flops_maximum"} & set(given) and not given.get("sta_num"):
             default = PUBLISHED if dataset_recipe == "imagenet" else PUBLISHED_SMALL

@@ -9,10 +9,12 @@ from model.division.plan import DIVIDE_BY, division_plan
 from model.registry import LARGE, BackboneRequest, backbones, image_shape
 from utils.command_line import OneLineParser
 from utils.errors import UserError
+from utils.text import fit_streams, one_line
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The command line of `python -m model.division`; returns the exit code."""
+    fit_streams()
     parser = OneLineParser(
         prog="python -m model.division", description="Print what one of S copies of a network looks like."
     )
@@ -42,7 +44,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             )
         )
     except UserError as error:
-        sys.stderr.write(f"model.division: {error}\n")
+        sys.stderr.write(f"model.division: {one_line(str(error))}\n")
         return error.exit_code
     sys.stdout.write(plan.table() + "\n")
     return 0

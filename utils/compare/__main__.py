@@ -7,10 +7,12 @@ from record.checkpoint import write_file
 from record.compare import compare_runs, csv_table, markdown, plot_comparison, read_run
 from utils.command_line import OneLineParser
 from utils.errors import RunError, UserError, reason
+from utils.text import fit_streams, one_line
 
 
 def main(argv: list[str] | None = None) -> int:
     """The command line; returns the exit code."""
+    fit_streams()
     parser = OneLineParser(prog="python -m utils.compare", description=__doc__)
     parser.add_argument("folders", nargs="+", metavar="RUN_DIR", help="run directories (--model_dir of train_split.py)")
     parser.add_argument(
@@ -36,7 +38,7 @@ def main(argv: list[str] | None = None) -> int:
         except OSError as error:
             raise UserError(f"--out {prefix}: cannot be written: {reason(error)}.") from None
     except (UserError, RunError) as error:
-        print(f"compare: {error}", file=sys.stderr)  # noqa: T201 - an entry point
+        print(f"compare: {one_line(str(error))}", file=sys.stderr)  # noqa: T201 - an entry point
         return error.exit_code
     print(f"{table}\n{picture}")  # noqa: T201
     return 0

@@ -30,7 +30,7 @@ class OptimizerOptions(Options):
         aliases={"lr_type": {"cosine": "epoch_cos", "multistep": "step"}},
         default_text=BY_RECIPE,
     )
-    slow_start_lr: float = option(5e-3, "learning rate at which the warm-up starts", least=0)
+    slow_start_lr: float = option(5e-3, "learning rate at which the warm-up starts", default_text=BY_RECIPE, least=0)
     slow_start_epochs: int = option(0, "length of the warm-up; -1: none", unit="epochs", default_text=BY_RECIPE)
     end_lr: float = option(1e-4, "floor of the learning rate", default_text=BY_RECIPE, least=0)
     lr_milestones: tuple[int, ...] = option(
@@ -57,7 +57,12 @@ class OptimizerOptions(Options):
     is_div_wd: bool = option(True, "multiply the recipe's weight decay by exp(1/S - 1) when S > 1")
     div_wd_den: float = option(20.0, "unused in the published code; accepted")
     is_wd_all: bool = option(False, "decay every parameter")
-    no_decay: str = option("bias", "what is not decayed", choices=("bias", "norm_bias"))
+    no_decay: str = option(
+        "bias",
+        "what is not decayed: every bias, or also all parameters of normalisations",
+        choices=("bias", "norm_bias"),
+        default_text=BY_RECIPE,
+    )
     clip_grad: float | None = option(None, "largest global norm of the gradient", default_text="none", above=0)
     ema_decay: float = option(
         0.0, "decay of the moving average of the weights that is evaluated too; 0: off", least=0, below=1

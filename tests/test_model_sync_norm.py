@@ -1,7 +1,6 @@
 """Batch normalisation over all processes: two and three of them give what one gives on the same global batch."""
 
 import copy
-import importlib.util
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,14 +15,13 @@ from torch.nn.modules.module import register_module_forward_pre_hook
 
 from dataset.sampler import shard
 from model import BackboneRequest, backbones, build_network
-from model.backbone.torchvision_nets import WITH_AUXILIARY_LOGITS
 from model.layers.narrow_norm import widen_narrow_norms
 from model.layers.sync_norm import ProcessSyncBatchNorm, synchronise_batchnorm
+from tests.networks import LIBRARY_NETWORKS, needs_timm
 from tests.processes import run_processes
 from utils import distributed
 from utils.errors import UserError
 
-needs_timm = pytest.mark.skipif(importlib.util.find_spec("timm") is None, reason="needs timm")
 CPU, GPU = torch.device("cpu"), torch.device("cuda")  # where torch's own synchronised norms take over
 
 
@@ -87,25 +85,6 @@ def test_synchronised_batchnorm_alone_is_batchnorm() -> None:
 # ---- what is replaced, and what is refused ---------------------------------------------------------------------------
 
 
-def smallest_of_each_torchvision_class() -> list[str]:
-    """torchvision has a file for each class."""
-    found: dict[str, tuple[int, str]] = {}
-    for name in torchvision.models.list_models(module=torchvision.models):
-        where = torchvision.models.get_model_builder(name).__module__
-        if name not in WITH_AUXILIARY_LOGITS and not (where.endswith(".vgg") and not name.endswith("_bn")):
-            size = torchvision.models.get_model_weights(name).DEFAULT.meta["num_params"]
-            found[where] = min(found.get(where, (size, name)), (size, name))
-    return [f"torchvision/{name}" for _, name in found.values()]
-
-
-TIMM = (
-    *("test_efficientnet", "test_resnet", "test_vit", "test_convnext", "test_byobnet", "mobilenetv3_small_050"),
-    *("mobilenetv2_035", "regnetx_002", "densenet121", "ghostnet_050", "rexnet_100", "levit_128s", "repvgg_a0"),
-    *("dla46_c", "ese_vovnet19b_slim", "mobilevit_xxs", "fastvit_t8", "skresnet18", "resnetv2_18", "hgnetv2_b0"),
-    *("efficientvit_b0", "repvit_m0_9", "xcit_nano_12_p16_224", "tiny_vit_5m_224"),
-)
-
-
 @contextmanager
 def running_norms() -> Iterator[list[_BatchNorm]]:
     """The batch norms that run within the context."""
@@ -119,7 +98,7 @@ def running_norms() -> Iterator[list[_BatchNorm]]:
 
 @pytest.mark.parametrize(
     "arch",
-    [*smallest_of_each_torchvision_class(), *(pytest.param(f"timm/{name}", marks=needs_timm) for name in TIMM)],
+    LIBRARY_NETWORKS,
 )
 def test_every_network_stays_the_same_and_every_norm_of_it_is_synchronised(arch: str) -> None:
     """Of the libraries; of our own backbones in test_model_contract.py."""

@@ -4,14 +4,23 @@ import copy
 import io
 import json
 import math
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 from unittest import mock
 
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.nn.utils import parametrize
+from torch.overrides import TorchFunctionMode
 
+from model import backbones
+from model.backbone import timm_nets, torchvision_nets
+from tests.networks import LIBRARY_NETWORKS, needs_timm
 from training.optim import (
+    NORMS,
     RMSprop,
     WeightAverage,
     build_optimizer,
@@ -85,6 +94,92 @@ def test_what_is_spared_from_weight_decay(flags: dict, spared: set[str]) -> None
     assert decayed == {name for name, _ in network.named_parameters()} - spared
     assert [group["weight_decay"] for group in groups] == [0.3, 0.0]
     assert [group["lr_multiplier"] for group in groups] == [1.0, 1.0]
+
+
+def spared_names(network: nn.Module, no_decay: str) -> set[str]:
+    groups = parameter_groups(network, network.named_parameters(), OptimizerOptions(no_decay=no_decay))
+    return names_in(network, groups)[1]
+
+
+class BiasesOfOthers(TorchFunctionMode):
+    """Which parameters are given to torch's layers as what is added, by the place of the argument."""
+
+    PLACES: Mapping[Any, tuple[int, ...]] = {
+        F.linear: (2,),
+        F.conv1d: (2,),
+        F.conv2d: (2,),
+        F.batch_norm: (4,),
+        F.layer_norm: (3,),
+        F.group_norm: (3,),
+        F.multi_head_attention_forward: (6, 12),
+    }
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: set[int] = set()
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        given = [args[place] for place in self.PLACES.get(func, ()) if place < len(args)]
+        self.seen |= {id(value) for value in (*given, kwargs.get("bias")) if isinstance(value, nn.Parameter)}
+        return func(*args, **kwargs)
+
+
+ODD = (
+    "beit_base_patch16_224",
+    "swinv2_cr_tiny_ns_224",
+    "swinv2_tiny_window8_256",
+    "sequencer2d_s",
+    "convnext_atto_rms",
+)
+ODD += ("cait_xxs24_224", "coatnet_0_rw_224", "dm_nfnet_f0", "convnextv2_atto", "efficientformerv2_s0")
+# those that reach a layer within another tensor, or are looked up by place
+PUT_TOGETHER = {"q_bias", "v_bias", "relative_position_bias_table", "attention_biases"}
+
+
+@pytest.mark.parametrize("arch", [*LIBRARY_NETWORKS, *(pytest.param(f"timm/{n}", marks=needs_timm) for n in ODD)])
+def test_every_bias_of_other_libraries_is_spared_whatever_it_is_called(arch: str) -> None:
+    name = arch.partition("/")[2]
+    library = torchvision_nets.LIBRARY if arch.startswith("torchvision/") else timm_nets.library()
+    network = library._on_meta(arch, 5).to("meta")
+    side = backbones.get(arch).crop_size or 224
+    with BiasesOfOthers() as added:
+        network(torch.empty(2, 3, side, side, device="meta"))
+    spared, names = spared_names(network, "bias"), dict(network.named_parameters())
+    assert {name for name, parameter in names.items() if id(parameter) in added.seen} <= spared
+    others = {name.rpartition(".")[2] for name in spared if id(names[name]) not in added.seen}
+    assert others <= {"bias", *PUT_TOGETHER} | {f"bias_{of}_l0{way}" for of in ("ih", "hh") for way in ("", "_reverse")}
+    assert {"in_proj_bias"} <= {n.rpartition(".")[2] for n in spared} or name != "vit_b_16"
+    # and of normalisations nothing is left over
+    left = [name.removesuffix(".weight") for name in names.keys() - spared_names(network, "norm_bias")]
+    kinds = {type(network.get_submodule(name)).__name__ for name in left if f"{name}.weight" in names}
+    assert not [kind for kind in kinds if "norm" in kind.lower()]
+    assert spared < spared_names(network, "norm_bias") or not any(isinstance(m, NORMS) for m in network.modules())
+
+
+def test_what_a_parameter_is_decides_and_not_the_layers_above() -> None:
+    attention = nn.MultiheadAttention(4, 2, add_bias_kv=True)
+    assert spared_names(attention, "bias") == {"in_proj_bias", "out_proj.bias"}
+    recurrent = nn.LSTM(4, 4)
+    assert spared_names(recurrent, "bias") == {"bias_ih_l0", "bias_hh_l0"}
+    within = nn.ModuleDict({"bias": nn.Linear(2, 2), "norm": nn.Linear(2, 2), "normed": nn.BatchNorm1d(2)})
+    assert spared_names(within, "bias") == {"bias.bias", "norm.bias", "normed.bias"}
+    assert spared_names(within, "norm_bias") == {"bias.bias", "norm.bias", "normed.bias", "normed.weight"}
+    unbiased = nn.Module()
+    unbiased.unbiased = nn.Parameter(torch.zeros(2))
+    unbiased.bias1a = nn.Parameter(torch.zeros(2))
+    assert spared_names(unbiased, "norm_bias") == {"bias1a"}
+    halved = nn.Linear(2, 2)
+    parametrize.register_parametrization(halved, "bias", nn.Softplus())
+    parametrize.register_parametrization(halved, "weight", nn.Softplus())
+    assert spared_names(halved, "bias") == {"parametrizations.bias.original"}
+
+    class NormFreeBlock(nn.Module):  # as timm has it
+        def __init__(self) -> None:
+            super().__init__()
+            self.skipinit_gain = nn.Parameter(torch.tensor(0.0))
+
+    assert spared_names(NormFreeBlock(), "norm_bias") == set()
 
 
 def test_new_heads_are_groups_of_their_own() -> None:

@@ -26,6 +26,7 @@ from training.optim import (
     build_optimizer,
     clip_gradients,
     guarded_step,
+    in_order,
     parameter_groups,
     set_learning_rate,
 )
@@ -76,6 +77,11 @@ def snapshot(network: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, 
 def names_in(network: nn.Module, groups: list[dict]) -> list[set[str]]:
     names = {id(p): name for name, p in network.named_parameters()}
     return [{names[id(p)] for p in group["params"]} for group in groups]
+
+
+def names_in_order(network: nn.Module, groups: list[dict]) -> list[list[str]]:
+    names = {id(p): name for name, p in network.named_parameters()}
+    return [[names[id(p)] for p in group["params"]] for group in groups]
 
 
 @pytest.mark.parametrize(
@@ -386,6 +392,49 @@ def test_a_loaded_state_continues_bit_for_bit_in_the_form_it_was_built(name: str
     for key, value in snapshot(network, optimizer).items():
         tolerance = {"rtol": 1e-6, "atol": 1e-7} if capturable else {"rtol": 0.0, "atol": 0.0}
         torch.testing.assert_close(snapshot(resumed, loaded)[key], value, **tolerance)
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_a_state_goes_to_the_parameters_that_it_belongs_to_whatever_their_order_was(name: str) -> None:
+    def twins() -> dict[str, nn.Module]:
+        torch.manual_seed(0)
+        return {key: nn.Linear(3, 3).double() for key in ("a", "b", "c", "unused")}
+
+    then, now = nn.ModuleDict(twins()), nn.ModuleDict(dict(sorted(twins().items(), reverse=True)))
+    for module in (then, now):
+        module["unused"].requires_grad_(False)
+    optimizers = []
+    for module in (then, now):
+        trained = [(n, p) for n, p in module.named_parameters() if p.requires_grad]
+        options = OptimizerOptions(optimizer=name, lr=0.1, weight_decay=1e-2)
+        groups = parameter_groups(module, trained, options, new_heads=("b.",))
+        optimizers.append((build_optimizer(options, groups), names_in_order(module, groups)))
+    first, second = optimizers[0][0], optimizers[1][0]
+    for module, optimizer in ((then, first), (now, second)):
+        for step in range(2 if module is then else 0):
+            give_gradients(module, step)
+            guarded_step(optimizer, flag(0.0))
+    now.load_state_dict(then.state_dict())
+    saved = copy.deepcopy(first.state_dict())
+    second.load_state_dict(in_order(saved, optimizers[1][1], list(then.state_dict())))
+    for key, parameter in then.named_parameters():
+        gradient = torch.randn(parameter.shape, dtype=torch.float64)
+        parameter.grad, now.get_parameter(key).grad = gradient.clone(), gradient.clone()
+    for optimizer in (first, second):
+        guarded_step(optimizer, flag(0.0))
+    for key, parameter in then.named_parameters():
+        assert torch.equal(now.get_parameter(key), parameter), key
+    assert in_order(saved, optimizers[0][1], list(then.state_dict()))["state"].keys() == saved["state"].keys()
+    assert in_order(saved, optimizers[0][1], [])["state"].keys() == saved["state"].keys()
+
+
+def test_the_state_of_a_parameter_of_another_shape_is_refused() -> None:
+    network = small_network()
+    optimizer = build(network, "SGD")
+    state = optimizer.state_dict()
+    state["state"][0], state["state"][1] = state["state"][1], state["state"][0]
+    with pytest.raises(ValueError, match="momentum_buffer"):
+        optimizer.load_state_dict(state)
 
 
 # ---- norms and flags -------------------------------------------------------------------------------------------------

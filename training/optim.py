@@ -157,10 +157,40 @@ def _keep_form(optimizer: Optimizer) -> None:
             for key, value in state.items():
                 if isinstance(value, Tensor):
                     same = value.shape == parameter.shape
+                    if not same and value.dim():  # a fused kernel would write behind its end
+                        raise ValueError(
+                            f"the optimiser's {key} of {list(value.shape)} is not of {list(parameter.shape)}"
+                        )
                     state[key] = torch.empty_like(parameter).copy_(value) if same else value.to(parameter.device)
         _fill_momentum(loaded)
 
     optimizer.register_load_state_dict_post_hook(restore)
+
+
+def in_order(saved: dict[str, Any], groups: Sequence[Sequence[str]], then: Iterable[str]) -> dict[str, Any]:
+    """A state dict of an optimiser of which the parameters may have stood in another order, in the order of today.
+
+    torch knows a parameter by its number alone: its place in its group, where groups follow each other.
+
+    Args:
+        saved: as `state_dict()` gave it.
+        groups: names of the parameters of each group, today.
+        then: names in the order in which the module that `saved` belongs to had them; those that are not among them
+            stood behind, as today.
+    """
+    places: dict[str, int] = {}
+    for name in then:
+        places.setdefault(name, len(places))
+    state, first = {}, 0
+    for names in groups:
+        number_then = {
+            name: first + k for k, name in enumerate(sorted(names, key=lambda n: places.get(n, len(places))))
+        }
+        for number, name in enumerate(names, start=first):
+            if number_then[name] in saved["state"]:
+                state[number] = saved["state"][number_then[name]]
+        first += len(names)
+    return {**saved, "state": state}
 
 
 def set_learning_rate(optimizer: Optimizer, lr: float) -> None:

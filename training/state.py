@@ -19,7 +19,7 @@ from record.checkpoint import FORMAT_VERSION, Checkpoint
 from record.report import Reporter, RunClock
 from training.guard import NonfiniteGuard
 from training.meters import MeanMeter
-from training.optim import WeightAverage
+from training.optim import WeightAverage, in_order
 from utils import distributed
 from utils.errors import UserError, reason
 from utils.launch import World
@@ -133,7 +133,7 @@ class RunState:
             self._check_environment(state["environment"])
             network = self.method.network
             network.load_state_dict(plain_keys(state["state_dict"]))
-            self.optimizer.load_state_dict(state["optimizer"])
+            self.optimizer.load_state_dict(self._in_order_of_today(state))
             self.method.load_training_state(state["method"])
             if self.precision.scaler and "scaler" in state:
                 self.scaler.load_state_dict(state["scaler"])
@@ -152,6 +152,13 @@ class RunState:
                 f"--resume: the checkpoint holds no run of these flags to go on with ({reason(error)[:200]}). "
                 "Use --pretrained for its weights alone."
             ) from None
+
+    def _in_order_of_today(self, state: Checkpoint) -> dict[str, Any]:
+        """The optimiser's state; a checkpoint's tensors stand in the order that its network's parameters had."""
+        names = {id(parameter): name for name, parameter in self.method.trained_parameters()}
+        groups = [[names[id(parameter)] for parameter in group["params"]] for group in self.optimizer.param_groups]
+        then = [*(f"network.{key}" for key in plain_keys(state["state_dict"])), *state["method"]]
+        return in_order(state["optimizer"], groups, then)
 
     def _check_flags(self, before: Mapping[str, Any]) -> None:
         for name in KEPT_FLAGS:

@@ -29,6 +29,7 @@ from training.optim import (
     in_order,
     parameter_groups,
     set_learning_rate,
+    start_anew,
 )
 from training.options import OPTIMIZERS, OptimizerOptions
 from utils.errors import UserError
@@ -392,6 +393,30 @@ def test_a_loaded_state_continues_bit_for_bit_in_the_form_it_was_built(name: str
     for key, value in snapshot(network, optimizer).items():
         tolerance = {"rtol": 1e-6, "atol": 1e-7} if capturable else {"rtol": 0.0, "atol": 0.0}
         torch.testing.assert_close(snapshot(resumed, loaded)[key], value, **tolerance)
+
+
+@pytest.mark.parametrize("capturable", [False, True])
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_an_optimiser_that_starts_anew_goes_on_as_a_new_one(name: str, capturable: bool) -> None:
+    network = small_network()
+    optimizer = build(network, name, capturable=capturable)
+    start_anew(optimizer)  # before its first step there is nothing to forget
+    for step in range(2):
+        give_gradients(network, step)
+        guarded_step(optimizer, flag(0.0))
+    twin = copy.deepcopy(network)
+    state = [id(value) for parts in optimizer.state.values() for value in parts.values()]
+    set_learning_rate(optimizer, 0.02)
+    start_anew(optimizer)
+    assert state == [id(value) for parts in optimizer.state.values() for value in parts.values()]  # in place
+    new = build(twin, name, capturable=capturable)
+    set_learning_rate(new, 0.02)
+    for step in range(2, 4):
+        for module, stepper in ((network, optimizer), (twin, new)):
+            give_gradients(module, step)
+            guarded_step(stepper, flag(0.0))
+    for key, value in snapshot(twin, new).items():
+        assert torch.equal(snapshot(network, optimizer)[key], value), key
 
 
 @pytest.mark.parametrize("name", OPTIMIZERS)

@@ -167,6 +167,17 @@ def _keep_form(optimizer: Optimizer) -> None:
     optimizer.register_load_state_dict_post_hook(restore)
 
 
+def start_anew(optimizer: Optimizer) -> None:
+    """Bring an optimiser of `build_optimizer` to where a new one stands: nothing gathered; rates and decay as they are.
+
+    In place and on the device, so that a captured CUDA graph goes on with it.
+    """
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            for key, value in optimizer.state.get(parameter, {}).items():
+                value.fill_(1.0 if key == "square_avg" and group["tensorflow"] else 0.0)
+
+
 def in_order(saved: dict[str, Any], groups: Sequence[Sequence[str]], then: Iterable[str]) -> dict[str, Any]:
     """A state dict of an optimiser of which the parameters may have stood in another order, in the order of today.
 

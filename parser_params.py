@@ -400,10 +400,7 @@ def parse_config(argv: Sequence[str] | None = None, program: str | None = None, 
 def _fill(options: type, values: Mapping[str, Any]) -> Any:
     """An options dataclass from those of the values that are its fields."""
     names = {f.name for f in dataclasses.fields(options)}
-    try:
-        return options(**{name: value for name, value in values.items() if name in names})
-    except ValueError as error:
-        raise UserError(str(error)) from None
+    return options(**{name: value for name, value in values.items() if name in names})
 
 
 def _assemble(
@@ -460,7 +457,7 @@ def resolve_config(config: Config, *, data_recipe: str, crop_size: int | None = 
     if crop_size is not None:
         defaults.setdefault("crop_size", crop_size)  # open data sets know their size, the recipe does not
     # the seed was settled before the data was opened
-    values = {"seed": config.seed, **defaults, **from_method, **given, **adjusted}
+    values = {**defaults, **from_method, **given, **adjusted, "seed": config.seed}
     origins = dict.fromkeys((*defaults, *from_method), "recipe") | dict(config.origins)
     origins |= {name: f"{origins.get(name, 'default')}, adjusted" for name in adjusted if name in given}
     extra = None if config.extra_options is None else type(config.extra_options)

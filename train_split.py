@@ -52,7 +52,7 @@ from training.compiling import as_written, compile_modules
 from training.guard import NonfiniteGuard, judge_nonfinite
 from training.interrupt import PACE, StopRequest
 from training.meters import MeanMeter
-from training.optim import WeightAverage, build_optimizer, parameter_groups
+from training.optim import WeightAverage, build_optimizer, parameter_groups, start_anew
 from training.replay import CudaRecorder, Recorder, ReplayedStep, check_replayable
 from training.resume import Pace, Position, changed_flags
 from training.schedule import Schedule
@@ -96,6 +96,7 @@ class Trainer:
         source, loader, eval_loaders: its data.
         method, network: what is trained, and the S networks in it.
         training_step: what is done with each batch.
+        fresh_optimizer_at: epochs at whose start the optimiser forgets.
         steps_per_epoch, total_steps, position: how far training goes without --max_steps, and where it stands.
         meter, epoch_meter, clock, report, log, saver: what it knows of itself, and what it writes.
         state: what a checkpoint holds of all this.
@@ -144,6 +145,9 @@ class Trainer:
 
         # what changes the weights
         self.schedule = Schedule(config, self.steps_per_epoch)
+        self.fresh_optimizer_at = self.method.fresh_optimizer_at(
+            config.lr_milestones if config.lr_mode == "step" else ()
+        )
         update = self._build_update(new_heads)
         self.guard, self.average = update.guard, update.average
 
@@ -346,6 +350,8 @@ class Trainer:
         """
         self.method.train()
         if self.position.batch == 0:
+            if self.position.epoch in self.fresh_optimizer_at:
+                start_anew(self.training_step.update.optimizer)
             self.meter.reset()
             self.epoch_meter.reset()
         since = self.mark()

@@ -1,7 +1,7 @@
 """Ways of learning together: the method registry and the contract between a method and the trainer."""
 
 from abc import abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Generic, NamedTuple, TypeVar
 
@@ -67,7 +67,9 @@ class Method(nn.Module, Generic[OwnOptions]):
     of `network` is what a checkpoint keeps under `method`. A step is, in this order and each once: `before_step`,
     `forward`, the backward pass, `reduce_gradients` where the method does that itself, the update of the weights, and
     `after_step`; whoever makes steps, the trainer or a loop of your own, calls all of them. In a group of accumulated
-    batches, every batch has its `before_step` and `forward`, and the last one has the rest.
+    batches, every batch has its `before_step` and `forward`, and the last one has the rest. Before the first step of
+    an epoch that `fresh_optimizer_at` names, the main optimiser forgets what it has gathered
+    (`training.optim.start_anew`).
 
     The trainer calls `train()` every epoch. What must stay frozen then, such as an older copy of the networks that
     teaches them, is wrapped in `method.inner.Asleep`.
@@ -118,6 +120,14 @@ class Method(nn.Module, Generic[OwnOptions]):
     def backbone_names(cls, arch: str, options: OwnOptions) -> list[str]:
         """The backbones that `--arch` stands for: the entries of a comma list, unless a method knows more names."""
         return split_list(arch)
+
+    def fresh_optimizer_at(self, milestones: Sequence[int]) -> Sequence[int]:
+        """Epochs, counted from 0, at whose start the main optimiser is made anew: its momentum starts from nothing.
+
+        Args:
+            milestones: epochs at which the schedule multiplies the learning rate; empty where it has none.
+        """
+        return ()
 
     def prepare(self, labels_N: Tensor, seed: int) -> None:
         """Called once before training with the int64 labels [N] of the training set, in the order of its indices."""

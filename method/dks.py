@@ -1,6 +1,6 @@
 """Deeply-supervised knowledge synergy (Sun et al., arXiv:1906.00675): auxiliary classifiers that teach each other."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,7 +14,7 @@ from method import Method, Progress, StepOutput, Targets, methods
 from model.heads import require_stages, synergy_branches
 from model.splitnet import SplitNet
 from recipe.published import scaled_milestones
-from utils.options import SAME, TAKES, Options, option
+from utils.options import BY_RECIPE, SAME, TAKES, Options, option
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,6 +32,12 @@ class DKSOptions(Options):
         "which heads teach which: all the others, deeper ones the shallower, the other way round, or nobody "
         "(deep supervision alone)",
         choices=MATCHINGS,
+        resume=TAKES,
+    )
+    dks_fresh_optimizer: bool = option(
+        False,
+        "make the optimiser anew at every --lr_milestones epoch, so that momentum starts from nothing",
+        default_text=BY_RECIPE,
         resume=TAKES,
     )
 
@@ -67,6 +73,7 @@ class DKS(Method[DKSOptions]):
     ) -> Mapping[str, Any]:
         """CIFAR: the published recipe, its milestones scaled with the epochs; elsewhere only what is left out.
 
+        The published training makes a new SGD at every drop of the rate, and so loses the momentum there.
         The published augmentation is crop (after reflection padding) and flip, without policy, erasing and mixup.
         """
         plain = {"is_mixup": False, "is_autoaugment": False, "is_cutout": False, "is_label_smoothing": False}
@@ -83,6 +90,7 @@ class DKS(Method[DKSOptions]):
             "lr_mode": "step",
             "lr_milestones": scaled_milestones((59, 119, 159), total / 200),
             "lr_step_multiplier": 0.2,
+            "dks_fresh_optimizer": True,
             "slow_start_epochs": -1,
             "end_lr": 0.0,
             "weight_decay": 5e-4,
@@ -92,6 +100,10 @@ class DKS(Method[DKSOptions]):
             "mean": (125.3 / 255, 123.0 / 255, 113.9 / 255),
             "std": (63.0 / 255, 62.1 / 255, 66.7 / 255),
         }
+
+    def fresh_optimizer_at(self, milestones: Sequence[int]) -> Sequence[int]:
+        """Every milestone, with --dks_fresh_optimizer."""
+        return milestones if self.options.dks_fresh_optimizer else ()
 
     def forward(self, views_SBCHW: Tensor, targets: Targets, progress: Progress) -> StepOutput:
         """Views [S, B, C, H, W], or one shared view -> loss, metrics, logits [S, B, K] of the main heads.

@@ -42,6 +42,12 @@ _RANDAUGMENT = {
     "se_resnet50": 6,
     "resnexst50_*": 6,
 }
+# Published: no decay of a parameter whose name holds "norm" or "bias" anywhere. Only these families call their batch
+# norms so, and only in the form that goes without a flag: (patterns, the flag, its value in that form).
+_NAMED_NORMS = (
+    (("densenet190",), "is_official_densenet", True),
+    (("efficientnet*",), "is_lukemelas_efficientnet", False),
+)
 _LR_BY_BATCH = ("se_resnext101_64x4d_B", "senet113", "resnexst101_8x32d")
 
 # Published (Peng et al., "Cream of the Crop", NeurIPS 2020): retraining of its networks on ImageNet.
@@ -108,6 +114,11 @@ def scaled_milestones(usual: tuple[int, ...], scale: float) -> tuple[int, ...]:
     return tuple(m for m in (round(epoch * scale) for epoch in usual) if m > 0)
 
 
+def _calls_norms_norm(arch: str, given: Mapping[str, Any]) -> bool:
+    """Whether the published rule by names spares the scales of an architecture's batch norms from weight decay."""
+    return any(_matches(arch, patterns) and given.get(flag, form) == form for patterns, flag, form in _NAMED_NORMS)
+
+
 def _for_architecture(row: DatasetRow, arch: str, epochs: int, batch_size: int) -> dict[str, Any]:
     """Published departures of single architectures from their data set's row."""
     changes: dict[str, Any] = {}
@@ -125,7 +136,8 @@ def _for_architecture(row: DatasetRow, arch: str, epochs: int, batch_size: int) 
         if arch in _EFFICIENTNET:
             crop_size, erase_p, magnitude = _EFFICIENTNET[arch]
             changes |= {"crop_size": crop_size, "erase_p": erase_p, "is_mixup": False}
-            changes |= {"optimizer": "RMSpropTF", "lr": 0.256, "lr_mode": "exponential"}
+            # the warm-up starts below the floor, so the first rate is the floor's 1e-5
+            changes |= {"optimizer": "RMSpropTF", "lr": 0.256, "lr_mode": "exponential", "slow_start_lr": 1e-6}
         if magnitude is not None:
             changes["randaa"] = f"rand-m{magnitude}-mstd0.5"
     return changes
@@ -174,6 +186,8 @@ def recipe_defaults(
     else:
         defaults |= _for_architecture(row, arch, epochs, batch_size)
         defaults["slow_start_epochs"] = _warm_up_epochs(row, arch, epochs)
+        if _calls_norms_norm(arch, given):
+            defaults["no_decay"] = "norm_bias"
     if own_size is not None:
         defaults["crop_size"] = own_size
     defaults["cot_weight_warm_up_epochs"] = in_proportion(row.cot_warm_up, epochs)

@@ -130,6 +130,12 @@ def test_a_step_trains_and_says_what_it_did(name: str) -> None:
 
 
 @every_method
+def test_an_optimiser_made_anew_is_asked_for_at_milestones_only(name: str) -> None:
+    assert set(make(name).fresh_optimizer_at((3, 5))) <= {3, 5}
+    assert not make(name).fresh_optimizer_at(())
+
+
+@every_method
 def test_training_continues_bit_for_bit(name: str, tmp_path: Path) -> None:
     whole = make(name)
     optimizer = optimizer_of(whole)

@@ -15,6 +15,7 @@ from method import Progress, Targets, methods
 from method.dks import DKSOptions
 from model import BackboneRequest, build_network, build_splitnet
 from model.splitnet import SplitNet
+from parser_params import parse_config, resolve_config
 from record.checkpoint import load_checkpoint, save_checkpoint
 from utils.errors import UserError
 
@@ -170,7 +171,46 @@ def test_backbones_that_cannot_are_refused():
         make(dks_branches=(3,))
 
 
+def test_the_optimiser_starts_anew_at_every_drop_of_the_rate(tmp_path, capsys, logging_restored):
+    """As if the momentum in the checkpoint at the milestone were zero; also where the run is stopped in between."""
+    argv = ["--method", "dks", "--arch", "wrn_16_1", "--dataset", "digits", "--batch_size", "96", "--seed", "1"]
+    argv += ["--epochs", "4", "--lr_mode", "step", "--lr_milestones", "1", "3", "--momentum", "0.9", "--no_cuda"]
+    argv += ["--amp_dtype", "fp32", "--iters_to_accumulate", "2", "--eval_per_epoch", "9"]
+    argv += ["--val_fraction", "0.7", "--dks_branches", "1", "--max_ckpt_nums", "9"]
+    steps_per_epoch = 4
+
+    def run(name, steps, *more):
+        flags = [*argv, "--model_dir", str(tmp_path / name), "--max_steps", str(steps), *more]
+        assert train_split.main(flags) == 0, capsys.readouterr().err
+        return json.loads(capsys.readouterr().out.splitlines()[-1])["state_sha256"]
+
+    fresh = ("--dks_fresh_optimizer", "1")
+    whole = run("whole", 2 * steps_per_epoch + 2, *fresh)
+    assert whole != run("kept", 2 * steps_per_epoch + 2)
+    # stopped at the milestone, behind it, and within the epochs
+    for steps in (2, steps_per_epoch, steps_per_epoch + 2, 2 * steps_per_epoch):
+        run("parts", steps, *fresh, "--resume", "auto")
+    assert run("parts", 2 * steps_per_epoch + 2, *fresh, "--resume", "auto") == whole
+
+    run("emptied", steps_per_epoch)
+    path = tmp_path / "emptied" / "checkpoint_1.pth.tar"
+    content = load_checkpoint(path)
+    for state in content["optimizer"]["state"].values():
+        assert state["momentum_buffer"].any()
+        state["momentum_buffer"].zero_()
+    save_checkpoint(content, path)
+    assert run("emptied", 2 * steps_per_epoch + 2, "--resume", "auto") == whole
+
+
 def test_published_recipe():
+    fresh = DKSOptions(dks_fresh_optimizer=True)
+    network = build_splitnet(REQUEST, seed=0)
+    assert tuple(methods.get("dks")(network, fresh).fresh_optimizer_at((59, 119, 159))) == (59, 119, 159)
+    assert tuple(methods.get("dks")(network, DKSOptions()).fresh_optimizer_at((59, 119, 159))) == ()
+    config = resolve_config(
+        parse_config(["--method", "dks", "--dataset", "cifar100", "--arch", "wrn_28_10"]), data_recipe="cifar100"
+    )
+    assert (config.method_options.dks_fresh_optimizer, config.lr_milestones) == (True, (59, 119, 159))
     recipe = methods.get("dks").recipe("cifar100", None)
     assert (recipe["epochs"], recipe["lr_milestones"], recipe["lr_step_multiplier"]) == (200, (59, 119, 159), 0.2)
     assert (recipe["weight_decay"], recipe["is_wd_all"], recipe["is_nesterov"]) == (5e-4, True, False)

@@ -7,9 +7,12 @@ from functools import lru_cache
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.module import register_module_forward_pre_hook
 
 from model import LARGE, SMALL, BackboneRequest, backbones, build_network, build_splitnet
 from model.layers.random import RandomLayer
+from model.layers.sync_norm import ProcessSyncBatchNorm, synchronise_batchnorm
 from model.staged import StagedBackbone
 from utils.macs import count_macs, count_params
 
@@ -194,6 +197,26 @@ def test_batch_and_memory_layout_do_not_matter(request_):
     assert logits_BK.dtype == torch.float64
     torch.testing.assert_close(single_BK, logits_BK, rtol=1e-9, atol=1e-9)
     torch.testing.assert_close(last_BK, logits_BK, rtol=1e-9, atol=1e-9)
+
+
+@representatives
+def test_synchronised_norms_leave_it_as_it_is_and_none_stays_behind(request_):
+    network = copy.deepcopy(trained(request_id(request_)))
+    keys = list(network.state_dict())
+    images_BCHW = make_images(request_, 2)
+    ran = []
+    with torch.inference_mode():
+        expected_BK = network(images_BCHW)
+        synchronise_batchnorm(network, torch.device("cpu"))
+        hook = register_module_forward_pre_hook(lambda module, _: ran.append(module))
+        try:
+            assert torch.equal(network(images_BCHW), expected_BK)
+        finally:
+            hook.remove()
+    norms = {id(module) for module in ran if isinstance(module, _BatchNorm)}
+    assert norms
+    assert norms <= {id(module) for module in network.modules() if isinstance(module, ProcessSyncBatchNorm)}
+    assert list(network.state_dict()) == keys
 
 
 @representatives

@@ -122,6 +122,20 @@ def test_state_dict_names():
     assert names == expected
 
 
+def test_entries_stand_in_the_order_of_the_released_files():
+    def parts(network, prefix=""):
+        return list(dict.fromkeys(key.removeprefix(prefix).split(".")[0] for key in network if key.startswith(prefix)))
+
+    with torch.device("meta"):
+        network = build_network(request("cream_14")).state_dict()
+        supernet = Supernet(TINY, (2, 2), 5).state_dict()
+    assert parts(network) == ["conv_stem", "bn1", "blocks", "conv_head", "classifier"]
+    assert parts(supernet) == ["path", "conv_stem", "bn1", "blocks", "conv_head", "classifier", "meta_layer"]
+    assert parts(network, "blocks.0.0.") == ["conv_dw", "bn1", "se", "conv_pw", "bn2"]
+    for keys, prefix in ((network, "blocks.1.0."), (supernet, "blocks.1.0.2.")):
+        assert parts(keys, prefix) == ["conv_pw", "bn1", "conv_dw", "bn2", "se", "conv_pwl", "bn3"]
+
+
 def test_squeeze_widths():
     widths = [
         SqueezeExcite(c).conv_reduce.out_channels for c in (16, 64, 96, 144, 160, 240, 320, 384, 480, 576, 768, 1152)

@@ -5,9 +5,12 @@ import math
 from typing import Any
 
 import pytest
+import torch
 
+from model import LARGE, SMALL, BackboneRequest, backbones, build_network
 from parser_params import parse_config, resolve_config
 from recipe.published import recipe_defaults
+from training.optim import parameter_groups
 from training.options import OptimizerOptions
 from training.schedule import Schedule
 
@@ -169,7 +172,15 @@ def test_co_training_warm_up(data_recipe: str, epochs: int, expected: int) -> No
 
 @pytest.mark.parametrize(
     ("data_recipe", "epochs", "expected"),
-    [("cifar10", 300, (100, 225)), ("cifar10", 60, (20, 45)), ("imagenet", 120, (30, 60, 90)), ("cifar10", 1, (1,))],
+    [
+        ("cifar10", 300, (100, 225)),
+        ("cifar10", 60, (20, 45)),
+        ("cifar100", 1800, (600, 1350)),
+        ("svhn", 200, (80, 120)),
+        ("svhn", 50, (20, 30)),
+        ("imagenet", 120, (30, 60, 90)),
+        ("cifar10", 1, (1,)),
+    ],
 )
 def test_milestones_scale_with_training(data_recipe: str, epochs: int, expected: tuple[int, ...]) -> None:
     assert defaults(data_recipe, epochs=epochs, lr_mode="step")["lr_milestones"] == expected
@@ -233,6 +244,52 @@ def test_efficientnet_on_imagenet(arch: str, crop_size: int, erase_p: float, ran
     expected |= {"is_mixup": False, "optimizer": "RMSpropTF", "lr": 0.256, "lr_mode": "exponential"}
     assert {name: row[name] for name in expected} == expected
     assert defaults("imagenet", arch, is_efficientnet_user_crop=True)["crop_size"] == 224
+
+
+def test_efficientnet_on_imagenet_warms_up_from_the_floor() -> None:
+    names = {field.name for field in dataclasses.fields(OptimizerOptions)}
+    row = defaults("imagenet", "efficientnetb0")
+    schedule = Schedule(OptimizerOptions(**{name: row[name] for name in names & row.keys()}), steps_per_epoch=100)
+    assert (row["slow_start_lr"], row["end_lr"], row["slow_start_epochs"]) == (1e-6, 1e-5, 5)
+    assert (schedule(0), schedule(500)) == (1e-5, 0.256)
+    assert schedule(250) == pytest.approx(1e-6 + (0.256 - 1e-6) / 2)
+    assert defaults("imagenet", "resnet50")["slow_start_lr"] == 5e-3
+    assert defaults("cifar10", "efficientnetb0")["slow_start_lr"] == 5e-3
+
+
+EVERY_FORM = [
+    *((arch, shape, {}) for arch, entry in backbones.items() for shape in entry.split_factors),
+    ("densenet190", SMALL, {"is_official_densenet": False}),
+    ("efficientnetb0", LARGE, {"is_lukemelas_efficientnet": True}),
+]
+
+
+@pytest.mark.parametrize(("arch", "shape", "flags"), EVERY_FORM, ids=str)
+def test_what_is_spared_from_weight_decay_is_what_the_published_rule_names(arch: str, shape: str, flags: dict) -> None:
+    dataset = "cifar100" if shape == SMALL else "imagenet"
+    request = BackboneRequest(
+        arch=arch, num_classes=100, shape=shape, dataset=dataset, crop_size=32 if shape == SMALL else 224, options=flags
+    )
+    with torch.device("meta"):
+        network = build_network(request)
+    no_decay = defaults(dataset, arch, **flags).get("no_decay", "bias")
+    groups = parameter_groups(network, network.named_parameters(), OptimizerOptions(no_decay=no_decay))
+    names = {id(parameter): name for name, parameter in network.named_parameters()}
+    spared = {names[id(parameter)] for parameter in groups[1]["params"]}
+    if backbones.get(arch).family == "cream" and arch != "cream_supernet" and shape == LARGE:
+        assert spared == {name for name, p in network.named_parameters() if p.dim() == 1}  # published by size there
+    else:
+        assert spared == {name for name in names.values() if "norm" in name or "bias" in name}
+    counts = {"densenet190": 190 if flags else 381, "efficientnetb0": 82 if flags else 131}
+    assert len(spared) == counts.get(arch, len(spared))
+
+
+def test_whatever_is_said_of_weight_decay_wins_over_the_names() -> None:
+    assert defaults("svhn", "efficientnetb3")["no_decay"] == "norm_bias"
+    config = resolve_config(
+        parse_config(["--dataset", "cifar10", "--arch", "densenet190", "--no_decay", "bias"]), data_recipe="cifar10"
+    )
+    assert config.no_decay == "bias"
 
 
 def test_efficientnet_on_small_images_takes_the_common_row() -> None:

@@ -5,12 +5,16 @@ import json
 import signal
 
 import pytest
+import torch
 import yaml
 from PIL import Image
 from scipy.stats import kendalltau
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+import train_split
 from benchmarks import cream_rank
+from model.backbone.cream import CreamNet
+from model.search.supernet import Supernet
 from record import checkpoint as ckpt
 from tests import kills
 from tests.runs import Run, train, without_times
@@ -51,6 +55,46 @@ def test_a_search_killed_in_its_middle_ends_as_if_it_had_not_been(searched, tmp_
     )
     assert ckpt.state_sha256(_tensors(ours)) == ckpt.state_sha256(_tensors(theirs))
     assert len(ours["board"]) == 5
+
+
+@pytest.mark.parametrize(
+    ("kind", "argv"),
+    [
+        (CreamNet, ["--arch", "cream_14", "--method", "independent", "--dataset", "digits"]),
+        (Supernet, ["--config", "script/cream/tiny.yaml", "--meta_sta_epoch", 0, "--update_iter", 1]),
+    ],
+    ids=["network", "supernet"],
+)
+def test_a_run_begun_with_the_parts_in_the_old_order_goes_on(kind, argv, tmp_path, monkeypatch, capsys):
+    """Until the order became the released files', the blocks stood behind head and classifier."""
+    argv = [*argv, "--epochs", 2, "--optimizer", "SGD", "--seed", 3, "--no_cuda", "--workers", 0, "--batch_size", 96]
+    build = kind.__init__
+
+    def build_in_old_order(self, *arguments, **named):
+        build(self, *arguments, **named)
+        for name in ("blocks", "meta_layer"):
+            if name in self._modules:
+                self._modules[name] = self._modules.pop(name)
+
+    def run(folder, steps, *more):
+        flags = [*argv, "--model_dir", tmp_path / folder, "--max_steps", steps, *more]
+        assert train_split.main([str(flag) for flag in flags]) == 0, capsys.readouterr().err
+        return ckpt.load_checkpoint(ckpt.list_checkpoints(tmp_path / folder)[0])
+
+    with monkeypatch.context() as old:
+        old.setattr(kind, "__init__", build_in_old_order)
+        expected = run("whole", 5)
+        half = run("half", 3)
+    keys = [key.split(".")[3] for key in half["state_dict"]]
+    assert keys.index("classifier") < keys.index("blocks")
+    found = run("half", 5, "--resume", "auto")
+    keys = [key.split(".")[3] for key in found["state_dict"]]
+    assert keys.index("blocks") < keys.index("conv_head") < keys.index("classifier")
+    assert found["state_dict"].keys() == expected["state_dict"].keys()
+    for key, value in found["state_dict"].items():
+        assert torch.equal(value, expected["state_dict"][key]), key
+    assert list(found["state_dict"]) != list(expected["state_dict"])
+    assert ckpt.state_sha256(_tensors(found["method"])) == ckpt.state_sha256(_tensors(expected["method"]))
 
 
 def _tensors(value, name=""):

@@ -71,6 +71,18 @@ def test_any_number_of_processes_gives_the_weights_and_metrics_of_one(world_size
 
 
 @pytest.mark.slow
+def test_an_optimiser_is_made_anew_in_two_processes_as_in_one(tmp_path: Path) -> None:
+    argv = [*TINY, *SYNCED, "--method", "dks", "--split_factor", 1, "--arch", "wrn_16_1", "--amp_dtype", "fp64"]
+    argv += ["--val_fraction", 0.7, "--epochs", 3, "--max_steps", 7, "--iters_to_accumulate", 3, "--lr", 0.05]
+    argv += ["--lr_mode", "step", "--lr_milestones", 1, "--dks_fresh_optimizer", 1, "--dks_branches", 1]
+    train_together([*argv, "--model_dir", tmp_path / "1"], tmp_path / "alone", 1)
+    train_together([*argv, "--model_dir", tmp_path / "2"], tmp_path / "many", 2)
+    expected = state_of(tmp_path / "1")
+    for name, value in state_of(tmp_path / "2").items():
+        torch.testing.assert_close(value, expected[name], rtol=0, atol=1e-9, msg=name)
+
+
+@pytest.mark.slow
 def test_two_processes_stop_within_an_evaluation_and_resume_bit_for_bit(
     tmp_path: Path, record_property: Callable[[str, object], None]
 ) -> None:

@@ -4,21 +4,32 @@ import copy
 import io
 import json
 import math
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 from unittest import mock
 
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.nn.utils import parametrize
+from torch.overrides import TorchFunctionMode
 
+from model import backbones
+from model.backbone import timm_nets, torchvision_nets
+from tests.networks import LIBRARY_NETWORKS, needs_timm
 from training.optim import (
+    NORMS,
     RMSprop,
     WeightAverage,
     build_optimizer,
     clip_gradients,
     guarded_step,
+    in_order,
     parameter_groups,
     set_learning_rate,
+    start_anew,
 )
 from training.options import OPTIMIZERS, OptimizerOptions
 from utils.errors import UserError
@@ -69,6 +80,11 @@ def names_in(network: nn.Module, groups: list[dict]) -> list[set[str]]:
     return [{names[id(p)] for p in group["params"]} for group in groups]
 
 
+def names_in_order(network: nn.Module, groups: list[dict]) -> list[list[str]]:
+    names = {id(p): name for name, p in network.named_parameters()}
+    return [[names[id(p)] for p in group["params"]] for group in groups]
+
+
 @pytest.mark.parametrize(
     ("flags", "spared"),
     [
@@ -85,6 +101,92 @@ def test_what_is_spared_from_weight_decay(flags: dict, spared: set[str]) -> None
     assert decayed == {name for name, _ in network.named_parameters()} - spared
     assert [group["weight_decay"] for group in groups] == [0.3, 0.0]
     assert [group["lr_multiplier"] for group in groups] == [1.0, 1.0]
+
+
+def spared_names(network: nn.Module, no_decay: str) -> set[str]:
+    groups = parameter_groups(network, network.named_parameters(), OptimizerOptions(no_decay=no_decay))
+    return names_in(network, groups)[1]
+
+
+class BiasesOfOthers(TorchFunctionMode):
+    """Which parameters are given to torch's layers as what is added, by the place of the argument."""
+
+    PLACES: Mapping[Any, tuple[int, ...]] = {
+        F.linear: (2,),
+        F.conv1d: (2,),
+        F.conv2d: (2,),
+        F.batch_norm: (4,),
+        F.layer_norm: (3,),
+        F.group_norm: (3,),
+        F.multi_head_attention_forward: (6, 12),
+    }
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: set[int] = set()
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        given = [args[place] for place in self.PLACES.get(func, ()) if place < len(args)]
+        self.seen |= {id(value) for value in (*given, kwargs.get("bias")) if isinstance(value, nn.Parameter)}
+        return func(*args, **kwargs)
+
+
+ODD = (
+    "beit_base_patch16_224",
+    "swinv2_cr_tiny_ns_224",
+    "swinv2_tiny_window8_256",
+    "sequencer2d_s",
+    "convnext_atto_rms",
+)
+ODD += ("cait_xxs24_224", "coatnet_0_rw_224", "dm_nfnet_f0", "convnextv2_atto", "efficientformerv2_s0")
+# those that reach a layer within another tensor, or are looked up by place
+PUT_TOGETHER = {"q_bias", "v_bias", "relative_position_bias_table", "attention_biases"}
+
+
+@pytest.mark.parametrize("arch", [*LIBRARY_NETWORKS, *(pytest.param(f"timm/{n}", marks=needs_timm) for n in ODD)])
+def test_every_bias_of_other_libraries_is_spared_whatever_it_is_called(arch: str) -> None:
+    name = arch.partition("/")[2]
+    library = torchvision_nets.LIBRARY if arch.startswith("torchvision/") else timm_nets.library()
+    network = library._on_meta(arch, 5).to("meta")
+    side = backbones.get(arch).crop_size or 224
+    with BiasesOfOthers() as added:
+        network(torch.empty(2, 3, side, side, device="meta"))
+    spared, names = spared_names(network, "bias"), dict(network.named_parameters())
+    assert {name for name, parameter in names.items() if id(parameter) in added.seen} <= spared
+    others = {name.rpartition(".")[2] for name in spared if id(names[name]) not in added.seen}
+    assert others <= {"bias", *PUT_TOGETHER} | {f"bias_{of}_l0{way}" for of in ("ih", "hh") for way in ("", "_reverse")}
+    assert {"in_proj_bias"} <= {n.rpartition(".")[2] for n in spared} or name != "vit_b_16"
+    # and of normalisations nothing is left over
+    left = [name.removesuffix(".weight") for name in names.keys() - spared_names(network, "norm_bias")]
+    kinds = {type(network.get_submodule(name)).__name__ for name in left if f"{name}.weight" in names}
+    assert not [kind for kind in kinds if "norm" in kind.lower()]
+    assert spared < spared_names(network, "norm_bias") or not any(isinstance(m, NORMS) for m in network.modules())
+
+
+def test_what_a_parameter_is_decides_and_not_the_layers_above() -> None:
+    attention = nn.MultiheadAttention(4, 2, add_bias_kv=True)
+    assert spared_names(attention, "bias") == {"in_proj_bias", "out_proj.bias"}
+    recurrent = nn.LSTM(4, 4)
+    assert spared_names(recurrent, "bias") == {"bias_ih_l0", "bias_hh_l0"}
+    within = nn.ModuleDict({"bias": nn.Linear(2, 2), "norm": nn.Linear(2, 2), "normed": nn.BatchNorm1d(2)})
+    assert spared_names(within, "bias") == {"bias.bias", "norm.bias", "normed.bias"}
+    assert spared_names(within, "norm_bias") == {"bias.bias", "norm.bias", "normed.bias", "normed.weight"}
+    unbiased = nn.Module()
+    unbiased.unbiased = nn.Parameter(torch.zeros(2))
+    unbiased.bias1a = nn.Parameter(torch.zeros(2))
+    assert spared_names(unbiased, "norm_bias") == {"bias1a"}
+    halved = nn.Linear(2, 2)
+    parametrize.register_parametrization(halved, "bias", nn.Softplus())
+    parametrize.register_parametrization(halved, "weight", nn.Softplus())
+    assert spared_names(halved, "bias") == {"parametrizations.bias.original"}
+
+    class NormFreeBlock(nn.Module):  # as timm has it
+        def __init__(self) -> None:
+            super().__init__()
+            self.skipinit_gain = nn.Parameter(torch.tensor(0.0))
+
+    assert spared_names(NormFreeBlock(), "norm_bias") == set()
 
 
 def test_new_heads_are_groups_of_their_own() -> None:
@@ -291,6 +393,73 @@ def test_a_loaded_state_continues_bit_for_bit_in_the_form_it_was_built(name: str
     for key, value in snapshot(network, optimizer).items():
         tolerance = {"rtol": 1e-6, "atol": 1e-7} if capturable else {"rtol": 0.0, "atol": 0.0}
         torch.testing.assert_close(snapshot(resumed, loaded)[key], value, **tolerance)
+
+
+@pytest.mark.parametrize("capturable", [False, True])
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_an_optimiser_that_starts_anew_goes_on_as_a_new_one(name: str, capturable: bool) -> None:
+    network = small_network()
+    optimizer = build(network, name, capturable=capturable)
+    start_anew(optimizer)  # before its first step there is nothing to forget
+    for step in range(2):
+        give_gradients(network, step)
+        guarded_step(optimizer, flag(0.0))
+    twin = copy.deepcopy(network)
+    state = [id(value) for parts in optimizer.state.values() for value in parts.values()]
+    set_learning_rate(optimizer, 0.02)
+    start_anew(optimizer)
+    assert state == [id(value) for parts in optimizer.state.values() for value in parts.values()]  # in place
+    new = build(twin, name, capturable=capturable)
+    set_learning_rate(new, 0.02)
+    for step in range(2, 4):
+        for module, stepper in ((network, optimizer), (twin, new)):
+            give_gradients(module, step)
+            guarded_step(stepper, flag(0.0))
+    for key, value in snapshot(twin, new).items():
+        assert torch.equal(snapshot(network, optimizer)[key], value), key
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_a_state_goes_to_the_parameters_that_it_belongs_to_whatever_their_order_was(name: str) -> None:
+    def twins() -> dict[str, nn.Module]:
+        torch.manual_seed(0)
+        return {key: nn.Linear(3, 3).double() for key in ("a", "b", "c", "unused")}
+
+    then, now = nn.ModuleDict(twins()), nn.ModuleDict(dict(sorted(twins().items(), reverse=True)))
+    for module in (then, now):
+        module["unused"].requires_grad_(False)
+    optimizers = []
+    for module in (then, now):
+        trained = [(n, p) for n, p in module.named_parameters() if p.requires_grad]
+        options = OptimizerOptions(optimizer=name, lr=0.1, weight_decay=1e-2)
+        groups = parameter_groups(module, trained, options, new_heads=("b.",))
+        optimizers.append((build_optimizer(options, groups), names_in_order(module, groups)))
+    first, second = optimizers[0][0], optimizers[1][0]
+    for module, optimizer in ((then, first), (now, second)):
+        for step in range(2 if module is then else 0):
+            give_gradients(module, step)
+            guarded_step(optimizer, flag(0.0))
+    now.load_state_dict(then.state_dict())
+    saved = copy.deepcopy(first.state_dict())
+    second.load_state_dict(in_order(saved, optimizers[1][1], list(then.state_dict())))
+    for key, parameter in then.named_parameters():
+        gradient = torch.randn(parameter.shape, dtype=torch.float64)
+        parameter.grad, now.get_parameter(key).grad = gradient.clone(), gradient.clone()
+    for optimizer in (first, second):
+        guarded_step(optimizer, flag(0.0))
+    for key, parameter in then.named_parameters():
+        assert torch.equal(now.get_parameter(key), parameter), key
+    assert in_order(saved, optimizers[0][1], list(then.state_dict()))["state"].keys() == saved["state"].keys()
+    assert in_order(saved, optimizers[0][1], [])["state"].keys() == saved["state"].keys()
+
+
+def test_the_state_of_a_parameter_of_another_shape_is_refused() -> None:
+    network = small_network()
+    optimizer = build(network, "SGD")
+    state = optimizer.state_dict()
+    state["state"][0], state["state"][1] = state["state"][1], state["state"][0]
+    with pytest.raises(ValueError, match="momentum_buffer"):
+        optimizer.load_state_dict(state)
 
 
 # ---- norms and flags -------------------------------------------------------------------------------------------------

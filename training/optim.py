@@ -3,6 +3,7 @@
 Nothing here waits for the device: norms, flags and (for CUDA graphs) learning rates are tensors on it.
 """
 
+import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -16,6 +17,41 @@ from training.options import OptimizerOptions
 from utils.errors import UserError
 
 NORMS = (_NormBase, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm)
+_BIAS = re.compile(r"(?<![a-z])bias(es)?(?![a-z])")
+
+
+def _spared(module: nn.Module, *, norms: bool) -> set[int]:
+    """The ids of the parameters that weight decay leaves alone.
+
+    A bias is what is added, and is called so by its own layer: `bias`, `in_proj_bias` of attention, `bias_ih_l0` of an
+    LSTM, `q_bias`, and, because the published rule names them too, tables of relative position biases. The names of the
+    layers above say nothing. `bias_k` and `bias_v` of nn.MultiheadAttention are a key and a value, and are decayed.
+
+    Args:
+        module: holds the parameters.
+        norms: also every parameter of a normalisation: torch's kinds, and any layer whose class is called one and that
+            has a weight and a bias a channel, or one of the two.
+    """
+    spared: set[int] = set()
+    for part in module.modules():
+        own = dict(part.named_parameters(recurse=False))
+        if norms and _is_norm(part, own):
+            spared |= {id(parameter) for parameter in own.values()}
+        if isinstance(part, nn.MultiheadAttention):
+            own = {name: parameter for name, parameter in own.items() if name not in ("bias_k", "bias_v")}
+        spared |= {id(parameter) for name, parameter in own.items() if _BIAS.search(name)}
+        # a bias that torch.nn.utils.parametrize computes is kept under another name
+        for name, parametrization in (getattr(part, "parametrizations", None) or {}).items():
+            if _BIAS.search(name):
+                spared |= {id(parameter) for parameter in parametrization.parameters(recurse=False)}
+    return spared
+
+
+def _is_norm(part: nn.Module, own: dict[str, nn.Parameter]) -> bool:
+    if isinstance(part, NORMS):
+        return True
+    by_channel = own.keys() <= {"weight", "bias"} and all(parameter.dim() == 1 for parameter in own.values())
+    return by_channel and "norm" in type(part).__name__.lower()
 
 
 def parameter_groups(
@@ -28,26 +64,23 @@ def parameter_groups(
     """Parameters sorted into groups: [decayed, not decayed] and, if there are new heads, the same two of theirs.
 
     --no_decay bias: every bias is spared (as published: the scales of batch norm are decayed); norm_bias: so are all
-    parameters of normalisations (ours); with --is_wd_all nothing is.
+    parameters of normalisations; with --is_wd_all nothing is. What counts as either says `_spared`.
 
     Args:
-        module: the module that the names belong to; tells which parameters are those of a normalisation.
+        module: the module that the names belong to; tells what a parameter is.
         named_parameters: what is to be trained, named as in `module.named_parameters()`.
         options: the flags.
         new_heads: prefixes of names that train with another learning rate ("network.models.0.fc."); --lr_multiplier
             is kept in their groups under that name.
     """
-    of_norms = {id(p) for m in module.modules() if isinstance(m, NORMS) for p in m.parameters(recurse=False)}
+    spared = set() if options.is_wd_all else _spared(module, norms=options.no_decay == "norm_bias")
     groups: list[dict[str, Any]] = [
         {"params": [], "weight_decay": decay, "lr_multiplier": multiplier}
         for multiplier in (1.0, options.lr_multiplier)
         for decay in (options.weight_decay, 0.0)
     ]
     for name, parameter in named_parameters:
-        is_bias = name.rpartition(".")[2] == "bias"
-        is_spared = is_bias or (options.no_decay == "norm_bias" and id(parameter) in of_norms)
-        spared = is_spared and not options.is_wd_all
-        groups[2 * name.startswith(tuple(new_heads)) + spared]["params"].append(parameter)
+        groups[2 * name.startswith(tuple(new_heads)) + (id(parameter) in spared)]["params"].append(parameter)
     return groups[:2] + [group for group in groups[2:] if group["params"]]
 
 
@@ -124,10 +157,51 @@ def _keep_form(optimizer: Optimizer) -> None:
             for key, value in state.items():
                 if isinstance(value, Tensor):
                     same = value.shape == parameter.shape
+                    if not same and value.dim():  # a fused kernel would write behind its end
+                        raise ValueError(
+                            f"the optimiser's {key} of {list(value.shape)} is not of {list(parameter.shape)}"
+                        )
                     state[key] = torch.empty_like(parameter).copy_(value) if same else value.to(parameter.device)
         _fill_momentum(loaded)
 
     optimizer.register_load_state_dict_post_hook(restore)
+
+
+def start_anew(optimizer: Optimizer) -> None:
+    """Bring an optimiser of `build_optimizer` to where a new one stands: nothing gathered; rates and decay as they are.
+
+    In place and on the device, so that a captured CUDA graph goes on with it.
+    """
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            for key, value in optimizer.state.get(parameter, {}).items():
+                value.fill_(1.0 if key == "square_avg" and group["tensorflow"] else 0.0)
+
+
+def in_order(saved: dict[str, Any], groups: Sequence[Sequence[str]], then: Iterable[str]) -> dict[str, Any]:
+    """A state dict of an optimiser of which the parameters may have stood in another order, in the order of today.
+
+    torch knows a parameter by its number alone: its place in its group, where groups follow each other.
+
+    Args:
+        saved: as `state_dict()` gave it.
+        groups: names of the parameters of each group, today.
+        then: names in the order in which the module that `saved` belongs to had them; those that are not among them
+            stood behind, as today.
+    """
+    places: dict[str, int] = {}
+    for name in then:
+        places.setdefault(name, len(places))
+    state, first = {}, 0
+    for names in groups:
+        number_then = {
+            name: first + k for k, name in enumerate(sorted(names, key=lambda n: places.get(n, len(places))))
+        }
+        for number, name in enumerate(names, start=first):
+            if number_then[name] in saved["state"]:
+                state[number] = saved["state"][number_then[name]]
+        first += len(names)
+    return {**saved, "state": state}
 
 
 def set_learning_rate(optimizer: Optimizer, lr: float) -> None:

@@ -35,9 +35,11 @@ class OptimizerOptions(Options):
         default_text=BY_RECIPE,
         resume=TAKES,
     )
-    slow_start_lr: float = option(5e-3, "learning rate at which the warm-up starts", least=0, resume=TAKES)
+    slow_start_lr: float = option(
+        5e-3, "learning rate at which the warm-up starts", default_text=BY_RECIPE, least=0, resume=TAKES
+    )
     slow_start_epochs: int = option(
-        0, "length of the warm-up; -1: none", unit="epochs", default_text=BY_RECIPE, resume=TAKES
+        0, "length of the warm-up; -1: none", unit="epochs", default_text=BY_RECIPE, least=-1, resume=TAKES
     )
     end_lr: float = option(1e-4, "floor of the learning rate", default_text=BY_RECIPE, least=0, resume=TAKES)
     lr_milestones: tuple[int, ...] = option(
@@ -48,9 +50,11 @@ class OptimizerOptions(Options):
         default_text=BY_RECIPE,
         resume=TAKES,
     )
-    lr_step_multiplier: float = option(0.1, "factor at each milestone", resume=TAKES)
-    lr_multiplier: float = option(1.0, "factor for the learning rate of new heads when fine-tuning", resume=TAKES)
-    decay_factor: float = option(0.97, "factor of 'exponential'", resume=TAKES)
+    lr_step_multiplier: float = option(0.1, "factor at each milestone", least=0, resume=TAKES)
+    lr_multiplier: float = option(
+        1.0, "factor for the learning rate of new heads when fine-tuning", least=0, resume=TAKES
+    )
+    decay_factor: float = option(0.97, "factor of 'exponential'", above=0, resume=TAKES)
     decay_epochs: float = option(
         0.8,
         "interval of 'exponential'; length of 'epoch_cos'",
@@ -74,7 +78,13 @@ class OptimizerOptions(Options):
     is_div_wd: bool = option(True, "multiply the recipe's weight decay by exp(1/S - 1) when S > 1", resume=TAKES)
     div_wd_den: float = option(20.0, "unused in the published code; accepted", resume=OF_CALL)
     is_wd_all: bool = option(False, "decay every parameter", resume=TAKES)
-    no_decay: str = option("bias", "what is not decayed", choices=("bias", "norm_bias"), resume=TAKES)
+    no_decay: str = option(
+        "bias",
+        "what is not decayed: every bias, or also all parameters of normalisations",
+        choices=("bias", "norm_bias"),
+        default_text=BY_RECIPE,
+        resume=TAKES,
+    )
     clip_grad: float | None = option(
         None, "largest global norm of the gradient", default_text="none", above=0, resume=TAKES
     )

@@ -19,7 +19,7 @@ from record.checkpoint import FORMAT_VERSION, Checkpoint
 from record.report import Reporter, RunClock
 from training.guard import NonfiniteGuard
 from training.meters import MeanMeter
-from training.optim import WeightAverage
+from training.optim import WeightAverage, in_order
 from training.resume import Pace, Position, changed_flags, check_classes, position_now
 from utils import distributed
 from utils.errors import UserError, reason
@@ -99,7 +99,7 @@ class RunState:
             "optimizer": self.optimizer.state_dict(),
             "method": self.method.training_state(),
             "new_heads": list(self.new_heads),
-            "parameters": self._optimised(),
+            "parameters": [name for group in self._optimised() for name in group],
             "pace": self.pace.as_dict(),
             "rng": {"seed": self.seed},
             "sampler": asdict(position),
@@ -163,25 +163,24 @@ class RunState:
             ) from None
         return changed
 
-    def _optimised(self) -> list[str]:
-        """Names of the optimiser's parameters, in its order."""
+    def _optimised(self) -> list[list[str]]:
+        """Names of the optimiser's parameters, by group, in its order."""
         names = {id(parameter): name for name, parameter in self.method.named_parameters()}
-        return [names[id(p)] for group in self.optimizer.param_groups for p in group["params"]]
+        return [[names[id(parameter)] for parameter in group["params"]] for group in self.optimizer.param_groups]
 
     def _restore_optimizer(self, state: Checkpoint) -> None:
         """The state of each parameter from before, under the settings of now (weight decay, momentum, groups)."""
-        own = self.optimizer.state_dict()
-        names, before = self._optimised(), state["optimizer"]
-        names_before = state.get("parameters", names)
+        own, names = self.optimizer.state_dict(), [name for group in self._optimised() for name in group]
+        if "parameters" in state:
+            names_before, before = state["parameters"], state["optimizer"]["state"]
+        else:  # it stands in the order that the tensors of the checkpoint have
+            then = [*(f"network.{key}" for key in plain_keys(state["state_dict"])), *state["method"]]
+            names_before, before = names, in_order(state["optimizer"], self._optimised(), then)["state"]
         if sorted(names_before) != sorted(names):
             lost = sorted(set(names_before) ^ set(names))
             raise ValueError(f"the optimiser has other parameters, such as {lost[0]}")
-        place = {name: i for i, name in enumerate(names_before)}
-        kept = {i: before["state"][place[name]] for i, name in enumerate(names) if place[name] in before["state"]}
-        if "parameters" not in state and [len(g["params"]) for g in before["param_groups"]] != [
-            len(g["params"]) for g in own["param_groups"]
-        ]:
-            raise ValueError("the optimiser has other groups of parameters")
+        place = {name: number for number, name in enumerate(names_before)}
+        kept = {number: before[place[name]] for number, name in enumerate(names) if place[name] in before}
         self.optimizer.load_state_dict({"state": kept, "param_groups": own["param_groups"]})
 
     def _check_environment(self, before: Mapping[str, Any]) -> None:

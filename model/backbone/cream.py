@@ -65,15 +65,15 @@ class CreamNet(CreamFrame):
 
     def __init__(self, plan: NetworkPlan, *, dropout: float = 0.0, global_pool: str = "avg") -> None:
         frame = plan.frame
-        super().__init__(frame, plan.num_classes, dropout=dropout, global_pool=global_pool)
-        self.plan = plan
-        self.blocks = nn.ModuleList(
+        blocks = nn.ModuleList(
             [
                 nn.Sequential(DepthwiseSeparable(frame.stem_channels, frame.base_channels)),
-                *(nn.Sequential(*map(InvertedResidual, blocks)) for blocks in plan.stages),
+                *(nn.Sequential(*map(InvertedResidual, stage)) for stage in plan.stages),
                 nn.Sequential(ConvBnSwish(frame.in_channels, frame.tail_channels)),
             ]
         )
+        super().__init__(frame, plan.num_classes, blocks=blocks, dropout=dropout, global_pool=global_pool)
+        self.plan = plan
         init_cream(self)
 
     @property

@@ -139,8 +139,9 @@ class DenseNet(StagedBackbone):
             parts.update(conv0=stem, norm0=nn.BatchNorm2d(channels), relu0=nn.ReLU(inplace=True))
         else:
             parts["conv1"] = stem
-        self._stem_parts = list(parts.values())  # in lists, because `features` or this module registers the parts
-        self._stages: list[nn.Module] = []
+        # by name, because whoever replaces a norm replaces it where it is registered
+        self._stem_names = [f"features.{name}" if official else name for name in parts]
+        self._stages: list[nn.Module] = []  # in a list, because `features` or this module registers the parts
         for number, rates in enumerate(drop_probs, start=1):
             stage = nn.Sequential()
             if number > 1:
@@ -191,8 +192,8 @@ class DenseNet(StagedBackbone):
 
     def stem(self, images_BCHW: Tensor) -> Tensor:
         features = images_BCHW
-        for part in self._stem_parts:
-            features = part(features)
+        for name in self._stem_names:
+            features = self.get_submodule(name)(features)
         return features
 
     def tail(self, features_BCHW: Tensor) -> Tensor:

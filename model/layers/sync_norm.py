@@ -1,10 +1,16 @@
 """Batch normalisation over all processes, also where torch has none (CPU with gloo)."""
 
+import sys
+from collections.abc import Callable
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm, _NormBase
+
+from model.layers.narrow_norm import restore_narrow_norms
+from utils.errors import UserError
 
 
 class _SumOverProcesses(torch.autograd.Function):
@@ -24,7 +30,7 @@ class _SumOverProcesses(torch.autograd.Function):
         return total, None
 
 
-class ProcessSyncBatchNorm(nn.modules.batchnorm._BatchNorm):
+class ProcessSyncBatchNorm(_BatchNorm):
     """Batch normalisation over the images of all processes, for devices where torch has none (CPU with gloo).
 
     Same state-dict keys and momentum rule as nn.BatchNorm2d; processes may hold different numbers of images.
@@ -67,22 +73,90 @@ class ProcessSyncBatchNorm(nn.modules.batchnorm._BatchNorm):
         return normalised.to(input.dtype)
 
 
+class _ThenDropAndAct(nn.Module):
+    """What timm's BatchNormAct2d does behind the norm; under its names, which `act` needs where it has parameters."""
+
+    drop: nn.Module
+    act: nn.Module
+
+    def forward(self, input: Tensor) -> Tensor:
+        """[B, C, H, W] -> the same shape: normalised over all processes, dropped, activated."""
+        output: Tensor = self.act(self.drop(super().forward(input)))
+        return output
+
+
+class ProcessSyncBatchNormAct(_ThenDropAndAct, ProcessSyncBatchNorm):
+    """timm's BatchNormAct2d over all processes, where torch has no synchronised norm."""
+
+
+class SyncBatchNormAct(_ThenDropAndAct, nn.SyncBatchNorm):
+    """timm's BatchNormAct2d over all processes, on GPUs."""
+
+
+_PLAIN = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
+
+
 def synchronise_batchnorm(module: nn.Module, device: torch.device) -> nn.Module:
-    """`module` with every batch normalisation synchronised over the processes; parameters and buffers are kept."""
-    if device.type == "cuda":
-        return nn.SyncBatchNorm.convert_sync_batchnorm(module)
-    for name, child in list(module.named_children()):
-        if isinstance(child, nn.modules.batchnorm._BatchNorm) and not isinstance(child, ProcessSyncBatchNorm):
-            synced = ProcessSyncBatchNorm(
-                child.num_features, child.eps, child.momentum, child.affine, child.track_running_stats
-            )
-            synced.load_state_dict(child.state_dict())
-            for part, value in [*child._parameters.items()]:
-                synced._parameters[part] = value
-            for part, buffer in [*child._buffers.items()]:
-                synced._buffers[part] = buffer
-            synced.train(child.training)
-            setattr(module, name, synced)
+    """`module` with every batch normalisation synchronised over the processes; parameters and buffers are kept.
+
+    Only what is known exactly is replaced: torch's own BatchNorm1d, 2d and 3d (also where they work by rows of pixels,
+    model/layers/narrow_norm.py) and timm's BatchNormAct2d, whose drop and activation stay. A subclass of them may do
+    anything beside.
+
+    Raises:
+        UserError: a batch norm of another kind; nothing has been replaced then.
+    """
+    on_gpu = device.type == "cuda"
+    done = nn.SyncBatchNorm if on_gpu else ProcessSyncBatchNorm
+    found: dict[int, nn.Module] = {}
+    restore_narrow_norms(module)
+    for name, norm in module.named_modules():
+        if isinstance(norm, done):
+            continue
+        has_act = type(norm) is _norm_act_of_timm()
+        if type(norm) not in _PLAIN and not has_act:
+            _refuse_another_kind(name, norm)
+            continue
+        if "forward" in vars(norm):
+            raise _refusal(name, norm)
+        if on_gpu:
+            found[id(norm)] = _synced(norm, SyncBatchNormAct if has_act else nn.SyncBatchNorm)
         else:
-            synchronise_batchnorm(child, device)
-    return module
+            found[id(norm)] = _synced(norm, ProcessSyncBatchNormAct if has_act else ProcessSyncBatchNorm)
+    for parent in list(module.modules()):
+        for name, child in list(parent._modules.items()):
+            if id(child) in found:
+                setattr(parent, name, found[id(child)])
+    return found.get(id(module), module)
+
+
+def _norm_act_of_timm() -> type | None:
+    """timm's norm with activation; None where nobody has imported timm, and so no network holds one."""
+    return getattr(sys.modules.get("timm.layers"), "BatchNormAct2d", None)
+
+
+def _refuse_another_kind(name: str, module: nn.Module) -> None:
+    """Refuse what normalises by the batch in a way of its own; frozen statistics are those of no batch."""
+    if isinstance(module, _BatchNorm):
+        raise _refusal(name, module)
+    keeps_statistics = "running_var" in module._buffers and not isinstance(module, _NormBase)
+    if keeps_statistics and not type(module).__name__.startswith("Frozen"):
+        raise _refusal(name, module)
+
+
+def _refusal(name: str, module: nn.Module) -> UserError:
+    kind = type(module)
+    return UserError(
+        f"--is_syncbn 1: the layer {name or 'given'} is a batch norm of another kind ({kind.__module__}."
+        f"{kind.__qualname__}) than torch's BatchNorm1d, 2d, 3d and timm's BatchNormAct2d. Leave the flag away."
+    )
+
+
+def _synced(norm: Any, kind: Callable[..., Any]) -> nn.Module:
+    """A synchronised norm of this kind in the place of another one, with all that the other one holds."""
+    synced: nn.Module = kind(norm.num_features, norm.eps, norm.momentum, norm.affine, norm.track_running_stats)
+    synced._parameters.update(norm._parameters)
+    synced._buffers.update(norm._buffers)
+    synced._modules.update(norm._modules)
+    synced.training = norm.training
+    return synced

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable, Mapping
+from typing import Any
 
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -92,20 +93,28 @@ POOLS: Mapping[str, Callable[[Tensor], Tensor]] = {
 class CreamFrame(StagedBackbone):
     """What the supernet and the stand-alone network have in common: stem, head and classifier.
 
+    Parts are registered in the order of the released files: stem, `blocks`, head, classifier.
+
     Args:
         plan: widths and stem stride.
         num_classes: K.
+        blocks: what lies between stem and head.
         dropout: rate before the classifier.
         global_pool: a key of `POOLS`; avgmax is the mean of both.
     """
 
     classifier_name = "classifier"
 
-    def __init__(self, plan: FramePlan, num_classes: int, *, dropout: float, global_pool: str) -> None:
+    blocks: Any
+
+    def __init__(
+        self, plan: FramePlan, num_classes: int, *, blocks: nn.ModuleList, dropout: float, global_pool: str
+    ) -> None:
         super().__init__()
         self.global_pool = global_pool
         self.conv_stem = _conv(3, plan.stem_channels, 3, plan.stem_stride)
         self.bn1 = nn.BatchNorm2d(plan.stem_channels)
+        self.blocks = blocks
         self.conv_head = nn.Conv2d(plan.tail_channels, plan.head_channels, 1)
         self.dropout = nn.Dropout(dropout)
         self.classifier = nn.Linear(plan.head_channels, num_classes)

@@ -6,7 +6,6 @@ Source: Peng et al., "Cream of the Crop", NeurIPS 2020. State-dict keys are the 
 
 import math
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -29,8 +28,7 @@ class Supernet(CreamFrame):
         interval: the operations, in millions, that the search's result should have; kept for the search.
     """
 
-    path: Tensor
-    blocks: Any  # [stage][block][operator]
+    path: Tensor  # of self.blocks, [stage][block][operator]
 
     def __init__(
         self,
@@ -44,11 +42,6 @@ class Supernet(CreamFrame):
         interval: tuple[float, float] = (0.0, math.inf),
     ) -> None:
         frame = space.frame
-        super().__init__(frame, num_classes, dropout=dropout, global_pool=global_pool)
-        self.space = space
-        self.depths = tuple(depths)
-        self.slice_size = slice_size
-        self.interval = interval
         stages: list[list[list[nn.Module]]] = [[[DepthwiseSeparable(frame.stem_channels, frame.base_channels)]]]
         for number, depth in enumerate(depths):
             stages.append(
@@ -58,7 +51,12 @@ class Supernet(CreamFrame):
                 ]
             )
         stages.append([[ConvBnSwish(frame.in_channels, frame.tail_channels)]])
-        self.blocks = nn.ModuleList(nn.ModuleList(nn.ModuleList(choices) for choices in blocks) for blocks in stages)
+        blocks = nn.ModuleList(nn.ModuleList(nn.ModuleList(choices) for choices in blocks) for blocks in stages)
+        super().__init__(frame, num_classes, blocks=blocks, dropout=dropout, global_pool=global_pool)
+        self.space = space
+        self.depths = tuple(depths)
+        self.slice_size = slice_size
+        self.interval = interval
         self.meta_layer = nn.Linear(num_classes * slice_size, 1)
         self.register_buffer("path", torch.zeros(sum(depths) + 2, dtype=torch.int64))
         # beside the buffer, so that a forward pass neither waits for the device nor needs real tensors

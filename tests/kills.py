@@ -8,6 +8,7 @@ import os
 import signal
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 Hook = Callable[[], None]
@@ -98,21 +99,20 @@ def at_group_call(place: str, number: int, signal_number: int) -> Hook:
     return do_at_call(place, number, functools.partial(end_group, signal_number))
 
 
-def signalled_and_starved(number: int, signal_number: int) -> Hook:
-    """At the `number`-th wait for a decoding process a signal comes to all, and then no images come any more."""
-    return functools.partial(_signalled_and_starved, number, signal_number)
+def signalled_and_starved(number: int, signal_number: int, data: Path) -> Hook:
+    """At the `number`-th wait for a decoding process a signal comes to all, and the disk of `data` answers no more."""
+    return functools.partial(_signalled_and_starved, number, signal_number, data)
 
 
-def _signalled_and_starved(number: int, signal_number: int) -> None:
+def _signalled_and_starved(number: int, signal_number: int, data: Path) -> None:
     due = _Countdown(number)
 
     def starve(*_: Any, **__: Any) -> None:
-        workers = multiprocessing.active_children()
-        if workers and due():
+        if multiprocessing.active_children() and due():
+            for path in data.rglob("*.png"):
+                path.unlink()
+                os.mkfifo(path)  # whoever opens it waits
             end_group(signal_number)
-            for worker in workers:
-                assert worker.pid is not None
-                os.kill(worker.pid, signal.SIGSTOP)  # as on a disk that does not answer
 
     _wrap("wait for images", starve)
 

@@ -165,7 +165,7 @@ def test_a_signal_is_obeyed_although_no_images_come(
     (folder_with_a_bad_image / "train" / "a" / "3.png").unlink()
     argv: list[Any] = ["--dataset", "folder", "--data", folder_with_a_bad_image, "--arch", "resnet20", "--workers", 1]
     argv += ["--crop_size", 16, "--epochs", 1, "--batch_size", 1, "--iters_to_accumulate", group, "--no_cuda"]
-    hook = signalled_and_starved(wait, signal.SIGTERM)
+    hook = signalled_and_starved(wait, signal.SIGTERM, folder_with_a_bad_image)
     run = Run([*argv, "--model_dir", tmp_path / "m"], tmp_path / "s", before=hook, own_group=True)
     stopped = run.wait(90)
     assert stopped.code == 0, stopped.stderr

@@ -108,7 +108,9 @@ class Timing:
             other = open_session(replace(session.config, resume=options.large, given=given), world, [], "--large")
             if other.info.num_networks != 1 or other.info.num_classes != info.num_classes:
                 raise UserError(f"--large {options.large}: expected one network for {info.num_classes} classes.")
-            large = Contender("undivided", other.network, evaluate_session(other)[0]["ensemble_acc1"])
+            large = Contender(
+                "undivided", other.network, evaluate_session(other, with_further=False)[0]["ensemble_acc1"]
+            )
         return cls(session, large, devices)
 
     def run(self, accuracy: float) -> list[Latency]:
@@ -124,14 +126,14 @@ class Timing:
         )
 
 
-def evaluate_session(session: Session) -> tuple[dict[str, Any], Tensor]:
+def evaluate_session(session: Session, *, with_further: bool = True) -> tuple[dict[str, Any], Tensor]:
     """Figures on the split that --split names, and the confusion matrix [K, K].
 
     Raises:
         UserError, RunError: as `run_evaluation` and `further_metrics`.
     """
     info = session.info
-    further = further_metrics(session.options.metrics)
+    further = further_metrics(session.options.metrics) if with_further else []
     source = open_test_split(session) if session.world.is_main else None
     distributed.barrier()  # process 0 first, because it may download
     source = source or open_test_split(session)

@@ -83,7 +83,8 @@ class Session:
 
     def loader(self, split: ImageSet, recipe: str) -> EvalLoader:
         """This process's part of a split, cut as the recipe evaluates: large images as `eval_resize` says."""
-        crop_pct = self.config.crop_pct if ROWS[recipe].is_large else 1.0
+        row = ROWS.get(recipe) or ROWS[open_row(self.info.crop_size)]  # a checkpoint may name a row that is not here
+        crop_pct = self.config.crop_pct if row.is_large else 1.0
         options = replace(self.config, crop_size=self.info.crop_size, crop_pct=crop_pct)
         return build_eval_loader(split, options, self.world)
 
@@ -122,7 +123,8 @@ def open_session(config: Config, world: World, gpus: list[int], flag: str = "--r
         source=f"{flag} {path}",
     )
     if config.crop_pct is None and info.archs[0] in backbones:
-        config = replace(config, crop_pct=trained.get("crop_pct", backbones.get(info.archs[0]).crop_pct))
+        stored = trained.get("crop_pct", backbones.get(info.archs[0]).crop_pct)
+        config = replace(config, crop_pct=stored if isinstance(stored, float) else None)
     seed = config.seed if config.seed is not None else trained.get("seed")
     # exact figures unless a precision is asked for
     amp_dtype = config.amp_dtype if "amp_dtype" in given else "fp32"
@@ -160,7 +162,10 @@ def _backbone_names(config: Config, trained: Mapping[str, Any]) -> Callable[[str
     if trained:
         defaults = dataclasses.asdict(kind.Options())
         known = {k: trained[k] for k, v in defaults.items() if k in trained and isinstance(trained[k], type(v))}
-        options = kind.Options(**known)
+        try:
+            options = kind.Options(**known)
+        except UserError:  # values of training, trained with wider ranges: of no concern to an evaluation
+            options = kind.Options()
     return lambda arch: kind.backbone_names(arch, options)
 
 
@@ -168,11 +173,9 @@ def _place(network: SplitNet, config: Config, precision: Precision, device: torc
     network.to(device, precision.weights)
     lay_out(network, precision.memory_format)
     asked = [
-        name
-        for name in ("execution", "is_test_with_multistreams", "is_test_on_multigpus")
-        if config.given.get(name) and (name != "execution" or config.execution != "parallel")
+        name for name in ("execution", "is_test_with_multistreams", "is_test_on_multigpus") if config.given.get(name)
     ]
-    if len(asked) > 1:
+    if len(asked) > 1 and (config.execution, asked) != ("parallel", ["execution", "is_test_with_multistreams"]):
         raise UserError(f"--{asked[0]} and --{asked[1]} are two ways of running the networks: give one of them.")
     for flag in ("is_test_on_multigpus", "is_test_with_multistreams"):
         if getattr(config, flag) and device.type != "cuda":

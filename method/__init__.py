@@ -46,7 +46,7 @@ class StepOutput(NamedTuple):
     """What a method's forward returns.
 
     loss: scalar to minimise, a mean over the batch, not yet divided by --iters_to_accumulate.
-    metrics: detached scalar tensors by name; the names become TensorBoard tags.
+    metrics: detached scalar tensors by name, `loss_ce` among them; the names become TensorBoard tags.
     logits_SBK: detached logits of the S networks, for the training accuracy and for naming a network gone non-finite.
     """
 

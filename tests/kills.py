@@ -3,10 +3,12 @@
 import functools
 import importlib
 import io
+import multiprocessing
 import os
 import signal
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 Hook = Callable[[], None]
@@ -97,6 +99,24 @@ def at_group_call(place: str, number: int, signal_number: int) -> Hook:
     return do_at_call(place, number, functools.partial(end_group, signal_number))
 
 
+def signalled_and_starved(number: int, signal_number: int, data: Path) -> Hook:
+    """At the `number`-th wait for a decoding process a signal comes to all, and the disk of `data` answers no more."""
+    return functools.partial(_signalled_and_starved, number, signal_number, data)
+
+
+def _signalled_and_starved(number: int, signal_number: int, data: Path) -> None:
+    due = _Countdown(number)
+
+    def starve(*_: Any, **__: Any) -> None:
+        if multiprocessing.active_children() and due():
+            for path in data.rglob("*.png"):
+                path.unlink()
+                os.mkfifo(path)  # whoever opens it waits
+            end_group(signal_number)
+
+    _wrap("wait for images", starve)
+
+
 def within_line(name: str, number: int) -> Hook:
     """When half of the `number`-th line of a log is written."""
     return functools.partial(_within_line, name, number)
@@ -167,21 +187,23 @@ def no_space_from_call(number: int) -> None:
     os.fsync = full  # type: ignore[assignment]
 
 
-def slow_from_call(place: str, number: int, seconds: float) -> Hook:
-    """From the `number`-th call of a function of PLACES on, each one begins so many seconds later."""
-    return functools.partial(_slow_from_call, place, number, seconds)
-
-
-def _slow_from_call(place: str, number: int, seconds: float) -> None:
-    due = _Countdown(number)
-    _wrap(place, lambda *_, **__: time.sleep(seconds) if due() or due.left < 0 else None)
-
-
 def small_files_only(room: int) -> None:
     """Let no file that a run writes below its folder grow beyond so many bytes."""
     import resource
 
     resource.setrlimit(resource.RLIMIT_FSIZE, (room, room))
+
+
+def fail() -> None:
+    """Fail as a run does that cannot go on."""
+    from utils.errors import RunError
+
+    raise RunError("a bad image")
+
+
+def get_stuck() -> None:
+    """As in an exchange over NCCL that never ends."""
+    time.sleep(300)
 
 
 def gpu_out_of_memory() -> None:

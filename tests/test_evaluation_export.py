@@ -75,14 +75,22 @@ def images(batch: int, size: int = SIZE) -> Tensor:
     return torch.randn(batch, 3, size, size, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
 
 
-def test_every_family_has_a_member():
-    assert {family.partition(",")[0] for family in MEMBERS} == {entry.family for _, entry in backbones.items()}
+FAMILIES = sorted({entry.family for _, entry in backbones.items()} | MEMBERS.keys())
 
 
-@pytest.mark.parametrize("family", MEMBERS)
+def member_of(family: str) -> nn.Module:
+    """The one above, or the first registered name of a family that is not there."""
+    if family in MEMBERS:
+        return MEMBERS[family]()
+    name, entry = next((name, entry) for name, entry in backbones.items() if entry.family == family)
+    shape, splits = next(iter(entry.split_factors.items()))
+    return member(name, splits[-1], shape)()
+
+
+@pytest.mark.parametrize("family", FAMILIES)
 def test_family_exports_with_any_batch(family):
     torch.manual_seed(0)
-    network = SplitNet([scrambled(MEMBERS[family]())])
+    network = SplitNet([scrambled(member_of(family))])
     program = export_ensemble(network, "mean_softmax", (3, SIZE, SIZE)).module()
     with torch.inference_mode():
         for batch in (1, 3):

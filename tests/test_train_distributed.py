@@ -3,6 +3,7 @@
 import functools
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -12,9 +13,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 
 from record import checkpoint as ckpt
-from tests.kills import Hook, at_call, no_space_from_call
+from tests.kills import Hook, at_call, do_at_call, fail, get_stuck, no_space_from_call
 from tests.runs import ROOT, TINY, Finished, Run, same_ending, without_times
 from utils.launch import free_port
 
@@ -156,9 +158,69 @@ def test_one_process_that_stops_with_an_error_stops_the_others(tmp_path: Path) -
     results = [run.wait(60) for run in runs]
     assert [result.code for result in results] == [1, 1]
     assert "No space left on device" in results[0].stderr
-    assert re.search(r"process 0 (stopped|died); process 1 stops", results[1].stderr), results[1].stderr
+    assert re.search(r"process 0 (failed|died); process 1 stops", results[1].stderr), results[1].stderr
     for result in results:
         assert "Traceback" not in result.stderr
+
+
+def test_one_that_fails_ends_another_that_hears_of_no_exchange(tmp_path: Path) -> None:
+    argv = [*TINY, *SYNCED, "--epochs", 50, "--model_dir", tmp_path / "m"]
+    for failing in (0, 1):
+        hooks = {
+            failing: do_at_call("training step", 3, fail),
+            1 - failing: do_at_call("training step", 3, get_stuck),  # over NCCL the GPU waits, and nothing is raised
+        }
+        runs = start_together(argv, tmp_path / f"s{failing}", 2, before=hooks)
+        assert runs[failing].wait(100).code == 1
+        failed = time.monotonic()
+        other = runs[1 - failing].wait(30)
+        assert time.monotonic() - failed < 10
+        assert other.code == 1
+        assert f"process {failing} failed; stopping. Go on with --resume auto." in other.stderr
+        shutil.rmtree(tmp_path / "m")
+
+
+def test_the_published_launcher_hands_a_signal_on_and_waits_for_the_checkpoint(tmp_path: Path) -> None:
+    argv = [*TINY, *SYNCED, "--epochs", 50, "--model_dir", tmp_path / "m", "--resume", "auto"]
+    argv += ["--multiprocessing_distributed", "--nproc_per_node", 2]
+    for number, code, to_all in ((signal.SIGTERM, 0, False), (signal.SIGINT, 130, True)):
+        run = Run(argv, tmp_path / f"s{number}", own_group=True)
+        wait_for_steps([run])
+        (run.signal_group if to_all else run.signal)(number)
+        signalled = time.monotonic()
+        stopped = run.wait(60)
+        assert time.monotonic() - signalled < 30
+        assert stopped.code == code, stopped.stderr
+        assert "a checkpoint was saved" in stopped.stderr
+        assert "Traceback" not in stopped.stderr
+        assert ckpt.list_checkpoints(tmp_path / "m")
+
+
+def test_torchrun_stops_with_a_checkpoint(tmp_path: Path) -> None:
+    data = tmp_path / "data"
+    for i in range(24):
+        for part in ("train/a", "train/b", "val/a", "val/b"):
+            (data / part).mkdir(parents=True, exist_ok=True)
+            Image.linear_gradient("L").convert("RGB").resize((70, 70)).save(data / part / f"{i}.png")
+    argv = [*TINY, *SYNCED, "--epochs", 50, "--model_dir", tmp_path / "m", "--dataset", "folder", "--data", data]
+    argv += ["--workers", 1, "--crop_size", 16, "--batch_size", 8, "--iters_to_accumulate", 2]
+    command = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", 2, "train_split.py", *argv]
+    with (tmp_path / "err").open("w") as err:
+        agent = subprocess.Popen(
+            [sys.executable, *map(str, command)], cwd=ROOT, stdout=err, stderr=err, start_new_session=True
+        )
+        try:
+            while (tmp_path / "err").read_text().count("images/s") < 2:
+                time.sleep(0.05)
+                assert agent.poll() is None, (tmp_path / "err").read_text()
+            os.killpg(agent.pid, signal.SIGINT)
+            agent.wait(60)
+        finally:
+            agent.kill()
+    text = (tmp_path / "err").read_text()
+    assert text.count("train_split.py: stopped; a checkpoint was saved. Go on with --resume auto.") == 2, text
+    assert "decoding process" not in text
+    assert ckpt.list_checkpoints(tmp_path / "m")
 
 
 def wait_for_steps(runs: list[Run]) -> None:

@@ -3,6 +3,8 @@
 import functools
 import json
 import signal
+import subprocess
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -12,8 +14,18 @@ import pytest
 from PIL import Image
 
 from record import checkpoint as ckpt
-from tests.kills import no_space_from_call, small_files_only
-from tests.runs import TINY, Run, train, without_times
+from tests.kills import (
+    at_call,
+    at_group_call,
+    both,
+    cpu_out_of_memory,
+    do_at_call,
+    gpu_out_of_memory,
+    no_space_from_call,
+    signalled_and_starved,
+    small_files_only,
+)
+from tests.runs import ROOT, TINY, Run, train, without_times
 
 
 @pytest.mark.slow
@@ -134,3 +146,115 @@ def is_running(number: int) -> bool:
         return Path(f"/proc/{number}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
     except OSError:
         return False
+
+
+def test_a_signal_on_a_full_disk_does_not_claim_a_checkpoint(tmp_path: Path) -> None:
+    argv = [*TINY, "--epochs", 2, "--seed", 1, "--model_dir", tmp_path / "m"]
+    full, signalled = functools.partial(no_space_from_call, 3), at_call("training step", 16, signal.SIGTERM)
+    run = train(argv, tmp_path, before=both(full, signalled))
+    assert run.code == 1
+    last = run.stderr.strip().splitlines()[-1]
+    assert last.startswith(
+        "train_split.py: stopped, but checkpoint_1_16.pth.tar could not be written: checkpoint_1.pth.tar"
+    )
+    assert "Traceback" not in run.stderr
+
+
+@pytest.mark.parametrize(("group", "wait", "said"), [(1, 1, "a checkpoint was saved"), (16, 2, "no images came")])
+def test_a_signal_is_obeyed_although_no_images_come(
+    folder_with_a_bad_image: Path, group: int, wait: int, said: str, tmp_path: Path
+) -> None:
+    (folder_with_a_bad_image / "train" / "a" / "3.png").unlink()
+    argv: list[Any] = ["--dataset", "folder", "--data", folder_with_a_bad_image, "--arch", "resnet20", "--workers", 1]
+    argv += ["--crop_size", 16, "--epochs", 1, "--batch_size", 1, "--iters_to_accumulate", group, "--no_cuda"]
+    hook = signalled_and_starved(wait, signal.SIGTERM, folder_with_a_bad_image)
+    run = Run([*argv, "--model_dir", tmp_path / "m"], tmp_path / "s", before=hook, own_group=True)
+    stopped = run.wait(90)
+    assert stopped.code == 0, stopped.stderr
+    assert said in stopped.stderr.strip().splitlines()[-1]
+    assert bool(ckpt.list_checkpoints(tmp_path / "m")) == (group == 1)
+    assert "Traceback" not in stopped.stderr
+
+
+@pytest.mark.parametrize("action", [gpu_out_of_memory, cpu_out_of_memory])
+def test_memory_that_does_not_suffice_is_one_line(action: Any, tmp_path: Path) -> None:
+    argv = [*TINY, "--epochs", 2, "--seed", 1, "--model_dir", tmp_path / "m"]
+    run = train(argv, tmp_path, before=do_at_call("training step", 16, action))
+    assert run.code == 1
+    last = run.stderr.strip().splitlines()[-1]
+    assert last.startswith("train_split.py: out of memory")
+    for words in ("GiB more did not fit", "--batch_size", "--iters_to_accumulate", "--execution loop"):
+        assert words in last
+    assert "Traceback" not in run.stderr
+    assert [path.name for path in ckpt.list_checkpoints(tmp_path / "m")] == ["checkpoint_1.pth.tar"]
+
+    best = ["--resume", tmp_path / "m" / "model_best.pth.tar", "--no_cuda"]
+    for more in ([], ["--predict", image_folder(tmp_path)]):
+        hook = do_at_call("networks", 1, action)
+        tested = Run([*best, *more], tmp_path / "eval", module="eval", before=hook).wait()
+        assert tested.code == 1
+        last = tested.stderr.strip().splitlines()[-1]
+        assert last.startswith("eval.py: out of memory")
+        assert "--eval_batch_size" in last
+        assert "Traceback" not in tested.stderr
+
+
+def image_folder(folder: Path) -> Path:
+    (folder / "photos").mkdir(exist_ok=True)
+    for i in range(3):
+        Image.linear_gradient("L").convert("RGB").resize((70, 70)).save(folder / "photos" / f"{i}.png")
+    return folder / "photos"
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_an_evaluation_that_is_signalled_ends_in_one_line(
+    number: int, folder_with_a_bad_image: Path, tmp_path: Path
+) -> None:
+    data: list[Any] = ["--dataset", "folder", "--data", folder_with_a_bad_image, "--workers", 1, "--no_cuda"]
+    argv = [*data, "--arch", "resnet20", "--crop_size", 16, "--max_steps", 1, "--batch_size", 4]
+    trained = train([*argv, "--on_bad_image", "skip", "--model_dir", tmp_path / "m"], tmp_path)
+    assert trained.code == 0, trained.stderr
+    best = ["--resume", tmp_path / "m" / "model_best.pth.tar", *data]
+    for more in ([], ["--predict", image_folder(tmp_path)]):
+        hook = at_group_call("networks", 1, number)
+        run = Run([*best, *more], tmp_path / "eval", module="eval", before=hook, own_group=True)
+        tested = run.wait(60)
+        assert tested.code == 128 + number, tested.stderr
+        last = tested.stderr.strip().splitlines()[-1]
+        assert last == f"eval.py: interrupted by {signal.Signals(number).name}; no results were written."
+        assert "Traceback" not in tested.stderr
+        assert not (tmp_path / "m" / "eval" / "results.json").exists()
+
+
+def test_a_signal_before_training_is_one_line(tmp_path: Path) -> None:
+    argv = [*TINY, "--epochs", 2, "--model_dir", tmp_path / "m"]
+    for number, code in ((signal.SIGINT, 130), (signal.SIGTERM, 0)):
+        run = train(argv, tmp_path, before=at_group_call("networks", 1, number), own_group=True)
+        assert run.code == code
+        last = run.stderr.strip().splitlines()[-1]
+        assert last == "train_split.py: stopped; training was not under way. Go on with --resume auto."
+        assert "Traceback" not in run.stderr
+
+
+def test_a_small_shared_memory_is_one_line_at_once(folder_with_a_bad_image: Path, tmp_path: Path) -> None:
+    mount = "mount -t tmpfs -o size=128k tmpfs /dev/shm"
+    if subprocess.run(["unshare", "-m", "sh", "-c", mount], capture_output=True).returncode:
+        pytest.skip("mounts are not allowed here")
+    argv: list[Any] = ["--dataset", "folder", "--data", folder_with_a_bad_image, "--arch", "resnet20", "--workers", 2]
+    argv += [
+        "--crop_size",
+        64,
+        "--batch_size",
+        15,
+        "--on_bad_image",
+        "skip",
+        "--no_cuda",
+        "--model_dir",
+        tmp_path / "m",
+    ]
+    command = ["unshare", "-m", "sh", "-c", f'{mount}; exec "$@"', "sh", sys.executable, "train_split.py", *argv]
+    run = subprocess.run(list(map(str, command)), cwd=ROOT, capture_output=True, text=True, timeout=100)
+    assert run.returncode == 1, run.stderr
+    last = run.stderr.strip().splitlines()[-1]
+    assert "--workers or a larger /dev/shm" in last
+    assert "Traceback" not in run.stderr

@@ -19,7 +19,8 @@ from record.checkpoint import FORMAT_VERSION, Checkpoint
 from record.report import Reporter, RunClock
 from training.guard import NonfiniteGuard
 from training.meters import MeanMeter
-from training.optim import WeightAverage, in_order
+from training.optim import WeightAverage, in_order, parameter_groups
+from training.options import OptimizerOptions
 from training.resume import Pace, Position, changed_flags, check_classes, position_now
 from utils import distributed
 from utils.errors import UserError, reason
@@ -168,14 +169,26 @@ class RunState:
         names = {id(parameter): name for name, parameter in self.method.named_parameters()}
         return [[names[id(parameter)] for parameter in group["params"]] for group in self.optimizer.param_groups]
 
+    def _groups_of(self, config: Mapping[str, Any]) -> list[list[str]]:
+        """Names of the parameters by group, as the flags of a checkpoint sort them."""
+        names = {id(parameter): name for name, parameter in self.method.named_parameters()}
+        known = {name: config[name] for name in ("no_decay", "is_wd_all") if name in config}
+        trained = self.method.trained_parameters()
+        groups = parameter_groups(self.method, trained, OptimizerOptions(**known), new_heads=self.new_heads)
+        return [[names[id(parameter)] for parameter in group["params"]] for group in groups]
+
     def _restore_optimizer(self, state: Checkpoint) -> None:
         """The state of each parameter from before, under the settings of now (weight decay, momentum, groups)."""
         own, names = self.optimizer.state_dict(), [name for group in self._optimised() for name in group]
         if "parameters" in state:
             names_before, before = state["parameters"], state["optimizer"]["state"]
-        else:  # it stands in the order that the tensors of the checkpoint have
+        else:  # it stands in the order that the tensors of the checkpoint have, in the groups of its flags
+            groups = self._groups_of(state["config"])
+            if list(map(len, groups)) != [len(group["params"]) for group in state["optimizer"]["param_groups"]]:
+                raise ValueError("the optimiser has other groups of parameters")
             then = [*(f"network.{key}" for key in plain_keys(state["state_dict"])), *state["method"]]
-            names_before, before = names, in_order(state["optimizer"], self._optimised(), then)["state"]
+            names_before = [name for group in groups for name in group]
+            before = in_order(state["optimizer"], groups, then)["state"]
         if sorted(names_before) != sorted(names):
             lost = sorted(set(names_before) ^ set(names))
             raise ValueError(f"the optimiser has other parameters, such as {lost[0]}")

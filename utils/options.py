@@ -67,12 +67,20 @@ class Range:
         )
 
     def _holds_one(self, value: float) -> bool:
-        return math.isfinite(value) and not (
+        return is_finite(value) and not (
             (self.least is not None and value < self.least)
             or (self.most is not None and value > self.most)
             or (self.above is not None and value <= self.above)
             or (self.below is not None and value >= self.below)
         )
+
+
+def is_finite(value: float) -> bool:
+    """Whether a float can hold the number."""
+    try:
+        return math.isfinite(value)
+    except OverflowError:  # a whole number of hundreds of digits
+        return False
 
 
 _NUMBER_WORDS = {2: "two", 3: "three"}
@@ -240,8 +248,10 @@ class Flag:
             near = nearest_name(str(value), map(str, self.choices))
             raise UserError(f"{where}: {value!r} is not one of {', '.join(map(str, self.choices))}.{near}")
         if self.range and not self.range.holds(value):
-            shown = " ".join(map(str, value)) if isinstance(value, tuple | list) else value
-            raise UserError(f"{where} must be {self.range}, got {shown}.")
+            values = value if isinstance(value, tuple | list) else (value,)
+            shown = " ".join(map(str, values))[:60] or "none"
+            endless = "" if all(map(is_finite, values)) else ", which is not finite"
+            raise UserError(f"{where} must be {self.range}, got {shown}{endless}.")
 
     def expected(self) -> str:
         """What kind of value the flag takes, in words."""

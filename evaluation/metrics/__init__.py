@@ -64,7 +64,7 @@ class Scored:
     @cached_property
     def label_log_probs_RB(self) -> Tensor:
         """Log-probability of the labelled class."""
-        return self.log_probs_RBK.gather(-1, self.labels_B.expand(self.ranks_RB.shape).unsqueeze(-1)).squeeze(-1)
+        return self.log_probs_RBK.gather(-1, self.labels_B.expand(self.scores_RBK.shape[:2]).unsqueeze(-1)).squeeze(-1)
 
 
 @dataclass(frozen=True)
@@ -108,7 +108,7 @@ class Metric(ABC):
         title: heading of its column in a table.
         digits: behind the decimal point, in a table.
         place: tables and files order metrics by this number, then by name.
-        also: an older name under which metrics.jsonl has the figure too.
+        also: of a figure of all networks, an older name under which metrics.jsonl has it too.
     """
 
     of_rows: ClassVar[bool] = True

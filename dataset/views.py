@@ -28,8 +28,22 @@ from utils.seed import STREAM_VIEW, counter_uniform, fold_in
 HAS_TRITON = importlib.util.find_spec("triton") is not None
 # Fields of ViewSpec that the Triton kernel obeys; views with another one set are made without it.
 KERNEL_KNOWS = frozenset(
-    ("crop_size", "padding", "padding_mode", "flip", "policy", "color_jitter", "erase_p", "erase_area", "erase_ratio")
-    + ("erase_mode", "mean", "std", "fill", "random_resized_crop")
+    [
+        "crop_size",
+        "padding",
+        "padding_mode",
+        "flip",
+        "policy",
+        "color_jitter",
+        "erase_p",
+        "erase_area",
+        "erase_ratio",
+        "erase_mode",
+        "mean",
+        "std",
+        "fill",
+        "random_resized_crop",
+    ]
 )
 # Pixels worked on at a time: on CPUs what the caches hold, on GPUs what keeps memory in bounds.
 CHUNK_PIXELS = MappingProxyType({"cpu": 1 << 20, "cuda": 1 << 23})

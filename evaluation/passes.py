@@ -82,9 +82,8 @@ def evaluate(
             logits_SBK = network(images)
             counts.update(logits_SBK, batch.labels_B)
             if keep_logits:
-                kept_logits.append(
-                    logits_SBK.transpose(0, 1).to("cpu", torch.promote_types(logits_SBK.dtype, torch.float32))
-                )
+                exact = torch.promote_types(logits_SBK.dtype, torch.float32)
+                kept_logits.append(logits_SBK.transpose(0, 1).to("cpu", exact))
                 kept_labels.append(batch.labels_B.cpu())
             for name, logits_BK in (extra(images) if extra is not None else {}).items():
                 hits = (logits_BK.argmax(dim=-1) == batch.labels_B).sum()

@@ -108,9 +108,8 @@ class Timing:
             other = open_session(replace(session.config, resume=options.large, given=given), world, [], "--large")
             if other.info.num_networks != 1 or other.info.num_classes != info.num_classes:
                 raise UserError(f"--large {options.large}: expected one network for {info.num_classes} classes.")
-            large = Contender(
-                "undivided", other.network, evaluate_session(other, with_further=False)[0]["ensemble_acc1"]
-            )
+            accuracy = evaluate_session(other, with_further=False)[0]["ensemble_acc1"]
+            large = Contender("undivided", other.network, accuracy)
         return cls(session, large, devices)
 
     def run(self, accuracy: float) -> list[Latency]:

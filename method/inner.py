@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 @torch.no_grad()
 def finite_sgd_step(optimizer: torch.optim.SGD, judged: Tensor) -> None:
-    """`training.optim.guarded_step` for a small SGD with momentum that is not from `build_optimizer`: what changed is put back.
+    """A step of a small SGD with momentum that a judged number can take back (as `training.optim.guarded_step` does).
 
     Args:
         judged: scalar; the step counts where it is finite.

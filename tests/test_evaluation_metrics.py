@@ -59,12 +59,12 @@ class Spread(LogitsMetric):
 
 
 @pytest.fixture
-def macro_f1_of_a_test() -> Iterator[None]:
+def test_f1() -> Iterator[None]:
     """Two more registered metrics, gone again afterwards."""
-    metrics.add("macro_f1_of_a_test", MacroF1())
+    metrics.add("test_f1", MacroF1())
     metrics.add("largest", Spread())
     yield
-    for name in ("macro_f1_of_a_test", "largest"):
+    for name in ("test_f1", "largest"):
         del metrics._items[name]
 
 
@@ -132,7 +132,7 @@ def test_area_under_the_curve_of_nothing_and_of_nan() -> None:
 
 
 def test_a_new_metric_appears_everywhere_without_an_edit(
-    tmp_path: Path, macro_f1_of_a_test: None, capsys: pytest.CaptureFixture[str], logging_restored: None
+    tmp_path: Path, test_f1: None, capsys: pytest.CaptureFixture[str], logging_restored: None
 ) -> None:
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -141,18 +141,14 @@ def test_a_new_metric_appears_everywhere_without_an_edit(
     argv += ["--amp_dtype", "fp32", "--seed", "1", "--model_dir", str(run), "--epochs", "1", "--max_steps", "2"]
     assert train_split.main(argv) == 0
     (line,) = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines() if '"eval"' in line]
-    assert 0 < line["test"]["ensemble_macro_f1_of_a_test"] < 1
-    assert len(line["test"]["macro_f1_of_a_test"]) == 2
+    assert 0 < line["test"]["ensemble_test_f1"] < 1
+    assert len(line["test"]["test_f1"]) == 2
     with (run / "summary.csv").open(newline="") as file:
         (row,) = csv.DictReader(file)
-    assert float(row["ensemble_macro_f1_of_a_test"]) == pytest.approx(
-        line["test"]["ensemble_macro_f1_of_a_test"], rel=1e-5
-    )
+    assert float(row["ensemble_test_f1"]) == pytest.approx(line["test"]["ensemble_test_f1"], rel=1e-5)
     events = EventAccumulator(str(run / "val"))
     events.Reload()
-    assert events.Scalars("ensemble_macro_f1_of_a_test")[0].value == pytest.approx(
-        line["test"]["ensemble_macro_f1_of_a_test"]
-    )
+    assert events.Scalars("ensemble_test_f1")[0].value == pytest.approx(line["test"]["ensemble_test_f1"])
     capsys.readouterr()
 
     argv = ["--resume", str(run / "model_best.pth.tar"), "--no_cuda", "--metrics", "aurc,largest"]
@@ -162,10 +158,8 @@ def test_a_new_metric_appears_everywhere_without_an_edit(
     assert "AURC |" in table.splitlines()[0]
     assert "largest logit" in table
     results = json.loads((run / "eval" / "results.json").read_text())
-    assert results["ensemble_macro_f1_of_a_test"] == pytest.approx(
-        line["test"]["ensemble_macro_f1_of_a_test"], rel=1e-6
-    )
-    assert results["networks"][1].keys() >= {"macro_f1_of_a_test", "aurc"}
+    assert results["ensemble_test_f1"] == pytest.approx(line["test"]["ensemble_test_f1"], rel=1e-6)
+    assert results["networks"][1].keys() >= {"test_f1", "aurc"}
     assert results["largest"] > 0
     with (run / "eval" / "table.csv").open(newline="") as file:
         rows = list(csv.DictReader(file))

@@ -51,8 +51,8 @@ def forward_backward(
 
 
 class TrainingStep:
-    """What a run does with each batch. Nothing in it waits for the device, but for counts of images that other processes
-    may have lost (--on_bad_image skip) and methods that decide on the host.
+    """What a run does with each batch. Nothing in it waits for the device, but for what other processes have lost
+    (--on_bad_image skip) and for methods that decide on the host.
 
     Everything random in a step is a function of the seed, its number and the process, so a resumed run needs no state
     of random generators.

@@ -234,7 +234,7 @@ def test_crops_of_any_shape_are_torchvisions(interpolation, size, width, height)
 @pytest.mark.parametrize("world_size", [1, 3])
 def test_how_a_view_is_resized_depends_on_neither_workers_nor_processes(files, workers, world_size):
     def views(rank, world_size, workers):
-        crop = replace(CROP, interpolation="random")
+        crop = dataclasses.replace(CROP, interpolation="random")
         loader = train_loader(files, crop=crop, num_views=2, rank=rank, world_size=world_size, workers=workers)
         return [batch.images for batch in loader.epoch(1)]
 

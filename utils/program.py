@@ -8,7 +8,7 @@ from typing import Any
 
 from utils.errors import RunError, Stopped, UserError
 from utils.plain_json import plain_json
-from utils.text import fit_streams, one_line
+from utils.text import fit_streams
 
 INTERRUPTED = 130
 
@@ -34,7 +34,7 @@ def run_program(name: str, work: Callable[[list[str]], Mapping[str, Any] | None]
     try:
         results = work(sys.argv[1:] if argv is None else argv)
     except (UserError, RunError, Stopped) as error:
-        sys.stderr.write(f"{name}: {one_line(str(error))}\n")
+        sys.stderr.write(f"{name}: {error}\n")
         return error.exit_code
     except KeyboardInterrupt:
         return INTERRUPTED

@@ -37,7 +37,7 @@ from utils.command_line import (
 from utils.errors import UserError
 from utils.options import OF_CALL, SAME, TAKES, Flag, Options, flags_of, option
 from utils.registry import nearest_name
-from utils.text import fit_streams, one_line
+from utils.text import fit_streams
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -532,7 +532,7 @@ def main() -> None:
         if config.dataset in ROWS:
             config = resolve_config(config, data_recipe=config.dataset)
     except UserError as error:
-        print(f"parser_params.py: {one_line(str(error))}", file=sys.stderr)
+        print(f"parser_params.py: {error}", file=sys.stderr)
         raise SystemExit(2) from None
     for name, item in config.described().items():
         print(f"{name} = {item['value']} ({item['origin']})")

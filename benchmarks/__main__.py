@@ -13,7 +13,7 @@ from benchmarks.report import Clock, describe, markdown, write
 from record.checkpoint import write_file
 from utils.command_line import OneLineParser, at_least
 from utils.errors import RunError, UserError, reason
-from utils.text import fit_streams, one_line
+from utils.text import fit_streams
 
 SUBJECTS = {
     "ceilings": "what the device can do at most: products, copies, launches",
@@ -68,7 +68,7 @@ def main(argv: list[str] | None = None, *, clock: Clock = time.perf_counter) -> 
             write(options.json, rows, device=device, command=command)
             write_file(options.json.with_suffix(".md"), text + "\n")
     except (UserError, RunError) as error:
-        print(f"benchmarks: {one_line(str(error))}", file=sys.stderr)
+        print(f"benchmarks: {error}", file=sys.stderr)
         return error.exit_code
     except OSError as error:
         print(f"benchmarks: --json {options.json}: cannot be written: {reason(error)}.", file=sys.stderr)

@@ -28,7 +28,7 @@ from utils.command_line import OneLineParser
 from utils.errors import RunError, UserError
 from utils.launch import join
 from utils.seed import STREAM_METHOD, fold_in
-from utils.text import fit_streams, one_line
+from utils.text import fit_streams
 
 ROOT = Path(__file__).resolve().parent.parent
 TRIES = 20_000  # draws before a search space is said to hold too few paths
@@ -175,7 +175,7 @@ def main(argv: list[str] | None = None) -> int:
     try:
         result = compare(options, arguments[len(own) + 1 :])
     except (UserError, RunError) as error:
-        print(f"cream_rank: {one_line(str(error))}", file=sys.stderr)
+        print(f"cream_rank: {error}", file=sys.stderr)
         return error.exit_code
     print(table(result["paths"], result["tau"]), end="")
     return 0

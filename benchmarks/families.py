@@ -24,7 +24,7 @@ from record.plots import COLOURS
 from record.run_folder import read_results
 from utils.command_line import OneLineParser
 from utils.errors import RunError, UserError
-from utils.text import fit_streams, one_line
+from utils.text import fit_streams
 
 ROOT = Path(__file__).resolve().parent.parent
 INTERVALS = 10  # progress lines of a run
@@ -235,7 +235,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             write_file(runs / "families.md", f"# One short run per family\n\n{facts}\n\n{report(outcomes)}\n")
             plot_losses(outcomes, runs / "families.png")
     except (UserError, RunError) as error:
-        print(f"benchmarks.families: {one_line(str(error))}", file=sys.stderr)
+        print(f"benchmarks.families: {error}", file=sys.stderr)
         return error.exit_code
     print(report(outcomes))
     return 0 if all(outcome.losses[-1] < outcome.losses[0] for outcome in outcomes.values()) else 1

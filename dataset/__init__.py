@@ -147,7 +147,7 @@ class SourceRequest:
         splits: which splits are needed ("train", "test"); a missing one that is not needed is no error.
         split: what an evaluation takes for the test split: "val" or "test"; None: test where there is one, else val.
         classes: of a checkpoint that is evaluated; a folder may lack some of them.
-        recipe: name of the row that the images of this checkpoint take; None: as their sizes say.
+        recipe: which of `recipe.datasets.OPEN_ROWS` the images of this checkpoint took; None: as their sizes say.
         on_bad_image: "fail" or "skip".
         workers: processes for decoding many files while opening; 0 decodes in this one.
         download: whether missing archives may be fetched.

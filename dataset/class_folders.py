@@ -131,7 +131,7 @@ def list_images(folder: Path, classes: Sequence[str], split: str = "train") -> I
     if empty:
         logger.warning(
             "%s has no image of %d of the %d classes, such as %s: evaluated on the others.",
-            folder,
+            escaped(folder),
             len(empty),
             len(classes),
             classes[empty[0]],

@@ -21,7 +21,7 @@ from method import methods
 from model import SplitNet, backbones, split_list
 from model.restore import NetworkInfo, restore_splitnet
 from parser_params import Config
-from recipe.datasets import ROWS, open_row
+from recipe.datasets import OPEN_ROWS, ROWS, open_row
 from record import checkpoint as ckpt
 from record.run_folder import HPARAMS
 from utils import launch
@@ -223,7 +223,7 @@ def open_test_split(session: Session, *, download: bool = True) -> DataSource:
             splits=("test",),
             split=session.options.split,
             classes=info.classes,
-            recipe=info.data_recipe if info.data_recipe in ROWS else None,
+            recipe=info.data_recipe if info.data_recipe in OPEN_ROWS else None,
             on_bad_image=config.on_bad_image,
             workers=config.workers,
             download=download,

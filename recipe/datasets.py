@@ -158,9 +158,12 @@ ROWS: Mapping[str, DatasetRow] = MappingProxyType(
 )
 
 
+OPEN_ROWS = ("cifar10", "imagenet")  # that images of a user's own borrow: small, large
+
+
 def open_row(side: int) -> str:
     """Name of the row that images of a user's own borrow, by their side in pixels."""
-    return "cifar10" if side <= SMALL_SIDE else "imagenet"
+    return OPEN_ROWS[side > SMALL_SIDE]
 
 
 def row_for(dataset: str, side: int) -> str:

@@ -11,8 +11,6 @@ from typing import Any
 
 from torch import Tensor
 
-from utils.text import fit_streams, one_line
-
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # started as a file, Python looks in script/ only
 
 from dataset import sources
@@ -21,6 +19,7 @@ from record import safe_tensors
 from record.checkpoint import FORMAT_VERSION, load_checkpoint, save_checkpoint, write_file
 from utils.command_line import OneLineParser
 from utils.errors import RunError, UserError, reason
+from utils.text import fit_streams
 
 # of a checkpoint of ours: what says which networks these are, and what they were trained on
 KEPT = ("epoch", "arch", "widths", "best_acc1", "config", "classes", "mean", "std", "crop_size", "data_recipe")
@@ -87,7 +86,7 @@ def main(argv: list[str] | None = None) -> int:
             given.source, given.target, arch=given.arch, split_factor=given.split_factor, dataset=given.dataset
         )
     except (UserError, RunError) as error:
-        print(f"convert_checkpoint.py: {one_line(str(error))}", file=sys.stderr)
+        print(f"convert_checkpoint.py: {error}", file=sys.stderr)
         return error.exit_code
     average = " and their moving average" if "ema" in written else ""
     print(f"{given.target}: {written['arch']}, {len(written['state_dict'])} tensors{average}")

@@ -6,7 +6,7 @@ from model import LARGE, BackboneRequest, backbones
 from model.division.plan import DIVIDE_BY, division_plan
 from utils.command_line import OneLineParser
 from utils.errors import UserError
-from utils.text import fit_streams, one_line
+from utils.text import fit_streams
 
 ARCHS = (
     *(f"torchvision/{name}" for name in ("resnet18", "resnet50", "resnext50_32x4d", "wide_resnet50_2")),
@@ -60,7 +60,7 @@ def main() -> int:
     try:
         table = rows(given.archs or list(ARCHS), given.split_factors, given.divide_by)
     except UserError as error:
-        print(f"division_table.py: {one_line(str(error))}", file=sys.stderr)
+        print(f"division_table.py: {error}", file=sys.stderr)
         return error.exit_code
     titles = ("arch", "M parameters", "G MACs", "S", "widths of the stages", "parameters", "MACs")
     for line in (titles, ("---", "---:", "---:", "---:", "---", "---:", "---:"), *table):

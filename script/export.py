@@ -17,8 +17,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from utils.text import fit_streams, one_line
-
 # the project's root, where this file is run by its path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
@@ -33,6 +31,7 @@ from utils import launch
 from utils.command_line import OneLineParser
 from utils.errors import RunError, UserError, reason
 from utils.plain_json import plain_json
+from utils.text import fit_streams
 
 BATCH_SIZES = (1, 2, 7)
 TOLERANCE = 1e-3
@@ -166,7 +165,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         results, differences, agrees = export(sys.argv[1:] if argv is None else argv)
     except (UserError, RunError) as error:
-        print(f"export.py: {one_line(str(error))}", file=sys.stderr)
+        print(f"export.py: {error}", file=sys.stderr)
         return error.exit_code
     for one in differences:
         print(f"{one.source}: largest difference {one.absolute:.2e}, {one.relative:.2e} of the largest logit")

@@ -15,7 +15,7 @@ from record.checkpoint import write_file
 from script.published import PUBLISHED, Size
 from utils.command_line import OneLineParser
 from utils.errors import UserError, reason
-from utils.text import fit_streams, one_line
+from utils.text import fit_streams
 
 # the data set that stands for a form of the networks, and its crop
 SHAPES = {SMALL: ("cifar100", 32), LARGE: ("imagenet", 224)}
@@ -174,7 +174,7 @@ def main() -> int:
         else:
             replace_table(arguments.markdown, markdown(rows, archs))
     except UserError as error:
-        print(f"summarise_zoo: {one_line(str(error))}", file=sys.stderr)
+        print(f"summarise_zoo: {error}", file=sys.stderr)
         return error.exit_code
     return 0
 

@@ -1,8 +1,12 @@
 import contextlib
 import io
+import os
 import pickle
 import struct
+import subprocess
+import sys
 import zlib
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -10,6 +14,8 @@ from PIL import Image
 
 from dataset.decode import MAX_PIXELS, BadImage, read_rgb, read_size, resize_crop
 from utils.errors import reason
+
+ROOT = Path(__file__).parent.parent
 
 
 def decode_image(path) -> np.ndarray:
@@ -185,6 +191,11 @@ def huge_png(width, height):
     )
 
 
+def icon_of(picture):
+    """An icon that says 64x64, with a picture of any size inside."""
+    return struct.pack("<HHH", 0, 1, 1) + struct.pack("<BBBBHHII", 64, 64, 0, 0, 1, 32, len(picture), 22) + picture
+
+
 DAMAGED = {
     "empty.jpg": (lambda: b"", "empty"),
     "text.jpg": (lambda: b"this is no image\n" * 50, "not an image"),
@@ -205,6 +216,8 @@ DAMAGED = {
     "negative.tif": (lambda: saved("TIFF", np.full((8, 8), -1, np.int32)), "32-bit"),
     "bomb.png": (lambda: huge_png(30_000, 30_000), "89,478,485 pixels"),
     "large.png": (lambda: huge_png(MAX_PIXELS // 8000 + 1, 8000), "89,478,485 pixels"),
+    "icon.ico": (lambda: icon_of(huge_png(10_000, 10_000)), "89,478,485 pixels"),
+    "flat.bmp": (lambda: struct.pack("<2sIHHIIiiHHIIiiII", b"BM", 54, 0, 0, 54, 40, 0, 9, 1, 24, 0, 0, 1, 1, 0, 0), ""),
     "script.jpg": (lambda: b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n", "not an image"),
 }
 
@@ -265,6 +278,77 @@ def test_resize_crop_is_torchvisions():
             for name in ("bicubic", "bilinear"):
                 yardstick = Compose([Resize(resize, InterpolationMode(name)), CenterCrop(crop)])(image)
                 assert (np.asarray(resize_crop(image, resize, crop, name)) == np.asarray(yardstick)).all()
+
+
+@pytest.mark.parametrize("interpolation", ["bicubic", "bilinear"])
+@pytest.mark.parametrize("size", [(1700, 100), (100, 1700), (5000, 7), (9, 4000), (3000, 1), (1, 700)])
+def test_of_a_long_image_only_what_is_kept_is_resized(size, interpolation, monkeypatch):
+    small = noise(1, max(size[1] // 9, 1), max(size[0] // 9, 1), 3)
+    image = Image.fromarray(small).resize(size, Image.Resampling.BICUBIC)
+    for resize, crop in ((73, 64), (257, 224), (32, 32), (5, 3)):
+        kept = np.asarray(resize_crop(image, resize, crop, interpolation), np.int16)
+        monkeypatch.setattr("dataset.decode.LONGEST", 1 << 30)
+        whole = np.asarray(resize_crop(image, resize, crop, interpolation), np.int16)
+        monkeypatch.undo()
+        assert kept.shape == (crop, crop, 3)
+        assert np.abs(kept - whole).max() <= 2
+
+
+PEAKS = """
+import sys
+from dataset.decode import read_rgb
+from dataset.cut import CentreCut, RandomCrops, Request, ResizedCropSpec
+import numpy as np
+
+def memory(kind):
+    return int(next(line for line in open("/proc/self/status") if line.startswith(kind)).split()[1]) / 1024
+
+request = Request(0, np.zeros(1, np.int64), np.zeros(1, np.int64), 1)
+cuts = [RandomCrops(ResizedCropSpec(size=224), 2, 0), CentreCut(257, 224, "bicubic"), CentreCut(64, 64, "bicubic")]
+for path in sys.argv[1:]:
+    with open("/proc/self/clear_refs", "w") as file:
+        file.write("5")  # the peak is now what is in use
+    before = memory("VmRSS")
+    image = read_rgb(path)
+    for cut in cuts:
+        cut.prepare(request)(image, 0)
+    print(memory("VmHWM") - before)
+    del image
+"""
+
+
+@pytest.mark.skipif(not os.access("/proc/self/clear_refs", os.W_OK), reason="asks Linux for its memory")
+def test_a_small_file_takes_no_more_memory_than_its_pixels_ask_for(tmp_path):
+    """SECURITY.md: 25 bytes a pixel at most, and 13 in the formats whose decoders keep no copies."""
+    turned = Image.Exif()
+    turned[0x0112] = 6
+    side = 3000
+    files = (
+        ("wide.png", "RGB", (200_000, 1), {}, 25),
+        ("tall.png", "RGB", (1, 200_000), {}, 25),
+        ("long.png", "RGB", (60_000, 3), {}, 25),
+        ("rgba.png", "RGBA", (side, side), {}, 13),
+        ("turned.png", "RGBA", (side, side), {"exif": turned}, 13),
+        ("grey.png", "I;16", (side, side), {}, 13),
+        ("lzw.tif", "RGBA", (side, side), {"compression": "tiff_lzw"}, 13),
+        ("cmyk.jpg", "CMYK", (side, side), {"progressive": True}, 13),
+        ("rgba.jp2", "RGBA", (side, side), {}, 25),
+    )
+    for name, mode, size, options, _ in files:
+        Image.new(mode, size).save(tmp_path / name, **options)
+    words = [sys.executable, "-c", PEAKS, *(str(tmp_path / name) for name, *_ in files)]
+    done = subprocess.run(words, cwd=ROOT, capture_output=True, check=True)
+    for (name, _, size, _, bytes_per_pixel), peak in zip(files, done.stdout.split(), strict=True):
+        # what strips and crops of this size take, and the decoder's own tables
+        allowed = bytes_per_pixel * size[0] * size[1] / 2**20 + 30
+        assert float(peak) < allowed, name
+
+
+def test_pipes_and_devices_are_bad_images_and_do_not_wait(tmp_path):
+    os.mkfifo(tmp_path / "pipe.png")
+    for path in (tmp_path / "pipe.png", "/dev/zero", tmp_path):
+        with pytest.raises(BadImage, match="not a file"):
+            read_rgb(path)
 
 
 def test_reasons_are_one_line_and_never_empty():

@@ -18,6 +18,7 @@ import torch
 from PIL import Image
 
 import eval as program
+import train_split
 from dataset import SourceRequest, open_source
 from dataset.views import ViewMaker, plain_spec
 from evaluation import contenders as inference
@@ -452,8 +453,16 @@ def test_data_with_other_classes(run_dir, tmp_path, capsys):
     assert "class 9 is 'a' in the data and '9' in the checkpoint" in line
     (tmp_path / "val" / "a").rename(tmp_path / "val" / "9")
     assert succeed(*command, "--model_dir", tmp_path / "out", capsys=capsys)["images"] == 10
-    (tmp_path / "val" / "9").rename(tmp_path / "9")
-    assert "has 9 classes and the networks of --resume have 10" in refuse(*command, capsys=capsys)
+    (tmp_path / "val" / "9").rename(tmp_path / "9")  # the others are evaluated
+    assert succeed(*command, "--model_dir", tmp_path / "out", capsys=capsys)["images"] == 9
+    with (tmp_path / "out" / "per_class.csv").open(newline="") as file:
+        assert [(row["images"], row["acc1"] == "") for row in csv.DictReader(file)] == [("1", False)] * 9 + [
+            ("0", True)
+        ]
+    for name in ("9", "x"):
+        (tmp_path / "val" / name).mkdir()
+        Image.new("RGB", (16, 16)).save(tmp_path / "val" / name / "1.png")
+    assert "a class that the networks of --resume do not know: 'x' (1 in all)" in refuse(*command, capsys=capsys)
 
 
 def test_images_that_the_networks_cannot_take(run_dir, one_image, monkeypatch, capsys):
@@ -463,3 +472,95 @@ def test_images_that_the_networks_cannot_take(run_dir, one_image, monkeypatch, c
     monkeypatch.setattr(SplitNet, "forward", too_small)
     line = refuse("--resume", run_dir / "checkpoint_1.pth.tar", "--predict", one_image, capsys=capsys, code=1)
     assert "the networks fail on a batch 1 x 3 x 16 x 16: kernel larger than input second line" in line
+
+
+def test_folders_with_val_and_test_are_chosen_on_one_and_reported_on_the_other(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data, folder = tmp_path / "data", tmp_path / "run"
+    generator = np.random.default_rng(0)
+    for split, sizes in (("train", (9, 9, 9)), ("val", (5, 0, 4)), ("test", (3, 4, 5))):
+        for name, count in zip("abc", sizes, strict=True):
+            (data / split / name).mkdir(parents=True)
+            for i in range(count):
+                pixels = generator.integers(0, 256, (20, 20, 3), dtype=np.uint8)
+                Image.fromarray(pixels).save(data / split / name / f"{i}.png")
+    flags = ["--dataset", "folder", "--data", data, "--model_dir", folder, "--arch", "resnet20", "--split_factor", "2"]
+    flags += [
+        "--epochs",
+        "2",
+        "--batch_size",
+        "9",
+        "--seed",
+        "1",
+        "--is_autoaugment",
+        "0",
+        "--workers",
+        "0",
+        "--no_cuda",
+    ]
+    assert train_split.main([str(flag) for flag in flags]) == 0
+    captured = capsys.readouterr()
+    assert "27 training, 9 validation, 12 test images" in captured.err
+    assert "best epoch chosen on the validation images" in captured.err
+    assert "has no image of 1 of the 3 classes, such as b: evaluated on the others." in captured.err
+    trained = json.loads(captured.out.splitlines()[-1])
+    assert (trained["best_chosen_on"], trained["reported_on"]) == ("val", "test")
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    seen = [(line["val"]["seen"], line["test"]["seen"]) for line in lines if line["kind"] == "eval"]
+    assert seen == [(9, 12)] * 2
+    last = next(line for line in reversed(lines) if line["kind"] == "eval")
+    assert trained["ensemble_acc1"] == trained["last"]["ensemble_acc1"] == last["test"]["ensemble_acc1"]
+    assert trained["last"]["criterion"] == last["val"]["ensemble_acc1"]
+
+    found = {}
+    for split in (None, "val", "test"):
+        asked = [] if split is None else ["--split", split]
+        code, out, err = run("--resume", folder / "checkpoint_2.pth.tar", *asked, capsys=capsys)
+        assert code == 0, err
+        found[split] = json.loads(out.splitlines()[-1])
+        with (folder / "eval" / "per_class.csv").open(newline="") as file:
+            rows = [(row["name"], row["images"], bool(row["acc1"])) for row in csv.DictReader(file)]
+        sizes = (5, 0, 4) if split == "val" else (3, 4, 5)
+        assert rows == [(name, str(size), size > 0) for name, size in zip("abc", sizes, strict=True)]
+        assert f"{sum(sizes)} {'validation' if split == 'val' else 'test'} images" in out
+    assert [result["split"] for result in found.values()] == ["test", "val", "test"]
+    assert found[None]["ensemble_acc1"] == found["test"]["ensemble_acc1"] == last["test"]["ensemble_acc1"]
+    assert found["val"]["ensemble_acc1"] == last["val"]["ensemble_acc1"]
+    assert found["val"]["per_class_acc"]["b"] is None
+
+    flags += ["--val_fraction", "0.2", "--model_dir", tmp_path / "other"]
+    assert train_split.main([str(flag) for flag in flags]) == 2
+    assert "--val_fraction 0.2: " in capsys.readouterr().err
+    (data / "test" / "d").mkdir()
+    code, _, err = run("--resume", folder / "checkpoint_2.pth.tar", capsys=capsys)
+    assert (code, "do not know: 'd'" in err.splitlines()[-1]) == (2, True)
+
+
+def test_a_data_set_without_validation_images_has_none_to_evaluate_on(
+    run_dir: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    code, _, err = run("--resume", run_dir / "checkpoint_1.pth.tar", "--split", "val", capsys=capsys)
+    assert (code, "--split val: --dataset digits has test images only" in err) == (2, True)
+
+
+def test_how_evaluation_resizes_files_is_that_of_the_training_run(
+    run_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    content = content_of(digits_network())
+    content["config"]["eval_interpolation"] = "bilinear"
+    save_checkpoint(content, tmp_path / "checkpoint_1.pth.tar")
+    Image.fromarray(np.random.default_rng(0).integers(0, 256, (50, 40, 3), dtype=np.uint8)).save(tmp_path / "i.png")
+    logits = {}
+    for path, *flags in (
+        (tmp_path, "--eval_interpolation", "bicubic"),
+        (tmp_path,),
+        (run_dir,),
+        (run_dir, "--eval_interpolation", "bilinear"),
+    ):
+        words = ("--resume", path / "checkpoint_1.pth.tar", "--predict", tmp_path / "i.png", *flags)
+        assert run(*words, "--model_dir", tmp_path / "out", capsys=capsys)[0] == 0
+        logits[(path == run_dir, *flags[1:])] = np.load(tmp_path / "out" / "logits.npz")["logits"]
+    assert (logits[False, "bicubic"] == logits[(True,)]).all()
+    assert (logits[(False,)] == logits[True, "bilinear"]).all()
+    assert (logits[(False,)] != logits[(True,)]).any()

@@ -54,3 +54,13 @@ def test_the_best_epoch_is_chosen_on_held_out_images_where_there_are_some(make: 
     report(reporter, 1, val=figures_of([50.0], 50.0), test=figures_of([40.0], 40.0))
     report(reporter, 2, val=figures_of([49.0], 49.0), test=figures_of([45.0], 45.0))
     assert reporter.results()["own_best"] == {"1": {"epoch": 1, "acc1": 40.0, "criterion": 50.0}}
+    assert (reporter.results()["best_chosen_on"], reporter.results()["reported_on"]) == ("val", "test")
+
+
+def test_what_is_reported_is_called_by_its_name(tmp_path: Path) -> None:
+    log = RunLog(tmp_path, 1, active=True)
+    reporter = Reporter(log, epochs=3, steps_per_epoch=10, visible=False, reported="val")
+    report(reporter, 1, val=figures_of([50.0], 50.0))
+    results = reporter.results()
+    assert (results["ensemble_acc1"], results["best_chosen_on"], results["reported_on"]) == (50.0, "val", "val")
+    log.close()

@@ -4,8 +4,17 @@ import signal
 from collections.abc import Mapping
 from typing import Any
 
+from utils.text import one_line
 
-class UserError(ValueError):
+
+class _OneLine(Exception):
+    """What it says is one line that can be written anywhere, whatever the names in it hold."""
+
+    def __str__(self) -> str:
+        return one_line(super().__str__())
+
+
+class UserError(_OneLine, ValueError):
     """Something the user gave is wrong (flag, YAML, data, checkpoint, GPU id); entry points exit with code 2.
 
     The message is one line: what was wrong, what was expected, what to do; it names the flag or the file.
@@ -14,7 +23,7 @@ class UserError(ValueError):
     exit_code = 2
 
 
-class RunError(RuntimeError):
+class RunError(_OneLine, RuntimeError):
     """Something happened while running (bad image, port in use, disk full, non-finite loss); exit code 1."""
 
     exit_code = 1

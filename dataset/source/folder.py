@@ -57,7 +57,7 @@ def open_folder(request: SourceRequest) -> DataSource:
         logger.info(
             "--data %s: images of %d pixels (median of the short sides in a sample over all classes): %s, input of %d "
             "pixels.",
-            request.root,
+            escaped(request.root),
             side,
             "large, read as files" if row.is_large else "small, kept in memory",
             crop_size,

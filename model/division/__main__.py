@@ -9,7 +9,7 @@ from model.division.plan import DIVIDE_BY, division_plan
 from model.registry import LARGE, BackboneRequest, backbones, image_shape
 from utils.command_line import OneLineParser
 from utils.errors import UserError
-from utils.text import fit_streams, one_line
+from utils.text import fit_streams
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -44,7 +44,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             )
         )
     except UserError as error:
-        sys.stderr.write(f"model.division: {one_line(str(error))}\n")
+        sys.stderr.write(f"model.division: {error}\n")
         return error.exit_code
     sys.stdout.write(plan.table() + "\n")
     return 0

@@ -7,7 +7,7 @@ from record.checkpoint import write_file
 from record.compare import compare_runs, csv_table, markdown, plot_comparison, read_run
 from utils.command_line import OneLineParser
 from utils.errors import RunError, UserError, reason
-from utils.text import fit_streams, one_line
+from utils.text import fit_streams
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -38,7 +38,7 @@ def main(argv: list[str] | None = None) -> int:
         except OSError as error:
             raise UserError(f"--out {prefix}: cannot be written: {reason(error)}.") from None
     except (UserError, RunError) as error:
-        print(f"compare: {one_line(str(error))}", file=sys.stderr)  # noqa: T201 - an entry point
+        print(f"compare: {error}", file=sys.stderr)  # noqa: T201 - an entry point
         return error.exit_code
     print(f"{table}\n{picture}")  # noqa: T201
     return 0

@@ -39,6 +39,7 @@ from record.saving import Saver
 from training.compiling import as_written, compile_modules
 from training.guard import NonfiniteGuard, judge_nonfinite
 from training.interrupt import Stopped, StopRequest
+from training.lone_image import refuse_lone_images
 from training.meters import MeanMeter
 from training.optim import WeightAverage, build_optimizer, parameter_groups, start_anew
 from training.replay import CudaRecorder, Recorder, ReplayedStep, check_replayable
@@ -112,6 +113,15 @@ class Trainer:
         }
         self.steps_per_epoch = self.loader.steps_per_epoch
         self.total_steps = min(config.epochs * self.steps_per_epoch, config.max_steps or sys.maxsize)
+        last = min(self.total_steps, self.steps_per_epoch) - 1
+        refuse_lone_images(
+            self.method,
+            smallest=self.loader.fewest_images(last),
+            largest=self.loader.fewest_images(0),
+            crop_size=config.crop_size,
+            arch=config.arch,
+            synchronised=config.is_syncbn and world.world_size > 1,
+        )
         self.position = Position()
         self.method.prepare(source.train.targets.to(world.device), self.seed)
 

@@ -4,6 +4,7 @@ Progress goes to stderr and train.log; the last line of stdout is one JSON objec
 """
 
 import logging
+import sys
 from collections.abc import Mapping
 from contextlib import nullcontext
 from dataclasses import replace
@@ -51,6 +52,7 @@ from record.saving import Saver
 from training.compiling import as_written, compile_modules
 from training.guard import NonfiniteGuard, judge_nonfinite
 from training.interrupt import PACE, StopRequest
+from training.lone_image import refuse_lone_images
 from training.meters import MeanMeter
 from training.optim import WeightAverage, build_optimizer, parameter_groups, start_anew
 from training.replay import CudaRecorder, Recorder, ReplayedStep, check_replayable
@@ -133,6 +135,14 @@ class Trainer:
         }
         self.steps_per_epoch = self.loader.steps_per_epoch
         self.total_steps = config.epochs * self.steps_per_epoch
+        refuse_lone_images(
+            self.method,
+            smallest=self.loader.fewest_images(min(config.max_steps or sys.maxsize, self.steps_per_epoch) - 1),
+            largest=self.loader.fewest_images(0),
+            crop_size=config.crop_size,
+            arch=config.arch,
+            synchronised=config.is_syncbn and world.world_size > 1,
+        )
         self.position = Position()
         pace = Pace(
             steps_per_epoch=self.steps_per_epoch,

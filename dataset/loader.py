@@ -125,6 +125,11 @@ class TrainLoader:
         """End the decoding processes."""
         self._feed.close()
 
+    def fewest_images(self, batch: int) -> int:
+        """How many images of a batch of the epoch, counted from 0, the process has that gets fewest of them."""
+        size = min(self._batch_size, self._positions - batch * self._batch_size)
+        return size // self._world_size
+
     def epoch(self, epoch: int, start_batch: int = 0) -> Iterator[Batch]:
         """The batches of an epoch, from `start_batch` on; what comes before is not decoded.
 

@@ -15,10 +15,12 @@ from dataset.options import DataOptions
 from dataset.sampler import shard
 from dataset.views import ViewMaker
 from method import Method, Progress, StepOutput
+from training.lone_image import is_lone_image
 from training.optim import set_learning_rate
 from training.replay import ReplayedStep
 from training.update import WeightUpdate
 from utils import distributed
+from utils.errors import RunError
 from utils.launch import World
 from utils.precision import Precision
 from utils.seed import STREAM_STEP, fold_in
@@ -97,6 +99,9 @@ class TrainingStep:
 
         Returns:
             detached means over this process's images, on the device: loss, acc1 [S] in percent, the method's own.
+
+        Raises:
+            RunError: a batch of one image, the others unreadable, that the networks cannot train on.
         """
         # The random layers of a step depend on (seed, step, process) only.
         key = fold_in(self.seed, STREAM_STEP, progress.step, self.world.rank)
@@ -110,7 +115,15 @@ class TrainingStep:
         learn = partial(self._learn, progress, share / self.iters_to_accumulate)
         step = torch.full((), progress.step, device=self.world.device)
         tensors = (views_VBCHW, *targets, progress.indices_B, step)
-        output = learn(*tensors) if self.replayed is None else self.replayed(learn, *tensors)
+        try:
+            output = learn(*tensors) if self.replayed is None else self.replayed(learn, *tensors)
+        except ValueError as error:
+            if not is_lone_image(error):
+                raise
+            raise RunError(
+                f"Step {progress.step}: process {self.world.rank} has one image that can be read, and these networks "
+                "cannot train on one. Mend the files, or give a larger --batch_size."
+            ) from None
         if progress.updates:
             self.method.after_step(views_VBCHW, targets, output, progress)
         return {"loss": output.loss, "acc1": _accuracy(output.logits_SBK, targets), **output.metrics}

@@ -1,5 +1,6 @@
 """Checkpoints: whole or not there, never running code, found again after damage."""
 
+import ast
 import os
 import pickle
 import shutil
@@ -218,3 +219,30 @@ def test_killed_at_any_system_call_the_folder_is_whole(tmp_path: Path) -> None:
     assert found == sorted(found)  # never back, and each thing after the other
     assert [2, 1, 0] in found
     assert [2, 2, 0] in found
+
+
+def keys_read(path: Path, variable: str) -> set[str]:
+    """Keys that a file reads of a mapping: `variable["key"]`, `variable.get("key")`, `_entry(variable, "key", ...)`."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        of, key = None, None
+        if isinstance(node, ast.Subscript):
+            of, key = node.value, node.slice
+        elif isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr == "get":
+            of, key = node.func.value, node.args[0]
+        elif isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "_entry":
+            of, key = node.args[0], node.args[1]
+        if isinstance(of, ast.Name) and of.id == variable and isinstance(key, ast.Constant):
+            found.add(key.value)
+    return found
+
+
+@pytest.mark.parametrize(
+    ("file", "variable", "others"),
+    [("model/restore.py", "content", {"state_dict_ema"}), ("evaluation/session.py", "content", set())],
+)
+def test_readers_know_no_other_keys_than_the_one_page_lists(file: str, variable: str, others: set[str]) -> None:
+    """They read by strings, `model/` because it lies lower; `others` are those of other projects' files."""
+    read = keys_read(Path(__file__).parent.parent / file, variable)
+    assert read >= {"config"}
+    assert read - others <= ckpt.Checkpoint.__annotations__.keys()

@@ -100,7 +100,7 @@ def _own_epoch(trainer: Trainer) -> Callable[[], None]:
 def _own_evaluation(trainer: Trainer) -> Callable[[], None]:
     def call() -> None:
         trainer.method.eval()
-        trainer.evaluate_split("test")
+        trainer.evaluate_split(trainer.source.reported)
 
     return call
 

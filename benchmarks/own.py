@@ -99,7 +99,7 @@ def shorten(trainer: Trainer, count: int) -> None:
         trainer.source, config, trainer.world, num_views=trainer.num_views, seed=trainer.seed
     )
     test = build_eval_loader(trainer.source.test, config, trainer.world)
-    trainer.eval_loaders = {"test": test}
+    trainer.eval_loaders = {trainer.source.reported: test}
     trainer.steps_per_epoch = trainer.loader.steps_per_epoch
 
 

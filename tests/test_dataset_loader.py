@@ -498,3 +498,32 @@ def test_large_images_are_cut_as_asked(tmp_path):
         assert np.array_equal(batch.images[0].permute(1, 2, 0).numpy(), wanted)
     assert [eval_resize(size, 0.875) for size in (64, 96, 160, 224)] == [73, 109, 182, 256]
     assert [eval_resize(size) for size in (64, 224)] == [73, 257]
+
+
+@pytest.mark.parametrize("interpolation", ["bicubic", "bilinear"])
+def test_how_files_are_resized_is_a_flag(files, interpolation):
+    source = DataSource(
+        name="folder",
+        recipe="imagenet",
+        classes=("a", "b", "c"),
+        mean=(0.5,) * 3,
+        std=(0.5,) * 3,
+        crop_size=20,
+        train=files,
+        test=files,
+    )
+    options = DataOptions(
+        crop_size=20, batch_size=4, workers=0, crop_interpolation=interpolation, eval_interpolation=interpolation
+    )
+    world = World(0, 1, 0, 1, torch.device("cpu"))
+    (batch, *_) = build_eval_loader(files, options, world)
+    for image, index in zip(batch.images, batch.indices_B.tolist(), strict=True):
+        expected = np.asarray(resize_crop(read_rgb(files.paths[index]), 23, 20, interpolation))
+        assert (image.permute(1, 2, 0).numpy() == expected).all()
+    crop = ResizedCropSpec(size=20, interpolation=interpolation)
+    pairs = zip(
+        build_train_loader(source, options, world, num_views=2, seed=5).epoch(1),
+        train_loader(files, crop=crop).epoch(1),
+        strict=True,
+    )
+    assert all(torch.equal(ours.images, expected.images) for ours, expected in pairs)

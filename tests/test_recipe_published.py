@@ -325,6 +325,18 @@ def test_cream_retraining_is_the_file_of_its_recipe(name: str) -> None:
     same = {k: v for k, v in config.values().items() if k in file.given and k not in ("config", "seed", "print_freq")}
     assert same == {k: file.values()[k] for k in same}
     assert len(same) > 25
+    assert (config.crop_interpolation, config.eval_interpolation) == ("random", "bicubic")
+
+
+def test_creams_search_makes_its_images_as_published() -> None:
+    file = parse_config(["--config", "script/cream/train.yaml"])
+    words = ["--dataset", "imagenet", "--method", "cream", "--arch", "cream_supernet"]
+    config = resolve_config(parse_config(words), data_recipe="imagenet")
+    for one in (file, config):
+        assert (one.crop_interpolation, one.eval_interpolation) == ("random", "bilinear")
+        assert one.erase_ratio == (0.3, 1 / 0.3)
+    plain = resolve_config(parse_config(["--dataset", "imagenet", "--arch", "resnet50"]), data_recipe="imagenet")
+    assert (plain.crop_interpolation, plain.eval_interpolation) == ("bicubic", "bicubic")
 
 
 def test_cream_retraining_of_other_networks_and_lengths() -> None:

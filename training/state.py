@@ -154,11 +154,12 @@ class RunState:
             ) from None
 
     def _in_order_of_today(self, state: Checkpoint) -> dict[str, Any]:
-        """The optimiser's state; a checkpoint's tensors stand in the order that its network's parameters had."""
+        """The optimiser's state; a checkpoint's tensors stand in the order that its networks' had."""
         names = {id(parameter): name for name, parameter in self.method.trained_parameters()}
         groups = [[names[id(parameter)] for parameter in group["params"]] for group in self.optimizer.param_groups]
-        then = [*(f"network.{key}" for key in plain_keys(state["state_dict"])), *state["method"]]
-        return in_order(state["optimizer"], groups, then)
+        now = self.method.network.state_dict()
+        order = [[f"network.{key}" for key in keys] for keys in (plain_keys(state["state_dict"]), now)]
+        return in_order(state["optimizer"], groups, then=order[0], now=order[1])
 
     def _check_flags(self, before: Mapping[str, Any]) -> None:
         for name in KEPT_FLAGS:

@@ -65,9 +65,10 @@ class DataOptions(Options):
         "how random crops of image files are resized; random draws one of the two for every view",
         choices=CROP_INTERPOLATIONS,
         default_text=BY_RECIPE,
+        resume=TAKES,
     )
     eval_interpolation: str = option(
-        "bicubic", "how evaluation resizes image files", choices=INTERPOLATIONS, default_text=BY_RECIPE
+        "bicubic", "how evaluation resizes image files", choices=INTERPOLATIONS, default_text=BY_RECIPE, resume=TAKES
     )
     crop_pct: float | None = option(
         None,

@@ -158,9 +158,7 @@ def _keep_form(optimizer: Optimizer) -> None:
                 if isinstance(value, Tensor):
                     same = value.shape == parameter.shape
                     if not same and value.dim():  # a fused kernel would write behind its end
-                        raise ValueError(
-                            f"the optimiser's {key} of {list(value.shape)} is not of {list(parameter.shape)}"
-                        )
+                        raise ValueError(f"{key} of {list(value.shape)}, and its parameter is {list(parameter.shape)}")
                     state[key] = torch.empty_like(parameter).copy_(value) if same else value.to(parameter.device)
         _fill_momentum(loaded)
 
@@ -178,25 +176,25 @@ def start_anew(optimizer: Optimizer) -> None:
                 value.fill_(1.0 if key == "square_avg" and group["tensorflow"] else 0.0)
 
 
-def in_order(saved: dict[str, Any], groups: Sequence[Sequence[str]], then: Iterable[str]) -> dict[str, Any]:
+def in_order(
+    saved: dict[str, Any], groups: Sequence[Sequence[str]], *, then: Iterable[str], now: Iterable[str]
+) -> dict[str, Any]:
     """A state dict of an optimiser of which the parameters may have stood in another order, in the order of today.
 
     torch knows a parameter by its number alone: its place in its group, where groups follow each other.
 
     Args:
         saved: as `state_dict()` gave it.
-        groups: names of the parameters of each group, today.
-        then: names in the order in which the module that `saved` belongs to had them; those that are not among them
-            stood behind, as today.
+        groups: names of the parameters of each group, today; in the module's order or any other that follows from it.
+        then, now: names in the order in which the module had and has them; one that is missing stands behind.
     """
-    places: dict[str, int] = {}
-    for name in then:
-        places.setdefault(name, len(places))
+    places_then, places_now = ({name: i for i, name in reversed([*enumerate(names)])} for names in (then, now))
     state, first = {}, 0
     for names in groups:
-        number_then = {
-            name: first + k for k, name in enumerate(sorted(names, key=lambda n: places.get(n, len(places))))
-        }
+        by_place_then = sorted(names, key=lambda name: places_then.get(name, len(places_then)))
+        by_place_now = sorted(names, key=lambda name: places_now.get(name, len(places_now)))
+        in_the_place_of = dict(zip(by_place_now, by_place_then, strict=True))
+        number_then = {in_the_place_of[name]: number for number, name in enumerate(names, start=first)}
         for number, name in enumerate(names, start=first):
             if number_then[name] in saved["state"]:
                 state[number] = saved["state"][number_then[name]]

@@ -186,9 +186,10 @@ class RunState:
             groups = self._groups_of(state["config"])
             if list(map(len, groups)) != [len(group["params"]) for group in state["optimizer"]["param_groups"]]:
                 raise ValueError("the optimiser has other groups of parameters")
-            then = [*(f"network.{key}" for key in plain_keys(state["state_dict"])), *state["method"]]
             names_before = [name for group in groups for name in group]
-            before = in_order(state["optimizer"], groups, then)["state"]
+            orders = plain_keys(state["state_dict"]), self.method.network.state_dict()
+            then, now = ([f"network.{key}" for key in keys] for keys in orders)
+            before = in_order(state["optimizer"], groups, then=then, now=now)["state"]
         if sorted(names_before) != sorted(names):
             lost = sorted(set(names_before) ^ set(names))
             raise ValueError(f"the optimiser has other parameters, such as {lost[0]}")

@@ -29,6 +29,10 @@ VARIANTS = (
 )
 
 
+# Every registered architecture at every size of image that it is for.
+FORMS = [(arch, shape) for arch, entry in backbones.items() for shape in entry.split_factors]
+
+
 def make_request(arch, shape, split_factor, options=None):
     dataset = "cifar10" if shape == SMALL else "imagenet"
     return BackboneRequest(
@@ -74,8 +78,7 @@ def every_form():
     The quick suite takes one S for a member of each family, the default one every S for it and one S for all others.
     """
     members = {(request.arch, request.shape) for request in representative_requests()}
-    forms = [(arch, shape) for arch, entry in backbones.items() for shape in entry.split_factors]
-    for number, (arch, shape) in enumerate(forms):
+    for number, (arch, shape) in enumerate(FORMS):
         factors = some_split_factors(arch, shape)
         one = factors[number % len(factors)]
         for_one, for_all = ((), pytest.mark.slow) if (arch, shape) in members else (pytest.mark.slow, pytest.mark.long)

@@ -20,7 +20,7 @@ from model import BackboneRequest, backbones, build_network, build_splitnet
 from model.splitnet import SplitNet
 from tests.networks import needs_timm
 from tests.test_method_contract import make
-from tests.test_model_contract import EVERY_FORM, REQUESTS, large_split, make_images, make_request, request_id
+from tests.test_model_contract import FORMS, REQUESTS, large_split, make_images, make_request, request_id
 from training.lone_image import is_lone_image, lone_norm
 
 representatives = pytest.mark.parametrize("request_", REQUESTS.values(), ids=REQUESTS.keys())
@@ -53,7 +53,7 @@ def test_what_is_foretold_of_one_image_is_what_happens(request_: Any) -> None:
     assert name is None or isinstance(alone([network]).get_submodule(name), nn.BatchNorm2d)
 
 
-@pytest.mark.parametrize(("arch", "shape"), EVERY_FORM)
+@pytest.mark.parametrize(("arch", "shape"), FORMS)
 def test_every_backbone_can_be_asked(arch: str, shape: str) -> None:
     request = make_request(arch, shape, large_split(arch, shape))
     with torch.device("meta"):

@@ -43,7 +43,7 @@ def test_each_classifier_has_its_own_best_epoch(make: Callable[[int], Reporter])
     assert (results["last"]["extra"], results["best"]["extra"]) == ({"exit": 20.0}, {"exit": 30.0})
 
     resumed = make(2)
-    resumed.load_state_dict(reporter.state_dict(), epoch=2, step=20)
+    resumed.load_state_dict(reporter.state_dict())
     report(resumed, 3, test=figures_of([55.0, 71.0], 70.0, exit=25.0))
     found = {name: (peak["epoch"], peak["acc1"]) for name, peak in resumed.results()["own_best"].items()}
     assert found == {"1": (2, 60.0), "2": (3, 71.0), "exit": (1, 30.0)}

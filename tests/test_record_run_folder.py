@@ -33,10 +33,10 @@ def test_resume_takes_a_path_or_the_newest(tmp_path: Path) -> None:
         ckpt.save_checkpoint({"epoch": epoch, "state_dict": {}}, tmp_path / f"checkpoint_{epoch}.pth.tar")
     newest = open_run(tmp_path, "auto")
     assert newest is not None
-    assert newest["epoch"] == 2
+    assert newest.state["epoch"] == 2
     chosen = open_run(tmp_path / "elsewhere", str(tmp_path / "checkpoint_1.pth.tar"))
     assert chosen is not None
-    assert chosen["epoch"] == 1
+    assert chosen.state["epoch"] == 1
 
 
 def test_results_that_cannot_be_read_are_none(tmp_path: Path) -> None:

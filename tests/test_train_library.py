@@ -51,7 +51,7 @@ def test_a_divided_network_trains_resumes_and_evaluates(tmp_path):
         tmp_path,
     )
     assert other.code == 2
-    assert "a run with --divide_by macs, and this one has --divide_by None" in other.stderr
+    assert "a run with --divide_by macs, and this one has --divide_by none" in other.stderr
 
     found = evaluate(tmp_path, "--resume", tmp_path / "whole" / "checkpoint_0_3.pth.tar")
     assert found.code == 0, found.stderr

@@ -69,7 +69,7 @@ FITS = {
     "world_size": 1,
     "scaler": False,
     "iters_to_accumulate": 1,
-    "own_gradients": False,
+    "decides_on_host": False,
 }
 
 
@@ -80,7 +80,7 @@ FITS = {
         ({"world_size": 2}, "single process"),
         ({"scaler": True}, "--amp_dtype bf16"),
         ({"iters_to_accumulate": 2}, "--iters_to_accumulate"),
-        ({"own_gradients": True}, "this --method"),
+        ({"decides_on_host": True}, "this --method"),
     ],
 )
 def test_what_no_graph_holds_is_refused(change: dict, line: str) -> None:

@@ -160,7 +160,6 @@ def test_a_signal_on_a_full_disk_does_not_claim_a_checkpoint(tmp_path: Path) -> 
     assert "Traceback" not in run.stderr
 
 
-@pytest.mark.xfail(strict=True, reason="pipes are bad images now: no images have to be made to not come otherwise")
 @pytest.mark.parametrize(("group", "wait", "said"), [(1, 1, "a checkpoint was saved"), (16, 2, "no images came")])
 def test_a_signal_is_obeyed_although_no_images_come(
     folder_with_a_bad_image: Path, group: int, wait: int, said: str, tmp_path: Path

@@ -15,7 +15,7 @@ from model.division import (
     group_splits,
     senet_widths,
 )
-from model.layers.random import RandomLayer
+from model.layers.random import RandomScale
 from model.layers.resnet_parts import (
     ResNetSkeleton,
     cifar_stem,
@@ -40,7 +40,7 @@ def dropblock_gamma(drop_prob: float, block_size: int, height: int, width: int) 
     return drop_prob * height * width / block_size**2 / ((width - block_size + 1) * (height - block_size + 1))
 
 
-class DropBlock(RandomLayer):
+class DropBlock(RandomScale):
     """Zeroes blocks of each channel of each image in training, and rescales the rest by (all / kept) over the batch.
 
     Ghiasi et al., arXiv:1810.12890. As in the published networks, seeds fall anywhere on the map (blocks are cut off
@@ -59,14 +59,6 @@ class DropBlock(RandomLayer):
     @property
     def is_random(self) -> bool:
         return self.training and self.drop_prob > 0
-
-    def forward(self, features_BCHW: Tensor) -> Tensor:
-        """[B, C, H, W] -> the same shape."""
-        return self.combine(features_BCHW, *self.draw(features_BCHW)) if self.is_random else features_BCHW
-
-    def combine(self, *tensors: Tensor) -> Tensor:
-        features, scale = tensors
-        return features * scale.to(features.dtype)
 
     def draw(self, features: Tensor) -> tuple[Tensor, ...]:
         """Factor of each activation, float32 [B, C, H, W]: 0 where it is dropped, elsewhere all / kept."""

@@ -45,12 +45,8 @@ class RandomLayer(nn.Module):
         return self.training
 
 
-class _Dropout(RandomLayer):
-    p: float
-
-    @property
-    def is_random(self) -> bool:
-        return self.training and self.p > 0
+class RandomScale(RandomLayer):
+    """A layer that multiplies its features by what it draws, and passes them on where it draws nothing."""
 
     def forward(self, features: Tensor) -> Tensor:
         """Any shape [B, C, ...] -> the same."""
@@ -59,6 +55,14 @@ class _Dropout(RandomLayer):
     def combine(self, *tensors: Tensor) -> Tensor:
         features, scale = tensors
         return features * scale.to(features.dtype)
+
+
+class _Dropout(RandomScale):
+    p: float
+
+    @property
+    def is_random(self) -> bool:
+        return self.training and self.p > 0
 
     def _scale(self, shape: Sequence[int], device: torch.device) -> Tensor:
         """1 / (1 - p) with probability 1 - p, else 0."""

@@ -218,8 +218,12 @@ class Config(DeviceOptions, EvaluationOptions, OptimizerOptions, ModelOptions, D
 
     def resume_choices(self) -> dict[str, str | None]:
         """What a resumed run does with another value of each flag."""
-        extra = None if self.extra_options is None else type(self.extra_options)
-        return {flag.name: flag.resume for _, flags in _sections(self.method, extra) for flag in flags}
+        return {flag.name: flag.resume for _, flags in _sections(self.method, self.extra) for flag in flags}
+
+    @property
+    def extra(self) -> type | None:
+        """The class of `extra_options`."""
+        return None if self.extra_options is None else type(self.extra_options)
 
     def backbone_request(self, num_classes: int) -> BackboneRequest:
         """What the flags say of the networks, for K classes."""
@@ -460,11 +464,10 @@ def resolve_config(config: Config, *, data_recipe: str, crop_size: int | None = 
     values = {**defaults, **from_method, **given, **adjusted, "seed": config.seed}
     origins = dict.fromkeys((*defaults, *from_method), "recipe") | dict(config.origins)
     origins |= {name: f"{origins.get(name, 'default')}, adjusted" for name in adjusted if name in given}
-    extra = None if config.extra_options is None else type(config.extra_options)
-    known = _known_flags(config.method, extra)
+    known = _known_flags(config.method, config.extra)
     values = {name: value for name, value in values.items() if name in known}
     origins = {name: origin for name, origin in origins.items() if name in known}
-    resolved = _assemble(config.method, values, origins, extra=extra, given=given)
+    resolved = _assemble(config.method, values, origins, extra=config.extra, given=given)
     resolved = dataclasses.replace(resolved, warnings=config.warnings)
     _check(resolved)
     return resolved

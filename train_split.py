@@ -8,6 +8,7 @@ import sys
 from collections.abc import Mapping
 from contextlib import nullcontext
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
 
@@ -790,9 +791,7 @@ def open_shared_source(config: Config, world: World) -> DataSource:
         on_bad_image=config.on_bad_image,
         workers=config.workers,
     )
-    source = open_source(request) if world.is_main else None
-    distributed.barrier()
-    return source if source is not None else open_source(request)
+    return distributed.main_first(world, partial(open_source, request))
 
 
 def announce(trainer: Trainer) -> None:

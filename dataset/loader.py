@@ -45,7 +45,29 @@ class Batch(NamedTuple):
     global_batch_size: int
 
 
-class TrainLoader:
+class _Loader:
+    """What both loaders say of the feed that their batches come from."""
+
+    _feed: "_Feed"
+
+    @property
+    def time_waiting(self) -> float:
+        return self._feed.time_waiting
+
+    @property
+    def bad_images(self) -> dict[Path, str]:
+        return self._feed.bad_images
+
+    def on_wait(self, look: Callable[[], None]) -> None:
+        """Call `look` about every second while a batch of the decoding processes does not come; it may raise."""
+        self._feed.on_wait(look)
+
+    def close(self) -> None:
+        """End the decoding processes."""
+        self._feed.close()
+
+
+class TrainLoader(_Loader):
     """Training batches. Step t of an epoch covers positions [t * batch_size, (t + 1) * batch_size) of its order, and
     each process takes a contiguous part of them, so that all parts together are the batch of a single process.
 
@@ -109,22 +131,6 @@ class TrainLoader:
         cut = None if crop is None else RandomCrops(crop, num_views, seed)
         self._feed = _Feed(train, cut, device, workers, on_bad_image)
 
-    @property
-    def time_waiting(self) -> float:
-        return self._feed.time_waiting
-
-    @property
-    def bad_images(self) -> dict[Path, str]:
-        return self._feed.bad_images
-
-    def on_wait(self, look: Callable[[], None]) -> None:
-        """Call `look` about every second while a batch of the decoding processes does not come; it may raise."""
-        self._feed.on_wait(look)
-
-    def close(self) -> None:
-        """End the decoding processes."""
-        self._feed.close()
-
     def fewest_images(self, batch: int) -> int:
         """How many images of a batch of the epoch, counted from 0, the process has that gets fewest of them."""
         size = min(self._batch_size, self._positions - batch * self._batch_size)
@@ -154,7 +160,7 @@ class TrainLoader:
         return Request(epoch, order[positions_B], positions_B, size)
 
 
-class EvalLoader:
+class EvalLoader(_Loader):
     """Every image of a split exactly once over all processes, in order, un-augmented.
 
     Processes take contiguous parts that differ by one image at most, so they may have different numbers of batches.
@@ -201,22 +207,6 @@ class EvalLoader:
             done = start - mine.start
             size = sum(min(max(s.stop - s.start - done, 0), batch_size) for s in shards)
             self._requests.append(Request(0, indices_B, indices_B, size))
-
-    @property
-    def time_waiting(self) -> float:
-        return self._feed.time_waiting
-
-    @property
-    def bad_images(self) -> dict[Path, str]:
-        return self._feed.bad_images
-
-    def on_wait(self, look: Callable[[], None]) -> None:
-        """Call `look` about every second while a batch of the decoding processes does not come; it may raise."""
-        self._feed.on_wait(look)
-
-    def close(self) -> None:
-        """End the decoding processes."""
-        self._feed.close()
 
     def __len__(self) -> int:
         """Batches of this process, if every image can be read."""

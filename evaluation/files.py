@@ -34,7 +34,7 @@ def evaluation_results(
     figures, confusion_KK = evaluation.figures, evaluation.confusion
     per_class_K = 100.0 * confusion_KK.diagonal().double() / confusion_KK.sum(dim=1)
     of_rows = in_order([*figures["rules"][figures["rule"]]])
-    together = in_order([name for name in figures if name in metrics and not metrics.get(name).of_rows])
+    together = _of_all_networks(figures)
     return {
         "images": figures["seen"],
         "skipped": skipped,
@@ -65,6 +65,11 @@ def _columns(results: Mapping[str, Any]) -> list[str]:
     return in_order([name for name in results["networks"][0] if name != "network"])
 
 
+def _of_all_networks(figures: Mapping[str, Any]) -> list[str]:
+    """Names of the metrics among the figures that concern all networks together, in their order."""
+    return in_order([name for name in figures if name in metrics and not metrics.get(name).of_rows])
+
+
 def format_table(results: Mapping[str, Any]) -> str:
     """Every network and every ensemble rule as a Markdown table, and what concerns all networks below it."""
     columns = {name: metrics.get(name) for name in _columns(results)}
@@ -75,8 +80,8 @@ def format_table(results: Mapping[str, Any]) -> str:
         lines.append(f"| {name} | {' | '.join(cells)} |")
     closing = f"{results['images']} {_SPLITS.get(results.get('split', ''), '')}images"
     if len(results["networks"]) > 1:
-        together = in_order([name for name in results if name in metrics and not metrics.get(name).of_rows])
-        closing += f"; {', '.join(metrics.get(name).sentence(results[name]) for name in together)}"
+        sentences = (metrics.get(name).sentence(results[name]) for name in _of_all_networks(results))
+        closing += f"; {', '.join(sentences)}"
     lines += ["", f"{closing}."]
     return "\n".join(lines)
 

@@ -7,6 +7,7 @@ import tempfile
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Self
 
@@ -133,9 +134,7 @@ def evaluate_session(session: Session, *, with_further: bool = True) -> tuple[di
     """
     info = session.info
     further = further_metrics(session.options.metrics) if with_further else []
-    source = open_test_split(session) if session.world.is_main else None
-    distributed.barrier()  # process 0 first, because it may download
-    source = source or open_test_split(session)
+    source = distributed.main_first(session.world, partial(open_test_split, session))  # it may download
     # the statistics of a folder are those of its training images, which only the checkpoint knows
     mean, std = info.mean or source.mean, info.std or source.std
     loader = session.loader(source.test, info.data_recipe or source.recipe)

@@ -58,7 +58,7 @@ class Session:
     @property
     def options(self) -> EvalOptions:
         """The flags that only eval.py has."""
-        return self.config.extra_options if isinstance(self.config.extra_options, EvalOptions) else EvalOptions()
+        return _eval_options(self.config)
 
     @property
     def rule(self) -> str:
@@ -98,7 +98,7 @@ def open_session(config: Config, world: World, gpus: list[int], flag: str = "--r
     Raises:
         UserError: no checkpoint, not one of networks, or one that contradicts the flags.
     """
-    options = config.extra_options if isinstance(config.extra_options, EvalOptions) else EvalOptions()
+    options = _eval_options(config)
     content, path = _read_checkpoint(config, flag)
     trained = content.get("config")
     trained = trained if isinstance(trained, Mapping) else {}
@@ -140,6 +140,11 @@ def open_session(config: Config, world: World, gpus: list[int], flag: str = "--r
         precision=precision,
         network=_place(network, config, precision, world.device, gpus),
     )
+
+
+def _eval_options(config: Config) -> EvalOptions:
+    """The flags that only eval.py has; their defaults where another program evaluates."""
+    return config.extra_options if isinstance(config.extra_options, EvalOptions) else EvalOptions()
 
 
 def _read_checkpoint(config: Config, flag: str) -> tuple[dict[str, Any], Path]:

@@ -7,6 +7,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from utils.distributed import is_alone
+
 
 @torch.no_grad()
 def finite_sgd_step(optimizer: torch.optim.SGD, judged: Tensor) -> None:
@@ -27,7 +29,7 @@ def finite_sgd_step(optimizer: torch.optim.SGD, judged: Tensor) -> None:
 
 def average_over_processes(tensors: Sequence[Tensor]) -> None:
     """Replace each tensor by its mean over all processes, by one all-reduce; nothing happens with one process."""
-    if not (dist.is_initialized() and dist.get_world_size() > 1) or not tensors:
+    if is_alone() or not tensors:
         return
     flat = torch.cat([tensor.flatten() for tensor in tensors])
     dist.all_reduce(flat)

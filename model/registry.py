@@ -77,10 +77,7 @@ class DivisionPlan:
 
 T = TypeVar("T")
 
-
 SMALL = "small"  # CIFAR-shaped: 3x3 stem, three stages, 32x32-like images
-
-
 LARGE = "large"  # ImageNet-shaped: stride-2 stem, four stages, 224-like images
 
 

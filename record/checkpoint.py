@@ -200,6 +200,13 @@ def saved_epoch(path: Path) -> int | None:
     return epoch if isinstance(epoch, int) else None
 
 
+def batches_done(state: Mapping[str, Any]) -> int | None:
+    """How many batches the run of a checkpoint has trained on; None where it does not say."""
+    place = state.get("sampler", {})
+    done = place.get("done", place.get("step"))  # "done" is absent in those of earlier versions
+    return None if done is None else int(done)
+
+
 def run_position(path: Path) -> tuple[int, float] | None:
     """(epoch, step) from a checkpoint's name, ordered in time; None for other files.
 

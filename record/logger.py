@@ -170,8 +170,7 @@ class RunLog:
         if self.summary.lines:  # a run that began with other columns keeps them
             with self.summary.path.open(encoding="utf-8") as file:
                 self.columns = file.readline().rstrip("\n").split(",")
-        # TensorBoard drops what stands at these places and after them; the evaluation of epoch E stands at E
-        self._purge = {"val": epoch + 1 if step else 0, "train": step}
+        self._purge_boards(epoch, step)
 
     def cut(self, *, epoch: int, step: int) -> None:
         """Leave out what was logged after `epoch` whole epochs and `step` steps: a run goes back there."""
@@ -179,6 +178,10 @@ class RunLog:
             return
         for file, is_later in ((self.metrics, _trained_later), (self.summary, _evaluated_later)):
             file.rewind(file.lines_before(functools.partial(is_later, epoch)))
+        self._purge_boards(epoch, step)
+
+    def _purge_boards(self, epoch: int, step: int) -> None:
+        # TensorBoard drops what stands at these places and after them; the evaluation of epoch E stands at E
         self._purge = {"val": epoch + 1 if step else 0, "train": step}
 
     def write_metrics(self, record: Mapping[str, Any]) -> None:

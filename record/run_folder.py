@@ -14,6 +14,7 @@ import torch
 from record.checkpoint import (
     BEST,
     Checkpoint,
+    batches_done,
     list_checkpoints,
     load_checkpoint,
     load_newest,
@@ -131,8 +132,7 @@ def _is_of(path: Path, best: Mapping[str, Any]) -> bool:
         content = load_checkpoint(path)
     except UserError:
         return False
-    place = content.get("sampler", {})
-    return bool(content.get("epoch") == best["epoch"] and place.get("done", place.get("step")) == best["step"])
+    return bool(content.get("epoch") == best["epoch"] and batches_done(content) == best["step"])
 
 
 def make_folder(folder: Path) -> None:

@@ -8,6 +8,7 @@ from typing import TypeVar
 import torch
 import torch.distributed as dist
 
+from utils.distributed import is_alone
 from utils.errors import Stopped
 from utils.signals import SignalNote
 
@@ -42,7 +43,7 @@ class StopRequest(SignalNote):
 
     def agreed(self, device: torch.device) -> bool:
         """Whether any process was signalled; all processes must ask together, and get the same answer."""
-        if dist.is_initialized() and dist.get_world_size() > 1:
+        if not is_alone():
             now = time.monotonic()
             of_a_round = (now - self._asked) / max(self._rounds, 1)
             asked = torch.tensor([self.number, of_a_round], device=device, dtype=torch.float64)

@@ -9,7 +9,7 @@ from typing import Any, Self
 
 from record.checkpoint import Checkpoint
 from utils.errors import UserError
-from utils.options import OF_CALL, SAME
+from utils.options import OF_CALL, SAME, TAKES
 
 
 @dataclass
@@ -99,7 +99,7 @@ def changed_flags(
                 f"and this one has --{name} {_shown(now[name])}: that would not be the same run. "
                 "Start anew, with --pretrained for its weights."
             )
-        happens = "" if choice is None or " " not in choice or choice == "takes effect" else f": {choice}"
+        happens = "" if choice in (None, TAKES) else f": {choice}"
         changed.append(f"{name} {_shown(before[name])} → {_shown(now[name])} ({origins.get(name, 'default')}{happens})")
     return changed
 

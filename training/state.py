@@ -15,7 +15,7 @@ from dataset import DataSource
 from method import Method
 from model.registry import request_of
 from model.restore import plain_keys, published_keys
-from record.checkpoint import FORMAT_VERSION, Checkpoint
+from record.checkpoint import FORMAT_VERSION, Checkpoint, batches_done
 from record.report import Reporter, RunClock
 from training.guard import NonfiniteGuard
 from training.meters import MeanMeter
@@ -166,15 +166,16 @@ class RunState:
 
     def _optimised(self) -> list[list[str]]:
         """Names of the optimiser's parameters, by group, in its order."""
-        names = {id(parameter): name for name, parameter in self.method.named_parameters()}
-        return [[names[id(parameter)] for parameter in group["params"]] for group in self.optimizer.param_groups]
+        return self._named(self.optimizer.param_groups)
 
     def _groups_of(self, config: Mapping[str, Any]) -> list[list[str]]:
         """Names of the parameters by group, as the flags of a checkpoint sort them."""
-        names = {id(parameter): name for name, parameter in self.method.named_parameters()}
         known = {name: config[name] for name in ("no_decay", "is_wd_all") if name in config}
         trained = self.method.trained_parameters()
-        groups = parameter_groups(self.method, trained, OptimizerOptions(**known), new_heads=self.new_heads)
+        return self._named(parameter_groups(self.method, trained, OptimizerOptions(**known), new_heads=self.new_heads))
+
+    def _named(self, groups: Sequence[Mapping[str, Any]]) -> list[list[str]]:
+        names = {id(parameter): name for name, parameter in self.method.named_parameters()}
         return [[names[id(parameter)] for parameter in group["params"]] for group in groups]
 
     def _restore_optimizer(self, state: Checkpoint) -> None:
@@ -242,5 +243,4 @@ def has_ended(resumed: Checkpoint, *, epochs: int | None, max_steps: int | None,
 
 def steps_before(resumed: Checkpoint) -> int:
     """How many batches the run before has trained on."""
-    place = resumed.get("sampler", {})
-    return int(place.get("done", place.get("step", 0)))
+    return batches_done(resumed) or 0

@@ -4,8 +4,8 @@
 """
 
 import inspect
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -14,10 +14,17 @@ from torch.nn.parallel import DistributedDataParallel
 
 from utils.launch import World
 
+T = TypeVar("T")
+
+
+def is_alone() -> bool:
+    """Whether this process has no others to talk to."""
+    return not dist.is_initialized() or dist.get_world_size() == 1
+
 
 def all_reduce_sum(value: Tensor) -> Tensor:
     """Sum over all processes, in place; the value itself where there is one process."""
-    if dist.is_initialized() and dist.get_world_size() > 1:
+    if not is_alone():
         dist.all_reduce(value)
     return value
 
@@ -28,7 +35,7 @@ def all_gather_rows(rows: Tensor, sizes: Sequence[int] | None = None) -> Tensor:
     Args:
         sizes: every process's B_r; None: the processes ask each other, for which the host waits.
     """
-    if not dist.is_initialized() or dist.get_world_size() == 1:
+    if is_alone():
         return rows
     if sizes is None:
         sizes = gather_counts(len(rows), rows.device)
@@ -41,7 +48,7 @@ def all_gather_rows(rows: Tensor, sizes: Sequence[int] | None = None) -> Tensor:
 
 def gather_values(value: Any) -> list[Any]:
     """A small value (plain objects and CPU tensors) of every process, in rank order."""
-    if not dist.is_initialized() or dist.get_world_size() == 1:
+    if is_alone():
         return [value]
     values: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(values, value)
@@ -50,7 +57,7 @@ def gather_values(value: Any) -> list[Any]:
 
 def gather_counts(count: int, device: torch.device) -> list[int]:
     """Every process's count, in rank order; the host waits for them."""
-    if not dist.is_initialized() or dist.get_world_size() == 1:
+    if is_alone():
         return [count]
     counts = torch.zeros(dist.get_world_size(), dtype=torch.int64, device=device)
     counts[dist.get_rank()] = count
@@ -70,7 +77,7 @@ def wrap(module: nn.Module, world: World) -> DistributedDataParallel:
 
 def broadcast_buffers(module: nn.Module) -> None:
     """Give every process the buffers of process 0, whose BN statistics are the run's (as in the published runs)."""
-    if not dist.is_initialized() or dist.get_world_size() == 1:
+    if is_alone():
         return
     for buffer in module.buffers():
         dist.broadcast(buffer, src=0)
@@ -80,3 +87,13 @@ def barrier() -> None:
     """Wait for all processes."""
     if dist.is_initialized():
         dist.barrier()
+
+
+def main_first(world: World, work: Callable[[], T]) -> T:
+    """What `work` gives, in every process, after it is done in process 0: that one may write what the others read."""
+    if world.is_main:
+        result = work()
+        barrier()
+        return result
+    barrier()
+    return work()

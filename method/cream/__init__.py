@@ -34,7 +34,7 @@ from model.search.reading import read_space, space_to_text
 from model.search.space import PUBLISHED, PUBLISHED_SMALL, Arch
 from model.search.supernet import Supernet
 from model.splitnet import SplitNet
-from utils.distributed import all_reduce_sum
+from utils.distributed import all_reduce_sum, is_alone
 from utils.errors import UserError
 from utils.options import SAME, TAKES, Options, option
 from utils.seed import STREAM_METHOD, fold_in
@@ -306,7 +306,7 @@ class Cream(Method[CreamSearchOptions]):
             size = self.supernet.slice_size
             images = views_SBCHW[0][:size].clone(memory_format=torch.contiguous_format)
             probs = probabilities(logits_BK[:size])
-            if dist.is_initialized() and dist.get_world_size() > 1:
+            if not is_alone():
                 # the first images of the step's whole batch, so that a checkpoint holds the board of every process
                 dist.broadcast(images, src=0)
                 dist.broadcast(probs, src=0)

@@ -133,6 +133,11 @@ def test_resnet20_has_the_parameters_of_its_formula():
     assert count_params(structure("resnet20")) == convs + norms + 64 * 10 + 10
 
 
+def test_wide_resnet16_4_divides_its_widening_factor_by_the_rule():
+    widths = [structure("wide_resnet16_4", split).layer1[0].conv1.out_channels for split in (1, 2, 4, 8, 16)]
+    assert widths == [16 * factor for factor in (4, 3, 2, 1, 1)]
+
+
 def test_wide_resnet_keeps_its_stem_and_resnext_all_but_its_groups():
     wide = structure("wide_resnet28_10", 4)
     assert wide.layer0[0].out_channels == 16
@@ -288,8 +293,9 @@ def test_every_block_count_of_the_table():
     counts = {
         "resnet20": 9, "resnet32": 15, "resnet56": 27, "resnet110": 36, "resnet164": 54,
         "resnet50": 16, "resnet101": 33, "resnet152": 50, "resnet200": 66,
-        "wide_resnet16_8": 6, "wide_resnet16_12": 6, "wide_resnet28_10": 12, "wide_resnet40_10": 18,
-        "wide_resnet52_8": 24, "wide_resnet50_2": 16, "wide_resnet50_3": 16, "wide_resnet101_2": 33,
+        "wide_resnet16_4": 6, "wide_resnet16_8": 6, "wide_resnet16_12": 6, "wide_resnet28_10": 12,
+        "wide_resnet40_10": 18, "wide_resnet52_8": 24,
+        "wide_resnet50_2": 16, "wide_resnet50_3": 16, "wide_resnet101_2": 33,
         "resnext29_8x64d": 9, "resnext29_16x64d": 9,
         "resnext50_32x4d": 16, "resnext101_32x4d": 33, "resnext101_64x4d": 33,
     }  # fmt: skip

@@ -24,7 +24,7 @@ ALLOWED = {
 }
 OURS = {*ALLOWED, "train_split", "eval", "benchmarks"}
 # test files named by what they watch, which no single room does
-BEHAVIOURS = {"train", "scripts", "fuzz", "readme", "structure"}
+BEHAVIOURS = {"train", "resume", "scripts", "fuzz", "readme", "structure"}
 # the one program in a library folder, kept for its promised name
 PROGRAMS = {ROOT / "utils" / "compare" / "__main__.py"}
 # model/ from its ground to its face: a room imports itself and those before it

@@ -24,6 +24,7 @@ from evaluation.metrics import counted
 from evaluation.passes import evaluate
 from evaluation.run import evaluate_arguments
 from evaluation.sizes import summarise
+from loss.classification import ClassLoss
 from method import Method, Progress, methods
 from model import build_splitnet
 from model.layers.narrow_norm import restore_narrow_norms
@@ -240,10 +241,12 @@ class Trainer:
             train_separately=config.is_train_sep,
             archs=names if len(names) > 1 else None,
         )
-        smoothing = LABEL_SMOOTHING if config.is_label_smoothing else 0.0
+        class_loss = ClassLoss(
+            kind=config.class_loss, label_smoothing=LABEL_SMOOTHING if config.is_label_smoothing else 0.0
+        )
         with torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(fold_in(self.seed, STREAM_INIT, METHOD_INIT))
-            return kind(network, config.method_options, label_smoothing=smoothing)
+            return kind(network, config.method_options, class_loss=class_loss)
 
     def _recorder(self) -> Recorder | None:
         """What replayed steps are recorded by, where --cuda_graph asks for them."""

@@ -1,9 +1,11 @@
-"""Mixup (Zhang et al., arXiv:1710.09412): one weight and one permutation per step, shared by all views of the step.
+"""Mixup (Zhang et al., arXiv:1710.09412) and CutMix (Yun et al., arXiv:1905.04899), of a step's images with each other.
 
-With a permutation of its own for each view, a co-training loss would compare predictions for different images.
-The permutation is over the step's images of all processes, so that a run does not depend on how many there are.
+One weight, one permutation and one box per step, shared by all views of the step: with a permutation of its own for
+each view, a co-training loss would compare predictions for different images. The permutation is over the step's images
+of all processes, so that a run does not depend on how many there are.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -13,16 +15,33 @@ from torch import Tensor
 
 from dataset.augment.plan import Upload
 from utils.distributed import all_gather_rows
-from utils.seed import STREAM_MIXUP, numpy_generator
+from utils.seed import STREAM_CUTMIX, STREAM_MIX_KIND, STREAM_MIXUP, numpy_generator
 from utils.targets import Targets
 
 
 @dataclass(frozen=True)
+class Box:
+    """What CutMix takes from the partners: rows top ... bottom - 1 and columns left ... right - 1 of a view."""
+
+    top: int
+    left: int
+    bottom: int
+    right: int
+
+
+@dataclass(frozen=True)
 class Mix:
-    """lam: weight of an image itself, in [0, 1]; partners: int64 [B] places in the global batch of what is mixed in."""
+    """How a step's images are mixed.
+
+    Attributes:
+        lam: weight of an image itself, in [0, 1]; in CutMix the part of its pixels that it keeps.
+        partners: int64 [B] places in the global batch of what is mixed in.
+        box: what the partners fill; None: they are mixed in everywhere (mixup).
+    """
 
     lam: float
     partners: np.ndarray
+    box: Box | None = None
 
 
 def draw_mix(seed: int, step: int, *, alpha: float, global_batch: int, first: int, count: int) -> Mix:
@@ -30,6 +49,43 @@ def draw_mix(seed: int, step: int, *, alpha: float, global_batch: int, first: in
     generator = numpy_generator(seed, STREAM_MIXUP, step)
     lam = float(generator.beta(alpha, alpha))
     return Mix(lam, generator.permutation(global_batch)[first : first + count])
+
+
+def is_cutmix_step(seed: int, step: int, *, switch_prob: float) -> bool:
+    """Whether a step is CutMix, with this probability, where mixup is on too: timm's rule for whole batches."""
+    return float(numpy_generator(seed, STREAM_MIX_KIND, step).random()) < switch_prob
+
+
+def as_cutmix(mix: Mix, seed: int, step: int, image_size: tuple[int, int]) -> Mix:
+    """The same partners in a box that their weight asks for, its centre drawn uniformly among the pixels.
+
+    Args:
+        mix: as drawn.
+        seed: of the run.
+        step: counted from 0.
+        image_size: height and width of the views in pixels.
+    """
+    height, width = image_size
+    generator = numpy_generator(seed, STREAM_CUTMIX, step)
+    box = cutmix_box(mix.lam, image_size, centre=(int(generator.integers(height)), int(generator.integers(width))))
+    kept = 1.0 - (box.bottom - box.top) * (box.right - box.left) / (height * width)
+    return Mix(kept, mix.partners, box)
+
+
+def cutmix_box(lam: float, image_size: tuple[int, int], *, centre: tuple[int, int]) -> Box:
+    """The box around `centre` (row, column) with sqrt(1 - λ) of the image's sides, clipped to the image.
+
+    Half a side is rounded down to pixels, as in the paper's code and in torchvision's `v2.CutMix`.
+    """
+    half = 0.5 * math.sqrt(1.0 - lam)
+    (height, width), (row, column) = image_size, centre
+    half_height, half_width = int(half * height), int(half * width)
+    return Box(
+        top=max(row - half_height, 0),
+        left=max(column - half_width, 0),
+        bottom=min(row + half_height, height),
+        right=min(column + half_width, width),
+    )
 
 
 def apply_mix(
@@ -45,6 +101,11 @@ def apply_mix(
     partners = upload.send(labels_B.device)[place]
     pool_BS = all_gather_rows(views_SBCHW.transpose(0, 1), counts)
     pool_labels = all_gather_rows(labels_B, counts)
-    mixed = views_SBCHW.lerp(pool_BS[partners].transpose(0, 1), 1.0 - mix.lam)
+    if mix.box is None:
+        mixed = views_SBCHW.lerp(pool_BS[partners].transpose(0, 1), 1.0 - mix.lam)
+    else:
+        rows, columns = slice(mix.box.top, mix.box.bottom), slice(mix.box.left, mix.box.right)
+        mixed = views_SBCHW.clone()
+        mixed[..., rows, columns] = pool_BS[..., rows, columns][partners].transpose(0, 1)
     lam = views_SBCHW.new_full((), mix.lam, dtype=torch.float32)
     return mixed.to(views_SBCHW.dtype), Targets(labels_B, pool_labels[partners], lam)

@@ -115,6 +115,14 @@ class DataOptions(Options):
     randaa: str | None = option(None, "RandAugment instead, as 'rand-m9-mstd0.5'", metavar="STRING", resume=TAKES)
     is_mixup: bool = option(True, "mix pairs of images and their labels (mixup)", resume=TAKES)
     mix_alpha: float = option(0.2, "mixup draws its weight from Beta(alpha, alpha)", above=0, resume=TAKES)
+    cutmix_alpha: float = option(0.0, "CutMix draws its weight from Beta(alpha, alpha); 0: off", least=0, resume=TAKES)
+    mix_switch_prob: float = option(
+        0.5,
+        "where mixup and CutMix are both on, a step is CutMix with this probability",
+        least=0,
+        most=1,
+        resume=TAKES,
+    )
     is_label_smoothing: bool = option(False, "label smoothing of 0.1", default_text=BY_RECIPE, resume=TAKES)
     is_diff_data_train: bool = option(
         True, "every network sees its own view; 0: all see the same one (ablation)", resume=TAKES

@@ -1,10 +1,15 @@
-"""Cross-entropy against labels, plain or mixed up. B images, K classes."""
+"""What a prediction costs against the labels, plain or mixed. B images, K classes."""
 
+from dataclasses import dataclass
+
+import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from loss import at_least_float32
 from utils.targets import Targets
+
+CLASS_LOSSES = ("ce", "bce")
 
 
 def cross_entropy(logits_BK: Tensor, labels_B: Tensor, *, label_smoothing: float = 0.0) -> Tensor:
@@ -25,3 +30,46 @@ def mixed_cross_entropy(logits_BK: Tensor, targets: Targets, *, label_smoothing:
         return loss_B
     loss_other_B = cross_entropy(logits_BK, targets.labels_other_B, label_smoothing=label_smoothing)
     return targets.lam * loss_B + (1 - targets.lam) * loss_other_B
+
+
+def mixed_binary_cross_entropy(logits_BK: Tensor, targets: Targets, *, label_smoothing: float = 0.0) -> Tensor:
+    """Mean over the classes of the binary cross-entropy of each image: (B, K) -> (B,).
+
+        -1/K Σ_k [ t_k log σ(z_k) + (1 - t_k) log σ(-z_k) ],   t = λ · target(labels) + (1 - λ) · target(other labels)
+
+    with smoothed targets as in `cross_entropy`: every class is told by itself whether it is there, and of mixed images
+    two are. Wightman et al., "ResNet strikes back", arXiv:2110.00476, without their threshold.
+    """
+    logits_BK = at_least_float32(logits_BK)
+    num_classes = logits_BK.shape[-1]
+
+    def target(labels_B: Tensor) -> Tensor:
+        # F.one_hot would read the labels on the host
+        return torch.zeros_like(logits_BK).scatter_(1, labels_B[:, None], 1.0)
+
+    target_BK = target(targets.labels_B)
+    if targets.labels_other_B is not targets.labels_B:
+        target_BK = targets.lam * target_BK + (1 - targets.lam) * target(targets.labels_other_B)
+    target_BK = (1 - label_smoothing) * target_BK + label_smoothing / num_classes
+    return F.binary_cross_entropy_with_logits(logits_BK, target_BK, reduction="none").mean(dim=-1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ClassLoss:
+    """The classification loss of a run: what methods give their predictions to.
+
+    Attributes:
+        kind: one of `CLASS_LOSSES`: "ce", `mixed_cross_entropy`, or "bce", `mixed_binary_cross_entropy`.
+        label_smoothing: ε, in [0, 1).
+    """
+
+    kind: str = "ce"
+    label_smoothing: float = 0.0
+
+    def __call__(self, logits_BK: Tensor, targets: Targets) -> Tensor:
+        """The loss of each image: logits (B, K) -> (B,), in float32 or better."""
+        loss = mixed_binary_cross_entropy if self.kind == "bce" else mixed_cross_entropy
+        return loss(logits_BK, targets, label_smoothing=self.label_smoothing)
+
+
+CROSS_ENTROPY = ClassLoss()

@@ -8,6 +8,7 @@ from typing import Any, ClassVar, Generic, NamedTuple, TypeVar
 import torch
 from torch import Tensor, nn
 
+from loss.classification import CROSS_ENTROPY, ClassLoss
 from method.inner import average_over_processes
 from model import split_list
 from model.splitnet import SplitNet
@@ -85,6 +86,7 @@ class Method(nn.Module, Generic[OwnOptions]):
         networks_from_list: True if `--arch a,b` (full networks, S = length of the list) makes sense.
 
     Attributes:
+        class_loss: what a prediction costs against the labels, one value an image.
         sampler: how training batches are put together, "shuffled" or "class_balanced"; an instance may change it.
     """
 
@@ -97,11 +99,11 @@ class Method(nn.Module, Generic[OwnOptions]):
     incompatible: ClassVar[Mapping[str, str]] = {}
     sampler: str = "shuffled"
 
-    def __init__(self, network: SplitNet, options: OwnOptions, *, label_smoothing: float = 0.0) -> None:
+    def __init__(self, network: SplitNet, options: OwnOptions, *, class_loss: ClassLoss = CROSS_ENTROPY) -> None:
         super().__init__()
         self.network = network
         self.options = options
-        self.label_smoothing = label_smoothing
+        self.class_loss = class_loss
 
     @classmethod
     def recipe(

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from loss import at_least_float32
 from loss.agreement import AGREEMENT_LOSSES
-from loss.classification import mixed_cross_entropy
+from loss.classification import CROSS_ENTROPY, ClassLoss
 from method import Method, Progress, StepOutput, Targets, methods
 from model.splitnet import SplitNet
 from utils.options import TAKES, Options, option
@@ -59,14 +59,14 @@ class CoTraining(Method[CoTrainingOptions]):
     Args:
         network: S networks.
         options: flags.
-        label_smoothing: ε of every classification loss.
+        class_loss: what every prediction costs against the labels.
     """
 
     Options = CoTrainingOptions
     _cot_weight: Tensor
 
-    def __init__(self, network: SplitNet, options: CoTrainingOptions, *, label_smoothing: float = 0.0) -> None:
-        super().__init__(network, options, label_smoothing=label_smoothing)
+    def __init__(self, network: SplitNet, options: CoTrainingOptions, *, class_loss: ClassLoss = CROSS_ENTROPY) -> None:
+        super().__init__(network, options, class_loss=class_loss)
         self.agreement = AGREEMENT_LOSSES[options.cot_loss_choose]
         # On the device and written in place, so that a captured CUDA graph sees a new epoch's weight.
         self.register_buffer("_cot_weight", torch.full((), math.nan), persistent=False)
@@ -106,4 +106,4 @@ class CoTraining(Method[CoTrainingOptions]):
 
     def _cross_entropy(self, logits_BK: Tensor, targets: Targets) -> Tensor:
         """Mean over the batch: (B, K) -> scalar."""
-        return mixed_cross_entropy(logits_BK, targets, label_smoothing=self.label_smoothing).mean()
+        return self.class_loss(logits_BK, targets).mean()

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from loss import at_least_float32
-from loss.classification import mixed_cross_entropy
+from loss.classification import CROSS_ENTROPY, ClassLoss
 from loss.distillation import MATCHINGS, knowledge_synergy
 from method import Method, Progress, StepOutput, Targets, methods
 from model.heads import require_stages, synergy_branches
@@ -52,7 +52,7 @@ class DKS(Method[DKSOptions]):
     Args:
         network: S networks with stages, made by `model.registry.build_network`.
         options: flags.
-        label_smoothing: ε of every classification loss.
+        class_loss: what every prediction costs against the labels.
 
     Raises:
         UserError: a backbone without stages, or stages that cannot carry a branch.
@@ -61,8 +61,8 @@ class DKS(Method[DKSOptions]):
     Options = DKSOptions
     runs_networks_itself = True
 
-    def __init__(self, network: SplitNet, options: DKSOptions, *, label_smoothing: float = 0.0) -> None:
-        super().__init__(network, options, label_smoothing=label_smoothing)
+    def __init__(self, network: SplitNet, options: DKSOptions, *, class_loss: ClassLoss = CROSS_ENTROPY) -> None:
+        super().__init__(network, options, class_loss=class_loss)
         self.branches = nn.ModuleList(
             synergy_branches(require_stages(one, "dks"), options.dks_branches) for one in network.models
         )
@@ -115,7 +115,7 @@ class DKS(Method[DKSOptions]):
         for i, view_BCHW in enumerate(self.network.expand_views(views_SBCHW)):
             logits = self._heads(i, view_BCHW)
             for name, logits_BK in logits.items():
-                loss = mixed_cross_entropy(logits_BK, targets, label_smoothing=self.label_smoothing).mean()
+                loss = self.class_loss(logits_BK, targets).mean()
                 losses_ce.append(loss)
                 metrics[f"loss_ce_{name}"] = loss.detach()
             logits_HBK = at_least_float32(torch.stack([*logits.values()]))

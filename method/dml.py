@@ -11,7 +11,6 @@ from torch import Tensor
 
 from loss import at_least_float32
 from loss.agreement import kl_seperate
-from loss.classification import mixed_cross_entropy
 from loss.distillation import distillation_kl
 from method import Method, Progress, StepOutput, Targets, methods
 from utils.options import TAKES, Options, option
@@ -55,10 +54,7 @@ class DeepMutualLearning(Method[DMLOptions]):
     def forward(self, views_SBCHW: Tensor, targets: Targets, progress: Progress) -> StepOutput:
         """Views [1, B, C, H, W] -> loss, metrics (loss_ce and, weighted, loss_mutual), logits [S, B, K]."""
         logits_SBK = at_least_float32(self.network(views_SBCHW))
-        losses_S = [
-            mixed_cross_entropy(logits_BK, targets, label_smoothing=self.label_smoothing).mean()
-            for logits_BK in logits_SBK
-        ]
+        losses_S = [self.class_loss(logits_BK, targets).mean() for logits_BK in logits_SBK]
         loss = loss_ce = torch.stack(losses_S).sum()
         metrics = {"loss_ce": loss_ce.detach()}
         if len(logits_SBK) > 1:

@@ -4,7 +4,6 @@ import torch
 from torch import Tensor
 
 from loss import at_least_float32
-from loss.classification import mixed_cross_entropy
 from method import Method, NoOptions, Progress, StepOutput, Targets, methods
 
 
@@ -15,9 +14,6 @@ class Independent(Method[NoOptions]):
     def forward(self, views_SBCHW: Tensor, targets: Targets, progress: Progress) -> StepOutput:
         """Views [S, B, C, H, W], or one shared view -> loss, metrics (loss_ce), logits [S, B, K]."""
         logits_SBK = at_least_float32(self.network(views_SBCHW))
-        losses_S = [
-            mixed_cross_entropy(logits_BK, targets, label_smoothing=self.label_smoothing).mean()
-            for logits_BK in logits_SBK
-        ]
+        losses_S = [self.class_loss(logits_BK, targets).mean() for logits_BK in logits_SBK]
         loss = torch.stack(losses_S).sum()
         return StepOutput(loss, {"loss_ce": loss.detach()}, logits_SBK.detach())

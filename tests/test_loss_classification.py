@@ -1,12 +1,14 @@
-"""Cross-entropy, plain, smoothed and mixed up."""
+"""Cross-entropy, plain, smoothed and mixed; the same of every class by itself."""
 
 import math
+from collections.abc import Callable
 
 import pytest
 import torch
+from torch import Tensor
 
 from loss import at_least_float32
-from loss.classification import cross_entropy, mixed_cross_entropy
+from loss.classification import CLASS_LOSSES, ClassLoss, cross_entropy, mixed_binary_cross_entropy, mixed_cross_entropy
 from utils.targets import Targets, plain_targets
 
 LABELS = torch.tensor([2, 0, 1])
@@ -41,12 +43,53 @@ def test_without_mixup_it_is_cross_entropy_itself() -> None:
     assert torch.equal(mixed_cross_entropy(LOGITS, plain_targets(LABELS)), cross_entropy(LOGITS, LABELS))
 
 
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+def test_binary_cross_entropy_is_timms(smoothing: float) -> None:
+    timm_loss = pytest.importorskip("timm.loss")
+    mixup = pytest.importorskip("timm.data.mixup")
+    theirs = timm_loss.BinaryCrossEntropy(smoothing=smoothing)(LOGITS, LABELS)
+    plain_B = mixed_binary_cross_entropy(LOGITS, plain_targets(LABELS), label_smoothing=smoothing)
+    torch.testing.assert_close(plain_B.mean(), theirs, rtol=1e-13, atol=0)
+    lam = torch.tensor(0.25, dtype=torch.float64)
+    target_BK = mixup.mixup_target(LABELS, 3, 0.25, smoothing).double()  # mixes with the batch in reverse
+    theirs = timm_loss.BinaryCrossEntropy(smoothing=0.0)(LOGITS, target_BK)
+    mixed_B = mixed_binary_cross_entropy(LOGITS, Targets(LABELS, LABELS.flip(0), lam), label_smoothing=smoothing)
+    torch.testing.assert_close(mixed_B.mean(), theirs, rtol=1e-6, atol=0)
+
+
+def test_binary_cross_entropy_of_each_image_by_hand() -> None:
+    other = torch.tensor([0, 0, 0])
+    loss_B = mixed_binary_cross_entropy(LOGITS, Targets(LABELS, other, torch.tensor(0.25)), label_smoothing=0.2)
+    for row, label, loss in zip(LOGITS.tolist(), LABELS.tolist(), loss_B.tolist(), strict=True):
+        total = 0.0
+        for k, logit in enumerate(row):
+            target = 0.8 * (0.25 * (k == label) + 0.75 * (k == 0)) + 0.2 / 3
+            total += target * math.log1p(math.exp(-logit)) + (1 - target) * math.log1p(math.exp(logit))
+        assert loss == pytest.approx(total / 3, rel=1e-12)
+    images = torch.tensor([0, 2])  # a value belongs to its image alone
+    alone_B = mixed_binary_cross_entropy(LOGITS[images], Targets(LABELS[images], other[images], torch.tensor(0.25)))
+    whole_B = mixed_binary_cross_entropy(LOGITS, Targets(LABELS, other, torch.tensor(0.25)))
+    assert torch.equal(alone_B, whole_B[images])
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+def test_the_loss_of_a_run_is_the_one_that_is_named(smoothing: float) -> None:
+    targets = Targets(LABELS, LABELS.flip(0), torch.tensor(0.6))
+    named = dict(zip(CLASS_LOSSES, (mixed_cross_entropy, mixed_binary_cross_entropy), strict=True))
+    for kind, function in named.items():
+        loss_B = ClassLoss(kind=kind, label_smoothing=smoothing)(LOGITS, targets)
+        assert torch.equal(loss_B, function(LOGITS, targets, label_smoothing=smoothing))
+
+
+@pytest.mark.parametrize("loss", [mixed_cross_entropy, mixed_binary_cross_entropy])
 @pytest.mark.parametrize("autocast", [None, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_huge_logits_give_finite_values_and_gradients(dtype: torch.dtype, autocast: torch.dtype | None) -> None:
+def test_huge_logits_give_finite_values_and_gradients(
+    dtype: torch.dtype, autocast: torch.dtype | None, loss: Callable[..., Tensor]
+) -> None:
     logits = torch.tensor([[1e4, -1e4, 0.0], [-1e4, -1e4, 1e4], [1e4, 1e4, 1e4]]).to(dtype).requires_grad_()
     with torch.autocast("cpu", autocast or torch.bfloat16, enabled=autocast is not None):
-        loss_B = mixed_cross_entropy(logits, Targets(LABELS, LABELS.flip(0), torch.tensor(0.3)), label_smoothing=0.1)
+        loss_B = loss(logits, Targets(LABELS, LABELS.flip(0), torch.tensor(0.3)), label_smoothing=0.1)
         assert loss_B.dtype == torch.float32
         (gradient,) = torch.autograd.grad(loss_B.mean(), logits)
     assert loss_B.isfinite().all()

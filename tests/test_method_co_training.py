@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from loss.agreement import AGREEMENT_LOSSES
-from loss.classification import mixed_cross_entropy
+from loss.classification import ClassLoss, mixed_cross_entropy
 from method import Progress, StepOutput, methods
 from method.co_training import CoTraining, CoTrainingOptions, cot_weight
 from model.splitnet import SplitNet
@@ -28,7 +28,9 @@ def progress(epoch: int = 0, epochs: int = 300) -> Progress:
 def make(num_networks: int = S, *, label_smoothing: float = 0.0, dtype: torch.dtype = torch.float64, **flags: object):
     torch.manual_seed(0)
     networks = [nn.Sequential(nn.Flatten(), nn.Linear(12, K)) for _ in range(num_networks)]
-    return CoTraining(SplitNet(networks), CoTrainingOptions(**flags), label_smoothing=label_smoothing).to(dtype)
+    return CoTraining(
+        SplitNet(networks), CoTrainingOptions(**flags), class_loss=ClassLoss(label_smoothing=label_smoothing)
+    ).to(dtype)
 
 
 def views(num_views: int = S, dtype: torch.dtype = torch.float64) -> Tensor:

@@ -17,7 +17,7 @@ from torch.nn.parallel import DistributedDataParallel
 import eval as evaluation
 import train_split
 from dataset.views import ViewMaker
-from loss.classification import cross_entropy
+from loss.classification import CROSS_ENTROPY, ClassLoss, cross_entropy
 from method import Method, Progress, StepOutput, Targets, methods
 from model import LARGE, SMALL, BackboneRequest, backbones, build_network, build_splitnet
 from model.splitnet import SplitNet
@@ -274,8 +274,8 @@ class Anchor(Method):
     shared_view = True
     incompatible = {"is_syncbn": "the test says so"}  # noqa: RUF012
 
-    def __init__(self, network: SplitNet, options: Any, *, label_smoothing: float = 0.0) -> None:
-        super().__init__(network, options, label_smoothing=label_smoothing)
+    def __init__(self, network: SplitNet, options: Any, *, class_loss: ClassLoss = CROSS_ENTROPY) -> None:
+        super().__init__(network, options, class_loss=class_loss)
         self.anchor_K = nn.Parameter(torch.zeros(10))
 
     @classmethod

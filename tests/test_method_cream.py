@@ -14,7 +14,7 @@ import torch.multiprocessing
 import yaml
 from torch import nn
 
-from loss.classification import cross_entropy
+from loss.classification import ClassLoss, cross_entropy
 from loss.soft_target import soft_cross_entropy
 from method import Progress, methods
 from method.cream import Cream
@@ -47,7 +47,11 @@ def tiny_method(*, seed=3, dtype=torch.float64, **options):
         crop_size=8,
         options={"search_space": SPACE, "sta_num": (2, 2), "slice": SLICE, "flops_maximum": 0.2},
     )
-    method = Cream(build_splitnet(request, seed=seed).to(dtype), Cream.Options(**settings), label_smoothing=0.1)
+    method = Cream(
+        build_splitnet(request, seed=seed).to(dtype),
+        Cream.Options(**settings),
+        class_loss=ClassLoss(label_smoothing=0.1),
+    )
     method.prepare(torch.zeros(1, dtype=torch.int64), seed)
     return method.train()
 

@@ -5,6 +5,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from loss.classification import ClassLoss
 from method import Progress, Targets, methods
 from model.splitnet import SplitNet
 
@@ -21,7 +22,7 @@ def make(num_networks: int, **kwargs):
 @pytest.mark.parametrize("num_networks", [1, 3])
 @pytest.mark.parametrize("shared", [True, False])
 def test_loss_is_the_sum_and_gradients_stay_apart(num_networks, shared):
-    method = make(num_networks, label_smoothing=0.1)
+    method = make(num_networks, class_loss=ClassLoss(label_smoothing=0.1))
     views = torch.randn(1 if shared else num_networks, 6, 3, 2, 2)
     labels, others = torch.randint(4, (6,)), torch.randint(4, (6,))
     targets = Targets(labels, others, torch.tensor(0.7))

@@ -11,6 +11,7 @@ from torch.func import functional_call
 
 import train_split
 from dataset.pipeline import eval_resize
+from loss.classification import ClassLoss
 from method import Progress, Targets, methods
 from method.l_mcl import LMCL, LMCLOptions, Outputs
 from method.l_mcl.class_table import ClassTable
@@ -34,7 +35,9 @@ TRAINING_LABELS = torch.arange(40) % 4
 def make(archs: tuple[str, ...] = ("wrn_10_1", "wrn_10_1"), *, label_smoothing: float = 0.0, **options) -> LMCL:
     torch.manual_seed(0)
     network = build_splitnet(REQUEST, seed=0, archs=archs)
-    method = LMCL(network, LMCLOptions(**({"feat_dim": 8} | options)), label_smoothing=label_smoothing)
+    method = LMCL(
+        network, LMCLOptions(**({"feat_dim": 8} | options)), class_loss=ClassLoss(label_smoothing=label_smoothing)
+    )
     method.prepare(TRAINING_LABELS, 5)
     return method
 

@@ -3,12 +3,12 @@
 import itertools
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import torch
 import torch._inductor.config
-from torch import nn
+from torch import Tensor, nn
 from torch._subclasses.fake_tensor import unset_fake_temporarily
 from torch.utils import _pytree as pytree
 
@@ -18,6 +18,7 @@ from benchmarks.sync_audit import SyncAudit
 from dataset import SourceRequest, open_source
 from dataset.augment.color import count_without_waiting
 from dataset.loader import Batch
+from dataset.mixup import Mix
 from method.l_mcl import LMCL
 from parser_params import parse_config, resolve_config
 from tests.fake_gpu import GPU, fake_gpu
@@ -27,6 +28,7 @@ from training.compiling import compile_modules
 from training.replay import WARM_UP
 from utils.errors import UserError
 from utils.launch import World
+from utils.targets import Targets
 
 AUGMENTED = ["--is_autoaugment", "1", "--erase_p", "1"]
 SUPERNET = ["--method", "cream", "--arch", "cream_supernet", "--search_space", SPACE, "--sta_num", "2,2"]
@@ -96,6 +98,7 @@ ROWS = {
     ],
     "s4": ["--split_factor", 4, "--is_mixup", 0, "--optimizer", "AdamW"],
     "randaa": ["--split_factor", 2, "--randaa", "rand-m9-n2-mstd0.5", "--optimizer", "RMSpropTF"],
+    "cutmix": ["--split_factor", 2, "--is_mixup", 0, "--cutmix_alpha", 1, "--class_loss", "bce"],
     "dml": ["--method", "dml", "--split_factor", 2],
     "dks": ["--method", "dks", "--arch", "resnet20_cifar"],
     "l_mcl": ["--method", "l_mcl", "--arch", "lmcl_resnet20_cifar", "--meta_freq", 3],
@@ -147,6 +150,51 @@ def test_mixup_knows_every_processs_images(trainer_of, monkeypatch, policy):
     trainer = trainer_of("--split_factor", 1, "--on_bad_image", policy)
     steps(trainer, trainer.loader.epoch(0))
     assert found == [[8]] * 2
+
+
+UNTOUCHED = ["--is_autoaugment", 0, "--is_cutout", 0, "--padding", 0]  # views are the images, or their mirror images
+
+
+class Mixed(NamedTuple):
+    """What a step was given, and what was made of it."""
+
+    views_in: Tensor
+    views: Tensor
+    targets: Targets
+
+
+def mixed_steps(trainer: Trainer, monkeypatch: pytest.MonkeyPatch, count: int) -> list[Mixed]:
+    """Make so many steps, and look at what mixing does in each."""
+    found: list[Mixed] = []
+    mixed = trainer.training_step._mixed
+    monkeypatch.setattr(
+        trainer.training_step, "_mixed", lambda views, *a: (found.append(Mixed(views, *(m := mixed(views, *a)))), m)[1]
+    )
+    for epoch in range(count // 2):
+        steps(trainer, trainer.loader.epoch(epoch))
+    return found
+
+
+def test_cutmix_gives_boxes_to_all_views_and_the_weights_to_the_labels(trainer_of, monkeypatch):
+    for one in mixed_steps(trainer_of(*ROWS["cutmix"], *UNTOUCHED), monkeypatch, 6):
+        taken_SBHW = (one.views != one.views_in).any(dim=2)
+        # a box is one rectangle, the same in every view, and λ the part that lies outside of it
+        box_HW = taken_SBHW.flatten(0, 1).any(dim=0)
+        rows, columns = box_HW.any(dim=1), box_HW.any(dim=0)
+        assert torch.equal(box_HW, rows[:, None] & columns[None, :])
+        assert float(one.targets.lam) == pytest.approx(1 - float(box_HW.float().mean()))
+        assert all(torch.equal(taken_BHW.any(dim=0), box_HW) for taken_BHW in taken_SBHW)
+
+
+@pytest.mark.parametrize(("probability", "expected"), [(0, {None}), (1, {True}), (0.5, {None, True})])
+def test_a_step_is_cutmix_or_mixup(trainer_of, monkeypatch, probability, expected):
+    mixes: list[Mix] = []
+    real = training.step.apply_mix
+    monkeypatch.setattr(training.step, "apply_mix", lambda *a: (mixes.append(a[2]), real(*a))[1])
+    trainer = trainer_of("--cutmix_alpha", 1, "--mix_switch_prob", probability, "--split_factor", 1)
+    for epoch in range(4):
+        steps(trainer, trainer.loader.epoch(epoch))
+    assert {mix.box and True for mix in mixes} == expected
 
 
 def test_a_search_reads_the_two_numbers_that_decide_what_comes_next(trainer_of):

@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 
+from loss.classification import CLASS_LOSSES
 from utils.options import BY_RECIPE, OF_CALL, SAME, TAKES, Options, option
 
 OPTIMIZERS = ("SGD", "Adam", "AdamW", "RMSprop", "RMSpropTF")
@@ -83,6 +84,12 @@ class OptimizerOptions(Options):
         "what is not decayed: every bias, or also all parameters of normalisations",
         choices=("bias", "norm_bias"),
         default_text=BY_RECIPE,
+        resume=TAKES,
+    )
+    class_loss: str = option(
+        "ce",
+        "loss against the labels: cross-entropy of the softmax, or binary cross-entropy of every class by itself",
+        choices=CLASS_LOSSES,
         resume=TAKES,
     )
     clip_grad: float | None = option(

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from dataset.loader import Batch
-from dataset.mixup import apply_mix, draw_mix
+from dataset.mixup import apply_mix, as_cutmix, draw_mix, is_cutmix_step
 from dataset.options import DataOptions
 from dataset.sampler import shard
 from dataset.views import ViewMaker
@@ -150,17 +150,23 @@ class TrainingStep:
     def _mixed(
         self, views_VBCHW: Tensor, labels_B: Tensor, progress: Progress, counts_W: list[int]
     ) -> tuple[Tensor, Targets]:
-        """Views and targets after mixup, where it is on."""
-        if not self.options.is_mixup:
+        """Views and targets after mixup or CutMix, where one of them is on."""
+        options, step = self.options, progress.step
+        is_cutmix = options.cutmix_alpha > 0
+        if not is_cutmix and not options.is_mixup:
             return views_VBCHW, plain_targets(labels_B)
+        if is_cutmix and options.is_mixup:
+            is_cutmix = is_cutmix_step(self.seed, step, switch_prob=options.mix_switch_prob)
         mix = draw_mix(
             self.seed,
-            progress.step,
-            alpha=self.options.mix_alpha,
+            step,
+            alpha=options.cutmix_alpha if is_cutmix else options.mix_alpha,
             global_batch=sum(counts_W),
             first=sum(counts_W[: self.world.rank]),
             count=len(labels_B),
         )
+        if is_cutmix:
+            mix = as_cutmix(mix, self.seed, step, (views_VBCHW.shape[-2], views_VBCHW.shape[-1]))
         return apply_mix(views_VBCHW, labels_B, mix, counts_W)
 
     def _learn(

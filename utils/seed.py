@@ -22,6 +22,8 @@ STREAM_SPLIT = 6  # --val_fraction
 STREAM_SAMPLER = 7  # class-balanced and other special samplers
 STREAM_METHOD = 8  # whatever a method draws for itself
 STREAM_DATA = 9  # synthetic images
+STREAM_MIX_KIND = 20  # whether a step is CutMix or mixup
+STREAM_CUTMIX = 21  # CutMix's box
 
 _GOLDEN = 0x9E3779B97F4A7C15
 _MASK = 0xFFFFFFFFFFFFFFFF

@@ -20,7 +20,7 @@ import yaml
 from torch import Tensor, nn
 
 from loss import at_least_float32
-from loss.classification import mixed_cross_entropy
+from loss.classification import CROSS_ENTROPY, ClassLoss
 from loss.soft_target import soft_cross_entropy
 from method import Method, Progress, StepOutput, Targets, methods
 from method.cream.board import BoardEntry, PathBoard, PathSampler
@@ -106,7 +106,7 @@ class Cream(Method[CreamSearchOptions]):
     Args:
         network: a SplitNet of one Supernet.
         options: flags.
-        label_smoothing: of the classification losses.
+        class_loss: what every prediction costs against the labels.
 
     Raises:
         UserError: another network, or probabilities that do not fit the search space.
@@ -119,8 +119,10 @@ class Cream(Method[CreamSearchOptions]):
     decides_on_host = True
     networks_from_list = False
 
-    def __init__(self, network: SplitNet, options: CreamSearchOptions, *, label_smoothing: float = 0.0) -> None:
-        super().__init__(network, options, label_smoothing=label_smoothing)
+    def __init__(
+        self, network: SplitNet, options: CreamSearchOptions, *, class_loss: ClassLoss = CROSS_ENTROPY
+    ) -> None:
+        super().__init__(network, options, class_loss=class_loss)
         supernet = network.models[0]
         if len(network.models) != 1 or not isinstance(supernet, Supernet):
             raise UserError("--method cream searches one supernet: use --arch cream_supernet and --split_factor 1.")
@@ -245,7 +247,7 @@ class Cream(Method[CreamSearchOptions]):
         labels = Targets(targets.labels_B[outer], targets.labels_other_B[outer], targets.lam)
 
         def outer_loss(logits_BK: Tensor) -> Tensor:
-            return mixed_cross_entropy(logits_BK, labels, label_smoothing=self.label_smoothing).mean()
+            return self.class_loss(logits_BK, labels).mean()
 
         with torch.enable_grad():
             found = match_gradient(
@@ -278,7 +280,7 @@ class Cream(Method[CreamSearchOptions]):
             raise RuntimeError("before_step draws the path that forward trains: call it first")
         images_BCHW, step = views_SBCHW[0], self._step
         logits_BK = at_least_float32(self.supernet(images_BCHW, step.path))
-        loss = loss_ce = mixed_cross_entropy(logits_BK, targets, label_smoothing=self.label_smoothing).mean()
+        loss = loss_ce = self.class_loss(logits_BK, targets).mean()
         loss_kd = torch.zeros_like(loss_ce)
         if step.teacher is not None:
             with torch.no_grad(), frozen_statistics(self.supernet):

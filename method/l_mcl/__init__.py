@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from loss import at_least_float32
-from loss.classification import mixed_cross_entropy
+from loss.classification import CROSS_ENTROPY, ClassLoss
 from loss.contrastive import bank_contrast, batch_contrast, exit_pairs, same_class, update_bank
 from loss.distillation import distillation_kl
 from method import Method, Progress, StepOutput, Targets, methods
@@ -102,7 +102,7 @@ class LMCL(Method[LMCLOptions]):
     Args:
         network: two or more networks with stages, made by `model.registry.build_network`.
         options: flags.
-        label_smoothing: ε of every classification loss.
+        class_loss: what every prediction costs against the labels.
 
     Raises:
         UserError: fewer than two networks, or a backbone without stages.
@@ -122,8 +122,8 @@ class LMCL(Method[LMCLOptions]):
     finals_N: Tensor
     banks_NRD: Tensor | None
 
-    def __init__(self, network: SplitNet, options: LMCLOptions, *, label_smoothing: float = 0.0) -> None:
-        super().__init__(network, options, label_smoothing=label_smoothing)
+    def __init__(self, network: SplitNet, options: LMCLOptions, *, class_loss: ClassLoss = CROSS_ENTROPY) -> None:
+        super().__init__(network, options, class_loss=class_loss)
         if network.split_factor < 2:
             raise UserError(
                 "--method l_mcl needs two networks or more: give --arch lmcl_<backbone>, a list, or a --split_factor."
@@ -365,7 +365,7 @@ class LMCL(Method[LMCLOptions]):
 
     def _cross_entropy(self, logits_MBK: Tensor, targets: Targets) -> Tensor:
         """Batch mean, summed over the classifiers."""
-        losses = [mixed_cross_entropy(one, targets, label_smoothing=self.label_smoothing).mean() for one in logits_MBK]
+        losses = [self.class_loss(one, targets).mean() for one in logits_MBK]
         return torch.stack(losses).sum()
 
     def _projected(self, outputs: Outputs) -> Tensor:

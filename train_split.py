@@ -769,6 +769,8 @@ def finished_results(folder: Path, config: Config, resumed: Resumed | None) -> d
     given = {name: value for name, value in config.values().items() if name in config.given}
     changed = changed_flags(resumed.state.get("config", {}), given, config.resume_choices(), config.origins)
     logger.warning("already finished: nothing was trained%s", f"; without effect: {', '.join(changed)}" * bool(changed))
+    if not (folder / ckpt.BEST).exists():
+        logger.warning("%s is not there any more; %s is the newest checkpoint", ckpt.BEST, resumed.path.name)
     return results
 
 

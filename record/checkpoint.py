@@ -20,7 +20,8 @@ import torch
 from torch import Tensor
 
 from record import safe_tensors
-from utils.errors import UserError, WriteError, reason
+from utils.errors import RunError, UserError, WriteError, reason
+from utils.memory import is_more_than_memory, what_did_not_fit
 from utils.text import ESCAPE
 
 # Classes of the settings that other projects keep in their checkpoints (Cream's, timm's).
@@ -164,6 +165,7 @@ def load_checkpoint(path: str | Path, flag: str = "--resume") -> dict[str, Any]:
 
     Raises:
         UserError: missing, unreadable, truncated, or holding anything but tensors and plain values.
+        RunError: memory does not suffice for what it holds.
     """
     path = Path(path)
     if not path.is_file():
@@ -181,6 +183,8 @@ def load_checkpoint(path: str | Path, flag: str = "--resume") -> dict[str, Any]:
             f"{flag} {path}: refused: it is not a checkpoint, or holds objects other than tensors and plain values."
         ) from None
     except (OSError, RuntimeError, ValueError, EOFError, KeyError, IndexError, AttributeError, TypeError) as error:
+        if is_more_than_memory(error, path.stat().st_size):
+            raise RunError(f"{flag} {path}: {what_did_not_fit(error)}. It needs a machine with more memory.") from None
         reason = "is empty" if path.stat().st_size == 0 else "is truncated, damaged or not a checkpoint"
         logger.debug("%s: %r", path, error)
         raise UserError(f"{flag} {path}: {reason}.") from None

@@ -16,7 +16,7 @@ from record import checkpoint as ckpt
 from record.logger import LineFile
 from tests.runs import in_fork
 from tests.system_calls import killed_at_call
-from utils.errors import UserError, WriteError
+from utils.errors import RunError, UserError, WriteError
 
 
 def a_state(value: float = 1.0) -> dict[str, Any]:
@@ -158,6 +158,18 @@ def test_hash_sees_names_shapes_types_and_values() -> None:
     noncontiguous = {"a": torch.arange(12.0)[::2] / 2, "b": torch.tensor(3)}
     assert ckpt.state_sha256(noncontiguous) == ckpt.state_sha256(base)
     assert len(ckpt.state_sha256({"x": torch.ones(2, dtype=torch.bfloat16)})) == 64
+
+
+def test_too_little_memory_is_no_damage_and_nothing_older_is_taken(tmp_path, monkeypatch):
+    for epoch in (1, 2):
+        ckpt.save_checkpoint(a_state(1.0) | {"epoch": epoch}, tmp_path / f"checkpoint_{epoch}.pth.tar")
+
+    def full(*args, **kwargs):
+        raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 16 bytes.")
+
+    monkeypatch.setattr(torch, "load", full)
+    with pytest.raises(RunError, match=r"checkpoint_2.*out of memory.*more memory"):
+        ckpt.load_newest(tmp_path)
 
 
 LINE = "x" * 20_000  # more than is written at once

@@ -14,6 +14,8 @@ import pytest
 import torch
 from PIL import Image
 
+from record.checkpoint import BEST
+from tests.kills import library_weights_at_hand
 from tests.runs import ROOT, TINY, train
 from tests.runs import without_times as lines_of
 
@@ -252,3 +254,27 @@ def test_every_way_to_start_goes_on_as_if_it_had_not_stopped(tmp_path: Path, sta
     saved = checkpoint(tmp_path / "broken" / "checkpoint_2.pth.tar")
     assert len(saved["optimizer"]["param_groups"]) == (4 if start == "new head" else 2)
     assert bool(saved["new_heads"]) == (start == "new head")
+
+
+@pytest.mark.slow
+def test_a_run_from_a_librarys_weights_goes_on_as_if_it_had_not_stopped(tmp_path: Path) -> None:
+    data = images(tmp_path / "data", ("ant", "bee", "cat"))
+    argv = [*SMALL, "--data", data, "--arch", "torchvision/mobilenet_v3_small", "--split_factor", 1, "--epochs", 2]
+    argv += ["--lr_multiplier", 10, "--pretrained"]
+    whole = train([*argv, "--model_dir", tmp_path / "whole"], tmp_path, before=library_weights_at_hand)
+    assert whole.code == 0, whole.stderr
+    broken = [*argv, "--model_dir", tmp_path / "broken"]
+    assert train([*broken, "--max_steps", 3], tmp_path, before=library_weights_at_hand).code == 0
+    resumed = train([*broken, "--resume", "auto"], tmp_path)  # needs nobody's weights
+    assert resumed.code == 0, resumed.stderr
+    assert resumed.result["state_sha256"] == whole.result["state_sha256"]
+    assert checkpoint(tmp_path / "broken" / "checkpoint_2.pth.tar")["new_heads"] == ["network.models.0.classifier.3."]
+
+
+@pytest.mark.slow
+def test_a_finished_run_without_its_best_weights_says_so(run: Path) -> None:
+    assert go_on(run, epochs=2).code == 0
+    (run / BEST).unlink()
+    again = go_on(run, epochs=2)
+    assert again.code == 0
+    assert f"{BEST} is not there any more" in again.stderr

@@ -5,7 +5,7 @@ import torch
 
 from tests.kills import cpu_out_of_memory, gpu_out_of_memory
 from utils.errors import RunError
-from utils.memory import is_out_of_memory, what_did_not_fit
+from utils.memory import is_more_than_memory, is_out_of_memory, what_did_not_fit
 
 
 def test_a_full_gpu_is_named_with_what_was_asked_for() -> None:
@@ -43,3 +43,11 @@ def test_every_way_to_say_it_counts(error: Exception) -> None:
 )
 def test_other_errors_do_not(error: Exception) -> None:
     assert not is_out_of_memory(error)
+
+
+def test_a_file_that_asks_for_more_than_it_holds_is_not_out_of_memory() -> None:
+    error = RuntimeError("can't allocate memory: you tried to allocate 4000 bytes")
+    assert is_more_than_memory(error, 4000)
+    assert not is_more_than_memory(error, 3999)
+    assert is_more_than_memory(RuntimeError("CUDA out of memory. Tried to allocate 2.00 MiB"), 2 * 2**20)
+    assert not is_more_than_memory(RuntimeError("shape mismatch"), 4000)

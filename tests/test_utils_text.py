@@ -110,8 +110,16 @@ def program(argv: list[object], encoding: str) -> str:
     return output
 
 
-@pytest.mark.parametrize(("size", "encoding"), [(16, "ascii"), (70, "C")])
-def test_whatever_is_written_or_printed_takes_every_name(tmp_path: Path, size: int, encoding: str) -> None:
+TWO = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+
+
+@pytest.mark.parametrize(
+    ("size", "encoding", "launcher"),
+    [(16, "ascii", []), (70, "C", []), pytest.param(16, "ascii", TWO, marks=pytest.mark.slow)],
+)
+def test_whatever_is_written_or_printed_takes_every_name(
+    tmp_path: Path, size: int, encoding: str, launcher: list[object]
+) -> None:
     base = tmp_path / os.fsdecode(b"b\xe5se\n")
     data, run = base / os.fsdecode(b"d\xe4ta"), base / os.fsdecode(b"r\xfcn")
     for split, count in (("train", 3), ("val", 2), ("test", 2)):
@@ -126,7 +134,7 @@ def test_whatever_is_written_or_printed_takes_every_name(tmp_path: Path, size: i
         if size == 16
         else ["--arch", "torchvision/resnet18", "--max_steps", 2, "--crop_size", 66]
     )
-    program(["train_split.py", *flags, "--model_dir", run], encoding)
+    program([*launcher, "train_split.py", *flags, "--model_dir", run], encoding)
 
     left_out = (run / "bad_images.txt").read_bytes().decode()
     assert left_out.count("\n") >= 2 * len(NAMES)
@@ -143,7 +151,8 @@ def test_whatever_is_written_or_printed_takes_every_name(tmp_path: Path, size: i
     assert checkpoint["config"]["data"] == str(data)  # the place itself, which eval.py goes to
 
     best = run / "model_best.pth.tar"
-    output = program(["eval.py", "--resume", best, "--on_bad_image", "skip", "--workers", 0, "--no_cuda"], encoding)
+    readers = ["--on_bad_image", "skip", "--workers", 0, "--no_cuda"]
+    output = program([*launcher, "eval.py", "--resume", best, *readers], encoding)
     results = json.loads(output[output.index('{"checkpoint"') :].splitlines()[0])
     assert list(results["per_class_acc"]) == classes
     assert (results["split"], results["images"], results["skipped"]) == ("test", 2 * len(NAMES), results["skipped"])
@@ -154,14 +163,14 @@ def test_whatever_is_written_or_printed_takes_every_name(tmp_path: Path, size: i
 
     out = base / os.fsdecode(b"\xf6ut")
     predict = ["--predict", data / "test", "--model_dir", out]
-    program(["eval.py", "--resume", best, *predict, "--on_bad_image", "skip", "--workers", 0, "--no_cuda"], encoding)
+    program([*launcher, "eval.py", "--resume", best, *predict, *readers], encoding)
     with (out / "predictions.csv").open(encoding="utf-8", newline="") as file:
         rows = list(csv.DictReader(file))
     assert sorted(row["file"] for row in rows) == sorted(
         f"{escaped(f'{name}/{i}.png')}" for name in NAMES for i in range(2)
     )
     assert {row["name_1"] for row in rows} <= set(classes)
-    if size == 16:
+    if size == 16 and not launcher:
         program(["script/export.py", best, "--out", out / os.fsdecode(b"n\xe9t.pt2"), "--data", data], encoding)
         program(["script/convert_checkpoint.py", best, out / os.fsdecode(b"n\xe9t.pth.tar")], encoding)
         program(["-m", "utils.compare", run, "--out", out / os.fsdecode(b"v\xe9rsus")], encoding)

@@ -31,6 +31,23 @@ def is_out_of_memory(error: BaseException) -> bool:
     return isinstance(error, RuntimeError) and any(sign in str(error) for sign in _SIGNS)
 
 
+def is_more_than_memory(error: BaseException, size: int) -> bool:
+    """Whether reading a file of `size` bytes met the end of memory; one that asks for more than it holds is damaged."""
+    if not is_out_of_memory(error):
+        return False
+    amount = _amount(str(error))
+    return amount is not None and amount <= size
+
+
+def _amount(text: str) -> float | None:
+    """The bytes that an allocator could not give, None where it does not say."""
+    found = _AMOUNT.search(text)
+    if found is None:
+        return None
+    number, unit = float(found[1]), found[2]
+    return number if unit == "bytes" else number * 1024 ** ("KMGTP".index(unit[0]) + 1)
+
+
 def what_did_not_fit(error: BaseException) -> str:
     """One clause: where memory did not suffice, and for how much, as far as the exception tells."""
     text = str(error)

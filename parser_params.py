@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 from dataset import sources
+from dataset.detect import kind_of
 from dataset.options import DataOptions
 from method import methods
 from model import BackboneRequest, backbone_request, backbones, split_list
@@ -21,7 +22,9 @@ from model.execution import EXECUTIONS
 from model.options import ModelOptions
 from recipe.cream_yaml import is_published, is_published_key, read_published
 from recipe.datasets import ROWS
+from recipe.own_images import KINDS, SMALL_DEFAULTS, SmallDefault
 from recipe.published import recipe_defaults
+from recipe.scaling import scaled_rate
 from training.compiling import COMPILE_MODES
 from training.options import OptimizerOptions
 from utils import launch
@@ -44,7 +47,12 @@ from utils.text import fit_streams
 class RunOptions(Options):
     """Run and files"""
 
-    data: str = option("./data_dir", "folder of the data set", metavar="DIR", resume=OF_CALL)
+    data: str = option(
+        "./data_dir",
+        "the data set: its folder, or a file (a table as .csv, .parquet, .tar shards as x-{000..003}.tar)",
+        metavar="PATH",
+        resume=OF_CALL,
+    )
     model_dir: str = option(
         "./model_dir",
         "run directory: checkpoints, logs, pictures",
@@ -397,6 +405,8 @@ def parse_config(argv: Sequence[str] | None = None, program: str | None = None, 
     if published is not None:
         origins |= dict.fromkeys(published.overridden, "override")
     config = _assemble(method, given, origins, extra=extra)
+    if "dataset" not in given and not config.is_summary:
+        config = dataclasses.replace(config, dataset=kind_of(config.data) or config.dataset)
     _check(config)
     return config if published is None else dataclasses.replace(config, warnings=tuple(published.warnings))
 
@@ -431,19 +441,31 @@ def _assemble(
     )
 
 
-def resolve_config(config: Config, *, data_recipe: str, crop_size: int | None = None) -> Config:
+def resolve_config(
+    config: Config, *, data_recipe: str, crop_size: int | None = None, is_drawn: bool = False, nodes: int = 1
+) -> Config:
     """Fill in what the user left open: the method's recipe, then the data set's, then the data's own crop size.
+
+    Images of a user's own take the small default (`recipe.own_images`) where nobody names an --arch. (Not under
+    --dataset folder with a split of its own, which trained before there was that default, and trains as it did.)
 
     Args:
         config: from `parse_config`.
         data_recipe: row of the published recipes that the data takes (`DataSource.recipe`).
         crop_size: the data's own input size, where the recipe does not know it (folder, synthetic).
+        is_drawn: the data came without a split.
+        nodes: whose images an update takes.
     """
     given = dict(config.given)
     from_method = dict(methods.get(config.method).recipe(data_recipe, given.get("epochs"), given))
     if config.dataset not in ROWS:  # open data sets know their own statistics
         from_method = {name: value for name, value in from_method.items() if name not in ("mean", "std")}
     supplied = {**from_method, **given}
+    small, line = None, ""
+    if config.dataset in KINDS and "arch" not in supplied and not (given.get("dataset") == "folder" and not is_drawn):
+        small = SMALL_DEFAULTS[data_recipe]
+        instead, line = _scaled(small, supplied, nodes)
+        config = dataclasses.replace(config, arch=instead["arch"])
     arch = split_list(supplied.get("arch", config.arch))[0]
     backbone = backbones.get(arch) if config.dataset == "imagenet" and arch in backbones else None
     defaults, adjusted = recipe_defaults(
@@ -455,22 +477,35 @@ def resolve_config(config: Config, *, data_recipe: str, crop_size: int | None = 
         batch_size=supplied.get("batch_size"),
         given=supplied,
         own_size=None if backbone is None else backbone.crop_size,
+        instead={} if small is None else instead,
     )
     if backbone is not None:
         defaults["crop_pct"] = backbone.crop_pct
     if crop_size is not None:
         defaults.setdefault("crop_size", crop_size)  # open data sets know their size, the recipe does not
-    # the seed was settled before the data was opened
-    values = {**defaults, **from_method, **given, **adjusted, "seed": config.seed}
+    # settled before the data was opened
+    values = {**defaults, **from_method, **given, **adjusted, "seed": config.seed, "dataset": config.dataset}
     origins = dict.fromkeys((*defaults, *from_method), "recipe") | dict(config.origins)
+    if small is not None:
+        origins |= {name: f"recipe: {small.name}" for name in small.training if name not in supplied}
     origins |= {name: f"{origins.get(name, 'default')}, adjusted" for name in adjusted if name in given}
     known = _known_flags(config.method, config.extra)
     values = {name: value for name, value in values.items() if name in known}
     origins = {name: origin for name, origin in origins.items() if name in known}
     resolved = _assemble(config.method, values, origins, extra=config.extra, given=given)
-    resolved = dataclasses.replace(resolved, warnings=config.warnings)
+    resolved = dataclasses.replace(resolved, warnings=(*config.warnings, *filter(None, [line])))
     _check(resolved)
     return resolved
+
+
+def _scaled(recipe: SmallDefault, supplied: Mapping[str, Any], nodes: int) -> tuple[dict[str, Any], str]:
+    """The recipe's flags, its rate scaled to the images of an update unless somebody chose the rate; and a line."""
+    flags = dict(recipe.training)
+    if supplied.keys() & {"lr", "optimizer", "is_linear_lr"}:
+        return flags, ""
+    images = supplied.get("batch_size", flags["batch_size"]) * supplied.get("iters_to_accumulate", 1) * nodes
+    flags["lr"], line = scaled_rate(flags["lr"], batch_size=flags["batch_size"], images_per_update=images)
+    return flags, line
 
 
 def _check(config: Config) -> None:

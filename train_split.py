@@ -40,6 +40,7 @@ from record.run_folder import (
     ABANDONED,
     HPARAMS,
     RESULTS,
+    SPLIT,
     Resumed,
     as_json,
     describe_environment,
@@ -49,6 +50,7 @@ from record.run_folder import (
     open_run,
     put_aside,
     read_results,
+    split_table,
 )
 from record.saving import Saver
 from training.compiling import as_written, compile_modules
@@ -152,6 +154,7 @@ class Trainer:
             images=len(source.train),
             names=source.names,
             val_fraction=config.val_fraction,
+            test_fraction=source.fractions.get("test", 0.0),
         )
         self.method.prepare(source.train.targets.to(world.device), self.seed)
 
@@ -740,13 +743,21 @@ def run_in(world: World, config: Config) -> dict[str, Any]:
         make_folder(folder)
         set_up_text_log(folder, rank=world.rank)
         source = open_shared_source(config, world)
-        config = resolve_config(config, data_recipe=source.recipe, crop_size=source.crop_size)
+        config = resolve_config(
+            config,
+            data_recipe=source.recipe,
+            crop_size=source.crop_size,
+            is_drawn=bool(source.fractions),
+            nodes=world.num_nodes,
+        )
         warn_of_unused_flags(config)
         if config.deterministic:
             torch.use_deterministic_algorithms(True, warn_only=True)
         torch.backends.cudnn.benchmark = not config.deterministic
         if world.is_main:
             ckpt.write_file(folder / HPARAMS, as_json(config.described()))
+            if source.membership:
+                ckpt.write_file(folder / SPLIT, split_table(source.membership))
             ckpt.write_file(folder / "env.json", as_json(describe_environment(world)))
         trainer = Trainer(config, world, source, resumed)
         announce(trainer)
@@ -793,10 +804,16 @@ def open_shared_source(config: Config, world: World) -> DataSource:
         crop_size=config.given.get("crop_size"),
         seed=config.seed or 0,
         val_fraction=config.val_fraction,
+        test_fraction=config.test_fraction,
         on_bad_image=config.on_bad_image,
         workers=config.workers,
     )
-    return distributed.main_first(world, partial(open_source, request))
+    source = distributed.main_first(world, partial(open_source, request))
+    if "test_fraction" in config.given and not source.fractions:
+        raise UserError(
+            f"--test_fraction {config.test_fraction:g}: --data {config.data} has its own split. Leave the flag away."
+        )
+    return source
 
 
 def announce(trainer: Trainer) -> None:
@@ -807,7 +824,10 @@ def announce(trainer: Trainer) -> None:
     evaluated = f"{len(source.test)} {names[source.reported]}"
     if source.val is not None:
         evaluated = f"{len(source.val)} {held_out}, {evaluated}"
-    supplied = [f"{name} {value['value']}" for name, value in config.described().items() if value["origin"] == "recipe"]
+    supplied: dict[str, list[str]] = {}
+    for name, item in config.described().items():
+        if item["origin"].startswith("recipe"):
+            supplied.setdefault(item["origin"], []).append(f"{name} {item['value']}")
     logger.info(
         "%s: %d x %s (S = %d) on %s, %d classes, %d training, %s images; %.3f M parameters, %.1f M MACs",
         config.method,
@@ -829,7 +849,8 @@ def announce(trainer: Trainer) -> None:
         trainer.seed,
         names[source.reported] if source.val is None else held_out,
     )
-    logger.info("from the recipe: %s", ", ".join(supplied))
+    for origin, flags in supplied.items():
+        logger.info("from the %s: %s", origin, ", ".join(flags))
 
 
 def train_arguments(argv: list[str]) -> Mapping[str, Any] | None:

@@ -74,6 +74,8 @@ class DataSource:
         reported: what the images of `test` are called, "test" or "val".
         bad_images: files that --on_bad_image skip left out while opening, with the reason.
         names: hash of the names of all training images, held out or not; "" where images have none.
+        fractions: part -> fraction, where a hash of names drew the parts (`dataset.parts`) of images without a split.
+        membership: part -> names of its images, in that case.
     """
 
     name: str
@@ -88,6 +90,8 @@ class DataSource:
     reported: str = "test"
     bad_images: Mapping[Path, str] = field(default_factory=dict)
     names: str = ""
+    fractions: Mapping[str, float] = field(default_factory=dict)
+    membership: Mapping[str, Sequence[str]] = field(default_factory=dict)
 
     def normalised(self, mean: Sequence[float], std: Sequence[float]) -> Self:
         """The same data with another mean and deviation [3]; an empty one leaves the data's own."""
@@ -144,6 +148,8 @@ class SourceRequest:
         crop_size: --crop_size if given.
         seed: for synthetic and for the hold-out.
         val_fraction: part of the training set held out, class-balanced, in [0, 1).
+        test_fraction: part of images without a split that is tested on; None: such images are no training set, and an
+            evaluation takes all of them.
         splits: which splits are needed ("train", "test"); a missing one that is not needed is no error.
         split: what an evaluation takes for the test split: "val" or "test"; None: test where there is one, else val.
         classes: of a checkpoint that is evaluated; a folder may lack some of them.
@@ -160,6 +166,7 @@ class SourceRequest:
     crop_size: int | None = None
     seed: int = 0
     val_fraction: float = 0.0
+    test_fraction: float | None = None
     splits: tuple[str, ...] = ("train", "test")
     split: str | None = None
     classes: tuple[str, ...] | None = None
@@ -190,6 +197,8 @@ def open_source(request: SourceRequest) -> DataSource:
         )
     if request.split not in (None, source.reported):
         raise UserError(f"--split {request.split}: --dataset {request.dataset} has {source.reported} images only.")
+    if source.fractions:
+        return source
     if request.val_fraction and source.val is not None:
         raise UserError(
             f"--val_fraction {request.val_fraction}: --data {request.root} has val/ beside test/, and the best epoch "

@@ -1,73 +1,61 @@
-"""Image files in one folder per class: DIR/train/<class>/..., DIR/val/<class>/..., DIR/test/<class>/..."""
+"""Image files in one folder per class: DIR/<class>/..., or DIR/train/<class>/... and the other splits beside it."""
 
 import contextlib
 import logging
 import os
 import stat
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 
-from dataset import ImageSet, SourceRequest
+from dataset import ImageSet, SourceRequest, names_hash
 from dataset.decode import EXTENSIONS
+from dataset.own_images import Listed, draw_splits
 from utils.errors import UserError
 from utils.text import escaped
 
 logger = logging.getLogger(__name__)
 
 EVALUATED = ("val", "test")
+# names of a split's folder, the first that is there counting
+FOLDERS = {"train": ("train",), "val": ("val", "valid", "validation"), "test": ("test",)}
 
 
-@dataclass(frozen=True)
-class ClassFolders:
-    """The splits that a run takes from a folder.
+def find_folders(request: SourceRequest) -> Listed:
+    """The images below DIR, by class folders: of the splits that it has, or drawn where it has none.
 
-    Attributes:
-        classes: K names, as `utils.text.escaped` writes those of the folders; sorted.
-        splits: folders of "train", "val" and "test"; those that are not needed are left out.
-        reported: the split that is evaluated and reported, "test" or "val".
-    """
+    In training that is train/ and test/, with val/ beside it to choose the best epoch on; where there is only one of
+    the two, that one. An evaluation takes the one that `request.split` names. A test/ without class folders, as
+    ImageNet's, is none. valid/ and validation/ are other names of val/.
 
-    classes: tuple[str, ...]
-    splits: Mapping[str, Path]
-    reported: str
-
-    def files(self) -> dict[str, ImageSet]:
-        """The image files of every split; see `list_images`."""
-        return {split: list_images(folder, self.classes, split) for split, folder in self.splits.items()}
-
-    def roles(self, images: Mapping[str, ImageSet]) -> dict[str, ImageSet | None]:
-        """Images by split as `dataset.DataSource` has them: train, val (what the best epoch is chosen on) and test."""
-        nothing = ImageSet.empty()
-        return {
-            "train": images.get("train", nothing),
-            "val": images.get("val") if self.reported == "test" else None,
-            "test": images.get(self.reported, nothing),
-        }
-
-
-def find_folders(request: SourceRequest) -> ClassFolders:
-    """What DIR holds: train/ where it is asked for, and what is evaluated.
-
-    In training that is test/, with val/ beside it to choose the best epoch on; where there is only one of the two, that
-    one. An evaluation takes the one that `request.split` names. A test/ without class folders, as ImageNet's, is none.
+    With `request.test_fraction`, DIR/<class>/*, or train/ alone, is split by `dataset.own_images.draw_splits`; an
+    evaluation without it takes all of DIR/<class>/*.
 
     The classes are those of train/ where it is asked for; else those of `request.classes`, or of train/ if it is there,
     as far as these hold all of the evaluated folder's; else that folder's own.
 
     Raises:
         UserError: --data or a folder that `request.splits` asks for is missing, a split has no class folders, or one
-            that is evaluated has a class that train/ lacks.
+            that is evaluated has a class that train/ lacks; as `list_images`; as `draw_splits`.
     """
     root = request.root
     if not root.is_dir():
         raise UserError(f"--data {root} is not a folder. Give the one that holds train/ and val/.")
-    found = {name: _class_folders(root / name) for name in ("train", *EVALUATED) if (root / name).is_dir()}
+    folders = split_folders(root)
+    found = {name: _class_folders(folder) for name, folder in folders.items()}
     if not found.get("test"):
         found.pop("test", None)
     evaluated = [name for name in EVALUATED if name in found]
+    if not any(found.values()):
+        unsplit = _find_unsplit(request, root)
+        if unsplit is not None:
+            return unsplit
+    if found.get("train") and not evaluated and request.test_fraction is not None:
+        classes = _with_known(found["train"], request)
+        images = list_images(folders["train"], classes, "train" if "train" in request.splits else "test")
+        return draw_splits(images, _names(images, folders["train"]), classes, request)
     if "train" in request.splits and "train" not in found:
         raise UserError(f"--data {root} has no folder train/. Put the train images there, one folder per class.")
     if "test" in request.splits and not evaluated:
@@ -88,17 +76,94 @@ def find_folders(request: SourceRequest) -> ClassFolders:
     for name in needed:
         if not found[name]:
             raise UserError(
-                f"{root / name} has no class folders. Put the images of each class into a folder of its own."
+                f"{folders[name]} has no class folders. Put the images of each class into a folder of its own."
             )
     own = {name for split in needed if split != "train" for name in found[split]}
     if "train" in needed:
         classes = found["train"]
         for split in needed:
-            _refuse_unknown(root / split, found[split], root / "train", classes)
+            _refuse_unknown(folders[split], found[split], folders["train"], classes)
     else:
         known: list[tuple[str, ...]] = [request.classes or (), found.get("train", ())]
         classes = next((names for names in known if own <= set(names)), tuple(sorted(own)))
-    return ClassFolders(tuple(classes), {name: root / name for name in needed}, reported)
+    splits = {name: list_images(folders[name], classes, name) for name in needed}
+    return Listed(
+        classes=tuple(classes),
+        splits=splits,
+        reported=reported,
+        names=names_hash(splits["train"].paths) if "train" in splits else "",
+    )
+
+
+def split_folders(root: Path) -> dict[str, Path]:
+    """The folders of "train", "val" and "test" below a folder, those that are there."""
+    candidates = {split: [root / name for name in names] for split, names in FOLDERS.items()}
+    found = {split: next((path for path in paths if path.is_dir()), None) for split, paths in candidates.items()}
+    return {split: path for split, path in found.items() if path is not None}
+
+
+def _find_unsplit(request: SourceRequest, root: Path) -> Listed | None:
+    """DIR/<class>/* without a split, or None where DIR holds no such classes.
+
+    Folders without an image are named and left out, unless the networks know them as classes.
+    """
+    if request.test_fraction is None and "train" in request.splits:
+        return None
+    names = [name for name in _class_folders(root) if name not in sum(FOLDERS.values(), ())]
+    if not names:
+        return None
+    names = list(_class_folders(root))  # beside others, a folder train/ without class folders is one itself
+    roots = _roots(root, names)
+    listing = Listing(roots)
+    listing.tell(root)
+    empty = [name for name, files in zip(names, listing.files, strict=True) if not files]
+    if empty:
+        logger.warning(
+            "%s: %d folders hold no image of their own and are no classes, such as %s.",
+            escaped(root),
+            len(empty),
+            empty[0],
+        )
+    own = tuple(name for name in names if name not in empty)
+    if len(own) < 2:
+        raise UserError(
+            f"--data {root} holds images in {len(own)} class folders. Put the images of each class into a folder of "
+            "its own; two classes are the least."
+        )
+    classes = _with_known(own, request)
+    files = dict(zip(names, listing.files, strict=True))
+    images = _image_set([files.get(name, []) for name in classes])
+    if request.test_fraction is not None:
+        return draw_splits(images, _names(images, root), classes, request)
+    if request.split is not None:
+        return None
+    logger.info("--data %s has no split: evaluated on all of its %d images.", escaped(root), len(images))
+    return Listed(classes=classes, splits={"test": images}, reported="test", names="")
+
+
+def _with_known(own: tuple[str, ...], request: SourceRequest) -> tuple[str, ...]:
+    """The classes that the networks know, where these hold the data's own; else the data's."""
+    known = request.classes or ()
+    return known if set(own) <= set(known) else own
+
+
+def _names(images: ImageSet, folder: Path) -> list[bytes]:
+    """Of every image, from its class folder on."""
+    return [os.fsencode(path.relative_to(folder).as_posix()) for path in images.paths]
+
+
+def _image_set(files: Sequence[Sequence[Path]]) -> ImageSet:
+    """Of the files of every class."""
+    targets = [label for label, of_class in enumerate(files) for _ in of_class]
+    return ImageSet(
+        targets=torch.tensor(targets, dtype=torch.int64), paths=tuple(path for of_class in files for path in of_class)
+    )
+
+
+def _roots(folder: Path, classes: Sequence[str]) -> list[Path]:
+    """The class folders by the names as `utils.text.escaped` writes them."""
+    by_name = {escaped(name): name for name in os.listdir(folder)}
+    return [folder / by_name.get(name, name) for name in classes]
 
 
 def _refuse_unknown(folder: Path, names: Sequence[str], train: Path, classes: Sequence[str]) -> None:
@@ -118,8 +183,7 @@ def list_images(folder: Path, classes: Sequence[str], split: str = "train") -> I
     Raises:
         UserError: a class folder of "train" holds no image file, or those of an evaluated split hold none at all.
     """
-    by_name = {escaped(name): name for name in os.listdir(folder)}
-    roots = [folder / by_name.get(name, name) for name in classes]
+    roots = _roots(folder, classes)
     listing = Listing(roots)
     listing.tell(folder)
     empty = [i for i, files in enumerate(listing.files) if not files]
@@ -136,11 +200,7 @@ def list_images(folder: Path, classes: Sequence[str], split: str = "train") -> I
             len(classes),
             classes[empty[0]],
         )
-    targets = [label for label, files in enumerate(listing.files) for _ in files]
-    return ImageSet(
-        targets=torch.tensor(targets, dtype=torch.int64),
-        paths=tuple(path for files in listing.files for path in files),
-    )
+    return _image_set(listing.files)
 
 
 def iterate_images(folder: Path) -> Iterator[Path]:
@@ -151,6 +211,16 @@ def iterate_images(folder: Path) -> Iterator[Path]:
     listing = Listing([folder])
     listing.tell(folder)
     yield from listing.files[0]
+
+
+def first_image(folder: Path) -> Path | None:
+    """Some image file below a folder, by its extension; None where there is none. Links to folders are not followed."""
+    for path, folders, names in os.walk(folder):
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        for name in names:
+            if _is_image(name) and not name.startswith("."):
+                return Path(path, name)
+    return None
 
 
 @dataclass

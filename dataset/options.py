@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 
+from dataset.parts import TEST_FRACTION
 from utils.options import BY_RECIPE, OF_CALL, SAME, TAKES, Options, option
 
 PADDING_MODES = ("zero", "reflect")
@@ -16,7 +17,9 @@ OF_DATA = "the data set's, or the method's recipe"
 class DataOptions(Options):
     """Data and augmentation"""
 
-    dataset: str = option("cifar10", "data set", choices=None, resume=SAME)
+    dataset: str = option(
+        "cifar10", "data set", choices=None, default_text="what --data holds, else cifar10", resume=SAME
+    )
     num_classes: int | None = option(
         None,
         "number of classes",
@@ -131,6 +134,13 @@ class DataOptions(Options):
         0.0,
         "class-balanced part of the training set held out to choose the best epoch",
         least=0,
+        below=1,
+        resume="refused where other images would be held out",
+    )
+    test_fraction: float = option(
+        TEST_FRACTION,
+        "images of a user's own without a split: part of every class that is tested on, by a hash of the names",
+        above=0,
         below=1,
         resume="refused where other images would be held out",
     )

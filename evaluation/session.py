@@ -22,6 +22,7 @@ from model import SplitNet, backbones, split_list
 from model.restore import NetworkInfo, restore_splitnet
 from parser_params import Config
 from recipe.datasets import OPEN_ROWS, ROWS, open_row
+from recipe.own_images import KINDS
 from record import checkpoint as ckpt
 from record.run_folder import HPARAMS
 from utils import launch
@@ -32,7 +33,10 @@ from utils.precision import Precision, choose_precision, lay_out
 logger = logging.getLogger("eval")
 
 # flags that are those of the training run unless they are given
-INHERITED = ("eval_interpolation", "dataset", "data", "method", "is_ensembled_after_softmax", "is_max_ensemble")
+INHERITED = (
+    *("eval_interpolation", "dataset", "data", "val_fraction", "method"),
+    *("is_ensembled_after_softmax", "is_max_ensemble"),
+)
 
 
 @dataclass(frozen=True)
@@ -45,6 +49,8 @@ class Session:
         info: what the checkpoint says of its networks.
         seed: of the training run, for generated data.
         network: prepared images [B, 3, H, W] -> logits [S, B, K], in evaluation mode on its device.
+        test_fraction: part of the images that a hash of names kept for the test in training, or that --test_fraction
+            names; None: the training data had a split of its own.
     """
 
     config: Config
@@ -54,6 +60,7 @@ class Session:
     world: World
     precision: Precision
     network: nn.Module
+    test_fraction: float | None = None
 
     @property
     def options(self) -> EvalOptions:
@@ -108,6 +115,11 @@ def open_session(config: Config, world: World, gpus: list[int], flag: str = "--r
         for name in INHERITED
         if name not in given and isinstance(trained.get(name), type(getattr(config, name)))
     }
+    if "dataset" not in given and config.dataset in KINDS:  # as --data looks
+        if inherited.get("dataset") not in KINDS:
+            inherited.setdefault("dataset", Config.dataset)
+        elif "data" in given:
+            del inherited["dataset"]  # images of a user's own come in any form
     config = replace(config, extra_options=options, **inherited)
     network, info = restore_splitnet(
         content,
@@ -139,6 +151,7 @@ def open_session(config: Config, world: World, gpus: list[int], flag: str = "--r
         world=world,
         precision=precision,
         network=_place(network, config, precision, world.device, gpus),
+        test_fraction=_test_fraction(config, content),
     )
 
 
@@ -156,6 +169,15 @@ def _read_checkpoint(config: Config, flag: str) -> tuple[dict[str, Any], Path]:
     if newest is None:
         raise UserError(f"--resume auto: --model_dir {config.model_dir} holds no checkpoint.")
     return newest
+
+
+def _test_fraction(config: Config, content: Mapping[str, Any]) -> float | None:
+    """See `Session`."""
+    if "test_fraction" in config.given:
+        return config.test_fraction
+    pace = content.get("pace")
+    drawn = pace.get("test_fraction") if isinstance(pace, Mapping) else None
+    return drawn if isinstance(drawn, float) and 0 < drawn < 1 else None
 
 
 def _backbone_names(config: Config, trained: Mapping[str, Any]) -> Callable[[str], Sequence[str]]:
@@ -225,6 +247,8 @@ def open_test_split(session: Session, *, download: bool = True) -> DataSource:
             num_classes=info.num_classes if config.dataset == "synthetic" else None,
             crop_size=info.crop_size,
             seed=session.seed,
+            val_fraction=config.val_fraction if session.test_fraction else 0.0,
+            test_fraction=session.test_fraction,
             splits=("test",),
             split=session.options.split,
             classes=info.classes,

@@ -7,6 +7,7 @@ marked "ours" are choices of this project for what those runs leave open.
 import math
 from collections.abc import Mapping
 from fnmatch import fnmatchcase
+from types import MappingProxyType
 from typing import Any
 
 from recipe.datasets import ROWS, DatasetRow, in_proportion
@@ -153,6 +154,7 @@ def recipe_defaults(
     batch_size: int | None,
     given: Mapping[str, Any],
     own_size: int | None = None,
+    instead: Mapping[str, Any] = MappingProxyType({}),
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """Values by flag name: what the flags take that nobody set, and what becomes of some that were set.
 
@@ -165,6 +167,7 @@ def recipe_defaults(
         epochs, batch_size: as set, or None.
         given: what was set, by flag name, and so is not to be replaced.
         own_size: side of the architecture's own input in pixels; None: the data set's.
+        instead: flags of a recipe of ours that takes the place of the data set's and the architecture's.
 
     Returns:
         (defaults, adjusted). `adjusted` wins over what was set: it holds a learning rate and momentum that were set
@@ -176,6 +179,7 @@ def recipe_defaults(
     if is_cream:
         usual_mode = "epoch_step" if _matches(arch, _CREAM_SMALLEST) else "epoch_cos"
         defaults |= _CREAM_RETRAINING | _CREAM_SCHEDULES.get(given.get("lr_mode"), _CREAM_SCHEDULES[usual_mode])
+    defaults |= instead
     usual_batch, usual_epochs = defaults["batch_size"], defaults["epochs"]
     epochs = epochs or defaults["epochs"]
     batch_size = batch_size or usual_batch
@@ -188,6 +192,7 @@ def recipe_defaults(
         defaults["slow_start_epochs"] = _warm_up_epochs(row, arch, epochs)
         if _calls_norms_norm(arch, given):
             defaults["no_decay"] = "norm_bias"
+        defaults |= {name: value for name, value in instead.items() if name not in ("epochs", "batch_size")}
     if own_size is not None:
         defaults["crop_size"] = own_size
     defaults["cot_weight_warm_up_epochs"] = in_proportion(row.cot_warm_up, epochs)

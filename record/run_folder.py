@@ -1,11 +1,13 @@
 """The run directory: whether it may be trained into, which checkpoint to go on from, what it says of the machine."""
 
+import csv
+import io
 import json
 import logging
 import os
 import platform
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, cast
 
@@ -29,7 +31,20 @@ logger = logging.getLogger(__name__)
 
 RESULTS = "results.json"
 HPARAMS = "hparams_train.json"
+SPLIT = "split.csv"  # which part every image is in, where the run drew the parts
 ABANDONED = "abandoned"  # folder for what lies after a place that a run has gone back to
+
+
+def split_table(membership: Mapping[str, Sequence[str]]) -> str:
+    """`split.csv`: the name of every image and its part, in the order of the names.
+
+    Args:
+        membership: part -> names.
+    """
+    rows = sorted((name, part) for part, names in membership.items() for name in names)
+    table = io.StringIO()
+    csv.writer(table, lineterminator="\n").writerows([("path", "split"), *rows])
+    return table.getvalue()
 
 
 class Resumed(NamedTuple):

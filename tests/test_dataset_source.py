@@ -21,7 +21,7 @@ from dataset.archive import find_or_fetch
 from dataset.class_folders import iterate_images
 from dataset.decode import EXTENSIONS, resize_crop
 from dataset.holdout import split_indices
-from dataset.source.folder import STATISTICS_FILE
+from dataset.own_images import STATISTICS_FILE
 from dataset.statistics import pixel_statistics
 from utils.errors import RunError, UserError
 
@@ -610,13 +610,13 @@ def test_whether_images_are_small_is_decided_over_all_classes_and_told(tmp_path,
 
 def test_the_sample_takes_every_class_alike(tmp_path, monkeypatch):
     looked_at = []
-    monkeypatch.setattr("dataset.source.folder.read_size", lambda path: looked_at.append(path) or (100, 100))
+    monkeypatch.setattr("dataset.own_images.read_size", lambda path: looked_at.append(path) or (100, 100))
     for number in range(150):
         folder = tmp_path / "train" / f"{number:03}"
         folder.mkdir(parents=True)
         for name in ("a.png", "b.png"):
             (folder / name).touch()
-    monkeypatch.setattr("dataset.source.folder._measure", lambda *_: ((0.5,) * 3, (0.5,) * 3))
+    monkeypatch.setattr("dataset.own_images._measure", lambda *_: ((0.5,) * 3, (0.5,) * 3))
     open_source(request("folder", tmp_path, splits=("train",)))
     assert [path.parts[-2:] for path in looked_at] == [(f"{number:03}", "a.png") for number in range(150)]
 
@@ -691,7 +691,7 @@ def test_statistics_of_large_images_are_measured_once_and_kept_out_of_the_data(t
 
 
 def test_statistics_come_from_at_most_two_thousand_evenly_spaced_files(tmp_path, monkeypatch):
-    monkeypatch.setattr("dataset.source.folder.SAMPLE", 3)
+    monkeypatch.setattr("dataset.own_images.SAMPLE", 3)
     paths = write_images(tmp_path, {"train/a": 9}, size=(90, 70))
     source = open_source(request("folder", tmp_path, splits=("train",), crop_size=66))
     cut = np.stack([np.asarray(resize_crop(Image.open(paths[i]), 75, 66)) for i in (0, 4, 8)])

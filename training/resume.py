@@ -38,6 +38,7 @@ class Pace:
         images: of training, without what is held out.
         names: hash of the names of all training images; "" where they have none.
         val_fraction: part of the training set that is held out.
+        test_fraction: part of the images that a hash of their names has drawn for the test; 0: the split is the data's.
     """
 
     steps_per_epoch: int
@@ -45,6 +46,7 @@ class Pace:
     images: int
     names: str = ""
     val_fraction: float = 0.0
+    test_fraction: float = 0.0
 
     def as_dict(self) -> dict[str, Any]:
         """Plain values for a checkpoint."""
@@ -129,6 +131,10 @@ def check_classes(before: list[str] | None, now: tuple[str, ...]) -> None:
     )
 
 
+def _test_part(pace: Pace) -> str:
+    return f"{pace.test_fraction:g} of the images by a hash" if pace.test_fraction else "the data's own split"
+
+
 def position_now(place: Mapping[str, int], before: Pace, now: Pace, *, order_follows_batches: bool) -> Position:
     """Where a run goes on, after the same share of training, whatever the number of steps in an epoch is now.
 
@@ -143,7 +149,15 @@ def position_now(place: Mapping[str, int], before: Pace, now: Pace, *, order_fol
     epoch, batch, step = (int(place[key]) for key in ("epoch", "batch", "step"))
     done = int(place.get("done", step))
     other_images = before.images != now.images or bool(before.names and now.names and before.names != now.names)
-    if (before.val_fraction or now.val_fraction) and (other_images or before.val_fraction != now.val_fraction):
+    if before.test_fraction != now.test_fraction:
+        raise UserError(
+            f"--test_fraction: the run before tested on {_test_part(before)}, and this one would on {_test_part(now)}, "
+            "some of which were trained on."
+        )
+    # what a hash of names has drawn stays where it is when images come or go
+    is_stable = bool(now.test_fraction)
+    others = other_images and not is_stable
+    if (before.val_fraction or now.val_fraction) and (others or before.val_fraction != now.val_fraction):
         raise UserError(
             f"--val_fraction {now.val_fraction:g}: other images would be held out than before (the run before: "
             f"--val_fraction {before.val_fraction:g} of the training images it had), and some of them were trained on."

@@ -1,6 +1,8 @@
 """ImageNet (ILSVRC 2012), or any part of it: DIR/train/<class>/* and DIR/val/<class>/*; DIR/test/<class>/* if there."""
 
-from dataset import DataSource, SourceRequest, names_hash, sources
+import dataclasses
+
+from dataset import DataSource, SourceRequest, sources
 from dataset.class_folders import find_folders
 
 
@@ -11,7 +13,6 @@ def open_imagenet(request: SourceRequest) -> DataSource:
     Raises:
         UserError: --data, a needed split or its class folders missing, an empty class folder, splits that differ.
     """
-    folders = find_folders(request)
-    files = folders.files()
-    names = names_hash(files["train"].paths) if "train" in files else ""
-    return DataSource.of_row("imagenet", folders.classes, folders.roles(files), reported=folders.reported, names=names)
+    listed = find_folders(dataclasses.replace(request, test_fraction=None))  # its split is the published one
+    roles = listed.roles(listed.splits)
+    return DataSource.of_row("imagenet", listed.classes, roles, reported=listed.reported, names=listed.names)

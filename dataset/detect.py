@@ -1,0 +1,55 @@
+"""Which data set --data is, where no --dataset says it."""
+
+import os
+import re
+from collections.abc import Iterator
+from itertools import islice
+from pathlib import Path
+
+from dataset.archive import data_folders
+from dataset.class_folders import first_image, split_folders
+
+# published data sets -> what one of their files or folders is called, the first that is there counting
+PUBLISHED = {
+    "cifar10": ("cifar-10-python.tar.gz", "cifar-10-batches-py"),
+    "cifar100": ("cifar-100-python.tar.gz", "cifar-100-python"),
+    "svhn": ("train_32x32.mat", "test_32x32.mat"),
+}
+SUFFIXES = {
+    "csv": (".csv", ".tsv", ".txt", ".lst"),
+    "parquet": (".parquet", ".pq"),
+    "webdataset": (".tar",),
+}
+
+
+def kind_of(data: str) -> str | None:
+    """Name of the data set that a file, a pattern of files or a folder is; None where it is none that can be told."""
+    root = Path(data)
+    if root.is_dir():
+        return _kind_of_folder(root)
+    suffix = root.suffix.lower()
+    is_there = root.is_file() or bool(re.search(r"[{*?]", data))
+    return next((kind for kind, suffixes in SUFFIXES.items() if is_there and suffix in suffixes), None)
+
+
+def _kind_of_folder(root: Path) -> str | None:
+    for dataset, names in PUBLISHED.items():
+        if any((folder / name).exists() for folder in data_folders(root) for name in names):
+            return dataset
+    if any(True for folder in split_folders(root).values() for _ in _classes(folder)):
+        return "folder"
+    if len(list(islice(_classes(root), 2))) == 2:
+        return "folder"
+    return None
+
+
+def _classes(folder: Path) -> Iterator[Path]:
+    """Subfolders that hold an image."""
+    try:
+        names = sorted(os.listdir(folder))
+    except OSError:
+        return
+    for name in names:
+        path = folder / name
+        if not name.startswith(".") and path.is_dir() and first_image(path) is not None:
+            yield path

@@ -1,0 +1,36 @@
+"""What --data is, where no --dataset says it."""
+
+from pathlib import Path
+
+import pytest
+
+from dataset.detect import kind_of
+
+FOLDERS = [
+    (["a/1.jpg", "b/deep/2.PNG"], "folder"),
+    (["train/a/1.jpg"], "folder"),
+    (["valid/a/1.jpg"], "folder"),
+    (["cifar-10-python.tar.gz"], "cifar10"),
+    (["train/cifar-10-batches-py/test_batch"], "cifar10"),
+    (["cifar-100-python/test"], "cifar100"),
+    (["cifar-10-python.tar.gz", "cifar-100-python.tar.gz"], "cifar10"),  # as before there was a choice
+    (["test_32x32.mat"], "svhn"),
+    (["cifar-10-python.tar.gz", "a/1.jpg", "b/2.jpg"], "cifar10"),
+    (["a/1.jpg"], None),
+    (["1.jpg", "2.jpg"], None),
+    (["a/notes.txt", "b/notes.txt"], None),
+    ([".a/1.jpg", ".b/2.jpg"], None),
+    ([], None),
+]
+
+
+@pytest.mark.parametrize(("files", "kind"), FOLDERS)
+def test_folders(tmp_path: Path, files: list[str], kind: str | None) -> None:
+    for name in files:
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).touch()
+    assert kind_of(str(tmp_path)) == kind
+
+
+def test_what_is_not_there_is_nothing(tmp_path: Path) -> None:
+    assert kind_of(str(tmp_path / "gone")) is None

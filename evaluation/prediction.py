@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from evaluation.ensemble import ensemble_log_probs, ensemble_scores
 from evaluation.files import csv_text
+from evaluation.ood import pair_disagreement
 from record.checkpoint import write_file
 from utils import distributed
 from utils.errors import RunError, reason
@@ -37,9 +38,7 @@ class Prediction:
 
     def disagreement_N(self) -> Tensor:
         """The part of all pairs of networks that choose different classes: float64 [N]; 0 for one network."""
-        choices_SN = self.logits_SNK.argmax(dim=-1)
-        pairs = max(len(choices_SN) * (len(choices_SN) - 1), 1)
-        return (choices_SN[:, None] != choices_SN).sum(dim=(0, 1)).double() / pairs
+        return pair_disagreement(self.logits_SNK)
 
 
 @torch.inference_mode()

@@ -15,8 +15,8 @@ import train_split
 from evaluation.counts import EvaluationCounts, logits_figures
 from evaluation.ensemble import RULES
 from evaluation.metrics import CountedMetric, LogitsMetric, Scored, Shape, Sums, counted, in_order, metrics
-from evaluation.metrics.aurc import aurc
 from evaluation.run import further_metrics
+from evaluation.selective import aurc
 from utils.errors import UserError
 
 GOLDEN = json.loads((Path(__file__).parent / "golden" / "answers.json").read_text())["edges"]["selective"]

@@ -42,6 +42,7 @@ FLOORS_OF_MODEL = (
     "splitnet",
     "build",
     "fold",
+    "cascade",
     "summary",
     "restore",
 )

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from dataset import DataSource, SourceRequest, open_source
 from dataset.loader import Batch, EvalLoader, TrainLoader
-from dataset.pipeline import build_eval_loader, build_train_loader
+from dataset.pipeline import build_eval_loader, build_train_loader, evaluation_preprocessing
 from dataset.views import ViewMaker, view_spec
 from evaluation.ensemble import ensemble_rule
 from evaluation.metrics import counted
@@ -191,6 +191,7 @@ class Trainer:
             choices=config.resume_choices(),
             seed=self.seed,
             data=source,
+            preprocessing=evaluation_preprocessing(source, config),
             pace=pace,
             position=self.position,
             new_heads=new_heads,

@@ -3,12 +3,12 @@
 from dataclasses import dataclass
 
 from dataset.parts import TEST_FRACTION
+from recipe.preprocessing import INTERPOLATIONS
 from utils.options import BY_RECIPE, OF_CALL, SAME, TAKES, Options, option
 
 PADDING_MODES = ("zero", "reflect")
 ERASE_MODES = ("const", "pixel")
 RANDOM = "random"
-INTERPOLATIONS = ("bicubic", "bilinear")
 CROP_INTERPOLATIONS = (*INTERPOLATIONS, RANDOM)
 OF_DATA = "the data set's, or the method's recipe"
 

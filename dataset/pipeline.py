@@ -5,21 +5,26 @@ from dataset.cut import ResizedCropSpec
 from dataset.loader import EvalLoader, TrainLoader
 from dataset.options import DataOptions
 from dataset.sampler import ClassBalancedSampler
+from recipe.datasets import ROWS
+from recipe.preprocessing import Preprocessing, eval_resize
 from utils.errors import UserError
 from utils.launch import World
 from utils.seed import STREAM_SAMPLER, fold_in
 
-RESIZE_FACTOR = 1.15  # evaluation of large images: the short side is this times the crop, rounded down
 
+def evaluation_preprocessing(source: DataSource, options: DataOptions) -> Preprocessing:
+    """What evaluation and prediction do with an image file, as every checkpoint of a run says it.
 
-def eval_resize(crop_size: int, crop_pct: float | None = None) -> int:
-    """Short side, in pixels, to which evaluation resizes a large image before its centre is cut out.
-
-    Args:
-        crop_size: side of the cut in pixels.
-        crop_pct: side of the cut over the short side; None: 1 / RESIZE_FACTOR.
+    Small images are brought to their size when the data is opened, so nothing is cut off them.
     """
-    return int(RESIZE_FACTOR * crop_size) if crop_pct is None else int(crop_size / crop_pct)
+    crop, is_large = options.crop_size, ROWS[source.recipe].is_large
+    return Preprocessing(
+        resize=eval_resize(crop, options.crop_pct) if is_large else crop,
+        interpolation=options.eval_interpolation,
+        crop=crop,
+        mean=source.mean,
+        std=source.std,
+    )
 
 
 def build_train_loader(
@@ -69,13 +74,14 @@ def build_train_loader(
     )
 
 
-def build_eval_loader(split: ImageSet, options: DataOptions, world: World) -> EvalLoader:
+def build_eval_loader(split: ImageSet, options: DataOptions, world: World, *, resize: int | None = None) -> EvalLoader:
     """Every image of a split once, un-augmented; files are resized as `eval_resize` says and cut to their centre.
 
     Args:
         split: images in memory, or files.
         options: the flags.
         world: which part of the split this process takes, and where it goes.
+        resize: short side of files in pixels, in place of what the flags say.
     """
     in_memory = split.images is not None
     return EvalLoader(
@@ -85,7 +91,7 @@ def build_eval_loader(split: ImageSet, options: DataOptions, world: World) -> Ev
         world_size=world.world_size,
         device=world.device,
         workers=options.workers,
-        resize=None if in_memory else eval_resize(options.crop_size, options.crop_pct),
+        resize=None if in_memory else resize or eval_resize(options.crop_size, options.crop_pct),
         crop=None if in_memory else options.crop_size,
         interpolation=options.eval_interpolation,
         on_bad_image=options.on_bad_image,

@@ -31,40 +31,65 @@ OUTPUTS = ("ensemble", "logits")
 Exported = Callable[[Tensor], tuple[Tensor, Tensor]]
 
 
+class Normalise(nn.Module):
+    """uint8 images [B, 3, H, W] -> what the networks take, as `dataset.views.ViewMaker.evaluate` does it.
+
+    Args:
+        mean, std: per channel, on the scale [0, 1].
+    """
+
+    mean_C11: Tensor
+    std_C11: Tensor
+
+    def __init__(self, mean: Sequence[float], std: Sequence[float]) -> None:
+        super().__init__()
+        self.register_buffer("mean_C11", torch.tensor(mean)[:, None, None])
+        self.register_buffer("std_C11", torch.tensor(std)[:, None, None])
+
+    def forward(self, images_BCHW: Tensor) -> Tensor:
+        return (images_BCHW.to(self.mean_C11.dtype) / 255 - self.mean_C11) / self.std_C11
+
+
 class Ensemble(nn.Module):
     """The networks and the rule that joins them: images [B, 3, H, W] -> (ensemble scores [B, K], logits [S, B, K]).
 
     Args:
         network: its networks all see the same images.
         rule: of `evaluation.ensemble.RULES`.
+        prepare: what comes before the networks; None: nothing.
     """
 
-    def __init__(self, network: nn.Module, rule: str) -> None:
+    def __init__(self, network: nn.Module, rule: str, prepare: nn.Module | None = None) -> None:
         super().__init__()
         self.network = network
         self.rule = rule
+        self.prepare = prepare or nn.Identity()
 
     def forward(self, images_BCHW: Tensor) -> tuple[Tensor, Tensor]:
-        logits_SBK = self.network(images_BCHW)
+        logits_SBK = self.network(self.prepare(images_BCHW))
         return ensemble_scores(logits_SBK, self.rule), logits_SBK
 
 
-def export_ensemble(network: SplitNet, rule: str, image_shape: Sequence[int]) -> ExportedProgram:
+def export_ensemble(
+    network: SplitNet, rule: str, image_shape: Sequence[int], prepare: Normalise | None = None
+) -> ExportedProgram:
     """The networks and their rule as one graph for any batch size, in evaluation mode, batch norm folded.
 
     Args:
         network: on the CPU; it is left as it was.
         rule: of `evaluation.ensemble.RULES`.
         image_shape: [C, H, W] of an image.
+        prepare: makes the networks' floats of uint8 images inside the program; None: it takes the floats.
 
     Returns:
         a program: images [B, C, H, W] -> (scores [B, K] that order the classes as the ensemble does, logits [S, B, K]).
     """
     folded = lay_out(fold_batch_norm(network, image_shape), torch.contiguous_format)
-    example_BCHW = torch.zeros(2, *image_shape, dtype=next(folded.parameters()).dtype)
+    dtype = next(folded.parameters()).dtype if prepare is None else torch.uint8
+    example_BCHW = torch.zeros(2, *image_shape, dtype=dtype)
     with torch.no_grad():
         return torch.export.export(
-            Ensemble(folded, rule).eval(), (example_BCHW,), dynamic_shapes=({0: Dim("batch", min=1)},)
+            Ensemble(folded, rule, prepare).eval(), (example_BCHW,), dynamic_shapes=({0: Dim("batch", min=1)},)
         )
 
 

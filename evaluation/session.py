@@ -23,6 +23,7 @@ from model.restore import NetworkInfo, restore_splitnet
 from parser_params import Config
 from recipe.datasets import OPEN_ROWS, ROWS, open_row
 from recipe.own_images import KINDS
+from recipe.preprocessing import Preprocessing, eval_resize
 from record import checkpoint as ckpt
 from record.run_folder import HPARAMS
 from utils import launch
@@ -89,11 +90,25 @@ class Session:
         return lambda images: views.evaluate(images, precision.weights, memory_format=precision.memory_format)
 
     def loader(self, split: ImageSet, recipe: str) -> EvalLoader:
-        """This process's part of a split, cut as the recipe evaluates: large images as `eval_resize` says."""
-        row = ROWS.get(recipe) or ROWS[open_row(self.info.crop_size)]  # a checkpoint may name a row that is not here
-        crop_pct = self.config.crop_pct if row.is_large else 1.0
-        options = replace(self.config, crop_size=self.info.crop_size, crop_pct=crop_pct)
-        return build_eval_loader(split, options, self.world)
+        """This process's part of a split, cut as the checkpoint or the recipe says."""
+        resize, interpolation = self.resizing(recipe)
+        options = replace(self.config, crop_size=self.info.crop_size, eval_interpolation=interpolation)
+        return build_eval_loader(split, options, self.world, resize=resize)
+
+    @property
+    def file_recipe(self) -> str:
+        """The recipe by which images of the user's own are cut."""
+        return self.info.data_recipe or open_row(self.info.crop_size)
+
+    def resizing(self, recipe: str) -> tuple[int, str]:
+        """(short side in pixels, interpolation) of files: the flags', else the checkpoint's, else the recipe's."""
+        stored, given, crop = self.info.preprocessing, self.config.given, self.info.crop_size
+        row = ROWS.get(recipe) or ROWS[open_row(crop)]  # a checkpoint may name a row that is not here
+        resize, interpolation = eval_resize(crop, self.config.crop_pct) if row.is_large else crop, None
+        if stored is not None and stored.crop == crop:
+            resize = resize if "crop_pct" in given else stored.resize
+            interpolation = None if "eval_interpolation" in given else stored.interpolation
+        return resize, interpolation or self.config.eval_interpolation
 
 
 def open_session(config: Config, world: World, gpus: list[int], flag: str = "--resume") -> Session:
@@ -216,6 +231,23 @@ def _place(network: SplitNet, config: Config, precision: Precision, device: torc
     return network
 
 
+def preprocessing(session: Session) -> Preprocessing:
+    """What is done with an image file before the networks see it.
+
+    Raises:
+        UserError: as `class_names_and_statistics`.
+    """
+    _, mean, std = class_names_and_statistics(session)
+    resize, interpolation = session.resizing(session.file_recipe)
+    return Preprocessing(
+        resize=resize,
+        interpolation=interpolation,
+        crop=session.info.crop_size,
+        mean=(mean[0], mean[1], mean[2]),
+        std=(std[0], std[1], std[2]),
+    )
+
+
 def output_folder(session: Session) -> Path:
     """Where results go: --model_dir if given, but not over a training run's own; else `eval/` beside the checkpoint.
 
@@ -286,7 +318,7 @@ def _numbers(count: int) -> tuple[str, ...]:
 
 def open_inputs(session: Session, path: Path, mean: Sequence[float], std: Sequence[float]) -> Inputs:
     """What --predict names, prepared; files are cut as in evaluation."""
-    info, world, precision = session.info, session.world, session.precision
+    world, precision = session.world, session.precision
     if path.suffix.lower() == ".npy":
         return array_inputs(
             path,
@@ -297,8 +329,8 @@ def open_inputs(session: Session, path: Path, mean: Sequence[float], std: Sequen
             dtype=precision.weights,
             memory_format=precision.memory_format,
         )
-    recipe = info.data_recipe or open_row(info.crop_size)
-    return file_inputs(path, load=lambda split: session.loader(split, recipe), prepare=session.prepare(mean, std))
+    prepare = session.prepare(mean, std)
+    return file_inputs(path, load=lambda split: session.loader(split, session.file_recipe), prepare=prepare)
 
 
 def class_names_and_statistics(session: Session) -> tuple[Sequence[str], Sequence[float], Sequence[float]]:

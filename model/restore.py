@@ -22,6 +22,7 @@ from model.registry import (
 )
 from model.splitnet import SplitNet
 from model.staged import classifier_name
+from recipe.preprocessing import Preprocessing
 from utils.errors import UserError
 from utils.text import one_line
 
@@ -57,7 +58,8 @@ class NetworkInfo:
         crop_size: side of the input in pixels.
         weights: "raw", or "ema" where the moving average of the weights was taken.
         request: structure of the first network.
-        classes, mean, std, data_recipe, epoch, best_acc1: of our checkpoints, None in released ones that lack them.
+        classes, mean, std, data_recipe, preprocessing, epoch, best_acc1: of our checkpoints, None in released ones and
+            older ones that lack them.
     """
 
     archs: tuple[str, ...]
@@ -72,6 +74,7 @@ class NetworkInfo:
     mean: tuple[float, ...] | None = None
     std: tuple[float, ...] | None = None
     data_recipe: str | None = None
+    preprocessing: Preprocessing | None = None
     epoch: int | None = None
     best_acc1: float | None = None
 
@@ -158,6 +161,7 @@ def restore_splitnet(
     _load(network, state, f"{source}: not the weights of --arch {arch} --dataset {made_for} --split_factor {factor}")
     classes = _entry(content, "classes", list, source)
     best_acc1 = _entry(content, "best_acc1", (float, int, Tensor), source)
+    preprocessing = _entry(content, "preprocessing", dict, source)
     info = NetworkInfo(
         archs=names,
         num_networks=len(numbers),
@@ -171,6 +175,7 @@ def restore_splitnet(
         mean=_per_channel(content, "mean", source),
         std=_per_channel(content, "std", source),
         data_recipe=_entry(content, "data_recipe", str, source),
+        preprocessing=None if preprocessing is None else Preprocessing.from_dict(preprocessing, source),
         epoch=_entry(content, "epoch", int, source),
         best_acc1=None if best_acc1 is None else float(best_acc1),
     )

@@ -42,7 +42,8 @@ class Checkpoint(TypedDict, total=False):
     ensemble so far, in percent. optimizer, scaler: their states; a scaler with fp16 only.
     ema: moving average of the weights, as `state_dict`, with --ema_decay only.
     widths: of the stages, where the solver found them. method: training-only state of the method.
-    config: every flag's value. classes, mean, std, crop_size, data_recipe: of the data.
+    config: every flag's value. classes, mean, std, crop_size, data_recipe: of the data. preprocessing: of an image file
+    before a network sees it, `recipe.preprocessing.Preprocessing`; absent in those of earlier versions.
     new_heads: prefixes of parameters that --pretrained did not bring. parameters: names in the order of `optimizer`.
     pace: how an epoch was made of batches, `training.resume.Pace`. sampler: where to go on from: `epoch`, `batch`,
     `step` and `done`, `training.resume.Position`. rng: `seed`.
@@ -66,6 +67,7 @@ class Checkpoint(TypedDict, total=False):
     std: list[float]
     crop_size: int
     data_recipe: str
+    preprocessing: dict[str, Any]
     new_heads: list[str]
     parameters: list[str]
     pace: dict[str, Any]

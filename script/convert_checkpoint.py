@@ -22,7 +22,10 @@ from utils.errors import RunError, UserError, reason
 from utils.text import fit_streams
 
 # of a checkpoint of ours: what says which networks these are, and what they were trained on
-KEPT = ("epoch", "arch", "widths", "best_acc1", "config", "classes", "mean", "std", "crop_size", "data_recipe")
+KEPT = (
+    *("epoch", "arch", "widths", "best_acc1", "config", "classes", "mean", "std", "crop_size", "data_recipe"),
+    "preprocessing",
+)
 
 
 def convert(

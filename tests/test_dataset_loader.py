@@ -20,8 +20,9 @@ from dataset.cut import RandomCrops, Request, ResizedCropSpec
 from dataset.decode import read_rgb, resize_crop
 from dataset.loader import EvalLoader, TrainLoader
 from dataset.options import DataOptions
-from dataset.pipeline import build_eval_loader, build_train_loader, eval_resize
+from dataset.pipeline import build_eval_loader, build_train_loader
 from dataset.sampler import ClassBalancedSampler, class_balanced_order, images_per_class, shard
+from recipe.preprocessing import eval_resize
 from utils.errors import RunError, UserError
 from utils.launch import World
 from utils.seed import STREAM_ORDER, STREAM_VIEW, counter_uniform, fold_in, numpy_generator

@@ -11,6 +11,7 @@ import torch
 import torch._inductor.config
 from torch import Tensor, nn
 
+from evaluation import exporting
 from evaluation.ensemble import ensemble_scores
 from evaluation.export import export_ensemble, load_exported, program_bytes
 from model import LARGE, SMALL, BackboneRequest, backbones, build_network, build_splitnet
@@ -20,7 +21,7 @@ from model.backbone.pyramidnet import PyramidNet
 from model.backbone.resnest import ResNeSt
 from model.backbone.shake_resnet import ShakeResNet
 from model.splitnet import SplitNet
-from script import export
+from record.checkpoint import load_checkpoint
 from tests import runs
 from training.compiling import compile_modules
 from utils.errors import UserError
@@ -168,7 +169,7 @@ def checkpoint(tmp_path_factory):
 
 
 def call(*argv: object, capsys: pytest.CaptureFixture[str]) -> tuple[int, str, str]:
-    code = export.main([str(word) for word in argv])
+    code = exporting.main([str(word) for word in argv])
     captured = capsys.readouterr()
     return code, captured.out, captured.err
 
@@ -186,8 +187,9 @@ def test_the_file_predicts_as_eval_does(suffix, flags, weights, checkpoint, tmp_
     code, stdout, stderr = call(checkpoint, "--out", out, *flags, capsys=capsys)
     assert code == 0, stderr
     lines = stdout.splitlines()
-    assert [line.split(" random")[0] for line in lines[:-1]] == ["1", "2", "7"]
+    assert [line.split(" random")[0] for line in lines[:-2]] == ["1", "2", "7"]
     result = json.loads(lines[-1])
+    assert lines[-2] == f"preprocessing: {json.dumps(result['preprocessing'])}"
     assert result["weights"] == weights
     assert 0 < result["largest_relative_difference"] < 1e-5
 
@@ -205,6 +207,7 @@ def test_the_file_predicts_as_eval_does(suffix, flags, weights, checkpoint, tmp_
     assert metadata["classes"] == [str(digit) for digit in range(10)]
     assert (metadata["crop_size"], metadata["networks"]) == (16, 2)
     assert len(metadata["mean"]) == len(metadata["std"]) == 3
+    assert metadata["preprocessing"] == load_checkpoint(checkpoint)["preprocessing"] == result["preprocessing"]
 
 
 def test_a_file_that_differs_is_not_kept(checkpoint, tmp_path, capsys):

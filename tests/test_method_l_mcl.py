@@ -10,7 +10,6 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 import train_split
-from dataset.pipeline import eval_resize
 from loss.classification import ClassLoss
 from method import Progress, Targets, methods
 from method.l_mcl import LMCL, LMCLOptions, Outputs
@@ -19,6 +18,7 @@ from model import BackboneRequest, build_network, build_splitnet
 from model.heads import Gate, ProjectionHead
 from model.splitnet import SplitNet
 from parser_params import parse_config, resolve_config
+from recipe.preprocessing import eval_resize
 from record.checkpoint import load_checkpoint
 from tests.processes import run_processes
 from training.schedule import Schedule

@@ -15,6 +15,7 @@ from dataset import DataSource
 from method import Method
 from model.registry import request_of
 from model.restore import plain_keys, published_keys
+from recipe.preprocessing import Preprocessing
 from record.checkpoint import FORMAT_VERSION, Checkpoint, batches_done
 from record.report import Reporter, RunClock
 from training.guard import NonfiniteGuard
@@ -40,6 +41,7 @@ class RunState:
         choices: what a resumed run does with another value of each.
         seed: of the run.
         data: what is trained on.
+        preprocessing: what evaluation does with an image file.
         pace: how an epoch is made of batches.
         position: where training stands.
         new_heads: prefixes of the parameters that --pretrained did not bring.
@@ -54,6 +56,7 @@ class RunState:
     choices: Mapping[str, str | None]
     seed: int
     data: DataSource
+    preprocessing: Preprocessing
     pace: Pace
     position: Position
     new_heads: Sequence[str]
@@ -110,6 +113,7 @@ class RunState:
             "std": list(self.data.std),
             "crop_size": self.flags["crop_size"],
             "data_recipe": self.data.recipe,
+            "preprocessing": self.preprocessing.as_dict(),
             "report": self.report.state_dict(),
             "meters": meters,
             "clock": self.clock.state_dict(),

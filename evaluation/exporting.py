@@ -1,0 +1,206 @@
+"""Writes the whole ensemble of a checkpoint as one file, .pt2 or .onnx: the program `script/export.py`.
+
+Batch norm is folded, the ensemble rule is inside, the batch size is free; class names and `preprocessing` are in the
+file. Weights and rule are chosen as in eval.py, whose flags all work here: --is_ensembled_after_softmax,
+--is_max_ensemble, --weights, --predict PATH (images to compare on), ... Exit code 1: the file's logits are not those of
+eval.py, and it is not kept.
+"""
+
+import json
+import os
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dataset.unlabelled import file_inputs
+from evaluation.ensemble import ensemble_scores
+from evaluation.export import OUTPUTS, Normalise, export_ensemble, load_exported, onnx_bytes, program_bytes, require
+from evaluation.options import EvalOptions
+from evaluation.run import SAVES_MEMORY
+from evaluation.session import Session, class_names_and_statistics, open_inputs, open_session, preprocessing
+from model.splitnet import SplitNet
+from parser_params import parse_config
+from record.checkpoint import PARTIAL
+from utils import launch
+from utils.command_line import OneLineParser
+from utils.errors import Incomplete, RunError, UserError, reason
+from utils.program import run_program, show
+
+PROGRAM = "export.py"
+BATCH_SIZES = (1, 2, 7)
+TOLERANCE = 1e-3
+WRITERS = {".pt2": program_bytes, ".onnx": onnx_bytes}
+INPUTS = {
+    "float32": "images [B, 3, crop, crop], float32: RGB / 255, minus mean, by std",
+    "uint8": "images [B, 3, crop, crop], uint8: RGB, resized and cropped; what follows is inside",
+}
+
+
+@dataclass(frozen=True)
+class Difference:
+    """How far a file is from eval.py on some images.
+
+    Attributes:
+        source: what the images are.
+        absolute: largest difference of a logit of a network or of the ensemble.
+        relative: the same by the largest logit.
+    """
+
+    source: str
+    absolute: float
+    relative: float
+
+
+def metadata_of(session: Session, dtype: str) -> dict[str, Any]:
+    """What a user of the file needs to know; `dtype` is of the images, a key of INPUTS."""
+    classes, mean, std = class_names_and_statistics(session)
+    info = session.info
+    return {
+        "checkpoint": session.checkpoint.name,
+        "arch": list(info.archs),
+        "networks": info.num_networks,
+        "weights": info.weights,
+        "rule": session.rule,
+        "classes": list(classes),
+        "preprocessing": preprocessing(session).as_dict(),
+        "mean": list(mean),
+        "std": list(std),
+        "crop_size": info.crop_size,
+        "input": INPUTS[dtype],
+        "input_dtype": dtype,
+        "outputs": {"ensemble": "scores [B, K] by the rule", "logits": "[networks, B, K]"},
+        "torch": torch.__version__,
+    }
+
+
+def comparison_images(session: Session, batch_sizes: Sequence[int], dtype: str) -> Iterator[tuple[str, Tensor]]:
+    """(what they are, images as the file takes them): of --predict, else random ones in several batch sizes.
+
+    Raises:
+        UserError: --predict names prepared floats, and the file takes pixels.
+    """
+    predict, crop = session.config.extra_options.predict, session.info.crop_size
+    if predict is None:
+        generator = torch.Generator().manual_seed(session.seed)
+        for size in batch_sizes:
+            shape = (size, 3, crop, crop)
+            if dtype == "uint8":
+                images_BCHW = torch.randint(256, shape, generator=generator, dtype=torch.uint8)
+            else:
+                images_BCHW = torch.randn(shape, generator=generator).to(session.precision.weights)
+            yield f"{size} random image(s)", images_BCHW
+        return
+    path = Path(predict)
+    if dtype == "uint8" and path.suffix.lower() == ".npy":
+        raise UserError(f"--predict {path}: holds normalised floats, and --input uint8 takes images: give those.")
+    if dtype == "uint8":
+        recipe = session.file_recipe
+        inputs = file_inputs(path, load=lambda split: session.loader(split, recipe), prepare=lambda images: images)
+    else:
+        _, mean, std = class_names_and_statistics(session)
+        inputs = open_inputs(session, path, mean, std)
+    for _, images_BCHW in inputs.batches:
+        yield f"{len(images_BCHW)} image(s) of {predict}", images_BCHW
+
+
+def compare(
+    session: Session, path: Path, images: Iterator[tuple[str, Tensor]], prepare: Callable[[Tensor], Tensor]
+) -> list[Difference]:
+    """What the file at `path` gives, beside what eval.py gives.
+
+    Args:
+        images: from `comparison_images`.
+        prepare: what the file does with them before its networks.
+    """
+    run, _ = load_exported(path)
+    differences = []
+    with torch.inference_mode():
+        for source, images_BCHW in images:
+            logits_SBK = session.network(prepare(images_BCHW))
+            expected = (ensemble_scores(logits_SBK, session.rule), logits_SBK)
+            found = run(images_BCHW)
+            absolute = max(float((a - b).abs().max()) for a, b in zip(found, expected, strict=True))
+            largest = max(float(tensor.abs().max()) for tensor in expected)
+            differences.append(Difference(source, absolute, absolute / max(largest, 1e-12)))
+    return differences
+
+
+def export(argv: Sequence[str]) -> dict[str, Any]:
+    """Write and compare as a command line says; returns the results, and shows the differences.
+
+    Raises:
+        UserError: a wrong flag or checkpoint, a missing package.
+        RunError: the file cannot be written.
+        Incomplete: it differs beyond the tolerance, and is not kept.
+    """
+    parser = OneLineParser(prog=PROGRAM, description=__doc__, allow_abbrev=False)
+    parser.add_argument("checkpoint", help="checkpoint of train_split.py, or a released one (see eval.py --help)")
+    parser.add_argument("--out", type=Path, help="file to write, .pt2 or .onnx [default: CHECKPOINT's name, .pt2]")
+    parser.add_argument(
+        "--input",
+        choices=INPUTS,
+        default="float32",
+        help="what the file takes: normalised floats, or the pixels of resized and cropped images [default: float32]",
+    )
+    parser.add_argument(
+        "--batch_sizes", type=int, nargs="+", default=BATCH_SIZES, metavar="N", help="compared [default: 1 2 7]"
+    )
+    parser.add_argument(
+        "--tolerance", type=float, default=TOLERANCE, help="allowed difference by the largest logit [default: 0.001]"
+    )
+    arguments, flags = parser.parse_known_args(argv)
+    checkpoint, dtype = Path(arguments.checkpoint), arguments.input
+    out: Path = arguments.out or checkpoint.with_name(checkpoint.name.split(".")[0] + ".pt2")
+    if out.suffix not in WRITERS:
+        raise UserError(f"--out {out}: expected a name that ends in {' or '.join(WRITERS)}.")
+    if min(arguments.batch_sizes) < 1:
+        raise UserError("--batch_sizes: expected numbers of 1 or more.")
+    if out.suffix == ".onnx":
+        require(("onnx", "onnxscript", "onnxruntime"))
+    if not out.parent.is_dir():
+        raise UserError(f"--out {out}: the folder {out.parent} does not exist.")
+    # the file runs on any device and in full precision, whatever evaluates here
+    words = ["--resume", str(checkpoint), *flags, "--no_cuda", "--amp_dtype", "fp32"]
+    config = parse_config(words, program=PROGRAM, extra=EvalOptions)
+    session = open_session(config, launch.join([]), [])
+    assert isinstance(session.network, SplitNet)
+    crop, metadata = session.info.crop_size, metadata_of(session, dtype)
+    prepare = Normalise(metadata["mean"], metadata["std"]) if dtype == "uint8" else None
+    program = export_ensemble(session.network, session.rule, (3, crop, crop), prepare)
+    partial = out.with_name(f"{out.stem}{PARTIAL}{out.suffix}")
+    try:
+        partial.write_bytes(WRITERS[out.suffix](program, metadata))
+        images = comparison_images(session, arguments.batch_sizes, dtype)
+        differences = compare(session, partial, images, prepare or torch.nn.Identity())
+        agrees = all(one.relative <= arguments.tolerance for one in differences)  # not so where one is NaN
+        if agrees:
+            os.replace(partial, out)
+    except OSError as error:
+        raise RunError(f"--out {out}: cannot be written: {reason(error)}.") from None
+    finally:
+        partial.unlink(missing_ok=True)
+    for one in differences:
+        show(f"{one.source}: largest difference {one.absolute:.2e}, {one.relative:.2e} of the largest logit")
+    show(f"preprocessing: {json.dumps(metadata['preprocessing'])}")
+    results = {
+        "out": str(out) if agrees else None,
+        "outputs": OUTPUTS,
+        **{name: metadata[name] for name in ("arch", "networks", "weights", "rule", "crop_size")},
+        "preprocessing": metadata["preprocessing"],
+        "input": metadata["input"],
+        "largest_difference": max(one.absolute for one in differences),
+        "largest_relative_difference": max(one.relative for one in differences),
+        "tolerance": arguments.tolerance,
+    }
+    if not agrees:
+        raise Incomplete(f"beyond the tolerance of {arguments.tolerance:g}: no file is kept.", results)
+    return results
+
+
+def main(argv: list[str] | None = None) -> int:
+    """The command line; returns the exit code: 0 done, 1 the file differs or cannot be written, 2 a user's mistake."""
+    return run_program(PROGRAM, export, argv, saves_memory=SAVES_MEMORY)

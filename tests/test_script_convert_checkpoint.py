@@ -36,6 +36,15 @@ def ours(tmp_path):
         "std": [1 / 3, 2.0, 3.0],
         "crop_size": 16,
         "data_recipe": "digits",
+        "preprocessing": {
+            "resize": 16,
+            "interpolation": "bicubic",
+            "crop": 16,
+            "color_order": "RGB",
+            "value_range": [0.0, 1.0],
+            "mean": [0.1, 0.2, 0.3],
+            "std": [1 / 3, 2.0, 3.0],
+        },
     }
     path = tmp_path / "ours.pth.tar"
     torch.save(content, path)

@@ -6,15 +6,21 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
+from PIL import Image
 
+from record.paired import PairedDifference
+from script import small_images
 from script.claim_table import main, spread
 
 ROOT = Path(__file__).parent.parent
 # Stands for Python: notes its arguments, and leaves what the real programs would leave.
 STUB = """#!{python}
-import json, pathlib, sys
+import json, os, pathlib, sys
 words = sys.argv[1:]
+if words[1] == "script.small_images":
+    os.execv(sys.executable, [sys.executable, *words])
 with open({log!r}, "a") as file:
     file.write(json.dumps(words) + "\\n")
 if words[0].endswith("train_split.py"):
@@ -42,7 +48,7 @@ def claim(tmp_path):
 
     def call(*arguments):
         log.write_text("")
-        names = ("DATA", "EPOCHS", "SEEDS", "DATASET", "ARCH", "SPLIT_FACTORS", "IMAGES", "OUT")
+        names = ("DATA", "EPOCHS", "SEEDS", "DATASET", "ARCH", "SPLIT_FACTORS", "IMAGES", "OUT", "JOBS", "SIDE")
         environment = {name: value for name, value in os.environ.items() if name not in names}
         done = subprocess.run(
             [ROOT / "script" / "claim.sh", *arguments],
@@ -94,6 +100,59 @@ def test_a_part_of_the_images_is_the_same_number_of_each_class(claim, tmp_path):
     assert len(list((data / "test").glob("*/*"))) == 2
 
 
+def test_a_side_makes_box_filtered_copies(tmp_path):
+    for split in ("train", "test"):
+        for label in "ab":
+            folder = tmp_path / "data" / split / label
+            folder.mkdir(parents=True)
+            for i in range(3):
+                pixels = np.random.default_rng(i).integers(0, 256, (32, 32, 3), dtype=np.uint8)
+                Image.fromarray(pixels).save(folder / f"{i}.png")
+    small_images.take(tmp_path / "data", tmp_path / "small", train=4, test=0, side=16)
+    assert {split: len(list((tmp_path / "small" / split).glob("*/*"))) for split in ("train", "test")} == {
+        "train": 4,
+        "test": 6,
+    }
+    pixels = np.asarray(Image.open(tmp_path / "small" / "train" / "a" / "0.png"))
+    whole = np.random.default_rng(0).integers(0, 256, (32, 32, 3), dtype=np.uint8).astype(float)
+    mean = whole.reshape(16, 2, 16, 2, 3).mean((1, 3))
+    assert np.abs(pixels - mean).max() <= 1  # rounded after each direction
+    arguments = [str(tmp_path / "data"), str(tmp_path / "other"), "--train", "8"]
+    assert small_images.main(arguments) == 2
+    assert not (tmp_path / "other").exists()
+
+
+def test_digits_have_defaults_and_need_no_data(claim):
+    commands, done = claim("--dataset", "digits", "--seeds", "1,2", "--split_factors", "1,independent:4,resnet32:2")
+    assert done.returncode == 0, done.stderr
+    trained = [words for words in commands if words[0].endswith("train_split.py")]
+    lines = sorted(" ".join(words) for words in trained)
+    assert len(lines) == 6
+    assert not any("--data " in line for line in lines)
+    assert all("--epochs 80 --eval_per_epoch 80" in line and "--val_fraction 0.8" in line for line in lines)
+    assert sum("--arch resnet32 --method co_training --split_factor 2" in line for line in lines) == 2
+    assert sum("--arch resnet20 --method independent --split_factor 4" in line for line in lines) == 2
+    folders = [Path(folder).name for folder in commands[-1][3:]]
+    assert folders[:3] == ["S1-seed1", "independent-S4-seed1", "resnet32-S2-seed1"]
+
+
+def test_bad_numbers_are_refused(claim):
+    for arguments in (["--jobs", "0"], ["--split_factors", "1,independent:x"], ["--epochs", "two"]):
+        commands, done = claim("--dataset", "digits", *arguments)
+        assert done.returncode == 2
+        assert not [words for words in commands if words[0].endswith("train_split.py")]
+        assert len(done.stderr.splitlines()) == 1
+
+
+def test_a_failed_run_ends_the_comparison(claim, tmp_path):
+    (tmp_path / "runs" / "S1-seed1").mkdir(parents=True)
+    (tmp_path / "runs" / "S1-seed1" / "eval").touch()  # what the evaluation cannot write into
+    commands, done = claim("data", "3", "1,2", "--split_factors", "1,2", "--out", "runs")
+    assert done.returncode == 2
+    assert "a run failed" in done.stderr
+    assert commands[-1][0] != "-m"
+
+
 def test_data_is_needed(claim):
     commands, done = claim()
     assert (commands, done.returncode) == ([], 2)
@@ -107,8 +166,14 @@ def test_table_has_means_and_deviations_over_seeds(tmp_path, capsys):
             folder = tmp_path / f"S{s}-seed{seed}"
             (folder / "eval").mkdir(parents=True)
             training = {"split_factor": s, "params_one": 1000 // s, "macs_total": 4e6, "seconds": 60.0 * seed}
+            training |= {"seed": seed, "method": "co_training", "arch": "resnet20", "params_total": 1000 + 20 * s}
             networks = [{"acc1": 50.0 + seed + i, "nll": 1.0, "ece": 0.5} for i in range(s)]
-            evaluation = {"ensemble_acc1": 60.0 + seed, "ensemble_nll": 0.5, "ensemble_ece": 0.25, "networks": networks}
+            evaluation = {
+                "ensemble_acc1": 60.0 + seed * s,
+                "ensemble_nll": 0.5,
+                "ensemble_ece": 0.25,
+                "networks": networks,
+            }
             (folder / "results.json").write_text(json.dumps(training))
             (folder / "eval" / "results.json").write_text(json.dumps(evaluation | {"disagreement": 0.125}))
             folders.append(str(folder))
@@ -118,9 +183,28 @@ def test_table_has_means_and_deviations_over_seeds(tmp_path, capsys):
     assert (
         "| 2 | its single networks | 52.00 ± 0.71 | 1.000 ± 0.000 | 0.5000 ± 0.0000 |  | 500 | 2.0 M |  | 2 |" in text
     )
-    figures = "61.50 ± 0.71 | 0.500 ± 0.000 | 0.2500 ± 0.0000 | 12.5 ± 0.0"
+    figures = "63.00 ± 1.41 | 0.500 ± 0.000 | 0.2500 ± 0.0000 | 12.5 ± 0.0"
     assert f"| 2 | ensemble of 2 | {figures} | 1,000 | 4.0 M | 1.5 ± 0.7 | 2 |" in text
     assert "| 1 | undivided | 61.50 ± 0.71 |" in text
-    assert (tmp_path / "claim.md").read_text() == text.split("\n\n")[0] + "\n"
+    # differences of 1 and 2 points: a mean of 1.5, and an interval of 12.706 * 0.7071 / sqrt(2) to both sides
+    assert "| minus undivided | top-1, points | NLL | ECE | parameters | MACs | pairs | |" in text
+    assert "| ensemble of 2 | +1.50 [-4.85, +7.85] | +0.000 [+0.000, +0.000] |" in text
+    assert "| +2.0 % | +0.0 % | 2 | no difference seen |" in text
+    assert (tmp_path / "claim.md").read_text() == text.split("\n\nPicture")[0] + "\n"
     assert (tmp_path / "claim.png").stat().st_size > 10_000
     assert spread([2.0], 1) == "2.0"
+
+
+def test_paired_differences_are_of_common_seeds():
+    found = PairedDifference.of({1: 5.0, 2: 7.0, 3: 9.0, 9: 0.0}, {1: 4.0, 2: 4.0, 3: 4.0, 8: 0.0})
+    assert found is not None
+    assert (found.mean, found.std, found.pairs) == (3.0, 2.0, 3)
+    assert found.high == pytest.approx(3.0 + 4.302652729749464 * 2.0 / 3**0.5)
+    assert (found.text(2), found.is_seen) == ("+3.00 [-1.97, +7.97]", False)
+    alone = PairedDifference.of({1: 5.0}, {1: 4.0})
+    assert alone is not None
+    assert (alone.text(1), alone.is_seen, alone.std) == ("+1.0", False, None)
+    assert PairedDifference.of({1: 5.0}, {2: 4.0}) is None
+    sure = PairedDifference.of({1: 5.0, 2: 5.1}, {1: 4.0, 2: 4.1})
+    assert sure is not None
+    assert sure.is_seen

@@ -18,6 +18,7 @@ from dataset.detect import kind_of
 from dataset.options import DataOptions
 from method import methods
 from model import BackboneRequest, backbone_request, backbones, split_list
+from model.depth import check_freeze
 from model.execution import EXECUTIONS
 from model.options import ModelOptions
 from recipe.cream_yaml import is_published, is_published_key, read_published
@@ -521,6 +522,8 @@ def _check(config: Config) -> None:
     need(config.dataset in sources, _unknown_name(config.dataset, sources))
     names = config.archs()
     need(bool(names), "--arch needs the name of a backbone.")
+    if config.freeze is not None:
+        check_freeze(config.freeze)
     need(
         len(names) == 1 or config.split_factor in (1, len(names)),
         f"--arch names {len(names)} networks and --split_factor is {config.split_factor}: leave --split_factor away.",

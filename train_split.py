@@ -27,6 +27,7 @@ from evaluation.sizes import summarise
 from loss.classification import ClassLoss
 from method import Method, Progress, methods
 from model import build_splitnet
+from model.depth import freeze, layer_factors, layer_rates
 from model.layers.narrow_norm import restore_narrow_norms
 from model.layers.sync_norm import synchronise_batchnorm
 from model.restore import library_weights, load_pretrained, published_keys, stored_widths
@@ -127,6 +128,7 @@ class Trainer:
         recorder = self._recorder()
         new_heads = heads_before(before) if before is not None else self._load_pretrained()
         self._place(before)
+        self.params_frozen = freeze(self.network, config.freeze) if config.freeze else 0
 
         # data, and how long the run is
         views = ViewMaker(view_spec(source.recipe, config, mean=source.mean, std=source.std), self.seed)
@@ -307,7 +309,14 @@ class Trainer:
         """
         config, device = self.config, self.world.device
         trained = self.method.trained_parameters()
-        groups = parameter_groups(self.method, trained, config, new_heads=new_heads)
+        factors = layer_factors(self.network, config.layer_decay) if config.layer_decay < 1 else {}
+        groups = parameter_groups(
+            self.method,
+            trained,
+            config,
+            new_heads=new_heads,
+            factors={f"network.{name}": factor for name, factor in factors.items()},
+        )
         return WeightUpdate(
             network=self.network,
             parameters=[parameter for _, parameter in trained],
@@ -852,6 +861,12 @@ def announce(trainer: Trainer) -> None:
     )
     for origin, flags in supplied.items():
         logger.info("from the %s: %s", origin, ", ".join(flags))
+    if config.freeze:
+        frozen, total = trainer.params_frozen, trainer.params_total
+        logger.info("--freeze %s: %.3f of %.3f M parameters are not trained", config.freeze, frozen / 1e6, total / 1e6)
+    if config.layer_decay < 1:
+        for line in layer_rates(trainer.network, config.layer_decay, config.lr):
+            logger.info("learning rates of %s", line)
 
 
 def train_arguments(argv: list[str]) -> Mapping[str, Any] | None:

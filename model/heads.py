@@ -52,7 +52,7 @@ class AuxiliaryHead(nn.Module):
         self.tap = tap
         donor.become_auxiliary()
         self.stages = nn.ModuleList(map(first_blocks, donor.stages[tap:], depths))
-        unwanted = _stem_parameters(donor) | {id(p) for stage in donor.stages for p in stage.parameters()}
+        unwanted = stem_parameters(donor) | {id(p) for stage in donor.stages for p in stage.parameters()}
         _drop(donor, unwanted)
         self.rest = donor
 
@@ -93,14 +93,14 @@ def first_blocks(stage: nn.Module, depth: int | None) -> nn.Module:
     """
     if depth is None:
         return stage
-    if not _is_sequence(stage):
+    if not is_sequence(stage):
         raise UserError(f"--arch: a stage of this backbone cannot be cut to {depth} blocks. Pick another --arch.")
     # not stage[:depth]: a subclass of a library may take other arguments
     blocks = ((name, block) for name, block in stage._modules.items() if block is not None)
     return nn.Sequential(OrderedDict(islice(blocks, depth)))
 
 
-def _is_sequence(stage: nn.Module) -> bool:
+def is_sequence(stage: nn.Module) -> bool:
     """Whether the stage runs its children one after the other and does nothing else."""
     return isinstance(stage, nn.Sequential) and type(stage).forward is nn.Sequential.forward
 
@@ -111,15 +111,20 @@ def _probe(network: StagedBackbone) -> Tensor:
     return torch.zeros(1, 3, 64, 64, device=parameter.device, dtype=parameter.dtype)
 
 
-def _stem_parameters(network: StagedBackbone) -> set[int]:
+def stem_parameters(network: StagedBackbone) -> set[int]:
     """Ids of the parameters that the stem uses: autograd knows, whatever their names and order."""
-    trainable = [p for p in network.parameters() if p.requires_grad]
-    network.eval()
+    parameters = [*network.parameters()]
+    modes = {module: module.training for module in network.modules()}
+    trained = [parameter.requires_grad for parameter in parameters]
+    network.eval().requires_grad_(True)
     with torch.enable_grad():
         features = network.stem(_probe(network))
-    network.train()
-    gradients = torch.autograd.grad(features.sum(), trainable, allow_unused=True)
-    return {id(p) for p, gradient in zip(trainable, gradients, strict=True) if gradient is not None}
+    gradients = torch.autograd.grad(features.sum(), parameters, allow_unused=True)
+    for module, mode in modes.items():
+        module.training = mode
+    for parameter, is_trained in zip(parameters, trained, strict=True):
+        parameter.requires_grad_(is_trained)
+    return {id(p) for p, gradient in zip(parameters, gradients, strict=True) if gradient is not None}
 
 
 def _drop(module: nn.Module, unwanted: set[int]) -> None:
@@ -209,7 +214,7 @@ def synergy_branches(network: StagedBackbone, taps: Sequence[int] | None = None)
 def _can_lose_blocks(network: StagedBackbone, depth: int) -> bool:
     """Whether the first `depth` blocks of the last stage give a map of the same shape as the whole stage."""
     *before, last = network.stages
-    if not _is_sequence(last):
+    if not is_sequence(last):
         return False
     training = network.training
     network.eval()

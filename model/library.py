@@ -134,12 +134,14 @@ class Library:
         create: (name without prefix, K) -> the library's network.
         families: those that can be divided.
         examples: names of such ones, for error messages.
+        layer_numbers: as in `model.registry.Backbone`.
     """
 
     prefix: str
     create: Callable[[str, int], nn.Module]
     families: Sequence[Family] = field(default_factory=tuple)
     examples: str
+    layer_numbers: Callable[[nn.Module], Mapping[str, int]] | None = None
 
     def backbone(self, name: str, *, crop_size: int | None, pretrained: Callable[[], Mapping[str, Tensor]]) -> Backbone:
         """The registry entry of a network that exists."""
@@ -150,6 +152,7 @@ class Library:
             crop_size=crop_size,
             plan=self.plan,
             pretrained=pretrained,
+            layer_numbers=self.layer_numbers,
         )
 
     def _family(self, network: nn.Module) -> Family | None:

@@ -34,4 +34,11 @@ class ModelOptions(Options):
         resume="the networks are those of the checkpoint",
     )
     is_train_sep: bool = option(False, "train one of the S small networks alone (ablation)", resume=SAME)
+    freeze: str | None = option(
+        None,
+        "what is not trained: the stem; stages:N, the stem and the first N stages; or the backbone, all but the "
+        "classifier. Its norms keep their statistics",
+        metavar="stem|stages:N|backbone",
+        resume=SAME,
+    )
     gn_num_groups: int = option(8, "unused in the published code; accepted", resume=OF_CALL)

@@ -134,6 +134,8 @@ class Backbone:
             the family cannot express it.
         plan: for networks of any origin, what the solver makes of a request; None where a table of the family decides.
         pretrained: fetches the weights that the network's library publishes, by state-dict name; None: there are none.
+        layer_numbers: network -> the layer of every parameter by name, counted from the image, as the network's
+            library has it; None where it has no such count.
     """
 
     build: BackboneBuilder
@@ -146,6 +148,7 @@ class Backbone:
     build_wide: BackboneBuilder | None = None
     plan: Callable[[BackboneRequest], DivisionPlan] | None = None
     pretrained: Callable[[], Mapping[str, Tensor]] | None = None
+    layer_numbers: Callable[[nn.Module], Mapping[str, int]] | None = None
 
 
 backbones: Registry[Backbone] = Registry(

@@ -1,6 +1,7 @@
 """SplitNet: S networks side by side, one view each, logits out."""
 
 from collections.abc import Sequence
+from typing import Self
 
 import torch
 from torch import Tensor, nn
@@ -23,6 +24,9 @@ class SplitNet(nn.Module):
 
     Args:
         networks: S modules, each mapping [B, C, H, W] to logits [B, K]; usually of one structure.
+
+    Attributes:
+        asleep: names of submodules that are in evaluation mode whatever `train()` says, see `model.depth.freeze`.
     """
 
     def __init__(self, networks: Sequence[nn.Module]) -> None:
@@ -34,6 +38,7 @@ class SplitNet(nn.Module):
             mend_dilated_convolutions(network)
             widen_narrow_norms(network)
         self.models = nn.ModuleList(networks)
+        self.asleep: tuple[str, ...] = ()
         self._execution = Execution()
         self._keys_S: Tensor | None = None
         self._key_is_given = False
@@ -51,6 +56,13 @@ class SplitNet(nn.Module):
     @execution.setter
     def execution(self, name: str) -> None:
         self._execution = Execution(name)
+
+    def train(self, mode: bool = True) -> Self:
+        """Training or evaluation mode of everything but what is asleep, which is in evaluation mode."""
+        super().train(mode)
+        for name in self.asleep:
+            self.get_submodule(name).train(False)
+        return self
 
     def spread(self, devices: Sequence[torch.device]) -> None:
         """Run network i on the i-th of several GPUs, round and round; views come from, and logits go to, the first."""

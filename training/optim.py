@@ -4,8 +4,9 @@ Nothing here waits for the device: norms, flags and (for CUDA graphs) learning r
 """
 
 import re
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -17,6 +18,7 @@ from training.options import OptimizerOptions
 from utils.errors import UserError
 
 NORMS = (_NormBase, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm)
+NO_FACTORS: Mapping[str, float] = MappingProxyType({})
 _BIAS = re.compile(r"(?<![a-z])bias(es)?(?![a-z])")
 
 
@@ -60,8 +62,11 @@ def parameter_groups(
     options: OptimizerOptions,
     *,
     new_heads: Sequence[str] = (),
+    factors: Mapping[str, float] = NO_FACTORS,
 ) -> list[dict[str, Any]]:
     """Parameters sorted into groups: [decayed, not decayed] and, if there are new heads, the same two of theirs.
+
+    Where parameters have factors for their rates, these groups are split by them, lower rates last.
 
     --no_decay bias: every bias is spared (as published: the scales of batch norm are decayed); norm_bias: so are all
     parameters of normalisations; with --is_wd_all nothing is. What counts as either says `_spared`.
@@ -72,6 +77,7 @@ def parameter_groups(
         options: the flags.
         new_heads: prefixes of names that train with another learning rate ("network.models.0.fc."); --lr_multiplier
             is kept in their groups under that name.
+        factors: of learning rates by name (--layer_decay); 1 for those that are not named.
     """
     spared = set() if options.is_wd_all else _spared(module, norms=options.no_decay == "norm_bias")
     groups: list[dict[str, Any]] = [
@@ -80,8 +86,19 @@ def parameter_groups(
         for decay in (options.weight_decay, 0.0)
     ]
     for name, parameter in named_parameters:
-        groups[2 * name.startswith(tuple(new_heads)) + (id(parameter) in spared)]["params"].append(parameter)
-    return groups[:2] + [group for group in groups[2:] if group["params"]]
+        groups[2 * name.startswith(tuple(new_heads)) + (id(parameter) in spared)]["params"].append((name, parameter))
+    return [part for i, group in enumerate(groups) for part in _by_factor(group, factors, keep_empty=i < 2)]
+
+
+def _by_factor(group: dict[str, Any], factors: Mapping[str, float], *, keep_empty: bool) -> list[dict[str, Any]]:
+    """A group of (name, parameter) pairs as groups of parameters of one rate each."""
+    by_factor: dict[float, list[nn.Parameter]] = {1.0: []} if keep_empty and not factors else {}
+    for name, parameter in group["params"]:
+        by_factor.setdefault(factors.get(name, 1.0), []).append(parameter)
+    return [
+        {**group, "params": parameters, "lr_multiplier": group["lr_multiplier"] * factor}
+        for factor, parameters in sorted(by_factor.items(), reverse=True)
+    ]
 
 
 def build_optimizer(

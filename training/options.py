@@ -55,6 +55,13 @@ class OptimizerOptions(Options):
     lr_multiplier: float = option(
         1.0, "factor for the learning rate of new heads when fine-tuning", least=0, resume=TAKES
     )
+    layer_decay: float = option(
+        1.0,
+        "every layer of a network trains at so much of the rate of the layer above it, the classifier at the full one",
+        above=0,
+        most=1,
+        resume=TAKES,
+    )
     decay_factor: float = option(0.97, "factor of 'exponential'", above=0, resume=TAKES)
     decay_epochs: float = option(
         0.8,

@@ -12,7 +12,7 @@ import json
 import logging
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -118,6 +118,7 @@ class Cream(Method[CreamSearchOptions]):
     reduces_own_gradients = True
     decides_on_host = True
     networks_from_list = False
+    incompatible: ClassVar[Mapping[str, str]] = {"freeze": "a search trains all of its supernet"}
 
     def __init__(
         self, network: SplitNet, options: CreamSearchOptions, *, class_loss: ClassLoss = CROSS_ENTROPY

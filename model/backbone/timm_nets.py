@@ -55,6 +55,15 @@ def _classify(network: Any, embedding_BD: Tensor) -> Tensor:
     return logits_BK
 
 
+def layer_numbers(network: Any) -> Mapping[str, int]:
+    """The layer of every parameter, as timm's `param_groups_layer_decay` counts them."""
+    network = getattr(network, "_network", network)
+    numbers: Mapping[str, int] = _import().models.group_parameters(
+        network, network.group_matcher(coarse=False), reverse=True
+    )
+    return numbers
+
+
 @lru_cache
 def library() -> Library:
     """timm, imported.
@@ -127,6 +136,7 @@ def library() -> Library:
             ),
             family(models.densenet.DenseNet, lambda n: list(n.features), _initialise_densenet, stem=3, tail=1),
         ),
+        layer_numbers=layer_numbers,
         examples="resnet50, resnext50_32x4d, seresnet50, wide_resnet50_2, regnety_004, mobilenetv2_100, "
         "mobilenetv3_small_100, efficientnet_b0, convnext_atto, densenet121",
     )

@@ -40,6 +40,7 @@ FLOORS_OF_MODEL = (
     "heads",
     "execution",
     "splitnet",
+    "depth",
     "build",
     "fold",
     "cascade",

@@ -405,6 +405,9 @@ def parse_config(argv: Sequence[str] | None = None, program: str | None = None, 
         origins["pretrained"] = origins["pretrained_dir"]
     if published is not None:
         origins |= dict.fromkeys(published.overridden, "override")
+    implied = methods.get(method).implied_flags(given)
+    given |= implied
+    origins |= dict.fromkeys(implied, "method")
     config = _assemble(method, given, origins, extra=extra)
     if "dataset" not in given and not config.is_summary:
         config = dataclasses.replace(config, dataset=kind_of(config.data) or config.dataset)

@@ -25,7 +25,7 @@ from evaluation.passes import evaluate
 from evaluation.run import evaluate_arguments
 from evaluation.sizes import summarise
 from loss.classification import ClassLoss
-from method import Method, Progress, methods
+from method import Method, Progress, TrainingData, methods
 from model import build_splitnet
 from model.depth import freeze, layer_factors, layer_rates
 from model.layers.narrow_norm import restore_narrow_norms
@@ -241,7 +241,7 @@ class Trainer:
             raise UserError(f"--method {config.method} takes one backbone; --arch names {len(names)}.")
         request = config.backbone_request(len(self.source.classes))
         network = build_splitnet(
-            replace(request, arch=names[0], widths=stored_widths(resumed or {}, "--resume")),
+            replace(request, arch=names[0], widths=stored_widths(resumed or {}, "--resume") or request.widths),
             seed=self.seed,
             identical_init=config.is_identical_init,
             train_separately=config.is_train_sep,
@@ -252,7 +252,10 @@ class Trainer:
         )
         with torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(fold_in(self.seed, STREAM_INIT, METHOD_INIT))
-            return kind(network, config.method_options, class_loss=class_loss)
+            method: Method[Any] = kind(network, config.method_options, class_loss=class_loss)
+        source = self.source
+        method.meet(TrainingData(source.classes, source.mean, source.std, config.crop_size))
+        return method
 
     def _recorder(self) -> Recorder | None:
         """What replayed steps are recorded by, where --cuda_graph asks for them."""

@@ -3,11 +3,16 @@
 All map logits to one value per image, unweighted. The target side is a constant.
 """
 
+import math
+
+import torch
 from torch import Tensor
 
 from loss import at_least_float32
+from utils.targets import Targets
 
 MATCHINGS = ("dense", "top_down", "bottom_up", "none")
+TEACHER_RULES = ("mean_softmax", "mean_logits")
 
 
 def distillation_kl(student_logits: Tensor, teacher_logits: Tensor, *, temperature: float = 1.0) -> Tensor:
@@ -17,7 +22,72 @@ def distillation_kl(student_logits: Tensor, teacher_logits: Tensor, *, temperatu
     """
     log_student = (at_least_float32(student_logits) / temperature).log_softmax(dim=-1)
     log_teacher = (at_least_float32(teacher_logits.detach()) / temperature).log_softmax(dim=-1)
-    return temperature**2 * (log_teacher.exp() * (log_teacher - log_student)).sum(dim=-1)
+    return temperature**2 * _kl(log_teacher, log_student)
+
+
+def joint_teacher(logits_SBK: Tensor, *, temperature: float, rule: str) -> Tensor:
+    """Logits of one teacher whose softmax(logits / T) is what S networks say together: (S, B, K) -> (B, K).
+
+    Args:
+        logits_SBK: of the networks.
+        temperature: T.
+        rule: one of TEACHER_RULES: "mean_softmax", the mean of softmax(z_s / T), or "mean_logits", softmax(mean z_s /
+            T).
+    """
+    logits_SBK = at_least_float32(logits_SBK)
+    if rule == "mean_logits" or len(logits_SBK) == 1:
+        return logits_SBK.mean(dim=0)
+    log_probs_SBK = (logits_SBK / temperature).log_softmax(dim=-1)
+    # log-probabilities serve as logits: the softmax of a log-softmax is the softmax itself
+    return temperature * (log_probs_SBK.logsumexp(dim=0) - math.log(len(logits_SBK)))
+
+
+def decoupled_kl(
+    student_BK: Tensor, teacher_BK: Tensor, labels_B: Tensor, *, temperature: float, alpha: float, beta: float
+) -> Tensor:
+    """T² · [ α · KL(b_t ‖ b_s) + β · KL(ĉ_t ‖ ĉ_s) ], the teacher constant: logits (B, K) twice -> (B,).
+
+    b = (p(y), 1 - p(y)) with p = softmax(logits / T), ĉ: softmax over the classes other than y. With α = 1 and
+    β = 1 - p_t(y) it is `distillation_kl`. Zhao et al., arXiv:2203.08679, in log space.
+
+    Args:
+        student_BK, teacher_BK: logits.
+        labels_B: int64, the classes y.
+        temperature, alpha, beta: T, α, β.
+    """
+    target, others = zip(
+        _parted(teacher_BK.detach(), labels_B, temperature), _parted(student_BK, labels_B, temperature), strict=True
+    )
+    target_kl_B, others_kl_B = (_kl(*sides) for sides in (target, others))
+    return temperature**2 * (alpha * target_kl_B + beta * others_kl_B)
+
+
+def mixed_decoupled_kl(
+    student_BK: Tensor, teacher_BK: Tensor, targets: Targets, *, temperature: float, alpha: float, beta: float
+) -> Tensor:
+    """λ · `decoupled_kl` for the labels + (1 - λ) · the same for the other labels of mixup: -> (B,). Ours."""
+
+    def to(labels_B: Tensor) -> Tensor:
+        return decoupled_kl(student_BK, teacher_BK, labels_B, temperature=temperature, alpha=alpha, beta=beta)
+
+    if targets.labels_other_B is targets.labels_B:
+        return to(targets.labels_B)
+    return targets.lam * to(targets.labels_B) + (1 - targets.lam) * to(targets.labels_other_B)
+
+
+def _parted(logits_BK: Tensor, labels_B: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+    """log b [B, 2] and log ĉ [B, K - 1] of `decoupled_kl`."""
+    log_probs_BK = (at_least_float32(logits_BK) / temperature).log_softmax(dim=-1)
+    places = torch.arange(log_probs_BK.shape[-1] - 1, device=labels_B.device)
+    others_BK1 = log_probs_BK.gather(-1, places + (places >= labels_B[:, None]))
+    # log(1 - p) is the logsumexp over the others: 1 - p rounds to 0 where p nears 1
+    pair_B2 = torch.stack([log_probs_BK.gather(-1, labels_B[:, None])[:, 0], others_BK1.logsumexp(dim=-1)], dim=-1)
+    return pair_B2, others_BK1.log_softmax(dim=-1)
+
+
+def _kl(log_target: Tensor, log_probs: Tensor) -> Tensor:
+    """KL(target ‖ probs) over the last dimension."""
+    return (log_target.exp() * (log_target - log_probs)).sum(dim=-1)
 
 
 def knowledge_synergy(logits_HBK: Tensor, *, matching: str = "dense") -> Tensor:

@@ -1,7 +1,7 @@
 """Ways of learning together: the method registry and the contract between a method and the trainer."""
 
 from abc import abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Generic, NamedTuple, TypeVar
 
@@ -41,6 +41,19 @@ class Progress(NamedTuple):
     weight_decay: float = 0.0
     is_last: bool = False
     updates: bool = True
+
+
+class TrainingData(NamedTuple):
+    """What a method may ask about the data, once, before it is placed on its device.
+
+    classes: names of the K classes in order. mean, std: by which images are normalised, per channel, in [0, 1].
+    crop_size: side of the networks' input in pixels.
+    """
+
+    classes: Sequence[str]
+    mean: Sequence[float]
+    std: Sequence[float]
+    crop_size: int
 
 
 class StepOutput(NamedTuple):
@@ -119,6 +132,18 @@ class Method(nn.Module, Generic[OwnOptions]):
         return {}
 
     @classmethod
+    def implied_flags(cls, given: Mapping[str, Any]) -> Mapping[str, Any]:
+        """Values of flags of the networks that the method's own flags decide, by name; as if the user had set them.
+
+        Args:
+            given: all that was set, by flag name.
+
+        Raises:
+            UserError: something was set that contradicts them.
+        """
+        return {}
+
+    @classmethod
     def backbone_names(cls, arch: str, options: OwnOptions) -> list[str]:
         """The backbones that `--arch` stands for: the entries of a comma list, unless a method knows more names."""
         return split_list(arch)
@@ -131,6 +156,13 @@ class Method(nn.Module, Generic[OwnOptions]):
         """
         return ()
 
+    def meet(self, data: TrainingData) -> None:
+        """Called once after construction, before the method is placed on its device: what the images are.
+
+        Raises:
+            UserError: the method cannot be trained on such data.
+        """
+
     def prepare(self, labels_N: Tensor, seed: int) -> None:
         """Called once before training with the int64 labels [N] of the training set, in the order of its indices."""
 
@@ -141,6 +173,10 @@ class Method(nn.Module, Generic[OwnOptions]):
         A step may be replayed from a CUDA graph, which runs this once: a number of `progress` that changes from step
         to step must come by a tensor that `before_step` writes. (`progress.indices_B` is such a tensor.)
         """
+
+    def summed_class_loss(self, logits_SBK: Iterable[Tensor], targets: Targets) -> Tensor:
+        """Mean of `class_loss` over the batch, summed over the networks: S logits [B, K] -> scalar."""
+        return torch.stack([self.class_loss(logits_BK, targets).mean() for logits_BK in logits_SBK]).sum()
 
     def before_step(self, views_SBCHW: Tensor, targets: Targets, progress: Progress) -> None:
         """Called before the forward pass of a step: what `forward` needs of this step, what is learnt on the side."""

@@ -54,8 +54,7 @@ class DeepMutualLearning(Method[DMLOptions]):
     def forward(self, views_SBCHW: Tensor, targets: Targets, progress: Progress) -> StepOutput:
         """Views [1, B, C, H, W] -> loss, metrics (loss_ce and, weighted, loss_mutual), logits [S, B, K]."""
         logits_SBK = at_least_float32(self.network(views_SBCHW))
-        losses_S = [self.class_loss(logits_BK, targets).mean() for logits_BK in logits_SBK]
-        loss = loss_ce = torch.stack(losses_S).sum()
+        loss = loss_ce = self.summed_class_loss(logits_SBK, targets)
         metrics = {"loss_ce": loss_ce.detach()}
         if len(logits_SBK) > 1:
             mutual_kl = ensemble_kl if self.options.dml_teacher == "ensemble" else kl_seperate

@@ -1,6 +1,5 @@
 """Independent learning: the networks share the batch and nothing else. The baseline of every other method."""
 
-import torch
 from torch import Tensor
 
 from loss import at_least_float32
@@ -14,6 +13,5 @@ class Independent(Method[NoOptions]):
     def forward(self, views_SBCHW: Tensor, targets: Targets, progress: Progress) -> StepOutput:
         """Views [S, B, C, H, W], or one shared view -> loss, metrics (loss_ce), logits [S, B, K]."""
         logits_SBK = at_least_float32(self.network(views_SBCHW))
-        losses_S = [self.class_loss(logits_BK, targets).mean() for logits_BK in logits_SBK]
-        loss = torch.stack(losses_S).sum()
+        loss = self.summed_class_loss(logits_SBK, targets)
         return StepOutput(loss, {"loss_ce": loss.detach()}, logits_SBK.detach())

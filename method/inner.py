@@ -1,5 +1,6 @@
-"""What methods need inside: means over processes, a small guarded SGD, copies of networks that stay asleep."""
+"""What methods need inside: means over processes, a small guarded SGD, weights that follow the epoch, frozen copies."""
 
+import math
 from collections.abc import Sequence
 from typing import Self
 
@@ -36,6 +37,39 @@ def average_over_processes(tensors: Sequence[Tensor]) -> None:
     flat /= dist.get_world_size()
     for tensor, mean in zip(tensors, flat.split([tensor.numel() for tensor in tensors]), strict=True):
         tensor.copy_(mean.view_as(tensor))
+
+
+def ramp(epoch: int, length: int) -> float:
+    """exp(-5 (1 - min(epoch, length) / length)²), the epoch counted from 0; 1 for a length of 0.
+
+    The weight of a teacher that has to learn itself, as in the published code of arXiv:1806.04606 and 1912.00350:
+    0.0067, not 0, in the first epoch.
+    """
+    return math.exp(-5 * (1 - min(epoch, length) / length) ** 2) if length else 1.0
+
+
+class EpochNumber(nn.Module):
+    """A number of a loss that changes from epoch to epoch, on the device and written in place.
+
+    A captured CUDA graph sees its new values so. No checkpoint holds it. Until it is first written it is NaN.
+    """
+
+    value: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("value", torch.full((), math.nan), persistent=False)
+        self._written = math.nan
+
+    def write(self, number: float) -> None:
+        """Make it `number`; the device is not touched where it is that already."""
+        if number != self._written:
+            self.value.fill_(number)
+            self._written = number
+
+    def forward(self, dtype: torch.dtype) -> Tensor:
+        """The number as a scalar of this type."""
+        return self.value.to(dtype)
 
 
 class Asleep(nn.Module):

@@ -91,4 +91,5 @@ def backbone_request(
         crop_size=crop_size,
         options={**of_families, "output_stride": options.output_stride},
         divide_by=options.divide_by,
+        widths=options.stage_widths or None,
     )

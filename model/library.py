@@ -170,7 +170,7 @@ class Library:
             UserError: the network cannot take the image size, or cannot be divided.
         """
         device = torch.get_default_device()
-        if request.split_factor == 1:
+        if request.split_factor == 1 and request.widths is None:
             self._measure(request.arch, request.num_classes, request.crop_size, None)
             with torch.device("cpu"), _WeightsOn(device):
                 network = self.create(request.arch.removeprefix(self.prefix), request.num_classes)
@@ -189,7 +189,10 @@ class Library:
     ) -> tuple[nn.Module, Family]:
         graph = self.graph(arch, num_classes, crop_size)
         if len(widths) != len(graph.widths):
-            raise UserError(f"--arch {arch} has {len(graph.widths)} widths, and the checkpoint names {len(widths)}.")
+            raise UserError(
+                f"--arch {arch} has {len(graph.widths)} stage widths, and the checkpoint or --stage_widths names "
+                f"{len(widths)}: see python -m model.division {arch}."
+            )
         network = self._on_meta(arch, num_classes)
         graph.resize(network, widths)
         family = self._family(network)

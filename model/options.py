@@ -25,6 +25,14 @@ class ModelOptions(Options):
         default_text="params; our own backbones have the paper's tables",
         resume=SAME,
     )
+    stage_widths: tuple[float, ...] = option(
+        (),
+        "width of every stage of one network, in the order and number of `python -m model.division ARCH`, in place of "
+        "what the solver finds",
+        above=0,
+        default_text="solved",
+        resume=SAME,
+    )
     norm_mode: str = option("batch", "normalisation", choices=("batch",), resume=SAME)
     is_syncbn: bool = option(False, "synchronise batch normalisation across processes", resume=TAKES)
     output_stride: int = option(8, "2 selects the CIFAR strides 1, 1, 2 in the resnet family", resume=SAME)

@@ -186,6 +186,11 @@ def check_request(request: BackboneRequest) -> Backbone:
             f"--divide_by {request.divide_by}: --arch {request.arch} is divided by the paper's table, and the flag is "
             "for torchvision/NAME, timm/NAME and FILE.py:FACTORY. Leave it away."
         )
+    if request.widths is not None and entry.plan is None:
+        raise UserError(
+            f"--stage_widths: --arch {request.arch} has the widths of the paper's table, and the flag is for "
+            "torchvision/NAME, timm/NAME and FILE.py:FACTORY. Leave it away."
+        )
     return entry
 
 

@@ -4,7 +4,9 @@ A new method is picked up from the registry; it is tried with two small networks
 """
 
 import dataclasses
+import functools
 import json
+import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,7 +24,7 @@ from method import Method, Progress, StepOutput, Targets, methods
 from model import LARGE, SMALL, BackboneRequest, backbones, build_network, build_splitnet
 from model.splitnet import SplitNet
 from model.staged import StagedBackbone
-from record.checkpoint import load_checkpoint
+from record.checkpoint import load_checkpoint, save_checkpoint
 from record.run_folder import read_results
 from tests.processes import run_processes
 from tests.spaces import SPACE
@@ -40,11 +42,29 @@ SPECIAL = {"cream": dataclasses.replace(REQUEST, arch="cream_supernet", options=
 OPTIONS: dict[str, dict[str, Any]] = {
     "l_mcl": {"feat_dim": 8, "meta_freq": 2},
     "cream": {"meta_sta_epoch": 0, "update_iter": 2, "how_to_prob": "even", "pool_size": 3, "meta_lr": 0.5},
+    "kd": {"teacher": "a trained network"},
 }
 TRAINING_LABELS = torch.arange(40) % K
 FP32 = choose_precision(torch.device("cpu"), is_amp=False, amp_dtype="fp32")
 BF16 = choose_precision(torch.device("cpu"), is_amp=True, amp_dtype="bf16")
 every_method = pytest.mark.parametrize("name", methods.names())
+
+
+@functools.cache
+def trained_network() -> str:
+    """A checkpoint of two small networks, for a method that asks for one."""
+    path = Path(tempfile.mkdtemp()) / "teacher.pth.tar"
+    network = build_splitnet(REQUEST, seed=9, archs=[REQUEST.arch] * 2)
+    config = {"arch": f"{REQUEST.arch},{REQUEST.arch}", "dataset": "synthetic", "crop_size": SIDE}
+    save_checkpoint({"state_dict": network.state_dict(), "config": config}, path)
+    return str(path)
+
+
+def options_of(name: str) -> Any:
+    given = OPTIONS.get(name, {})
+    if "teacher" in given:
+        given = {**given, "teacher": trained_network()}
+    return methods.get(name).Options(**given)
 
 
 def make(name: str, *, weights: int = 3, network: SplitNet | None = None) -> Method:
@@ -54,7 +74,7 @@ def make(name: str, *, weights: int = 3, network: SplitNet | None = None) -> Met
         archs = None if name in SPECIAL else [REQUEST.arch] * (2 if kind.networks_from_list else 1)
         network = build_splitnet(SPECIAL.get(name, REQUEST), seed=weights, archs=archs)
     torch.manual_seed(weights)
-    method = kind(network, kind.Options(**OPTIONS.get(name, {})))
+    method = kind(network, options_of(name))
     method.prepare(TRAINING_LABELS, 3)
     return method.train()
 

@@ -17,7 +17,7 @@ ALLOWED = {
     "record": {"record", "utils"},
     "model": {"model", "recipe", "utils"},
     "dataset": {"dataset", "recipe", "utils"},
-    "method": {"method", *BELOW_METHOD},
+    "method": {"method", "record", *BELOW_METHOD},
     "training": {"training", "method", "dataset", "record", *BELOW_METHOD},
     "parser_params": {"training", "method", "dataset", *BELOW_METHOD},
     "evaluation": {"evaluation", "parser_params", "training", "method", "dataset", "record", *BELOW_METHOD},

@@ -148,9 +148,13 @@ def _plan(arch: str, split_factor: int, num_classes: int, crop_size: int, divide
 
 def build(request: BackboneRequest) -> nn.Module:
     """The factory's network at the width of one of S copies."""
-    width = (request.widths or plan(request).widths)[0] if request.split_factor > 1 else 1.0
-    if not (math.isfinite(width) and 0 < width <= 1):
-        raise UserError(f"--arch {request.arch}: a width of {width:g} is outside (0, 1]: the checkpoint is damaged.")
+    widths = request.widths or (plan(request).widths if request.split_factor > 1 else (1.0,))
+    width = widths[0]
+    if len(widths) > 1 or not (math.isfinite(width) and 0 < width <= 1):
+        raise UserError(
+            f"--arch {request.arch}: a factory has one width in (0, 1], and the checkpoint or --stage_widths says "
+            f"{' '.join(f'{value:g}' for value in widths)}."
+        )
     _measure(request.arch, width, request.num_classes, request.crop_size)
     device = torch.get_default_device()
     with torch.device("cpu"):

@@ -818,6 +818,9 @@ def open_shared_source(config: Config, world: World) -> DataSource:
         seed=config.seed or 0,
         val_fraction=config.val_fraction,
         test_fraction=config.test_fraction,
+        image_column=config.image_column,
+        label_column=config.label_column,
+        split_column=config.split_column,
         on_bad_image=config.on_bad_image,
         workers=config.workers,
     )

@@ -6,7 +6,7 @@ import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Self
+from typing import Protocol, Self
 
 import torch
 from torch import Tensor
@@ -18,6 +18,17 @@ from utils.registry import Registry
 from utils.seed import STREAM_SPLIT, numpy_generator
 
 
+class Store(Protocol):
+    """Encoded images that are no files of their own, but places in larger ones; travels to the decoding processes."""
+
+    @property
+    def files(self) -> Sequence[Path]:
+        """The files that hold them."""
+
+    def read(self, place: int) -> bytes:
+        """One image file's content. Raises OSError."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class ImageSet:
     """One split, either decoded in memory or as files.
@@ -25,12 +36,17 @@ class ImageSet:
     Attributes:
         targets: int64 [N] class indices.
         images: uint8 [N, 3, H, W], or None for files.
-        paths: N image files in a reproducible order, or empty for images in memory.
+        paths: N image files in a reproducible order, or empty for images in memory. With a store, the names of its
+            images, below the files that hold them.
+        store: what holds the images, where they are no files of their own.
+        places: int64 [N] places in it.
     """
 
     targets: Tensor
     images: Tensor | None = None
     paths: tuple[Path, ...] = ()
+    store: Store | None = None
+    places: Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.targets)
@@ -46,7 +62,13 @@ class ImageSet:
             targets=self.targets[indices_M],
             images=None if self.images is None else self.images[indices_M],
             paths=tuple(self.paths[i] for i in indices_M.tolist()) if self.paths else (),
+            store=self.store,
+            places=None if self.places is None else self.places[indices_M],
         )
+
+    def content(self, index: int) -> bytes | None:
+        """What the store holds for an image; None for a file of its own. Raises OSError."""
+        return None if self.store is None or self.places is None else self.store.read(int(self.places[index]))
 
 
 def names_hash(paths: Iterable[Path]) -> str:
@@ -157,6 +179,7 @@ class SourceRequest:
         on_bad_image: "fail" or "skip".
         workers: processes for decoding many files while opening; 0 decodes in this one.
         download: whether missing archives may be fetched.
+        image_column, label_column, split_column: of a table; None: guessed.
     """
 
     dataset: str
@@ -174,6 +197,9 @@ class SourceRequest:
     on_bad_image: str = "fail"
     workers: int = 0
     download: bool = True
+    image_column: str | None = None
+    label_column: str | None = None
+    split_column: str | None = None
 
 
 SourceBuilder = Callable[[SourceRequest], DataSource]

@@ -1,6 +1,7 @@
 """Image files -> RGB pixels, and the cut of a file to a square. PIL does the decoding and the resizing."""
 
 import contextlib
+import io
 import math
 import os
 import stat
@@ -64,7 +65,7 @@ def refusal(bad: BadImage) -> RunError:
     return RunError(f"{bad}. Mend or remove the file, or pass --on_bad_image skip to leave such files out.")
 
 
-def read_rgb(path: str | os.PathLike[str]) -> Image.Image:
+def read_rgb(path: str | os.PathLike[str], content: bytes | None = None) -> Image.Image:
     """The first frame of an image file as an 8-bit RGB PIL image, the way a viewer shows it.
 
     EXIF rotation is applied; transparency is laid on white; 16-bit grey is scaled by 1/257; grey, palette, CMYK and
@@ -73,24 +74,28 @@ def read_rgb(path: str | os.PathLike[str]) -> Image.Image:
     At most about 25 bytes a pixel, so 2.3 GB, are in use at a time: by JPEG 2000, whose decoder keeps copies of its
     own; 18 by WebP, 13 by the other formats.
 
+    Args:
+        path: of the file.
+        content: the file's, where it lies in a larger one; `path` is its name then.
+
     Raises:
         BadImage: missing, empty, truncated, not a file, not an image, more than MAX_PIXELS, or pixels without a known
             range.
     """
-    with _opened(path) as image:
+    with _opened(path, content) as image:
         image.load()
         transpose = _TRANSPOSE.get(_orientation(image))
         rgb = _to_rgb(image, path)
         return rgb if transpose is None else rgb.transpose(transpose)
 
 
-def read_size(path: str | os.PathLike[str]) -> tuple[int, int]:
-    """Width and height in pixels from the header alone, EXIF rotation left out.
+def read_size(path: str | os.PathLike[str], content: bytes | None = None) -> tuple[int, int]:
+    """Width and height in pixels from the header alone, EXIF rotation left out; arguments as of `read_rgb`.
 
     Raises:
         BadImage: as `read_rgb`, as far as the header tells.
     """
-    with _opened(path) as image:
+    with _opened(path, content) as image:
         return image.size
 
 
@@ -136,16 +141,16 @@ def _read_span(
 
 
 @contextlib.contextmanager
-def _opened(path: str | os.PathLike[str]) -> Iterator[Image.Image]:
+def _opened(path: str | os.PathLike[str], content: bytes | None) -> Iterator[Image.Image]:
     """The file opened by PIL, nothing decoded yet; whatever goes wrong inside comes out as BadImage."""
     try:
-        if not stat.S_ISREG(os.stat(path).st_mode):  # a pipe would keep its reader waiting
+        if content is None and not stat.S_ISREG(os.stat(path).st_mode):  # a pipe would keep its reader waiting
             raise BadImage(path, "not a file")
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # odd metadata; what matters raises
             # what a file holds inside, such as the pictures of an icon, may be larger than its header says
             warnings.simplefilter("error", Image.DecompressionBombWarning)
-            with Image.open(path, formats=FORMATS) as image:
+            with Image.open(path if content is None else io.BytesIO(content), formats=FORMATS) as image:
                 if image.width * image.height > MAX_PIXELS:
                     raise BadImage(path, _too_large(f"{image.width}x{image.height}"))
                 if not image.width * image.height:
@@ -156,7 +161,7 @@ def _opened(path: str | os.PathLike[str]) -> Iterator[Image.Image]:
     except (Image.DecompressionBombError, Image.DecompressionBombWarning):
         raise BadImage(path, _too_large("it")) from None
     except Image.UnidentifiedImageError:
-        empty = os.path.getsize(path) == 0
+        empty = (os.path.getsize(path) if content is None else len(content)) == 0
         raise BadImage(path, "the file is empty" if empty else "not an image of a known format") from None
     except Exception as error:  # damaged files make PIL's decoders fail in every way there is
         raise BadImage(path, reason(error)) from None

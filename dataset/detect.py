@@ -8,6 +8,7 @@ from pathlib import Path
 
 from dataset.archive import data_folders
 from dataset.class_folders import first_image, split_folders
+from dataset.source.table import find_table
 
 # published data sets -> what one of their files or folders is called, the first that is there counting
 PUBLISHED = {
@@ -17,7 +18,7 @@ PUBLISHED = {
 }
 SUFFIXES = {
     "csv": (".csv", ".tsv", ".txt", ".lst"),
-    "parquet": (".parquet", ".pq"),
+    "parquet": (".parquet", ".pq", ".arrow"),
     "webdataset": (".tar",),
 }
 
@@ -40,6 +41,11 @@ def _kind_of_folder(root: Path) -> str | None:
         return "folder"
     if len(list(islice(_classes(root), 2))) == 2:
         return "folder"
+    if find_table(root) is not None:
+        return "csv"
+    for kind in ("parquet", "webdataset"):
+        if any(next(root.glob(f"{below}*{suffix}"), None) for suffix in SUFFIXES[kind] for below in ("", "*/")):
+            return kind
     return None
 
 

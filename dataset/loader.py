@@ -14,6 +14,7 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 
@@ -22,7 +23,7 @@ from dataset.cut import CentreCut, Cut, RandomCrops, Request, ResizedCropSpec
 from dataset.decode import BadImage, read_rgb, refusal
 from dataset.decoders import Decoders, hand_over
 from dataset.sampler import Shuffled, shard
-from utils.errors import RunError, UserError
+from utils.errors import RunError, UserError, reason
 
 logger = logging.getLogger(__name__)
 
@@ -228,12 +229,24 @@ class _Decoded(NamedTuple):
 
 
 class _Files(Dataset[_Decoded]):
-    """What a worker holds: the paths, and how to cut. An "item" is a whole batch."""
+    """What a worker holds: the paths, or what holds the images, and how to cut. An "item" is a whole batch."""
 
-    def __init__(self, paths: Sequence[Path], cut: Cut) -> None:
+    def __init__(self, split: ImageSet, cut: Cut) -> None:
         # one array instead of a million objects: small to send, and a look-up does not copy the pages of a fork
-        self.paths = np.array([os.fsencode(path) for path in paths])
+        self.paths = np.array([os.fsencode(path) for path in split.paths])
+        self.store = split.store
+        self.places = None if split.places is None else split.places.numpy()
         self.cut = cut
+
+    def _read(self, index: int) -> Image.Image:
+        path = os.fsdecode(self.paths[index])
+        if self.store is None or self.places is None:
+            return read_rgb(path)
+        try:
+            content = self.store.read(int(self.places[index]))
+        except OSError as error:
+            raise BadImage(path, reason(error)) from None
+        return read_rgb(path, content)
 
     def __getitem__(self, request: Request) -> _Decoded:
         size = self.cut.size
@@ -243,7 +256,7 @@ class _Files(Dataset[_Decoded]):
         bad = []
         for row, index in enumerate(request.indices_B):
             try:
-                image = read_rgb(os.fsdecode(self.paths[index]))
+                image = self._read(index)
             except BadImage as error:
                 bad.append(error)
                 continue
@@ -267,7 +280,7 @@ class _Feed:
         self._images = split.images.to(device) if split.images is not None and self._is_resident else split.images
         self._decoders: Decoders[_Decoded] | None = None
         if cut is not None:
-            self._decoders = Decoders(_Files(split.paths, cut), workers, pinned=device.type == "cuda")
+            self._decoders = Decoders(_Files(split, cut), workers, pinned=device.type == "cuda")
 
     def on_wait(self, look: Callable[[], None]) -> None:
         if self._decoders is not None:

@@ -137,6 +137,15 @@ class DataOptions(Options):
         below=1,
         resume="refused where other images would be held out",
     )
+    image_column: str | None = option(
+        None, "of a table, the column of the images", default_text="guessed by its name", resume=OF_CALL
+    )
+    label_column: str | None = option(
+        None, "of a table, the column of the labels", default_text="guessed by its name", resume=OF_CALL
+    )
+    split_column: str | None = option(
+        None, "of a table, the column of the splits, if it has one", default_text="guessed by its name", resume=OF_CALL
+    )
     test_fraction: float = option(
         TEST_FRACTION,
         "images of a user's own without a split: part of every class that is tested on, by a hash of the names",

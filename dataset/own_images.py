@@ -133,7 +133,7 @@ def open_listed(listed: Listed, request: SourceRequest) -> DataSource:
     if not row.is_large:
         splits = {s: _decode(f, s, classes, crop_size, request, bad_images) for s, f in files.items()}
     if "train" in splits:
-        key = _fingerprint(files["train"].paths, crop_size)
+        key = _fingerprint(files["train"], crop_size)
         mean, std = _cached(request.cache_dir, key, lambda: _measure(splits["train"], crop_size, request))
     else:
         mean, std = row.published_statistics
@@ -165,8 +165,9 @@ def _short_side(files: Mapping[str, ImageSet], root: Path) -> int:
         sides: list[int] = []
         for count, end in zip(counts_K.tolist(), ends_K.tolist(), strict=True):
             for place in range(min(each, count)):  # evenly spaced over the class
-                with contextlib.suppress(BadImage):
-                    sides.append(min(read_size(split.paths[end - count + place * count // min(each, count)])))
+                index = end - count + place * count // min(each, count)
+                with contextlib.suppress(BadImage, OSError):
+                    sides.append(min(read_size(split.paths[index], split.content(index))))
         if sides:
             return statistics.median_low(sides)
     raise UserError(f"--data {root} has no readable image in a sample over all classes. Check its class folders.")
@@ -236,10 +237,11 @@ def _measure(train: ImageSet, crop: int, request: SourceRequest) -> tuple[Statis
     return pixel_statistics(batch.images for batch in loader)
 
 
-def _fingerprint(paths: tuple[Path, ...], side: int) -> str:
+def _fingerprint(images: ImageSet, side: int) -> str:
     """Of the file list: every path, size and time of change, and the side the images are brought to."""
     digest = hashlib.sha256(f"{side}".encode())
-    for path in paths:
+    held_in = () if images.store is None else images.store.files
+    for path in (*images.paths, *held_in):
         digest.update(b"\0" + os.fsencode(path))
         with contextlib.suppress(OSError):  # a dangling link
             stat = path.stat()

@@ -38,6 +38,7 @@ INHERITED = (
     *("eval_interpolation", "dataset", "data", "val_fraction", "method"),
     *("is_ensembled_after_softmax", "is_max_ensemble"),
 )
+COLUMNS = ("image_column", "label_column", "split_column")  # the same, where the training run named them
 
 
 @dataclass(frozen=True)
@@ -135,6 +136,9 @@ def open_session(config: Config, world: World, gpus: list[int], flag: str = "--r
             inherited.setdefault("dataset", Config.dataset)
         elif "data" in given:
             del inherited["dataset"]  # images of a user's own come in any form
+    for name in COLUMNS:
+        if isinstance(trained.get(name), str) and name not in given:
+            inherited[name] = trained[name]
     config = replace(config, extra_options=options, **inherited)
     network, info = restore_splitnet(
         content,
@@ -281,6 +285,9 @@ def open_test_split(session: Session, *, download: bool = True) -> DataSource:
             seed=session.seed,
             val_fraction=config.val_fraction if session.test_fraction else 0.0,
             test_fraction=session.test_fraction,
+            image_column=config.image_column,
+            label_column=config.label_column,
+            split_column=config.split_column,
             splits=("test",),
             split=session.options.split,
             classes=info.classes,

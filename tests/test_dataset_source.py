@@ -610,7 +610,7 @@ def test_whether_images_are_small_is_decided_over_all_classes_and_told(tmp_path,
 
 def test_the_sample_takes_every_class_alike(tmp_path, monkeypatch):
     looked_at = []
-    monkeypatch.setattr("dataset.own_images.read_size", lambda path: looked_at.append(path) or (100, 100))
+    monkeypatch.setattr("dataset.own_images.read_size", lambda path, _: looked_at.append(path) or (100, 100))
     for number in range(150):
         folder = tmp_path / "train" / f"{number:03}"
         folder.mkdir(parents=True)

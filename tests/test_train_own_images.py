@@ -10,6 +10,7 @@ import pytest
 from PIL import Image
 
 from tests.runs import train
+from tests.test_dataset_shards import samples, write_parquet, write_tar
 from tests.test_train_distributed import train_together
 
 FLAGS = ["--no_cuda", "--workers", 0, "--seed", 1, "--amp_dtype", "fp32", "--batch_size", 8, "--print_freq", 2]
@@ -90,6 +91,38 @@ def test_a_stopped_run_goes_on_and_grown_data_keeps_its_parts(run: tuple[Path, P
     refused = train(other, tmp_path)
     assert refused.code == 2
     assert "--test_fraction: the run before tested on 0.2 of the images by a hash" in refused.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["csv", "parquet", "webdataset"])
+def test_tables_and_shards_train_are_resumed_and_evaluated_as_folders_are(tmp_path: Path, kind: str) -> None:
+    """Large ones, so that the decoding processes read them from their places."""
+    if kind == "csv":
+        folder = photos(tmp_path / "photos", count=12, side=70)
+        rows = [f"{path.relative_to(tmp_path)},{path.parent.name}" for path in folder.rglob("*.png")]
+        data = tmp_path / "labels.csv"
+        data.write_text("\n".join(["path,label", *rows]))
+    elif kind == "parquet":
+        data = tmp_path / "t.parquet"
+        write_parquet(data, 0, 24, side=70)
+    else:
+        write_tar(tmp_path / "x-0.tar", samples(0, 14, 70))
+        write_tar(tmp_path / "x-1.tar", samples(14, 10, 70))
+        data = tmp_path / "x-{0..1}.tar"
+    argv = [*FLAGS, "--data", data, "--arch", "resnet18_imagenet", "--crop_size", 66, "--workers", 1, "--is_mixup", 0]
+    argv += ["--batch_size", 4, "--epochs", 2, "--is_autoaugment", 0]
+    reference = train([*argv, "--model_dir", tmp_path / "whole"], tmp_path)
+    assert reference.code == 0, reference.stderr
+    assert reference.result["dataset"] == kind
+    assert train([*argv, "--max_steps", 2, "--model_dir", tmp_path / "half"], tmp_path).code == 0
+    resumed = train([*argv, "--model_dir", tmp_path / "half", "--resume", "auto"], tmp_path)
+    assert resumed.result["state_sha256"] == reference.result["state_sha256"]
+    checkpoint = tmp_path / "whole" / "checkpoint_2.pth.tar"
+    evaluated = train(["--resume", checkpoint, "--no_cuda", "--workers", 0], tmp_path, module="eval")
+    assert evaluated.code == 0, evaluated.stderr
+    assert evaluated.result["ensemble_acc1"] == reference.result["ensemble_acc1"]
+    with (tmp_path / "whole" / "split.csv").open(newline="") as file:
+        assert evaluated.result["images"] == sum(row["split"] == "test" for row in csv.DictReader(file))
 
 
 def test_a_split_of_its_own_refuses_a_test_fraction(tmp_path: Path) -> None:

@@ -67,6 +67,7 @@ from training.state import RunState, execution_before, has_ended, heads_before, 
 from training.step import TrainingStep
 from training.update import WeightUpdate
 from utils import distributed, launch
+from utils.device import wait_for
 from utils.errors import Incomplete, Interrupted, RunError, Stopped, UserError, WriteError, reason
 from utils.launch import World
 from utils.macs import count_macs, count_params
@@ -169,7 +170,7 @@ class Trainer:
         self.guard, self.average = update.guard, update.average
 
         # what it knows of itself, and what it writes
-        self.clock = RunClock()
+        self.clock = RunClock(partial(wait_for, world.device))
         self.meter, self.epoch_meter = MeanMeter(world.device), MeanMeter(world.device)
         self.bad_images: dict[Path, str] = {}
         self.newest = ""  # name of the checkpoint that was saved last, the best one aside
@@ -483,10 +484,10 @@ class Trainer:
         Returns:
             the beginning of the next one.
         """
+        means = self.meter.read(distributed.all_reduce_sum)  # in the steps' time, which on a GPU passes here
         with self.clock.paused():
             here = self.mark()
             seconds = max(here.seconds - since.seconds, 1e-9)
-            means = self.meter.read(distributed.all_reduce_sum)
             self.meter.reset()
             self._check_finite()
             self.saver.check()

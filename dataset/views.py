@@ -8,6 +8,7 @@ V views (S of them in training, one for each network), B images, C = 3 channels,
 """
 
 import importlib.util
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from types import MappingProxyType
@@ -22,8 +23,11 @@ from dataset.augment.policy import AUTOAUGMENT_POLICIES, AutoAugment, ColorJitte
 from dataset.memory import advise_huge_pages
 from dataset.options import DataOptions
 from recipe.datasets import ROWS, Statistic
-from utils.errors import UserError
+from utils.errors import UserError, reason
+from utils.memory import is_out_of_memory
 from utils.seed import STREAM_VIEW, counter_uniform, fold_in
+
+logger = logging.getLogger(__name__)
 
 HAS_TRITON = importlib.util.find_spec("triton") is not None
 # Fields of ViewSpec that the Triton kernel obeys; views with another one set are made without it.
@@ -45,8 +49,11 @@ KERNEL_KNOWS = frozenset(
         "random_resized_crop",
     ]
 )
+KERNEL_SIZES = (8, 16, 32, 64)  # pixels, sides of the views that it can make
 # Pixels worked on at a time: on CPUs what the caches hold, on GPUs what keeps memory in bounds.
 CHUNK_PIXELS = MappingProxyType({"cpu": 1 << 20, "cuda": 1 << 23})
+SLOWER = "views are made by plain operations, which are the same and take longer."
+PROBED = 64  # images whose views the kernel has to make as the plain ops do, before it is used
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -159,6 +166,7 @@ class ViewMaker:
     def __init__(self, spec: ViewSpec, seed: int) -> None:
         self.spec = spec
         self.seed = seed
+        self._kernel_works: bool | None = None  # not known before its first use
         self._policies: list[Policy] = []
         if spec.color_jitter:
             self._policies.append(ColorJitter(spec.color_jitter))
@@ -243,7 +251,9 @@ class ViewMaker:
     ) -> Tensor:
         """Make the views that the parameters describe: float [V, B, C, crop_size, crop_size], on the images' device.
 
-        Nothing waits for the device. Pixels are computed in float32, in float64 if that is the dtype.
+        Nothing waits for the device, but for the kernel's first views, which are compared with those of the plain
+        operations; where it cannot be built or differs, these are used from then on. Pixels are computed in float32, in
+        float64 if that is the dtype.
 
         Args:
             images: uint8 [B, C, H, W], or views already cropped, uint8 [V, B, C, crop_size, crop_size].
@@ -276,25 +286,55 @@ class ViewMaker:
         ).view(num_views, batch, channels, size, size)
         pixels = CHUNK_PIXELS.get(images.device.type, CHUNK_PIXELS["cpu"])
         chunk = max(1, pixels // (num_views * size * size))
-        fill = self._fill_by_kernel if self._has_kernel(views, images, parameters) else self._fill
+        has_kernel = self._has_kernel(views, images, parameters)
+        if has_kernel and self._kernel_works is None:
+            part = slice(0, min(batch, PROBED, chunk))
+            self._kernel_works = self._fills_alike(views[:, part], images[part], parameters, part)
         for start in range(0, batch, chunk):
             part = slice(start, start + chunk)
-            fill(views[:, part], images[..., part, :, :, :], parameters, part)
+            some = (views[:, part], images[..., part, :, :, :], parameters, part)
+            if not (has_kernel and self._kernel_works and self._filled_by_kernel(*some)):
+                self._fill(*some)
         return views
+
+    def _fills_alike(self, views_VBCHW: Tensor, images: Tensor, parameters: ViewParameters, part: slice) -> bool:
+        """Whether the kernel makes these views as `_fill` does; the host waits for both, once in a run."""
+        if not self._filled_by_kernel(views_VBCHW, images, parameters, part):
+            return False
+        plain_VBCHW = torch.empty_like(views_VBCHW)
+        self._fill(plain_VBCHW, images, parameters, part)
+        alike = torch.equal(views_VBCHW, plain_VBCHW)
+        if not alike:
+            logger.warning("The Triton kernel makes other views than the plain operations do on this GPU; %s", SLOWER)
+        return alike
+
+    def _filled_by_kernel(self, views_VBCHW: Tensor, images: Tensor, parameters: ViewParameters, part: slice) -> bool:
+        """Whether the kernel could be built and started; else one line says why, and it is not tried again.
+
+        Triton builds its kernels on this machine: without a C compiler, Python's headers, a folder that it can write
+        to, or on a GPU or driver that it does not know, it raises whatever it meets.
+        """
+        try:
+            self._fill_by_kernel(views_VBCHW, images, parameters, part)
+        except Exception as error:
+            if is_out_of_memory(error):
+                raise
+            self._kernel_works = False
+            logger.warning("The Triton kernel for views cannot be used here (%s); %s", reason(error)[:200], SLOWER)
+            return False
+        return True
 
     def _has_kernel(self, views_VBCHW: Tensor, images: Tensor, parameters: ViewParameters) -> bool:
         """Whether the Triton kernel makes these views: small ones of whole images on a GPU, in float32."""
         if not (images.is_cuda and HAS_TRITON):
             return False
-        from dataset.augment.triton_views import SIZES
-
         unknown = [field for field in fields(ViewSpec) if field.name not in KERNEL_KNOWS]
         if any(getattr(self.spec, field.name) != field.default for field in unknown):
             return False
         return (
             views_VBCHW.dtype == torch.float32
             and views_VBCHW.shape[2] == 3
-            and self.spec.crop_size in SIZES
+            and self.spec.crop_size in KERNEL_SIZES
             and images.dim() == 4
             and not (self.spec.erase_mode == "pixel" and parameters.boxes_VB4.any())
         )

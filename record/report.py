@@ -3,7 +3,7 @@
 import logging
 import math
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -17,9 +17,14 @@ Means = Mapping[str, float | list[float]]
 
 
 class RunClock:
-    """Seconds and images of a run, over all its resumed parts."""
+    """Seconds and images of a run, over all its resumed parts.
 
-    def __init__(self) -> None:
+    Args:
+        wait: for what the device was asked to do. Where steps are only handed over to it, their time passes later.
+    """
+
+    def __init__(self, wait: Callable[[], None] = lambda: None) -> None:
+        self.wait = wait
         self.seconds = 0.0
         self.train_seconds = 0.0
         self.images = 0
@@ -39,6 +44,8 @@ class RunClock:
     def paused(self) -> Iterator[None]:
         """Count the time of a block inside of `training` not at all; the clock is right within it."""
         is_training = self._began is not None
+        if is_training:
+            self.wait()  # or the block would, and what the steps before it take would be nobody's
         self._count()
         try:
             yield

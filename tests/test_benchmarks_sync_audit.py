@@ -1,11 +1,17 @@
 """What the audit on a CPU takes for a wait of the host, and what not."""
 
+import subprocess
+import sys
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
 
 from benchmarks.sync_audit import SyncAudit
+from tests.waits import nothing_waits
 
+ROOT = Path(__file__).parent.parent
 DEVICE = torch.device("cpu")  # of x_N, as far as the audit is concerned the device that must not be waited for
 x_N = torch.arange(6.0)
 index_N = torch.arange(3)
@@ -91,9 +97,32 @@ def test_after_it_everything_is_as_before():
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-@pytest.mark.parametrize("name", ["item", "mask", "nonzero", "new_tensor", "tensor", "list", "unique"])
+@pytest.mark.parametrize("name", ["item", "mask", "nonzero", "new_tensor", "tensor", "unique"])
 def test_a_gpu_agrees(name, monkeypatch):
+    """ "list" is left out: whether it waits is for torch's version to say."""
     monkeypatch.setitem(globals(), "DEVICE", torch.device("cuda"))
     monkeypatch.setitem(globals(), "x_N", x_N.cuda())
     assert syncs(WAITS[name])
     assert syncs(FREE["arithmetic"]) == []
+
+
+# ---- the tests that need a GPU ---------------------------------------------------------------------------------------
+
+
+def test_waiting_is_an_error_inside_and_allowed_again_after_a_failure(monkeypatch: pytest.MonkeyPatch) -> None:
+    modes: list[str] = []
+    monkeypatch.setattr(torch.cuda, "set_sync_debug_mode", modes.append)
+    with pytest.raises(ZeroDivisionError), nothing_waits():
+        modes.append(f"{1 // (len(modes) - 1)}")
+    assert modes == ["error", "default"]  # set before what fails, and set back after it
+
+
+@pytest.mark.slow
+def test_what_torch_says_once_of_a_gpu_fails_no_test(tmp_path: Path) -> None:
+    """In a process of its own: torch says it at the first call, of which a driver is not part."""
+    probe = tmp_path / "test_probe.py"
+    probe.write_text("import torch\n\n\ndef test_mode():\n    torch._C._cuda_set_sync_debug_mode(0)\n")
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-c", str(ROOT / "pyproject.toml")]
+    command += ["--noconftest", str(probe)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stdout + done.stderr

@@ -4,6 +4,7 @@ import importlib.util
 import os
 import subprocess
 import sys
+from collections.abc import Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
@@ -13,7 +14,7 @@ import pytest
 import torch
 
 from dataset.augment.policy import Op, Resample, Steps
-from dataset.views import ViewMaker, ViewParameters, ViewSpec
+from dataset.views import KERNEL_SIZES, ViewMaker, ViewParameters, ViewSpec
 
 ROOT = Path(__file__).parent.parent
 
@@ -83,6 +84,29 @@ def compare(device: torch.device) -> None:
             assert not wrong, (size, side, layout, wrong)
 
 
+def compare_drawn(device: torch.device, sizes: Sequence[int], counts: Sequence[int]) -> None:
+    """Views as a run draws them, of every size that the kernel makes and of even and odd numbers of images."""
+    random = np.random.default_rng(1)
+    for size in sizes:
+        spec = ViewSpec(
+            crop_size=size,
+            padding=size // 8,
+            flip=True,
+            policy="cifar10",
+            erase_p=0.5,
+            mean=(0.1, 0.5, 0.9),
+            std=(0.2, 0.25, 0.3),
+        )
+        maker = ViewMaker(spec, seed=size)
+        for count in counts:
+            images = torch.from_numpy(random.integers(0, 256, (count, 3, size, size), dtype=np.uint8))
+            parameters = maker.draw(0, np.arange(count), 1, (size, size))
+            expected = maker.apply(images, parameters)
+            views = torch.full_like(expected, torch.nan, device=device)
+            maker._fill_by_kernel(views, images.to(device), parameters, slice(0, count))
+            assert torch.equal(views.cpu(), expected), (size, count)
+
+
 def mend_interpreter() -> None:
     """Triton 3.6's interpreter counts a loop by int() of an array of one dimension, which NumPy 2.4 refuses."""
     import triton
@@ -103,8 +127,9 @@ def mend_interpreter() -> None:
 @pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs triton")
 def test_the_kernel_equals_the_plain_ops():
     # in a process of its own: Triton asks for the interpreter when a kernel is defined
-    code = "import torch; import tests.test_dataset_triton_views as here; "
-    code += "here.mend_interpreter(); here.compare(torch.device('cpu'))"
+    code = "import torch; import tests.test_dataset_triton_views as here; from dataset.views import KERNEL_SIZES; "
+    code += "here.mend_interpreter(); here.compare(torch.device('cpu')); "
+    code += "here.compare_drawn(torch.device('cpu'), KERNEL_SIZES, (1, 3))"
     environment = os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
@@ -168,6 +193,13 @@ def test_the_kernel_is_launched_on_the_device_of_the_views(monkeypatch):
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_a_gpu_agrees():
     compare(torch.device("cuda"))
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("size", KERNEL_SIZES)
+def test_a_gpu_agrees_for_every_size_and_number_of_views(size):
+    compare_drawn(torch.device("cuda"), [size], (1, 3, 300))
 
 
 def test_views_on_a_cpu_are_made_without_it(monkeypatch):

@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import subprocess
 
 import numpy as np
 import pytest
@@ -16,6 +17,7 @@ from dataset.augment.policy import Op, Resample
 from dataset.options import DataOptions
 from dataset.views import ViewMaker, ViewSpec, view_spec
 from tests.test_dataset_augment import pil_op, to_tensor
+from tests.waits import nothing_waits
 from utils.errors import UserError
 
 MEAN, STD = (0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010)
@@ -354,11 +356,80 @@ def test_a_gpu_makes_the_same_views_and_is_never_waited_for(name, erase_mode):
     expected = ViewMaker(spec, seed=3).make(images, 1, positions, 2)
     maker, on_device = ViewMaker(spec, seed=3), images.cuda()
     maker.make(on_device, 0, positions, 2)  # first use fills the table of normal quantiles
-    torch.cuda.set_sync_debug_mode("error")
-    try:
+    with nothing_waits():
         got = maker.make(on_device, 1, positions, 2)
         evaluated = maker.evaluate(on_device)
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
     assert torch.equal(got.cpu(), expected)
     assert torch.equal(evaluated.cpu(), maker.evaluate(images))
+
+
+class Kernel:
+    """Stands for the Triton kernel: makes the views by the plain ops, and then does what it is told to."""
+
+    def __init__(self, monkeypatch, then):
+        self.parts = []
+        plain = ViewMaker._fill
+
+        def fill(maker, views, images, parameters, part):
+            self.parts.append(part)
+            plain(maker, views, images, parameters, part)
+            then(views)
+
+        monkeypatch.setattr(ViewMaker, "_has_kernel", lambda *_: True)
+        monkeypatch.setattr(ViewMaker, "_fill_by_kernel", fill)
+
+
+def no_compiler(views):
+    raise RuntimeError("Failed to find C compiler.\nPlease specify")
+
+
+def no_headers(views):
+    raise subprocess.CalledProcessError(1, ["gcc", "driver.c"])
+
+
+KERNELS = {
+    "works": (lambda views: None, None),
+    "no compiler": (no_compiler, "cannot be used here (Failed to find C compiler. Please specify)"),
+    "no headers": (no_headers, "cannot be used here (Command '['gcc', 'driver.c']' returned non-zero"),
+    "wrong": (lambda views: views[-1, -1, -1, -1, -1].add_(1), "makes other views than the plain operations"),
+}
+
+
+@pytest.mark.parametrize(("then", "line"), KERNELS.values(), ids=KERNELS)
+def test_the_kernel_is_used_only_where_it_makes_the_plain_views(monkeypatch, caplog, then, line):
+    spec, positions = SPECS["cifar10"], np.arange(80)
+    images = to_tensor(make_images(80, 32, 32))
+    expected = [ViewMaker(spec, seed=3).make(images, epoch, positions, 2) for epoch in range(2)]
+    kernel, maker = Kernel(monkeypatch, then), ViewMaker(spec, seed=3)
+    for epoch in range(2):
+        assert torch.equal(maker.make(images, epoch, positions, 2), expected[epoch])
+    assert len(kernel.parts) == (3 if line is None else 1)
+    assert kernel.parts[0] == slice(0, 64)  # compared
+    lines = [record.getMessage() for record in caplog.records]
+    assert len(lines) == (line is not None)
+    assert all(line in one and "are the same and take longer" in one for one in lines)
+
+
+def test_a_kernel_that_cannot_be_built_again_later_is_given_up_too(monkeypatch, caplog):
+    """For another number of images Triton may build another kernel."""
+    spec, positions = SPECS["cifar10"], np.arange(6)
+    images = to_tensor(make_images(6, 32, 32))
+    maker, broken = ViewMaker(spec, seed=3), []
+    kernel = Kernel(monkeypatch, lambda views: no_headers(views) if broken else None)
+    maker.make(images, 0, positions, 2)
+    broken.append(True)
+    for epoch in (1, 2):
+        expected = ViewMaker(spec, seed=3)
+        expected._kernel_works = False
+        assert torch.equal(maker.make(images, epoch, positions, 2), expected.make(images, epoch, positions, 2))
+    assert len(kernel.parts) == 3
+    assert len(caplog.records) == 1
+
+
+def test_memory_that_does_not_suffice_is_not_the_kernels_fault(monkeypatch):
+    def full(views):
+        raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    Kernel(monkeypatch, full)
+    with pytest.raises(torch.OutOfMemoryError):
+        ViewMaker(SPECS["cifar10"], seed=3).make(to_tensor(make_images(4, 32, 32)), 0, np.arange(4), 2)

@@ -19,6 +19,7 @@ from torch.overrides import TorchFunctionMode
 from model import backbones
 from model.backbone import timm_nets, torchvision_nets
 from tests.networks import LIBRARY_NETWORKS, needs_timm
+from tests.waits import nothing_waits
 from training.optim import (
     NORMS,
     RMSprop,
@@ -490,13 +491,10 @@ def test_a_guarded_step_never_waits_for_the_device(name: str) -> None:
     found = torch.ones((), device="cuda")
     guarded_step(optimizer, found)
     before = snapshot(network, optimizer)
-    torch.cuda.set_sync_debug_mode("error")
-    try:
+    with nothing_waits():
         for _ in range(2):
             set_learning_rate(optimizer, 0.05)
             guarded_step(optimizer, flag_of(clip_gradients(network.parameters(), 1.0) * math.nan))
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
     for key, value in snapshot(network, optimizer).items():
         assert torch.equal(before[key], value), key
 

@@ -3,6 +3,7 @@
 import itertools
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import pytest
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import unset_fake_temporarily
 from torch.utils import _pytree as pytree
 
+import record.report
 import train_split
 import training.step
 from benchmarks.sync_audit import SyncAudit
@@ -23,9 +25,13 @@ from method.l_mcl import LMCL
 from parser_params import parse_config, resolve_config
 from tests.fake_gpu import GPU, fake_gpu
 from tests.spaces import SPACE
+from tests.waits import nothing_waits
 from train_split import Trainer
+from training import compiling
 from training.compiling import compile_modules
+from training.meters import MeanMeter
 from training.replay import WARM_UP
+from training.state import RunState
 from utils.errors import UserError
 from utils.launch import World
 from utils.targets import Targets
@@ -231,11 +237,40 @@ def test_a_gpu_is_not_waited_for_either(trainer_of, flags):
     trainer = trainer_of(*flags, device="cuda")
     batches = trainer.loader.epoch(0)
     steps(trainer, batches)
-    torch.cuda.set_sync_debug_mode("error")
-    try:
+    with nothing_waits():
         steps(trainer, batches)
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
+
+
+def test_what_a_gpu_still_has_to_do_when_it_is_asked_is_time_of_the_steps(trainer_of, monkeypatch):
+    """Steps are handed over in no time and take a second each, which passes where the host waits for a value."""
+    now, owed = [0.0], [0.0]
+
+    def wait(*_: object) -> None:
+        now[0] += owed[0]
+        owed[0] = 0.0
+
+    def waiting(function: Callable[..., Any]) -> Callable[..., Any]:
+        return lambda *args, **kwargs: (wait(), function(*args, **kwargs))[1]
+
+    monkeypatch.setattr(record.report, "time", SimpleNamespace(perf_counter=lambda: now[0]))
+    monkeypatch.setattr(train_split, "wait_for", wait)
+    monkeypatch.setattr(MeanMeter, "read", waiting(MeanMeter.read))
+    monkeypatch.setattr(RunState, "gather", waiting(RunState.gather))
+    trainer = trainer_of("--split_factor", 1, "--max_steps", 7, "--save_steps", 3)
+    lines = []
+    monkeypatch.setattr(trainer.report, "interval", lambda **line: lines.append(line["speed"]["images_per_second"]))
+    step = trainer.training_step
+
+    def enqueue(*args: Any) -> Any:
+        owed[0] += 1.0
+        return step(*args)
+
+    trainer.training_step = enqueue
+    enqueue.make_views, enqueue.update = step.make_views, step.update
+    trainer.train_epoch()
+    trainer.saver.close()
+    assert (trainer.clock.seconds, trainer.clock.train_seconds, now[0]) == (7, 7, 7)
+    assert lines == [8, 8, 8, 8]  # images a second
 
 
 # ---- compiled --------------------------------------------------------------------------------------------------------
@@ -311,6 +346,26 @@ def test_inductor_computes_the_same():
 def test_what_cannot_be_compiled_is_refused(trainer_of, flags, line):
     with pytest.raises(UserError, match=line):
         trainer_of(*flags, "--compile", "aot_eager")
+
+
+def test_what_triton_needs_on_a_gpu_is_asked_for_before_it_is_needed(monkeypatch, tmp_path):
+    gpu, network = torch.device("cuda"), nn.Linear(2, 2)
+    monkeypatch.setattr(network, "compile", lambda **_: None)
+    monkeypatch.setattr(compiling.importlib.util, "find_spec", lambda name: name)
+    monkeypatch.setattr(compiling.shutil, "which", lambda name: None)
+    monkeypatch.setattr(compiling.sysconfig, "get_paths", lambda: {"include": str(tmp_path)})
+    monkeypatch.delenv("CC", raising=False)
+    with pytest.raises(UserError, match="--compile default needs a C compiler such as gcc"):
+        compile_modules([network], "default", gpu)
+    monkeypatch.setattr(compiling.shutil, "which", lambda name: name if name == "gcc" else None)
+    with pytest.raises(UserError, match=f"needs Python's headers .{tmp_path}/Python.h; .* on a GPU; install it"):
+        compile_modules([network], "default", gpu)
+    (tmp_path / "Python.h").touch()
+    compile_modules([network], "default", gpu)
+    monkeypatch.setattr(compiling.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(UserError, match="needs the package triton on a GPU"):
+        compile_modules([network], "default", gpu)
+    compile_modules([network], "aot_eager", gpu)
 
 
 # ---- replayed --------------------------------------------------------------------------------------------------------

@@ -1,9 +1,12 @@
 """Compiling networks with torch, for training alone."""
 
 import importlib.util
+import os
 import shutil
+import sysconfig
 from collections.abc import Iterable
 from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -32,8 +35,9 @@ def compile_modules(modules: Iterable[nn.Module], mode: str, device: torch.devic
     if not modules:
         raise UserError("--compile: this --method decides on the host what a step computes; leave the flag out.")
     if mode != "aot_eager":
-        if device.type == "cuda" and importlib.util.find_spec("triton") is None:
-            raise UserError(f"--compile {mode} needs the package triton on a GPU; install it or leave the flag out.")
+        missing = missing_for_triton() if device.type == "cuda" else None
+        if missing is not None:
+            raise UserError(f"--compile {mode} needs {missing} on a GPU; install it or leave the flag out.")
         if device.type == "cpu" and not any(map(shutil.which, ("g++", "clang++", "c++"))):
             raise UserError(f"--compile {mode} needs a C++ compiler such as g++ on a CPU; leave the flag out.")
     # networks of one class share a limit that is meant for one network
@@ -44,6 +48,16 @@ def compile_modules(modules: Iterable[nn.Module], mode: str, device: torch.devic
             module.compile(backend="aot_eager")
         else:
             module.compile(mode=mode)
+
+
+def missing_for_triton() -> str | None:
+    """What Triton needs to build and start a kernel and does not find here; None where nothing is missing."""
+    if importlib.util.find_spec("triton") is None:
+        return "the package triton"
+    if "CC" not in os.environ and not any(map(shutil.which, ("gcc", "clang"))):
+        return "a C compiler such as gcc (or one named by CC)"
+    header = Path(sysconfig.get_paths()["include"]) / "Python.h"
+    return None if header.is_file() else f"Python's headers ({header}; Debian and Ubuntu: python3-dev)"
 
 
 def as_written(compiled: bool) -> AbstractContextManager[Any]:

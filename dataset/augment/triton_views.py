@@ -22,8 +22,6 @@ from dataset.augment import color, geometry
 from dataset.augment.plan import Upload
 from dataset.augment.policy import Op, Resample
 
-SIZES = (8, 16, 32, 64)  # pixels, sides of the views that the kernel can make
-
 _NOTHING = tl.constexpr(0)
 _AUTOCONTRAST = tl.constexpr(1)
 _EQUALIZE = tl.constexpr(2)

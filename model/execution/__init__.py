@@ -19,6 +19,7 @@ from torch.utils._python_dispatch import _get_current_dispatch_mode
 from model.execution.stacking import NotStackable, StackedNetworks
 from model.execution.streams import Streams
 from model.execution.threads import Threads
+from utils.device import wait_for
 from utils.distributed import all_reduce_sum
 from utils.errors import reason
 
@@ -165,19 +166,15 @@ def _fastest(usable: dict[str, Strategy], networks: Sequence[nn.Module], views_S
     learns = torch.is_grad_enabled() and bool(parameters)
     times: dict[str, list[float]] = {name: [] for name in strategies}
 
-    def wait() -> None:
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-
     with _left_as_they_were(networks):
         for number in range(1 + TIMED_ROUNDS):
             for name, strategy in strategies.items():
-                wait()
+                wait_for(device)
                 began = time.perf_counter()
                 logits_SBK = strategy(views_SBCHW)
                 if learns:
                     torch.autograd.grad(logits_SBK.float().square().mean(), parameters, allow_unused=True)
-                wait()
+                wait_for(device)
                 if number:
                     times[name].append(time.perf_counter() - began)
     seconds = torch.tensor([sorted(times[name])[TIMED_ROUNDS // 2] for name in strategies], device=device)

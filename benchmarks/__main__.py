@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.report import Clock, describe, markdown, write
+from benchmarks.report import Clock, describe, judged, markdown, write
 from record.checkpoint import write_file
 from utils.command_line import OneLineParser, at_least
 from utils.errors import RunError, UserError, reason
@@ -40,13 +40,17 @@ def build_parser() -> argparse.ArgumentParser:
         own.add_argument("--split_factor", type=at_least(1), default=4, help="S (default 4)")
         own.add_argument("--rounds", type=at_least(1), default=50, help="timed rounds at most (default 50)")
         own.add_argument("--seconds", type=float, default=180, help="no new round begins after (default 180)")
+        own.add_argument(
+            "--calls", type=at_least(1), default=1, help="of a timed sample, without waiting in between (default 1)"
+        )
         own.add_argument("--json", type=Path, help="write the rows there, and the table beside it as .md")
         importlib.import_module(f"benchmarks.{name}").add_flags(own)
     return parser
 
 
 def main(argv: list[str] | None = None, *, clock: Clock = time.perf_counter) -> int:
-    """The command line; returns the exit code: 0 measured, whatever the goals say; 2 the user's mistake.
+    """The command line; returns the exit code: 0 measured, whatever the goals say; 1 a case failed, and the others
+    were measured; 2 the user's mistake. With --json, what is measured is written at once.
 
     Args:
         clock: tells the time in seconds; subjects find it in their options.
@@ -61,12 +65,14 @@ def main(argv: list[str] | None = None, *, clock: Clock = time.perf_counter) -> 
         if options.threads:
             torch.set_num_threads(options.threads)
         subject = importlib.import_module(f"benchmarks.{options.subject}")
-        rows = subject.run(options, device)
         command = shlex.join(["python", "-m", "benchmarks", *arguments])
-        text = f"{describe(device, command)}\n\n{getattr(subject, 'markdown', markdown)(rows)}"
-        if options.json is not None:
-            write(options.json, rows, device=device, command=command)
-            write_file(options.json.with_suffix(".md"), text + "\n")
+        rows, text = [], ""
+        for one in subject.run(options, device):
+            rows.append(judged(one, device))
+            text = f"{describe(device, command)}\n\n{getattr(subject, 'markdown', markdown)(rows)}"
+            if options.json is not None:
+                write(options.json, rows, device=device, command=command)
+                write_file(options.json.with_suffix(".md"), text + "\n")
     except (UserError, RunError) as error:
         print(f"benchmarks: {error}", file=sys.stderr)
         return error.exit_code
@@ -74,7 +80,7 @@ def main(argv: list[str] | None = None, *, clock: Clock = time.perf_counter) -> 
         print(f"benchmarks: --json {options.json}: cannot be written: {reason(error)}.", file=sys.stderr)
         return RunError.exit_code
     print(text)
-    return 0
+    return RunError.exit_code if any("error" in one for one in rows) else 0
 
 
 def _device(name: str) -> torch.device:

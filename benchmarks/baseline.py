@@ -153,8 +153,20 @@ class PillowDataset(Dataset[tuple[Tensor, int]]):
         return Image.fromarray(image)
 
 
-def loader(dataset: PillowDataset, *, batch_size: int, workers: int, device: torch.device, train: bool) -> DataLoader:
-    """The published loader: workers that live for one epoch."""
+def loader(
+    dataset: PillowDataset,
+    *,
+    batch_size: int,
+    workers: int,
+    device: torch.device,
+    train: bool,
+    keeps_workers: bool = False,
+) -> DataLoader:
+    """The published loader, whose workers live for one epoch.
+
+    Args:
+        keeps_workers: they live for all epochs, so that they can be timed without their start.
+    """
     return DataLoader(
         dataset,
         batch_size=batch_size,
@@ -162,6 +174,7 @@ def loader(dataset: PillowDataset, *, batch_size: int, workers: int, device: tor
         drop_last=train,
         num_workers=workers,
         pin_memory=device.type == "cuda",
+        persistent_workers=keeps_workers,
     )
 
 

@@ -64,7 +64,15 @@ def run(options: argparse.Namespace, device: torch.device) -> list[dict[str, Any
             launch()
         cases[f"{LAUNCHES} small operations, one CUDA graph"] = graph.replay
         work[f"{LAUNCHES} small operations, one CUDA graph"] = (LAUNCHES, "launches", "float32")
-    times = interleave(cases, device, warmup=5, rounds=options.rounds, seconds=options.seconds, clock=options.clock)
+    times = interleave(
+        cases,
+        device,
+        warmup=5,
+        rounds=options.rounds,
+        seconds=options.seconds,
+        clock=options.clock,
+        calls=options.calls,
+    )
     rows = []
     for name, seconds in times.items():
         amount, unit, dtype_name = work[name]

@@ -5,7 +5,7 @@ The wide convolution that they were divided from stands beside them. `stacked` i
 
 import argparse
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -30,11 +30,12 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--batches", type=several_at_least(1), default=batches, help=f"images (default {batches})")
 
 
-def run(options: argparse.Namespace, device: torch.device) -> list[dict[str, Any]]:
+def run(options: argparse.Namespace, device: torch.device) -> Iterator[dict[str, Any]]:
     """Time every shape; seconds are shared among them."""
     shapes = [(width, side, batch) for width in options.widths for side in options.sides for batch in options.batches]
     share = options.seconds / len(shapes)
-    return [one for shape in shapes for one in _shape_rows(*shape, options, device, share)]
+    for shape in shapes:
+        yield from _shape_rows(*shape, options, device, share)
 
 
 def _shape_rows(
@@ -58,7 +59,9 @@ def _shape_rows(
         calls = _passes(width, side, batch, [1] * count, "NHWC", dtype, device, in_streams=True)
         cases |= {f"streams in a graph|NHWC|{part}": call for part, call in zip(PASSES, calls, strict=True)}
     rounds = min(options.rounds, 20)
-    times = interleave(cases, device, warmup=2, rounds=rounds, seconds=seconds, clock=options.clock)
+    times = interleave(
+        cases, device, warmup=2, rounds=rounds, seconds=seconds, clock=options.clock, calls=options.calls
+    )
     rows = []
     name_of_type = str(dtype).removeprefix("torch.")
     for key, measured in times.items():
@@ -120,21 +123,24 @@ def _passes(
 def _graph(work: Callable[[int], object], count: int, device: torch.device) -> Callable[[], None]:
     """work(0) … work(count - 1) on a stream each, captured into one CUDA graph."""
     streams = [torch.cuda.Stream(device) for _ in range(count)]
-
-    def fork() -> None:
-        here = torch.cuda.current_stream(device)
-        for i, stream in enumerate(streams):
-            stream.wait_stream(here)
-            with torch.cuda.stream(stream):
-                work(i)
-            here.wait_stream(stream)
-
     side_stream = torch.cuda.Stream(device)
     side_stream.wait_stream(torch.cuda.current_stream(device))
     with torch.cuda.stream(side_stream):
-        fork()  # workspaces and algorithms are chosen before the capture
+        side_by_side(work, streams)  # workspaces and algorithms are chosen before the capture
     torch.cuda.synchronize(device)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        fork()
+        side_by_side(work, streams)
     return graph.replay
+
+
+def side_by_side(work: Callable[[int], object], streams: Sequence[torch.cuda.Stream]) -> None:
+    """work(0), work(1), … on a stream each: all begin where the current stream is, which then waits for all."""
+    here = torch.cuda.current_stream(streams[0].device)
+    begin = here.record_event()
+    for i, stream in enumerate(streams):
+        stream.wait_event(begin)
+        with torch.cuda.stream(stream):
+            work(i)
+    for stream in streams:  # not before: a stream that is joined is in the past of all that follows
+        here.wait_stream(stream)

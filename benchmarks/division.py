@@ -8,6 +8,7 @@ product of two large matrices of the same type in the same run.
 import argparse
 import tempfile
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +16,9 @@ import torch
 
 from benchmarks import own
 from benchmarks.ceilings import matrix_product, matrix_side
-from benchmarks.report import Side, interleave, peak_memory_mib, row
+from benchmarks.report import Side, measure, row
 from utils.command_line import at_least
+from utils.errors import RunError
 
 GOALS = {"one": 0.50, "divided": 0.35}  # G3 on a GPU: least part of the matrix product
 MOST = 1.40  # G4: step time of S = 4 over S = 1
@@ -38,35 +40,47 @@ def run(options: argparse.Namespace, device: torch.device) -> list[dict[str, Any
 
     Raises:
         UserError: a case or an architecture that does not exist.
+        RunError: one of them cannot be run.
     """
     case = options.case or own.default_cases(device)[-1].split("+")[0] + "+loop"
     dtype_name = own.case_dtype(case)
     dtype = getattr(torch, dtype_name) if dtype_name != "auto" else torch.float32
     factors = {"one": 1, "divided": options.split_factor}
     side = options.side or matrix_side(device)
+    layouts: dict[str, str] = {}
+    macs: dict[str, int] = {}
+
+    def step_of(name: str, folder: Path) -> Callable[[], object]:
+        flags = ["--arch", options.arch, "--split_factor", str(factors[name]), "--batch_size", str(options.batch_size)]
+        trainer = own.open_trainer([*flags, "--workers", "0", *own.case_flags(case)], folder, device)
+        layouts[name], macs[name] = own.layout(trainer), trainer.macs_total
+        return own.training_step(trainer)
+
     with tempfile.TemporaryDirectory() as folder:
-        trainers = {}
-        for name, factor in factors.items():
-            flags = ["--arch", options.arch, "--split_factor", str(factor), "--batch_size", str(options.batch_size)]
-            trainers[name] = own.open_trainer(
-                [*flags, "--workers", "0", *own.case_flags(case)], Path(folder) / name, device
-            )
-        cases: dict[str, Callable[[], object]] = {"product": matrix_product(side, dtype, device)}
-        cases |= {name: own.training_step(trainer) for name, trainer in trainers.items()}
-        warmup = 20 if device.type == "cuda" else 1
-        times = interleave(
-            cases, device, warmup=warmup, rounds=options.rounds, seconds=options.seconds, clock=options.clock
+        builders: dict[str, Callable[[], Callable[[], object]]] = {
+            "product": partial(matrix_product, side, dtype, device)
+        }
+        builders |= {name: partial(step_of, name, Path(folder) / name) for name in factors}
+        found = measure(
+            builders,
+            device,
+            warmup=20 if device.type == "cuda" else 1,
+            rounds=options.rounds,
+            seconds=options.seconds,
+            clock=options.clock,
+            calls=options.calls,
         )
-        memory = {name: peak_memory_mib(cases[name], device) for name in trainers}
+    for name, error in found.errors.items():
+        raise RunError(f"{name}: {error}")  # every row is a ratio of two of them
     sides = {
         name: Side(
             name=f"S={factors[name]}, {case}",
             dtype=dtype_name,
-            layout=own.layout(trainer),
-            seconds=times[name],
-            memory_mib=memory[name],
+            layout=layouts[name],
+            seconds=found.seconds[name],
+            memory_mib=found.memory_mib[name],
         )
-        for name, trainer in trainers.items()
+        for name in factors
     }
     subject = f"training step of {options.arch}, batch {options.batch_size}"
     promised = device.type == "cuda" and options.arch == "wide_resnet28_10" and options.split_factor == 4
@@ -82,16 +96,16 @@ def run(options: argparse.Namespace, device: torch.device) -> list[dict[str, Any
         )
     ]
     product = Side(
-        name=f"product of two {side} x {side} matrices", dtype=dtype_name, layout="", seconds=times["product"]
+        name=f"product of two {side} x {side} matrices", dtype=dtype_name, layout="", seconds=found.seconds["product"]
     )
-    for name, trainer in trainers.items():
+    for name in factors:
         rows.append(
             row(
                 "G3" if promised else None,
                 f"{subject}, part of the matrix product's FLOP/s",
                 sides[name],
                 product,
-                work=STEP_FLOP_PER_MAC * trainer.macs_total * options.batch_size,
+                work=STEP_FLOP_PER_MAC * macs[name] * options.batch_size,
                 baseline_work=2 * side**3,
                 commit=GOALS[name] if promised else None,
                 unit="FLOP",

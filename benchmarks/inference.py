@@ -1,18 +1,20 @@
 """Latency of S networks beside the one large network: the published eager one, and our own folded one (G9).
 
-The total work is equal, so nothing is promised: what is measured is printed, also where the large network wins. For a
-checkpoint with its accuracy see `eval.py --benchmark`.
+The total work is equal, so nothing is promised: what is measured is printed, also where the large network wins. Memory
+is that of a pass, beside the weights. For a checkpoint with its accuracy see `eval.py --benchmark`.
 """
 
 import argparse
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from benchmarks import baseline, own
-from benchmarks.report import Side, interleave, peak_memory_mib, row
+from benchmarks.report import Side, failure, measure, row
 from evaluation.contenders import Contender, candidates_of, undivided
 from evaluation.latency import Candidate
 from model import BackboneRequest, build_splitnet
@@ -33,7 +35,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--precision", default="auto", choices=("auto", "bf16", "fp16", "fp32"), help="(default auto)")
 
 
-def run(options: argparse.Namespace, device: torch.device) -> list[dict[str, Any]]:
+def run(options: argparse.Namespace, device: torch.device) -> Iterator[dict[str, Any]]:
     """Time the published large network, ours, and S networks in every way of running them, in turns.
 
     Raises:
@@ -50,49 +52,51 @@ def run(options: argparse.Namespace, device: torch.device) -> list[dict[str, Any
     for name, network in (("large", undivided(request)), ("ensemble", build_splitnet(request, seed=0).eval())):
         lay_out(network.to(device), like)
         found += candidates_of(Contender(name, network, None), formatted, EXECUTIONS)
-    rows = []
+    layout = "NHWC" if like is torch.channels_last else "NCHW"
     for size in sizes:
         batch, batch_like = images[:size], images[:size].contiguous(memory_format=like)
-        cases: dict[str, Callable[[], object]] = {"published": _published(published, batch, device)}
-        cases |= {_name(one): _ours(one, batch_like, precision.autocast, device) for one in found}
-        times = interleave(
-            cases,
+        builders: dict[str, Callable[[], Callable[[], object]]] = {
+            "published": partial(_published, published, batch, device)
+        }
+        builders |= {_name(one): partial(_ours, one, batch_like, precision.autocast, device) for one in found}
+        measured = measure(
+            builders,
             device,
             warmup=5,
             rounds=options.rounds,
             seconds=options.seconds / len(sizes),
             clock=options.clock,
+            calls=options.calls,
         )
-        layout = "NHWC" if like is torch.channels_last else "NCHW"
+        goal = _goal(options, device)
+        subject = f"inference of {options.arch} S={options.split_factor}, batch {size}"
+        for name, error in measured.errors.items():
+            yield failure(goal, subject, name, options.precision, error)
         sides = {
             name: Side(
                 name=name,
                 dtype=own.TYPES[precision.name],
                 layout=layout,
                 seconds=seconds,
-                memory_mib=peak_memory_mib(cases[name], device),
+                memory_mib=measured.memory_mib[name],
             )
-            for name, seconds in times.items()
+            for name, seconds in measured.seconds.items()
         }
-        base = Side(
-            name="published large network",
-            dtype=baseline.precision_name(device),
-            layout="NCHW",
-            seconds=times["published"],
-        )
-        goal = _goal(options, device)
-        subject = f"inference of {options.arch} S={options.split_factor}, batch {size}"
-        large = sides[_name(found[0])]
+        if "published" not in sides:
+            continue
+        base = replace(sides["published"], name="published large network", dtype=baseline.precision_name(device))
+        base = replace(base, layout="NCHW")
+        large = sides.get(_name(found[0]))
         commit = 5.0 if size <= 8 else 1.8 if size <= 32 else 1.3
         for one in found:
+            if _name(one) not in sides:
+                continue
             side = sides[_name(one)]
             is_ensemble = one.name == "ensemble"
             promised = goal if is_ensemble else None
-            rows.append(row(promised, subject, side, base, work=size, commit=commit if promised else None))
-            if is_ensemble:
-                own_commit = OWN_LARGE if goal else None
-                rows.append(row(goal, subject, side, large, work=size, commit=own_commit))
-    return rows
+            yield row(promised, subject, side, base, work=size, commit=commit if promised else None)
+            if is_ensemble and large is not None:
+                yield row(goal, subject, side, large, work=size, commit=OWN_LARGE if goal else None)
 
 
 def _goal(options: argparse.Namespace, device: torch.device) -> str | None:

@@ -1,22 +1,24 @@
 """A step of layer-wise mutual contrastive learning in its parts: forward-backward, contrast, meta round.
 
-All parts run on the same networks with their exits, on ready images, in the recipe's float32. The meta round is timed
-whole, and counted in the last row as the recipe makes it: once in --meta_freq steps.
+All parts run on the same networks with their exits, on ready images, in the recipe's float32; memory is beside them.
+The meta round is timed whole, and counted in the last row as the recipe makes it: once in --meta_freq steps.
 """
 
 import argparse
 import statistics
 import sys
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
 
-from benchmarks.report import Side, interleave, peak_memory_mib, row
+from benchmarks.report import Side, as_it_is, measure, row
 from method import Progress
 from method.l_mcl import LMCL, LMCLOptions
 from model import BackboneRequest, build_splitnet
 from utils.command_line import at_least
+from utils.errors import RunError
 from utils.targets import plain_targets
 
 MOST = 1.3  # the contrast should cost at most so many times the plain forward-backward, both together
@@ -36,6 +38,7 @@ def run(options: argparse.Namespace, device: torch.device) -> list[dict[str, Any
 
     Raises:
         UserError: an architecture that does not exist or has no stages.
+        RunError: a part cannot be run.
     """
     request = BackboneRequest(arch=options.arch, num_classes=100, dataset="cifar100", crop_size=32)
     network = build_splitnet(request, seed=1, archs=[options.arch] * options.split_factor)
@@ -64,11 +67,22 @@ def run(options: argparse.Namespace, device: torch.device) -> list[dict[str, Any
         method.after_step(view_BCHW[None], targets, output, progress)
 
     cases = {"forward-backward": plain, "with contrast": contrast, "meta round": meta_round}
-    times = interleave(cases, device, warmup=1, rounds=options.rounds, seconds=options.seconds, clock=options.clock)
+    found = measure(
+        {name: partial(as_it_is, call) for name, call in cases.items()},
+        device,
+        warmup=1,
+        rounds=options.rounds,
+        seconds=options.seconds,
+        clock=options.clock,
+        calls=options.calls,
+    )
+    for name, error in found.errors.items():
+        raise RunError(f"{name}: {error}")
+    times = found.seconds
     whole = "whole step"
     rounds = zip(times["with contrast"], times["meta round"], strict=True)
     times[whole] = [step + meta / options.meta_freq for step, meta in rounds]
-    memory = {name: peak_memory_mib(call, device) for name, call in cases.items()} | {whole: None}
+    memory = found.memory_mib | {whole: None}
     sides = {
         name: Side(name=name, dtype="float32", layout="NCHW", seconds=seconds, memory_mib=memory[name])
         for name, seconds in times.items()

@@ -19,7 +19,8 @@ from utils.errors import UserError
 from utils.precision import has_fast_bf16
 
 WORDS = {"compile": ("--compile", "default"), "graph": ("--cuda_graph", "1")}
-TYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
+TOGETHER = 3
+TYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16", "fp64": "float64"}
 
 
 def default_cases(device: torch.device) -> list[str]:
@@ -31,6 +32,23 @@ def default_cases(device: torch.device) -> list[str]:
         names += ["bf16+loop+compile", "bf16+loop+graph", "bf16+parallel+graph", "bf16+stacked+graph"]
         names += ["bf16+parallel+compile+graph"]
     return names
+
+
+def chosen_cases(names: str | None, device: torch.device) -> list[str]:
+    """The cases of a comma list; None: `default_cases`.
+
+    Raises:
+        UserError: as `case_flags`.
+    """
+    cases = default_cases(device) if names is None else names.split(",")
+    for case in cases:
+        case_flags(case)
+    return cases
+
+
+def grouped(names: Sequence[str]) -> list[Sequence[str]]:
+    """The cases, as many at a time as may lie in a GPU's memory side by side."""
+    return [names[start : start + TOGETHER] for start in range(0, len(names), TOGETHER)]
 
 
 def case_flags(case: str) -> list[str]:
@@ -87,19 +105,26 @@ def open_trainer(flags: Sequence[str], folder: Path, device: torch.device) -> Tr
         logging.getLogger().setLevel(level)
 
 
-def shorten(trainer: Trainer, count: int) -> None:
-    """Keep `count` images of every split, evenly spaced over it and so over its classes."""
+def resize(trainer: Trainer, count: int) -> None:
+    """Use `count` images of every split, evenly spaced over it and so over its classes.
 
-    def part(split: ImageSet) -> ImageSet:
-        return split.subset(torch.linspace(0, len(split) - 1, min(count, len(split)), dtype=torch.float64).long())
+    Where the training images are fewer, they are used again and again, and a fifth as many test images, as in CIFAR.
+    """
+    longer = count > len(trainer.source.train)
 
-    trainer.source = replace(trainer.source, train=part(trainer.source.train), test=part(trainer.source.test))
+    def part(split: ImageSet, number: int) -> ImageSet:
+        if longer:
+            return split.subset(torch.arange(number) % len(split))
+        return split.subset(torch.linspace(0, len(split) - 1, min(number, len(split)), dtype=torch.float64).long())
+
+    train, test = part(trainer.source.train, count), part(trainer.source.test, count // 5 if longer else count)
+    trainer.source = replace(trainer.source, train=train, test=test)
     config = replace(trainer.config, workers=0)
     trainer.loader = build_train_loader(
         trainer.source, config, trainer.world, num_views=trainer.num_views, seed=trainer.seed
     )
-    test = build_eval_loader(trainer.source.test, config, trainer.world)
-    trainer.eval_loaders = {trainer.source.reported: test}
+    loader = build_eval_loader(test, config, trainer.world)
+    trainer.eval_loaders = {trainer.source.reported: loader}
     trainer.steps_per_epoch = trainer.loader.steps_per_epoch
 
 

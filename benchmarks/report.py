@@ -1,5 +1,6 @@
 """What every benchmark shares: timing in turns, rows with both sides of a ratio, hardware, versions, tables."""
 
+import gc
 import json
 import math
 import os
@@ -16,11 +17,14 @@ from typing import Any
 import torch
 
 from record.checkpoint import write_file
+from utils.device import wait_for
+from utils.errors import reason
 from utils.plain_json import plain_json
 from utils.precision import has_fast_bf16
 
 Clock = Callable[[], float]
 
+H200_GOALS = ("G1", "G2", "G3", "G4", "G6", "G7", "G12")
 PACKAGES = ("torch", "torchvision", "numpy", "pillow", "timm", "triton")
 
 
@@ -63,18 +67,27 @@ def versions() -> dict[str, str]:
 # ---- timing ----------------------------------------------------------------------------------------------------------
 
 
-def seconds_of(call: Callable[[], object], device: torch.device, clock: Clock = time.perf_counter) -> float:
-    """Seconds that one call takes on its device: CUDA events there, the clock on a CPU."""
+def seconds_of(
+    call: Callable[[], object], device: torch.device, clock: Clock = time.perf_counter, *, calls: int = 1
+) -> float:
+    """Seconds that one call takes on its device: CUDA events there, the clock on a CPU.
+
+    Args:
+        calls: made one after the other without waiting in between; a call's seconds are their mean. With one, a GPU
+            idles until the host has issued it, which in a loop of steps happens while the step before is computed.
+    """
     if device.type == "cuda":
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         start.record()
-        call()
+        for _ in range(calls):
+            call()
         end.record()
         end.synchronize()
-        return float(start.elapsed_time(end)) / 1000
+        return float(start.elapsed_time(end)) / 1000 / calls
     started = clock()
-    call()
-    return clock() - started
+    for _ in range(calls):
+        call()
+    return (clock() - started) / calls
 
 
 def interleave(
@@ -85,17 +98,19 @@ def interleave(
     rounds: int = 20,
     seconds: float = math.inf,
     clock: Clock = time.perf_counter,
+    calls: int = 1,
 ) -> dict[str, list[float]]:
     """Time all cases in turns, so that whatever else the machine does hits all alike.
 
-    Every round calls each case once, and begins with another one than the round before.
+    Every round times each case once, and begins with another one than the round before.
 
     Args:
         cases: name -> what is timed.
         warmup: untimed calls of each case before.
-        rounds: timed calls of each case, at most.
+        rounds: timed samples of each case, at most.
         seconds: no new round begins after so long, but there are at least three.
         clock: tells the time in seconds.
+        calls: see `seconds_of`.
 
     Returns:
         name -> seconds of each round; the i-th entries of all cases were measured one after the other.
@@ -110,18 +125,87 @@ def interleave(
             break
         first = number % len(names)
         for name in names[first:] + names[:first]:
-            times[name].append(seconds_of(cases[name], device, clock))
+            times[name].append(seconds_of(cases[name], device, clock, calls=calls))
     return times
 
 
-def peak_memory_mib(call: Callable[[], object], device: torch.device) -> float | None:
-    """Most that torch had allocated on a GPU during one call, in MiB; None on a CPU, where all cases share one heap."""
-    if device.type != "cuda":
-        return None
-    torch.cuda.reset_peak_memory_stats(device)
-    call()
-    torch.cuda.synchronize(device)
-    return round(torch.cuda.max_memory_allocated(device) / 2**20, 1)
+@dataclass(frozen=True, kw_only=True)
+class Measured:
+    """What `measure` found.
+
+    Attributes:
+        seconds: of each round, by name of the cases that could be built.
+        memory_mib: what a case took on a GPU beside the others, at most; None on a CPU.
+        errors: why a case could not be built or warmed up, by its name.
+    """
+
+    seconds: dict[str, list[float]]
+    memory_mib: dict[str, float | None]
+    errors: dict[str, str]
+
+
+def measure(
+    builders: Mapping[str, Callable[[], Callable[[], object]]],
+    device: torch.device,
+    *,
+    warmup: int = 3,
+    rounds: int = 20,
+    seconds: float = math.inf,
+    clock: Clock = time.perf_counter,
+    calls: int = 1,
+) -> Measured:
+    """Build every case, call it `warmup` times, and `interleave` those that can be; the others are named.
+
+    Args:
+        builders: name -> a function that makes what is timed.
+    """
+    built: dict[str, Callable[[], object]] = {}
+    memory: dict[str, float | None] = {}
+    errors: dict[str, str] = {}
+    for name, build in builders.items():
+        try:
+            built[name], memory[name] = _warmed_up(build, warmup, device)
+        except RuntimeError as error:
+            errors[name] = reason(error)[:300]
+        if name in errors:  # not before the exception is gone, which holds what was half built
+            release(device)
+    times: dict[str, list[float]] = {}
+    if built:
+        times = interleave(built, device, warmup=0, rounds=rounds, seconds=seconds, clock=clock, calls=calls)
+    return Measured(seconds=times, memory_mib=memory, errors=errors)
+
+
+def _warmed_up(
+    build: Callable[[], Callable[[], object]], warmup: int, device: torch.device
+) -> tuple[Callable[[], object], float | None]:
+    """A case after its first calls, and the MiB that it took for them on a GPU.
+
+    What others hold is not counted. A replayed graph allocates nothing: what it holds is seen while it is recorded.
+    """
+    is_gpu = device.type == "cuda"
+    if is_gpu:
+        wait_for(device)
+        torch.cuda.reset_peak_memory_stats(device)
+    before = torch.cuda.memory_allocated(device) if is_gpu else 0
+    call = build()
+    for _ in range(warmup):
+        call()
+    if not is_gpu:
+        return call, None  # all cases share one heap
+    wait_for(device)
+    return call, round((torch.cuda.max_memory_allocated(device) - before) / 2**20, 1)
+
+
+def as_it_is(call: Callable[[], object]) -> Callable[[], object]:
+    """What a builder of `measure` gives that has nothing to build."""
+    return call
+
+
+def release(device: torch.device) -> None:
+    """Give back the memory of cases that nobody refers to any more."""
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
 
 
 def quantile(values: Sequence[float], part: float) -> float:
@@ -207,6 +291,18 @@ def row(
     return result | facts
 
 
+def failure(goal: str | None, subject: str, case: str, dtype: str, error: str) -> dict[str, Any]:
+    """The row of a case that could not be measured; its goal is neither met nor missed."""
+    return {"goal": goal, "subject": subject, "case": case, "dtype": dtype, "error": error, "ratio": None, "met": None}
+
+
+def judged(one: Mapping[str, Any], device: torch.device) -> dict[str, Any]:
+    """The row with its device's name; a promise for an H200 is neither met nor missed on anything else."""
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
+    elsewhere = one["goal"] in H200_GOALS and "H200" not in name
+    return {**one, "device": name} | ({"met": None} if elsewhere and "met" in one else {})
+
+
 def markdown(rows: Sequence[Mapping[str, Any]]) -> str:
     """The rows as a Markdown table; times in ms."""
     lines = [
@@ -214,12 +310,17 @@ def markdown(rows: Sequence[Mapping[str, Any]]) -> str:
         "| --- | --- | --- | --- | ---: | ---: | ---: | ---: | ---: |",
     ]
     for one in rows:
+        if "error" in one:
+            cells = [one["goal"] or "–", one["subject"], f"{one['case']}, {one['dtype']}", f"failed: {one['error']}"]
+            lines.append(f"| {' | '.join(cells + 5 * ['–'])} |")
+            continue
         ratio = base = promised = "–"
         if one.get("ratio") is not None:
             ratio = f"{one['ratio']:.2f} ({one['ratio_min']:.2f} – {one['ratio_max']:.2f})"
             base = f"{one['baseline']}, {one['baseline_dtype']} {one['baseline_layout']}"
         if one.get("commit") is not None:
-            promised = f"≥ {one['commit']:g}: {'met' if one['met'] else 'missed'}"
+            verdict = {True: "met", False: "missed", None: "for an H200"}[one["met"]]
+            promised = f"≥ {one['commit']:g}: {verdict}"
         times = " – ".join(_number(1000 * one[name]) for name in ("seconds_p10", "seconds_p90"))
         cells = [
             one["goal"] or "–",

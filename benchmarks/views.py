@@ -5,9 +5,12 @@ images from files: decoded once and cut S times, against decoding for every view
 """
 
 import argparse
+import math
 import os
+import statistics
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +18,10 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
+from torch.utils.data import DataLoader
 
 from benchmarks import baseline
-from benchmarks.report import Side, interleave, peak_memory_mib, row
+from benchmarks.report import Side, as_it_is, interleave, measure, row
 from dataset import DataSource, ImageSet
 from dataset.class_folders import iterate_images
 from dataset.decode import read_size
@@ -26,13 +30,16 @@ from dataset.pipeline import build_train_loader
 from dataset.views import ViewMaker, ViewSpec, view_spec
 from recipe.datasets import ROWS
 from utils.command_line import at_least
-from utils.errors import UserError
+from utils.errors import RunError, UserError
 from utils.launch import World
 
 BATCHES = ((128, "a step's batch"), (2048, "a chunk of many steps"))
-SAMPLE = 384  # views that the Pillow side makes in a round; it has no batches
+SAMPLE = 384  # views that the Pillow side makes in a round without workers; it has no batches
+VIEWS = 128  # of a batch of the Pillow loader
+BATCHES_PER_WORKER = 2  # of a round with workers
 LARGE = 64  # pixels of the short side: images up to here live decoded in memory
 FILES = 96  # files read in a round
+GPU_GOAL, CPU_GOAL = 50.0, 8.0  # G6, G5
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
@@ -95,19 +102,35 @@ def _in_memory(options: argparse.Namespace, device: torch.device) -> list[dict[s
         return lambda: maker.make(part, next(epoch), positions, num_views)
 
     arrays = list(images.permute(0, 2, 3, 1).numpy())
-    pillow = _pillow_round(spec, arrays, num_views, options.workers, device)
-    cases: dict[str, Callable[[], object]] = {"pillow": pillow} | {why: ours(batch) for batch, why in BATCHES}
-    times = interleave(cases, device, warmup=2, rounds=options.rounds, seconds=options.seconds, clock=options.clock)
-    base = Side(name=_pillow_name(options.workers), dtype="float32", layout="NCHW", seconds=times["pillow"])
-    goal, commit = _goal(options, device)
+    rounds = {"pillow": _pillow_round(spec, arrays, num_views, options.workers, device)}
+    if options.workers:
+        rounds["one process"] = _pillow_round(spec, arrays, num_views, 0, device)
+    try:
+        found = measure(
+            {name: partial(as_it_is, one) for name, one in rounds.items()}
+            | {why: partial(as_it_is, ours(batch)) for batch, why in BATCHES},
+            device,
+            warmup=2,
+            rounds=options.rounds,
+            seconds=options.seconds,
+            clock=options.clock,
+        )
+    finally:
+        for one in rounds.values():
+            one.close()
+    for name, error in found.errors.items():
+        raise RunError(f"{name}: {error}")
+    base = Side(name=_pillow_name(options.workers), dtype="float32", layout="NCHW", seconds=found.seconds["pillow"])
+    rates = {name: one.views / statistics.median(found.seconds[name]) for name, one in rounds.items()}
+    goal, commit = _goal(options, device) if _uses_its_workers(rates, options.workers) else (None, None)
     rows = []
     for batch, why in BATCHES:
         side = Side(
             name=f"batched, {batch} images",
             dtype="float32",
             layout="NCHW",
-            seconds=times[why],
-            memory_mib=peak_memory_mib(cases[why], device),
+            seconds=found.seconds[why],
+            memory_mib=found.memory_mib[why],
         )
         rows.append(
             row(
@@ -116,9 +139,10 @@ def _in_memory(options: argparse.Namespace, device: torch.device) -> list[dict[s
                 side,
                 base,
                 work=batch * num_views,
-                baseline_work=SAMPLE,
+                baseline_work=rounds["pillow"].views,
                 commit=commit,
                 unit="views",
+                pillow_per_second=rates,
             )
         )
     return rows
@@ -129,8 +153,17 @@ def _goal(options: argparse.Namespace, device: torch.device) -> tuple[str | None
     if options.image_size != 32 or not options.recipe.startswith("cifar"):
         return None, None
     if device.type == "cuda":
-        return ("G6", 50.0) if options.workers == os.cpu_count() else (None, None)
-    return ("G5", 8.0) if _same_cores(options) else (None, None)
+        return ("G6", GPU_GOAL) if options.workers == os.cpu_count() else (None, None)
+    return ("G5", CPU_GOAL) if _same_cores(options) else (None, None)
+
+
+def _uses_its_workers(rates: Mapping[str, float], workers: int) -> bool:
+    """Whether a loader of `workers` processes is at least half as many times as fast as one: else it is none to beat.
+
+    Args:
+        rates: views a second of the Pillow side, and of "one process" where there are workers.
+    """
+    return not workers or rates["pillow"] > workers / 2 * rates["one process"]
 
 
 def _same_cores(options: argparse.Namespace) -> bool:
@@ -142,23 +175,52 @@ def _pillow_name(workers: int) -> str:
     return f"Pillow, {workers} workers" if workers else "Pillow, one view after another"
 
 
+class PillowRound:
+    """Makes all views of a data set once with Pillow when it is called: in this process, or through a loader.
+
+    The loader's workers come with the first round, stay for all, and have nothing to do between two of them.
+
+    Args:
+        data: images and how their views are made.
+        workers: processes of the loader; 0: no loader.
+        batch_size: images of one of its batches.
+        device: where the views of a loader go.
+
+    Attributes:
+        views: of a round.
+    """
+
+    def __init__(self, data: baseline.PillowDataset, *, workers: int, batch_size: int, device: torch.device) -> None:
+        self._data, self._device = data, device
+        self.views = len(data) * data.num_views
+        self._loader: DataLoader | None = None
+        if workers:
+            self._loader = baseline.loader(
+                data, batch_size=batch_size, workers=workers, device=device, train=False, keeps_workers=True
+            )
+
+    def __call__(self) -> None:
+        if self._loader is None:
+            for i in range(len(self._data)):
+                self._data[i]
+            return
+        for views, _ in self._loader:
+            views.to(self._device)
+
+    def close(self) -> None:
+        """End the workers."""
+        self._loader = None
+
+
 def _pillow_round(
     spec: ViewSpec, images: Sequence[np.ndarray], num_views: int, workers: int, device: torch.device
-) -> Callable[[], None]:
-    """Makes SAMPLE views (with workers: through a loader that starts them anew, so many for each)."""
-    count = SAMPLE // num_views
-    transform = baseline.pillow_views(spec)
-    data = baseline.PillowDataset(images[:count], [0] * count, transform, num_views)
-
-    def alone() -> None:
-        for i in range(count):
-            data[i]
-
-    def through_loader() -> None:
-        for views, _ in baseline.loader(data, batch_size=count, workers=workers, device=device, train=False):
-            views.to(device)
-
-    return through_loader if workers else alone
+) -> PillowRound:
+    """Of images in memory, used in turn: SAMPLE views, or through a loader BATCHES_PER_WORKER batches a worker."""
+    batch_size = max(1, VIEWS // num_views)
+    count = workers * BATCHES_PER_WORKER * batch_size or SAMPLE // num_views
+    chosen = [images[i % len(images)] for i in range(count)]
+    data = baseline.PillowDataset(chosen, [0] * count, baseline.pillow_views(spec), num_views)
+    return PillowRound(data, workers=workers, batch_size=batch_size, device=device)
 
 
 def _from_files(options: argparse.Namespace, device: torch.device) -> list[dict[str, Any]]:
@@ -215,25 +277,19 @@ def _files_rows(
             maker.make(batch.images, number, batch.positions_B, num_views)
 
     data = baseline.PillowDataset(paths, [0] * len(paths), baseline.pillow_views(spec), num_views)
-
-    def pillow() -> None:
-        if not options.workers:
-            for i in range(len(data)):
-                data[i]
-            return
-        for views, _ in baseline.loader(
-            data, batch_size=len(paths), workers=options.workers, device=device, train=False
-        ):
-            views.to(device)
-
-    times = interleave(
-        {"pillow": pillow, "ours": ours},
-        device,
-        warmup=1,
-        rounds=options.rounds,
-        seconds=options.seconds,
-        clock=options.clock,
-    )
+    batch_size = math.ceil(len(paths) / (max(1, options.workers) * BATCHES_PER_WORKER))
+    pillow = PillowRound(data, workers=options.workers, batch_size=batch_size, device=device)
+    try:
+        times = interleave(
+            {"pillow": pillow, "ours": ours},
+            device,
+            warmup=1,
+            rounds=options.rounds,
+            seconds=options.seconds,
+            clock=options.clock,
+        )
+    finally:
+        pillow.close()
     side = Side(name="decoded once, batched", dtype="float32", layout="NCHW", seconds=times["ours"])
     base = Side(
         name=f"{_pillow_name(options.workers)}, decoded for every view",

@@ -4,6 +4,8 @@ import itertools
 import json
 import os
 from collections import Counter
+from contextlib import contextmanager
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -11,7 +13,7 @@ import torch
 from PIL import Image
 
 import benchmarks.__main__ as runner
-from benchmarks import baseline, inference, own, views
+from benchmarks import baseline, convolutions, epoch, inference, own, step, views
 from benchmarks.__main__ import SUBJECTS, build_parser, main
 from benchmarks.counts import count_operations
 from benchmarks.views import _spec
@@ -75,6 +77,43 @@ def test_views_and_evaluation_write_rows_of_their_goals(capsys, tmp_path, monkey
     assert rows[0]["subject"] == "evaluation of resnet20 S=2, 20 images"
 
 
+def test_a_loader_of_pillow_uses_all_its_workers_and_starts_them_once(monkeypatch):
+    workers, marks = 2, []
+    monkeypatch.setattr(views, "VIEWS", 4)
+    # every view is its worker's number and process
+    monkeypatch.setattr(baseline, "pillow_views", lambda spec: _who_makes_it)
+    images = [np.zeros((8, 8, 3), dtype=np.uint8)] * 3
+    pillow = views._pillow_round(_spec("cifar10", 8), images, 2, workers, CPU)
+    assert pillow.views == workers * views.BATCHES_PER_WORKER * 4
+    for _ in range(2):
+        batches = [batch for batch, _ in pillow._loader]
+        assert sum(len(batch) * 2 for batch in batches) == pillow.views
+        marks.append({tuple(view.tolist()) for batch in batches for view in batch.flatten(0, 1)})
+    pillow.close()
+    assert marks[0] == marks[1]
+    assert sorted(number for number, _ in marks[0]) == [0, 1]
+
+
+def _who_makes_it(image):
+    return torch.tensor([torch.utils.data.get_worker_info().id, os.getpid()], dtype=torch.float64)
+
+
+def test_a_loader_that_does_not_use_its_workers_is_none_to_beat(monkeypatch, capsys, tmp_path):
+    rates = {"pillow": 90.0, "one process": 10.0}
+    assert views._uses_its_workers(rates, 16)
+    assert not views._uses_its_workers({**rates, "one process": 12.0}, 16)
+    assert views._uses_its_workers({"pillow": 1.0}, 0)
+    # by a clock that gives both sides a second, two processes make more views than one only if they make more a round
+    monkeypatch.setattr(views, "BATCHES", ((8, "few"),))
+    monkeypatch.setattr(views, "SAMPLE", 16)
+    monkeypatch.setattr(views, "_goal", lambda options, device: ("G6", 50.0))
+    for size, goal in ((16, "G6"), (2, None)):
+        monkeypatch.setattr(views, "VIEWS", size)
+        rows, _ = rows_of(capsys, tmp_path, "views", "--workers", "2", "--image_size", "8")
+        assert [one["goal"] for one in rows] == [goal]
+        assert rows[0]["pillow_per_second"] == {"pillow": 4 * size, "one process": 16}
+
+
 def test_inference_stands_beside_both_large_networks(capsys, tmp_path):
     rows, _ = rows_of(capsys, tmp_path, "inference", "--arch", "resnet20", "--batch_sizes", "1", "--precision", "fp32")
     pairs = [(one["case"], one["baseline"]) for one in rows]
@@ -88,9 +127,16 @@ def test_a_row_on_a_gpu_has_a_goal_only_with_what_the_goal_names(monkeypatch):
     gpu, parser = torch.device("cuda"), build_parser()
     monkeypatch.setattr(os, "cpu_count", lambda: 16)
 
-    def goal(subject, *argv):
-        return subject._goal(parser.parse_args([subject.__name__.rpartition(".")[2], *argv]), gpu)
+    def goal(subject, *argv, **more):
+        return subject._goal(parser.parse_args([subject.__name__.rpartition(".")[2], *argv]), gpu, **more)
 
+    assert goal(step, case="bf16+loop") == ("G1", 5.0)
+    assert goal(step, "--arch", "wide_resnet28_10", case="bf16+parallel+graph") == ("G2", 1.6)
+    assert goal(step, case="fp32+loop") == (None, None)
+    assert goal(step, "--batch_size", "64", case="bf16+loop") == (None, None)
+    assert goal(epoch, "--workers", "16", images=50_000) == ("G7", 5.0)
+    assert goal(epoch, "--workers", "2", images=50_000) == (None, None)
+    assert goal(epoch, "--workers", "16", images=1024) == (None, None)
     assert goal(views, "--workers", "16") == ("G6", 50)
     for argv in (["--workers", "0"], ["--workers", "16", "--recipe", "svhn"]):
         assert goal(views, *argv) == (None, None)
@@ -106,6 +152,73 @@ def test_ceilings_and_convolutions_at_their_smallest(capsys, tmp_path):
     # in sequence, groups and undivided, two layouts, three passes; the baseline itself has no row
     assert len(rows) == 3 * (3 * 2 - 1)
     assert {one["baseline"] for one in rows} == {"in sequence"}
+
+
+class Streams:
+    """Stands for torch's streams and events: knows what lies in the past of each work."""
+
+    def __init__(self, monkeypatch):
+        self.past: dict[int, set[int]] = {}
+        self.current = self.new()
+        monkeypatch.setattr(torch.cuda, "current_stream", lambda device=None: self.current)
+        monkeypatch.setattr(torch.cuda, "stream", self.on)
+
+    def new(self):
+        stream = SimpleNamespace(done=set(), device=None)
+        stream.record_event = lambda: frozenset(stream.done)
+        stream.wait_event = stream.done.update
+        stream.wait_stream = lambda other: stream.done.update(other.done)
+        return stream
+
+    @contextmanager
+    def on(self, stream):
+        before, self.current = self.current, stream
+        yield
+        self.current = before
+
+    def work(self, number):
+        self.past[number] = set(self.current.done)
+        self.current.done.add(number)
+
+
+def test_streams_of_a_graph_wait_for_what_came_before_and_not_for_each_other(monkeypatch):
+    streams = Streams(monkeypatch)
+    streams.work(-1)
+    convolutions.side_by_side(streams.work, [streams.new() for _ in range(4)])
+    streams.work(9)
+    assert [streams.past[number] for number in range(4)] == [{-1}] * 4
+    assert streams.past[9] == {-1, 0, 1, 2, 3}
+
+
+def test_what_is_measured_before_a_failure_is_on_the_disk(capsys, tmp_path, monkeypatch):
+    """And a case that fails costs no other one."""
+    monkeypatch.setattr(own, "TOGETHER", 1)
+    path, real = tmp_path / "rows.json", own.training_step
+    written: list[list[str]] = []
+
+    def training_step(trainer):
+        written.append([one["case"] for one in json.loads(path.read_text())] if path.exists() else [])
+        if len(written) == 2:
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+        return real(trainer)
+
+    monkeypatch.setattr(own, "training_step", training_step)
+    argv = ["step", "--arch", "resnet20", "--batch_size", "4", "--cases", "fp32+loop,bf16+loop,fp32+stacked"]
+    assert main([*argv, *SMALL, "--json", str(path)], clock=itertools.count().__next__) == 1
+    assert written == [[], ["fp32+loop"], ["fp32+loop", "bf16+loop"]]
+    rows = json.loads(path.read_text())
+    assert [one.get("error") for one in rows] == [None, "CUDA out of memory.", None]
+    assert "failed: CUDA out of memory." in capsys.readouterr().out
+
+
+def test_an_epoch_has_as_many_images_as_it_is_told(capsys, tmp_path):
+    argv = ["epoch", "--arch", "resnet20", "--workers", "0", "--cases", "fp32+loop", "--batch_size", "8"]
+    rows, _ = rows_of(capsys, tmp_path, *argv, "--images", "16")
+    assert rows[0]["subject"] == "epoch with evaluation and checkpoint of resnet20 S=2, 16 images"
+    trainer = own.open_trainer(["--arch", "resnet20", "--workers", "0"], tmp_path, CPU)
+    own.resize(trainer, 5000)
+    assert [len(split) for split in (trainer.source.train, trainer.source.test)] == [5000, 1000]
+    assert trainer.source.train.targets[:20].tolist() == 2 * list(range(10))
 
 
 def test_division_stands_beside_one_network_and_the_matrix_product(capsys, tmp_path):

@@ -6,7 +6,8 @@ import math
 import pytest
 import torch
 
-from benchmarks.report import Side, describe, interleave, markdown, quantile, row, write
+from benchmarks import report
+from benchmarks.report import Side, describe, failure, interleave, judged, markdown, measure, quantile, row, write
 
 CPU = torch.device("cpu")
 
@@ -47,6 +48,82 @@ def test_no_round_begins_after_the_budget_of_seconds_but_there_are_three(seconds
     clock = Clock()
     times = interleave({"a": lambda: clock.spend(2)}, CPU, warmup=9, rounds=50, seconds=seconds, clock=clock)
     assert times == {"a": [2] * rounds}
+
+
+def test_several_calls_of_a_sample_are_timed_together_and_shared():
+    clock, calls = Clock(), []
+
+    def call():
+        calls.append(clock.now)
+        clock.spend(2)
+
+    assert interleave({"a": call}, CPU, warmup=0, rounds=2, clock=clock, calls=5) == {"a": [2, 2]}
+    assert len(calls) == 10
+
+
+def test_a_case_that_cannot_be_built_costs_no_other_one():
+    clock = Clock()
+
+    def broken():
+        raise RuntimeError("CUDA out of\nmemory")
+
+    builders = {"a": lambda: lambda: clock.spend(1), "broken": broken, "late": lambda: broken}
+    builders["b"] = lambda: lambda: clock.spend(3)
+    found = measure(builders, CPU, warmup=1, rounds=2, clock=clock)
+    assert found.seconds == {"a": [1, 1], "b": [3, 3]}
+    assert found.errors == {"broken": "CUDA out of memory", "late": "CUDA out of memory"}
+    assert found.memory_mib == {"a": None, "b": None}
+    one = failure("G1", "step", "broken", "bfloat16", found.errors["broken"])
+    assert (one["met"], one["ratio"]) == (None, None)
+    assert "| G1 | step | broken, bfloat16 | failed: CUDA out of memory | – | – | – | – | – |" in markdown([one])
+    assert measure({"broken": broken}, CPU).seconds == {}
+
+
+class Allocator:
+    """torch.cuda's counters of memory; what is built stays, what a call takes is given back."""
+
+    def __init__(self, monkeypatch):
+        self.now = self.peak = 0
+        monkeypatch.setattr(torch.cuda, "synchronize", lambda device=None: None)
+        monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda device: setattr(self, "peak", self.now))
+        monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: self.now)
+        monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda device: self.peak)
+        monkeypatch.setattr(report, "seconds_of", lambda call, *_, **__: (call(), 1.0)[1])
+
+    def take(self, mib, *, keep):
+        self.now += mib << 20
+        self.peak = max(self.peak, self.now)
+        self.now -= 0 if keep else mib << 20
+
+
+def test_the_memory_of_a_case_is_its_own(monkeypatch):
+    memory = Allocator(monkeypatch)
+
+    def eager():
+        memory.take(100, keep=True)
+        return lambda: memory.take(50, keep=False)
+
+    def graph():
+        memory.take(10, keep=True)
+        calls = iter(range(9))
+        # the first call records and keeps what it took; replays take nothing
+        return lambda: memory.take(7, keep=True) if next(calls) == 0 else None
+
+    found = measure({"eager": eager, "graph": graph}, torch.device("cuda"), warmup=2, rounds=2)
+    assert found.memory_mib == {"eager": 150, "graph": 17}
+
+
+def test_a_promise_for_an_h200_is_judged_on_an_h200(monkeypatch):
+    gpu, name = torch.device("cuda"), ["NVIDIA L4"]
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: name[0])
+    one = row("G1", "step", side("ours", [1.0]), side("published", [6.0]), commit=5.0)
+    found = judged(one, gpu)
+    assert (found["device"], found["met"]) == ("NVIDIA L4", None)
+    assert "≥ 5: for an H200" in markdown([found])
+    name[0] = "NVIDIA H200"
+    assert judged(one, gpu)["met"] is True
+    assert judged({**one, "goal": "G5"}, CPU)["met"] is True  # of any machine
+    assert judged({"goal": None}, CPU) == {"goal": None, "device": "cpu"}
 
 
 def test_quantiles_are_numpys():

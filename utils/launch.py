@@ -7,9 +7,11 @@ import contextlib
 import datetime
 import logging
 import os
+import shutil
 import socket
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -61,6 +63,24 @@ def under_launcher() -> bool:
 def processes_on_this_machine() -> int:
     """How many processes a launcher has started beside this one, itself included; 1 without a launcher."""
     return int(os.environ.get("LOCAL_WORLD_SIZE", os.environ["WORLD_SIZE"])) if under_launcher() else 1
+
+
+def unused_gpu() -> str:
+    """One line where this machine seems to have a GPU that torch cannot use; "" where it has none, or torch does."""
+    seems_there = Path("/dev/nvidia0").exists() or shutil.which("nvidia-smi") is not None
+    if not seems_there or torch.cuda.is_available():
+        return ""
+    if os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1"):
+        return ""  # hidden on purpose
+    why = (
+        "is built without CUDA"
+        if torch.version.cuda is None
+        else f"for CUDA {torch.version.cuda} finds no driver for it"
+    )
+    return (
+        f"This machine seems to have a GPU, but torch {torch.__version__} {why}: the CPU computes. Install a torch for "
+        "the driver that nvidia-smi shows, or give --no_cuda."
+    )
 
 
 def visible_gpus(*, no_cuda: bool, gpu: int | None, gpu_ids: str | None) -> list[int]:

@@ -552,6 +552,10 @@ def _check(config: Config) -> None:
         "--nproc_per_node needs --multiprocessing_distributed; under torchrun it is torchrun's flag.",
     )
     need(
+        config.class_weights is None or config.class_loss == "ce",
+        f"--class_weights is for the cross-entropy, and --class_loss is {config.class_loss}: leave one of them away.",
+    )
+    need(
         not (config.evaluate and config.resume is None),
         "--evaluate needs the checkpoint to evaluate: add --resume PATH.",
     )

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from dataset import DataSource, SourceRequest, open_source
+from dataset.class_files import class_weights, with_names
 from dataset.loader import Batch, EvalLoader, TrainLoader
 from dataset.pipeline import build_eval_loader, build_train_loader, evaluation_preprocessing
 from dataset.views import ViewMaker, view_spec
@@ -248,8 +249,11 @@ class Trainer:
             train_separately=config.is_train_sep,
             archs=names if len(names) > 1 else None,
         )
+        weights_K = None if config.class_weights is None else class_weights(config.class_weights, self.source)
         class_loss = ClassLoss(
-            kind=config.class_loss, label_smoothing=LABEL_SMOOTHING if config.is_label_smoothing else 0.0
+            kind=config.class_loss,
+            label_smoothing=LABEL_SMOOTHING if config.is_label_smoothing else 0.0,
+            weights_K=None if weights_K is None else weights_K.to(self.world.device),
         )
         with torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(fold_in(self.seed, STREAM_INIT, METHOD_INIT))
@@ -826,6 +830,8 @@ def open_shared_source(config: Config, world: World) -> DataSource:
         workers=config.workers,
     )
     source = distributed.main_first(world, partial(open_source, request))
+    if config.class_map is not None:
+        source = with_names(source, config.class_map)
     if "test_fraction" in config.given and not source.fractions:
         raise UserError(
             f"--test_fraction {config.test_fraction:g}: --data {config.data} has its own split. Leave the flag away."

@@ -98,6 +98,7 @@ class DataSource:
         names: hash of the names of all training images, held out or not; "" where images have none.
         fractions: part -> fraction, where a hash of names drew the parts (`dataset.parts`) of images without a split.
         membership: part -> names of its images, in that case.
+        codes: K names of the classes as the data has them, where --class_map gave them others; else empty.
     """
 
     name: str
@@ -114,6 +115,7 @@ class DataSource:
     names: str = ""
     fractions: Mapping[str, float] = field(default_factory=dict)
     membership: Mapping[str, Sequence[str]] = field(default_factory=dict)
+    codes: tuple[str, ...] = ()
 
     def normalised(self, mean: Sequence[float], std: Sequence[float]) -> Self:
         """The same data with another mean and deviation [3]; an empty one leaves the data's own."""

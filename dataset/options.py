@@ -6,6 +6,7 @@ from dataset.parts import TEST_FRACTION
 from recipe.preprocessing import INTERPOLATIONS
 from utils.options import BY_RECIPE, OF_CALL, SAME, TAKES, Options, option
 
+SAMPLERS = ("shuffled", "balanced")
 PADDING_MODES = ("zero", "reflect")
 ERASE_MODES = ("const", "pixel")
 RANDOM = "random"
@@ -136,6 +137,18 @@ class DataOptions(Options):
         least=0,
         below=1,
         resume="refused where other images would be held out",
+    )
+    class_map: str | None = option(
+        None,
+        "names for classes that are numbers or codes: a FILE of a code and its name a line",
+        metavar="FILE",
+        resume="held against the classes of the checkpoint",
+    )
+    sampler: str = option(
+        "shuffled",
+        "which images an epoch takes: each once, or draws with replacement in which every class is equally likely",
+        choices=SAMPLERS,
+        resume=TAKES,
     )
     image_column: str | None = option(
         None, "of a table, the column of the images", default_text="guessed by its name", resume=OF_CALL

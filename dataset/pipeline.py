@@ -4,7 +4,7 @@ from dataset import DataSource, ImageSet
 from dataset.cut import ResizedCropSpec
 from dataset.loader import EvalLoader, TrainLoader
 from dataset.options import DataOptions
-from dataset.sampler import ClassBalancedSampler
+from dataset.sampler import ClassBalancedSampler, EquallyLikelyClasses
 from recipe.datasets import ROWS
 from recipe.preprocessing import Preprocessing, eval_resize
 from utils.errors import UserError
@@ -44,18 +44,25 @@ def build_train_loader(
         world: which part of a batch this process takes, and where it goes.
         num_views: V.
         seed: of the order and of the crops.
-        sampler: "shuffled", or "class_balanced" (L-MCL).
+        sampler: what the method asks for: "shuffled", where --sampler decides, or "class_balanced" (L-MCL).
 
     Raises:
         UserError: too few images for the batch size, the sampler or the number of processes, or an incomplete batch
             that the sampler does not make.
     """
     batch_size = options.batch_size * world.num_nodes
-    order = None
+    order: ClassBalancedSampler | EquallyLikelyClasses | None = None
     if sampler == "class_balanced":
+        if options.sampler != "shuffled":
+            raise UserError(
+                f"--sampler {options.sampler}: this method puts its batches together itself, of several images of a "
+                "class each. Leave the flag away."
+            )
         if not options.drop_last:
             raise UserError("--drop_last 0: class-balanced batches are all complete; leave the flag away.")
         order = ClassBalancedSampler(source.train.targets, batch_size=batch_size, seed=fold_in(seed, STREAM_SAMPLER))
+    elif options.sampler == "balanced":
+        order = EquallyLikelyClasses(source.train.targets, seed)
     smallest, largest = options.crop_area
     crop = ResizedCropSpec(size=options.crop_size, area=(smallest, largest), interpolation=options.crop_interpolation)
     return TrainLoader(

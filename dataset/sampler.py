@@ -31,6 +31,23 @@ class Shuffled:
         return numpy_generator(self.seed, STREAM_ORDER, epoch).permutation(self.size)
 
 
+class EquallyLikelyClasses:
+    """N draws with replacement for N images, each of a class that is as likely as any other, and of an image of it that
+    is as likely as any other of the class: drawn from (seed, STREAM_SAMPLER, 1, epoch). Ours; classes without images
+    are none."""
+
+    def __init__(self, targets_N: Tensor, seed: int) -> None:
+        targets = targets_N.numpy()
+        self._members = np.argsort(targets, kind="stable")
+        _, self._first, self._sizes = np.unique(targets[self._members], return_index=True, return_counts=True)
+        self._seed = seed
+
+    def __call__(self, epoch: int) -> np.ndarray:
+        generator = numpy_generator(self._seed, STREAM_SAMPLER, 1, epoch)
+        class_N = generator.integers(0, len(self._sizes), len(self._members))
+        return self._members[self._first[class_N] + generator.integers(0, self._sizes[class_N])]
+
+
 class ClassBalancedSampler:
     """`class_balanced_order` of every epoch, drawn from (seed, STREAM_SAMPLER, epoch): a sampler for `TrainLoader`.
 

@@ -276,6 +276,7 @@ def open_test_split(session: Session, *, download: bool = True) -> DataSource:
         UserError: the data is missing, or its classes are not those of the networks.
     """
     config, info = session.config, session.info
+    known = info.codes or info.classes  # as the data has them
     source = open_source(
         SourceRequest(
             dataset=config.dataset,
@@ -290,14 +291,14 @@ def open_test_split(session: Session, *, download: bool = True) -> DataSource:
             split_column=config.split_column,
             splits=("test",),
             split=session.options.split,
-            classes=info.classes,
+            classes=known,
             recipe=info.data_recipe if info.data_recipe in OPEN_ROWS else None,
             on_bad_image=config.on_bad_image,
             workers=config.workers,
             download=download,
         )
     )
-    unknown = sorted(set(source.classes) - set(info.classes or source.classes))
+    unknown = sorted(set(source.classes) - set(known or source.classes))
     if unknown and len(source.classes) > info.num_classes:
         raise UserError(
             f"--data {config.data} has a class that the networks of --resume do not know: {unknown[0]!r} "
@@ -310,11 +311,11 @@ def open_test_split(session: Session, *, download: bool = True) -> DataSource:
         )
     # numbers stand for names that the data set's files do not tell
     nameless = config.dataset == info.dataset and source.classes == _numbers(info.num_classes)
-    if info.classes is not None and info.classes != source.classes and not nameless:
-        at = next(i for i, name in enumerate(info.classes) if name != source.classes[i])
+    if known is not None and source.classes not in (known, info.classes) and not nameless:
+        at = next(i for i, name in enumerate(known) if name != source.classes[i])
         raise UserError(
             f"--dataset {config.dataset} has other classes than the networks of --resume: class {at} is "
-            f"{source.classes[at]!r} in the data and {info.classes[at]!r} in the checkpoint."
+            f"{source.classes[at]!r} in the data and {known[at]!r} in the checkpoint."
         )
     return source
 

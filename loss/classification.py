@@ -1,6 +1,6 @@
 """What a prediction costs against the labels, plain or mixed. B images, K classes."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -12,23 +12,32 @@ from utils.targets import Targets
 CLASS_LOSSES = ("ce", "bce")
 
 
-def cross_entropy(logits_BK: Tensor, labels_B: Tensor, *, label_smoothing: float = 0.0) -> Tensor:
+def cross_entropy(
+    logits_BK: Tensor, labels_B: Tensor, *, label_smoothing: float = 0.0, weights_K: Tensor | None = None
+) -> Tensor:
     """Cross-entropy of each image: logits (B, K), int64 labels (B,) -> (B,).
 
-    With smoothing ε the target is (1 - ε) · one_hot + ε / K (Szegedy et al., arXiv:1512.00567).
+    With smoothing ε the target is (1 - ε) · one_hot + ε / K (Szegedy et al., arXiv:1512.00567). With weights of the
+    classes, every term of the sum over the classes is times its class's, as in `torch.nn.CrossEntropyLoss`; but a mean
+    over images does not divide by their sum.
     """
-    return F.cross_entropy(at_least_float32(logits_BK), labels_B, reduction="none", label_smoothing=label_smoothing)
+    logits_BK = at_least_float32(logits_BK)
+    weights_K = None if weights_K is None else weights_K.to(logits_BK)
+    return F.cross_entropy(logits_BK, labels_B, weights_K, reduction="none", label_smoothing=label_smoothing)
 
 
-def mixed_cross_entropy(logits_BK: Tensor, targets: Targets, *, label_smoothing: float = 0.0) -> Tensor:
+def mixed_cross_entropy(
+    logits_BK: Tensor, targets: Targets, *, label_smoothing: float = 0.0, weights_K: Tensor | None = None
+) -> Tensor:
     """λ · CE(logits, labels) + (1 - λ) · CE(logits, other labels) of each image: (B, K) -> (B,).
 
     Mixup (Zhang et al., arXiv:1710.09412); where both labels are one and the same tensor it is `cross_entropy`.
     """
-    loss_B = cross_entropy(logits_BK, targets.labels_B, label_smoothing=label_smoothing)
+    loss_B = cross_entropy(logits_BK, targets.labels_B, label_smoothing=label_smoothing, weights_K=weights_K)
     if targets.labels_other_B is targets.labels_B:
         return loss_B
-    loss_other_B = cross_entropy(logits_BK, targets.labels_other_B, label_smoothing=label_smoothing)
+    others_B = targets.labels_other_B
+    loss_other_B = cross_entropy(logits_BK, others_B, label_smoothing=label_smoothing, weights_K=weights_K)
     return targets.lam * loss_B + (1 - targets.lam) * loss_other_B
 
 
@@ -61,15 +70,18 @@ class ClassLoss:
     Attributes:
         kind: one of `CLASS_LOSSES`: "ce", `mixed_cross_entropy`, or "bce", `mixed_binary_cross_entropy`.
         label_smoothing: ε, in [0, 1).
+        weights_K: of the classes, for "ce" only; None: all are 1.
     """
 
     kind: str = "ce"
     label_smoothing: float = 0.0
+    weights_K: Tensor | None = field(default=None, compare=False)
 
     def __call__(self, logits_BK: Tensor, targets: Targets) -> Tensor:
         """The loss of each image: logits (B, K) -> (B,), in float32 or better."""
-        loss = mixed_binary_cross_entropy if self.kind == "bce" else mixed_cross_entropy
-        return loss(logits_BK, targets, label_smoothing=self.label_smoothing)
+        if self.kind == "bce":
+            return mixed_binary_cross_entropy(logits_BK, targets, label_smoothing=self.label_smoothing)
+        return mixed_cross_entropy(logits_BK, targets, label_smoothing=self.label_smoothing, weights_K=self.weights_K)
 
 
 CROSS_ENTROPY = ClassLoss()

@@ -58,6 +58,7 @@ class NetworkInfo:
         crop_size: side of the input in pixels.
         weights: "raw", or "ema" where the moving average of the weights was taken.
         request: structure of the first network.
+        codes: names of the classes in the data, where `classes` are others that a --class_map gave.
         classes, mean, std, data_recipe, preprocessing, epoch, best_acc1: of our checkpoints, None in released ones and
             older ones that lack them.
     """
@@ -71,6 +72,7 @@ class NetworkInfo:
     weights: str
     request: BackboneRequest
     classes: tuple[str, ...] | None = None
+    codes: tuple[str, ...] | None = None
     mean: tuple[float, ...] | None = None
     std: tuple[float, ...] | None = None
     data_recipe: str | None = None
@@ -160,6 +162,7 @@ def restore_splitnet(
     network = build_splitnet(request, seed=0, archs=several, train_separately=train_separately)
     _load(network, state, f"{source}: not the weights of --arch {arch} --dataset {made_for} --split_factor {factor}")
     classes = _entry(content, "classes", list, source)
+    codes = _entry(content, "codes", list, source)
     best_acc1 = _entry(content, "best_acc1", (float, int, Tensor), source)
     preprocessing = _entry(content, "preprocessing", dict, source)
     info = NetworkInfo(
@@ -172,6 +175,7 @@ def restore_splitnet(
         weights=taken,
         request=request,
         classes=None if classes is None else tuple(one_line(str(name)) for name in classes),
+        codes=None if codes is None else tuple(one_line(str(name)) for name in codes),
         mean=_per_channel(content, "mean", source),
         std=_per_channel(content, "std", source),
         data_recipe=_entry(content, "data_recipe", str, source),

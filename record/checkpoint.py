@@ -44,6 +44,7 @@ class Checkpoint(TypedDict, total=False):
     widths: of the stages, where the solver found them. method: training-only state of the method.
     config: every flag's value. classes, mean, std, crop_size, data_recipe: of the data. preprocessing: of an image file
     before a network sees it, `recipe.preprocessing.Preprocessing`; absent in those of earlier versions.
+    codes: the classes' names in the data, where --class_map gave them others.
     new_heads: prefixes of parameters that --pretrained did not bring. parameters: names in the order of `optimizer`.
     pace: how an epoch was made of batches, `training.resume.Pace`. sampler: where to go on from: `epoch`, `batch`,
     `step` and `done`, `training.resume.Position`. rng: `seed`.
@@ -63,6 +64,7 @@ class Checkpoint(TypedDict, total=False):
     method: dict[str, Any]
     config: dict[str, Any]
     classes: list[str]
+    codes: list[str]
     mean: list[float]
     std: list[float]
     crop_size: int

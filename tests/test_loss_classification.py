@@ -108,3 +108,26 @@ def test_huge_logits_give_finite_values_and_gradients(
 )
 def test_losses_are_computed_in_float32_or_better(given: torch.dtype, expected: torch.dtype) -> None:
     assert at_least_float32(torch.zeros(2, dtype=given)).dtype == expected
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+def test_weights_of_classes_are_those_of_torch_without_its_division(smoothing: float) -> None:
+    generator = torch.Generator().manual_seed(0)
+    logits_BK = torch.randn(6, 4, generator=generator, dtype=torch.float64)
+    labels_B, others_B = torch.randint(4, (2, 6), generator=generator)
+    weights_K = torch.tensor([0.5, 2.0, 0.0, 1.0])
+    plain = ClassLoss(label_smoothing=smoothing, weights_K=weights_K)
+
+    def reference(labels: torch.Tensor) -> torch.Tensor:
+        mean = torch.nn.CrossEntropyLoss(weights_K.double(), label_smoothing=smoothing)
+        whole = [mean(logits[None], label[None]) for logits, label in zip(logits_BK, labels, strict=True)]
+        used = weights_K[labels].double()  # what the mean of one image is divided by
+        return torch.stack(whole).nan_to_num() * used
+
+    loss_B = plain(logits_BK, Targets(labels_B, labels_B, torch.tensor(1.0)))
+    counted = weights_K[labels_B] > 0  # torch's own mean of an image without weight is 0 / 0
+    torch.testing.assert_close(loss_B[counted], reference(labels_B)[counted])
+    mixed_B = plain(logits_BK, Targets(labels_B, others_B, torch.tensor(0.3, dtype=torch.float64)))
+    other_B = plain(logits_BK, Targets(others_B, others_B, torch.tensor(1.0)))
+    torch.testing.assert_close(mixed_B, 0.3 * loss_B + 0.7 * other_B)
+    assert ClassLoss(kind="ce") == ClassLoss()

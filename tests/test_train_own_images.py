@@ -125,6 +125,26 @@ def test_tables_and_shards_train_are_resumed_and_evaluated_as_folders_are(tmp_pa
         assert evaluated.result["images"] == sum(row["split"] == "test" for row in csv.DictReader(file))
 
 
+def test_classes_get_names_and_weights_and_equal_draws(run: tuple[Path, Path], tmp_path: Path) -> None:
+    (tmp_path / "names.txt").write_text("bright day\ndark night\n")
+    argv = [*FLAGS, "--data", run[0], "--epochs", 1, "--model_dir", tmp_path / "m", "--class_weights", "balanced"]
+    argv += ["--class_map", tmp_path / "names.txt", "--sampler", "balanced"]
+    finished = train(argv, tmp_path)
+    assert finished.code == 0, finished.stderr
+    (tmp_path / "names.txt").unlink()  # the checkpoint knows
+    arguments = ["--resume", tmp_path / "m" / "model_best.pth.tar", "--no_cuda", "--workers", 0]
+    evaluated = train(arguments, tmp_path, module="eval")
+    assert evaluated.code == 0, evaluated.stderr
+    assert list(evaluated.result["per_class_acc"]) == ["day", "night"]
+    l_mcl = ["--sampler", "balanced", "--method", "l_mcl", "--split_factor", 2, "--model_dir", tmp_path / "l"]
+    refused = train([*FLAGS, "--data", run[0], *l_mcl], tmp_path)
+    assert refused.code == 2
+    assert "--sampler balanced: this method" in refused.stderr
+    both = train([*FLAGS, "--data", run[0], "--class_weights", "balanced", "--class_loss", "bce"], tmp_path)
+    assert both.code == 2
+    assert "--class_weights is for the cross-entropy" in both.stderr
+
+
 def test_a_split_of_its_own_refuses_a_test_fraction(tmp_path: Path) -> None:
     photos(tmp_path / "d" / "train", count=3)
     photos(tmp_path / "d" / "valid", count=2)

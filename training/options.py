@@ -99,6 +99,13 @@ class OptimizerOptions(Options):
         choices=CLASS_LOSSES,
         resume=TAKES,
     )
+    class_weights: str | None = option(
+        None,
+        "weights of the classes in the cross-entropy: balanced, N / (K · images of the class), or a FILE with a class "
+        "and its weight a line",
+        metavar="balanced|FILE",
+        resume=TAKES,
+    )
     clip_grad: float | None = option(
         None, "largest global norm of the gradient", default_text="none", above=0, resume=TAKES
     )

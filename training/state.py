@@ -123,6 +123,8 @@ class RunState:
         }
         if self.precision.scaler:
             state["scaler"] = self.scaler.state_dict()
+        if self.data.codes:
+            state["codes"] = list(self.data.codes)
         if self.average is not None:
             state["ema"] = published_keys(self.average.state_dict())
         return state

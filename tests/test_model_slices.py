@@ -1,0 +1,169 @@
+"""Slices of an undivided parent: which channels, that every tensor agrees about them, and what is refused."""
+
+import json
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+from model import slices
+from model.registry import BackboneRequest, backbones, build_network
+from model.staged import classifier_name
+from tests.test_model_contract import FORMS, make_images, make_request
+from utils.errors import UserError
+
+GOLDEN = json.loads((Path(__file__).parent / "golden" / "answers.json").read_text())["slices"]
+# one of each kind of layer: plain, bottleneck, squeeze and excitation, depthwise, whole groups, concatenation
+FAMILIES = {
+    "resnet20": "small",
+    "resnet164": "small",
+    "wide_resnet16_4": "small",
+    "se_resnet110": "small",
+    "efficientnetb0": "small",
+    "resnext50_32x4d": "small",
+    "torchvision/densenet121": "small",
+}
+
+
+@pytest.mark.parametrize("case", GOLDEN, ids=lambda case: f"{case['parent']}-{case['child']}-{case['network']}")
+def test_the_fixtures_hold(case: dict, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+
+    def fixed(seed: int, number: int, channels: int) -> np.ndarray:
+        asked.append((number, channels))
+        return np.array(case["permutation"])
+
+    monkeypatch.setattr(slices, "permutation", fixed)
+    kept = slices.kept_channels(3, case["network"], case["parent"], case["child"])
+    assert kept.tolist() == case["kept"]
+    assert asked in ([], [(case["permutation_number"], case["parent"])])
+
+
+@given(seed=st.integers(0, 2**31 - 1), parent=st.integers(1, 70), child=st.integers(1, 70))
+def test_networks_that_share_a_permutation_are_disjoint(seed: int, parent: int, child: int) -> None:
+    if child > parent:
+        with pytest.raises(ValueError, match="channels from"):
+            slices.kept_channels(seed, 0, parent, child)
+        return
+    together = max(1, parent // child)
+    kept = [slices.kept_channels(seed, i, parent, child) for i in range(together)]
+    assert all((np.diff(one) > 0).all() and len(one) == child for one in kept)
+    assert len(np.unique(np.concatenate(kept))) == (parent if child == parent else together * child)
+    order = slices.permutation(seed, 1, parent)
+    assert sorted(order) == list(range(parent))
+
+
+def test_a_permutation_depends_on_each_of_its_arguments() -> None:
+    base = slices.permutation(1, 0, 64).tolist()
+    assert base == slices.permutation(1, 0, 64).tolist()
+    assert base != slices.permutation(2, 0, 64).tolist()
+    assert base != slices.permutation(1, 1, 64).tolist()
+
+
+def request_of(arch: str, shape: str) -> BackboneRequest:
+    return make_request(arch, shape, 2)
+
+
+def trained(request: BackboneRequest) -> nn.Module:
+    """An undivided network with the statistics of something."""
+    generator = torch.Generator().manual_seed(5)
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(2)
+        network = build_network(replace(request, split_factor=1)).eval()
+    for name, value in network.state_dict().items():
+        if name.endswith("running_var"):
+            value.copy_(torch.rand(value.shape, generator=generator) + 0.5)
+        elif name.endswith("running_mean"):
+            value.copy_(torch.randn(value.shape, generator=generator) * 0.1)
+    return network
+
+
+def places_of(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """In place of every element its place in the tensor."""
+    return {name: torch.arange(value.numel(), dtype=torch.float64).view(value.shape) for name, value in state.items()}
+
+
+@pytest.mark.parametrize(("arch", "shape"), FAMILIES.items())
+def test_a_network_of_slices_is_the_parent_without_the_channels_that_it_dropped(arch: str, shape: str) -> None:
+    """So every tensor was cut by the same channels: of residual sums, of concatenations, of whole groups."""
+    request = request_of(arch, shape)
+    parent = trained(request)
+    state = parent.state_dict()
+    head = f"{classifier_name(parent)}.weight"
+    found = slices.cut(state, request, networks=2, seed=3, source="P")
+    places = slices.cut(places_of(state), request, networks=2, seed=3, source="P").states[1]
+    child = build_network(request).eval()
+    child.load_state_dict(found.states[1])
+    for name, value in state.items():
+        if not value.dim():
+            continue
+        factor = value.shape[1] / places[name].shape[1] if name == head else 1.0
+        kept = (places[name] / factor).round().long().flatten()
+        emptied = torch.full_like(value, float(name.endswith("running_var")))
+        emptied.view(-1)[kept] = value.flatten()[kept] * factor
+        value.copy_(emptied)
+    images = make_images(request, 2)
+    with torch.no_grad():
+        expected, logits = parent(images), child(images)
+    assert expected.abs().max() > 0
+    torch.testing.assert_close(logits, expected, rtol=1e-4, atol=1e-5 * float(expected.abs().max()))
+    assert 0.0 <= found.shared < 1.0
+
+
+def test_an_undivided_network_takes_everything() -> None:
+    request = replace(request_of("resnet20", "small"), split_factor=1)
+    state = trained(request).state_dict()
+    found = slices.cut(state, request, networks=1, seed=3, source="P")
+    assert all(torch.equal(found.states[0][name], value) for name, value in state.items())
+    assert found.shared == 1.0
+
+
+def test_a_classifier_for_other_classes_is_left_out() -> None:
+    request = request_of("resnet20", "small")
+    state = trained(request).state_dict()
+    found = slices.cut(state, replace(request, num_classes=5), networks=2, seed=3, source="P")
+    assert set(state) - set(found.states[0]) == {"fc.weight", "fc.bias"}
+
+
+@pytest.mark.parametrize(
+    ("change", "complaint"),
+    [
+        (lambda state: state.pop("layer1.0.conv1.weight"), "no tensor layer1.0.conv1.weight"),
+        (lambda state: state.update({"layer1.0.bn1.bias": torch.zeros(9)}), r"layer1.0.bn1.bias has shape \(9,\)"),
+    ],
+)
+def test_another_network_is_no_parent(change, complaint: str) -> None:
+    request = request_of("resnet20", "small")
+    state = dict(trained(request).state_dict())
+    change(state)
+    with pytest.raises(UserError, match=f"^P: is no parent of these networks: .*{complaint}"):
+        slices.cut(state, request, networks=2, seed=3, source="P")
+
+
+@pytest.mark.long
+def test_every_backbone_is_cut_or_refused_by_name() -> None:
+    refused, complaints = set(), {}
+    for arch, shape in FORMS:
+        legal = backbones.get(arch).split_factors[shape]
+        if 2 not in legal:
+            continue
+        request = request_of(arch, shape)
+        with torch.device("meta"):
+            parent = build_network(replace(request, split_factor=1)).state_dict()
+            child = {name: value.shape for name, value in build_network(request).state_dict().items()}
+        try:
+            found = slices.cut(parent, request, networks=2, seed=3, source="--pretrained P")
+        except UserError as error:
+            refused.add(backbones.get(arch).family)
+            complaints[arch] = str(error)
+            continue
+        assert {name: value.shape for name, value in found.states[1].items()} == child, arch
+    assert all(f"--arch {arch} " in complaint for arch, complaint in complaints.items())
+    # groups of groups, parts that run side by side, or one number of channels divided in two ways
+    assert refused == {"senet", "resnexst", "resnext", "shake_resnet", "cream"}

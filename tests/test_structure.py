@@ -45,6 +45,7 @@ FLOORS_OF_MODEL = (
     "fold",
     "cascade",
     "summary",
+    "slices",
     "restore",
 )
 

@@ -21,9 +21,11 @@ from model import BackboneRequest, backbone_request, backbones, split_list
 from model.depth import check_freeze
 from model.execution import EXECUTIONS
 from model.options import ModelOptions
+from model.pretrained import has_layer_norm
 from recipe.cream_yaml import is_published, is_published_key, read_published
 from recipe.datasets import ROWS
-from recipe.own_images import KINDS, SMALL_DEFAULTS, SmallDefault
+from recipe.fine_tuning import IMAGES_NAME, REPLACED, TRAINING_NAME, fine_tuning
+from recipe.own_images import KINDS, SMALL_DEFAULTS
 from recipe.published import recipe_defaults
 from recipe.scaling import scaled_rate
 from training.compiling import COMPILE_MODES
@@ -72,10 +74,10 @@ class RunOptions(Options):
     evaluate: bool = option(False, "evaluate --resume and stop, as eval.py does", bare="1", resume=OF_CALL)
     pretrained: str | None = option(
         None,
-        "weights to start from; a head of another size is made anew. Bare: the library's weights of a torchvision or "
-        "timm architecture",
-        metavar="PATH",
-        bare="",
+        "weights to start from: a checkpoint for all networks, 'library' for those that torchvision or timm publish, "
+        "or a comma list with one for each network. Brings its own recipe; a head of another size is made anew",
+        metavar="PATH|library",
+        bare="library",
         resume="the checkpoint's weights take its place",
     )
     pretrained_dir: str | None = option(None, "published name of --pretrained PATH", metavar="PATH", resume=OF_CALL)
@@ -446,7 +448,13 @@ def _assemble(
 
 
 def resolve_config(
-    config: Config, *, data_recipe: str, crop_size: int | None = None, is_drawn: bool = False, nodes: int = 1
+    config: Config,
+    *,
+    data_recipe: str,
+    crop_size: int | None = None,
+    is_drawn: bool = False,
+    nodes: int = 1,
+    start: Mapping[str, Any] | None = None,
 ) -> Config:
     """Fill in what the user left open: the method's recipe, then the data set's, then the data's own crop size.
 
@@ -459,17 +467,31 @@ def resolve_config(
         crop_size: the data's own input size, where the recipe does not know it (folder, synthetic).
         is_drawn: the data came without a split.
         nodes: whose images an update takes.
+        start: for a run that fine-tunes pretrained weights, `recipe.fine_tuning.image_flags` of these, as far as
+            somebody says them; None: another run.
     """
     given = dict(config.given)
     from_method = dict(methods.get(config.method).recipe(data_recipe, given.get("epochs"), given))
     if config.dataset not in ROWS:  # open data sets know their own statistics
         from_method = {name: value for name, value in from_method.items() if name not in ("mean", "std")}
+    if start is not None:
+        from_method = {name: value for name, value in from_method.items() if name not in REPLACED}
     supplied = {**from_method, **given}
     small, line = None, ""
+    instead: dict[str, Any] = {}
     if config.dataset in KINDS and "arch" not in supplied and not (given.get("dataset") == "folder" and not is_drawn):
         small = SMALL_DEFAULTS[data_recipe]
-        instead, line = _scaled(small, supplied, nodes)
-        config = dataclasses.replace(config, arch=instead["arch"])
+        config = dataclasses.replace(config, arch=small.training["arch"])
+        if start is None:
+            instead, line = _scaled(small.training, supplied, nodes)
+        else:
+            instead = {"arch": config.arch}
+    images = {} if start is None else _images(start, data_recipe)
+    if start is not None:
+        size = given.get("crop_size") or images.get("crop_size") or crop_size
+        tuned = fine_tuning(layer_norm=_has_layer_norm(config, size), optimizer=given.get("optimizer"))
+        flags, line = _scaled(tuned, supplied, nodes)
+        instead |= flags
     arch = split_list(supplied.get("arch", config.arch))[0]
     backbone = backbones.get(arch) if config.dataset == "imagenet" and arch in backbones else None
     defaults, adjusted = recipe_defaults(
@@ -481,17 +503,21 @@ def resolve_config(
         batch_size=supplied.get("batch_size"),
         given=supplied,
         own_size=None if backbone is None else backbone.crop_size,
-        instead={} if small is None else instead,
+        instead=instead,
     )
     if backbone is not None:
         defaults["crop_pct"] = backbone.crop_pct
     if crop_size is not None:
         defaults.setdefault("crop_size", crop_size)  # open data sets know their size, the recipe does not
+    defaults |= images
     # settled before the data was opened
     values = {**defaults, **from_method, **given, **adjusted, "seed": config.seed, "dataset": config.dataset}
     origins = dict.fromkeys((*defaults, *from_method), "recipe") | dict(config.origins)
-    if small is not None:
+    if small is not None and start is None:
         origins |= {name: f"recipe: {small.name}" for name in small.training if name not in supplied}
+    if start is not None:
+        origins |= {name: f"recipe: {TRAINING_NAME}" for name in tuned if name not in supplied}
+        origins |= {name: f"recipe: {IMAGES_NAME}" for name in images if name not in supplied}
     origins |= {name: f"{origins.get(name, 'default')}, adjusted" for name in adjusted if name in given}
     known = _known_flags(config.method, config.extra)
     values = {name: value for name, value in values.items() if name in known}
@@ -502,10 +528,31 @@ def resolve_config(
     return resolved
 
 
-def _scaled(recipe: SmallDefault, supplied: Mapping[str, Any], nodes: int) -> tuple[dict[str, Any], str]:
+def _images(start: Mapping[str, Any], data_recipe: str) -> dict[str, Any]:
+    """Of the flags under which pretrained weights see what they were trained on, those that the data can obey.
+
+    Small images are in memory at their own size. Where nobody says what weights for large images want, it is what
+    ImageNet's networks are trained on.
+    """
+    if not ROWS[data_recipe].is_large:
+        return {name: value for name, value in start.items() if name in ("mean", "std")}
+    if start:
+        return dict(start)
+    mean, std = ROWS["imagenet"].published_statistics
+    return {"mean": mean, "std": std}
+
+
+def _has_layer_norm(config: Config, crop_size: int | None) -> bool:
+    """Whether the first network normalises by layers, which decides the optimiser that fine-tunes it."""
+    request = dataclasses.replace(config, crop_size=crop_size or config.crop_size).backbone_request(2)
+    return has_layer_norm(dataclasses.replace(request, arch=config.archs()[0]))
+
+
+def _scaled(recipe: Mapping[str, Any], supplied: Mapping[str, Any], nodes: int) -> tuple[dict[str, Any], str]:
     """The recipe's flags, its rate scaled to the images of an update unless somebody chose the rate; and a line."""
-    flags = dict(recipe.training)
-    if supplied.keys() & {"lr", "optimizer", "is_linear_lr"}:
+    flags = dict(recipe)
+    is_another = supplied.get("optimizer") not in (None, flags.get("optimizer"))
+    if is_another or supplied.keys() & {"lr", "is_linear_lr"}:
         return flags, ""
     images = supplied.get("batch_size", flags["batch_size"]) * supplied.get("iters_to_accumulate", 1) * nodes
     flags["lr"], line = scaled_rate(flags["lr"], batch_size=flags["batch_size"], images_per_update=images)

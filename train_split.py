@@ -31,8 +31,10 @@ from model import build_splitnet
 from model.depth import freeze, layer_factors, layer_rates
 from model.layers.narrow_norm import restore_narrow_norms
 from model.layers.sync_norm import synchronise_batchnorm
-from model.restore import library_weights, load_pretrained, published_keys, stored_widths
+from model.pretrained import Start
+from model.restore import published_keys, stored_widths
 from parser_params import Config, parse_config, resolve_config
+from recipe.fine_tuning import flags_before, image_flags
 from record import checkpoint as ckpt
 from record.checkpoint import Checkpoint
 from record.logger import RunLog, set_up_text_log
@@ -112,7 +114,14 @@ class Trainer:
         stop: whether somebody wants it to end.
     """
 
-    def __init__(self, config: Config, world: World, source: DataSource, resumed: Resumed | None) -> None:
+    def __init__(
+        self,
+        config: Config,
+        world: World,
+        source: DataSource,
+        resumed: Resumed | None,
+        start: Start | None = None,
+    ) -> None:
         assert config.seed is not None
         # what the run is
         self.config, self.world, self.seed = config, world, config.seed
@@ -128,7 +137,7 @@ class Trainer:
         self.params_one, self.params_total = count_params(self.network.models[0]), count_params(self.network)
         self.macs_total = count_macs(self.network, (3, config.crop_size, config.crop_size))
         recorder = self._recorder()
-        new_heads = heads_before(before) if before is not None else self._load_pretrained()
+        new_heads = heads_before(before) if before is not None else self._load_pretrained(start)
         self._place(before)
         self.params_frozen = freeze(self.network, config.freeze) if config.freeze else 0
 
@@ -275,13 +284,12 @@ class Trainer:
         )
         return CudaRecorder(self.world.device)
 
-    def _load_pretrained(self) -> tuple[str, ...]:
-        """Take weights from --pretrained, if given; returns the names of the heads that stay new, as prefixes."""
-        path = self.config.pretrained
-        if path is None:
+    def _load_pretrained(self, start: Start | None) -> tuple[str, ...]:
+        """Take the weights of --pretrained, if any; returns the names of the heads that stay new, as prefixes."""
+        start = start or open_start(self.config)
+        if start is None:
             return ()
-        content = ckpt.load_checkpoint(path, "--pretrained") if path else library_weights(self.network)
-        renewed = load_pretrained(self.network, content, path or "of the library")
+        renewed = start.load_into(self.network)
         for name in renewed:
             logger.info("--pretrained: the head %s has another size there and starts anew.", name)
         return tuple(f"network.{name}." for name in renewed)
@@ -760,13 +768,16 @@ def run_in(world: World, config: Config) -> dict[str, Any]:
         config = settle_seed(config, world, resumed)
         make_folder(folder)
         set_up_text_log(folder, rank=world.rank)
-        source = open_shared_source(config, world)
+        start = open_start(config) if resumed is None else None
+        images = start_images(config, start, resumed)
+        source = open_shared_source(config, world, None if images is None else images.get("crop_size"))
         config = resolve_config(
             config,
             data_recipe=source.recipe,
             crop_size=source.crop_size,
             is_drawn=bool(source.fractions),
             nodes=world.num_nodes,
+            start=images,
         )
         warn_of_unused_flags(config)
         if config.deterministic:
@@ -777,7 +788,7 @@ def run_in(world: World, config: Config) -> dict[str, Any]:
             if source.membership:
                 ckpt.write_file(folder / SPLIT, split_table(source.membership))
             ckpt.write_file(folder / "env.json", as_json(describe_environment(world)))
-        trainer = Trainer(config, world, source, resumed)
+        trainer = Trainer(config, world, source, resumed, start)
         announce(trainer)
         return trainer.run()
 
@@ -812,14 +823,50 @@ def warn_of_unused_flags(config: Config) -> None:
             logger.warning("--%s has no effect, as in the published code.", name)
 
 
-def open_shared_source(config: Config, world: World) -> DataSource:
-    """Open the data set, in process 0 first, because it may download archives or measure statistics."""
+def open_start(config: Config) -> Start | None:
+    """What --pretrained names, read; None without it.
+
+    Raises:
+        UserError: a file that is none of ours or of a library's, or another number of files than of networks.
+    """
+    if config.pretrained is None:
+        return None
+    names = methods.get(config.method).backbone_names(config.arch, config.method_options)
+    num_networks = len(names) if len(names) > 1 else 1 if config.is_train_sep else config.split_factor
+    return Start.open(config.pretrained, num_networks, partial(ckpt.load_checkpoint, flag="--pretrained"))
+
+
+def start_images(config: Config, start: Start | None, resumed: Resumed | None) -> dict[str, Any] | None:
+    """For a run that fine-tunes, the flags under which its weights see what they were trained on; None: another run.
+
+    Raises:
+        UserError: the networks' weights want images of different means.
+    """
+    kind = methods.get(config.method)
+    if config.pretrained is None or not kind.fine_tunes:
+        return None
+    if resumed is not None:  # the run before has settled it, if it was one that fine-tuned
+        before = resumed.state.get("config", {})
+        return flags_before(before) if "layer_decay" in before else None
+    assert start is not None
+    names = kind.backbone_names(config.arch, config.method_options)
+    settled = {"mean", "std"} <= config.given.keys()
+    wanted = start.preprocessing(names, may_differ=settled)
+    return {} if wanted is None else image_flags(wanted)
+
+
+def open_shared_source(config: Config, world: World, own_size: int | None = None) -> DataSource:
+    """Open the data set, in process 0 first, because it may download archives or measure statistics.
+
+    Args:
+        own_size: side in pixels of the images that pretrained weights want, where --crop_size says no other.
+    """
     request = SourceRequest(
         dataset=config.dataset,
         root=Path(config.data),
         cache_dir=Path(config.model_dir),
         num_classes=config.num_classes,
-        crop_size=config.given.get("crop_size"),
+        crop_size=config.given.get("crop_size", own_size),
         seed=config.seed or 0,
         val_fraction=config.val_fraction,
         test_fraction=config.test_fraction,

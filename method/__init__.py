@@ -96,6 +96,7 @@ class Method(nn.Module, Generic[OwnOptions]):
             neither be compiled nor replayed from a CUDA graph.
         runs_networks_itself: True if it calls the single networks, or parts of them, in place of `network(views)`.
         incompatible: flags that must not be on with the method, each with the reason.
+        fine_tunes: True if --pretrained weights bring the recipe of fine-tuning, False if the method's own stays.
         networks_from_list: True if `--arch a,b` (full networks, S = length of the list) makes sense.
 
     Attributes:
@@ -109,6 +110,7 @@ class Method(nn.Module, Generic[OwnOptions]):
     decides_on_host: ClassVar[bool] = False
     runs_networks_itself: ClassVar[bool] = False
     networks_from_list: ClassVar[bool] = True
+    fine_tunes: ClassVar[bool] = True
     incompatible: ClassVar[Mapping[str, str]] = {}
     sampler: str = "shuffled"
 

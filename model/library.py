@@ -19,6 +19,7 @@ from model.division.rechannel import ChannelGraph, trace
 from model.division.solver import TOLERANCE, solve_widths
 from model.registry import LARGE, SMALL, Backbone, BackboneRequest, DivisionPlan
 from model.staged import StagedBackbone
+from recipe.preprocessing import Preprocessing
 from utils.errors import UserError, reason
 from utils.macs import count_macs, count_params
 
@@ -134,7 +135,7 @@ class Library:
         create: (name without prefix, K) -> the library's network.
         families: those that can be divided.
         examples: names of such ones, for error messages.
-        layer_numbers: as in `model.registry.Backbone`.
+        layer_numbers, released_name: as in `model.registry.Backbone`.
     """
 
     prefix: str
@@ -142,8 +143,16 @@ class Library:
     families: Sequence[Family] = field(default_factory=tuple)
     examples: str
     layer_numbers: Callable[[nn.Module], Mapping[str, int]] | None = None
+    released_name: Callable[[str], str] | None = None
 
-    def backbone(self, name: str, *, crop_size: int | None, pretrained: Callable[[], Mapping[str, Tensor]]) -> Backbone:
+    def backbone(
+        self,
+        name: str,
+        *,
+        crop_size: int | None,
+        pretrained: Callable[[], Mapping[str, Tensor]],
+        preprocessing: Callable[[str], Preprocessing] | None,
+    ) -> Backbone:
         """The registry entry of a network that exists."""
         return Backbone(
             build=self.build,
@@ -153,6 +162,8 @@ class Library:
             plan=self.plan,
             pretrained=pretrained,
             layer_numbers=self.layer_numbers,
+            preprocessing=preprocessing,
+            released_name=self.released_name,
         )
 
     def _family(self, network: nn.Module) -> Family | None:

@@ -9,6 +9,7 @@ from typing import Any, Protocol, TypeVar
 from torch import Tensor, nn
 
 from recipe.datasets import ROWS, row_for
+from recipe.preprocessing import Preprocessing
 from utils.errors import UserError
 from utils.registry import Registry
 
@@ -136,6 +137,9 @@ class Backbone:
         pretrained: fetches the weights that the network's library publishes, by state-dict name; None: there are none.
         layer_numbers: network -> the layer of every parameter by name, counted from the image, as the network's
             library has it; None where it has no such count.
+        preprocessing: name of a released file, or any other -> how the library's weights want images; None: nobody
+            says it.
+        released_name: name of a tensor in the library's files -> that in today's networks; None: they are the same.
     """
 
     build: BackboneBuilder
@@ -149,6 +153,8 @@ class Backbone:
     plan: Callable[[BackboneRequest], DivisionPlan] | None = None
     pretrained: Callable[[], Mapping[str, Tensor]] | None = None
     layer_numbers: Callable[[nn.Module], Mapping[str, int]] | None = None
+    preprocessing: Callable[[str], Preprocessing] | None = None
+    released_name: Callable[[str], str] | None = None
 
 
 backbones: Registry[Backbone] = Registry(

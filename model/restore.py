@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from model.build import build_splitnet
 from model.registry import (
@@ -116,7 +116,7 @@ def restore_splitnet(
         UserError: the file holds no such networks, does not say what they are, or contradicts a flag.
     """
     state, taken = network_state(content, weights, source)
-    numbers = sorted({int(match[1]) for key in state if (match := _NETWORK_KEY.match(key))})
+    numbers = stored_networks(state)
     if not numbers or numbers != list(range(len(numbers))):
         raise UserError(f"{source}: holds no networks: expected weights named models.0.*, models.1.*, …")
     config = _entry(content, "config", dict, source) or {}
@@ -188,44 +188,45 @@ def restore_splitnet(
     return network.eval(), info
 
 
-def load_pretrained(network: SplitNet, content: Mapping[str, Any], path: str) -> list[str]:
-    """Take a checkpoint's weights into `network`; returns the names of the classifiers that another size keeps as new.
+def load_state(network: SplitNet, state: Mapping[str, Tensor], source: str) -> list[str]:
+    """Take weights into `network`; returns the names of the classifiers that another size keeps as new.
 
     Args:
-        content: a loaded checkpoint of the same backbone and S; its moving average is taken where there is one.
-        path: the file, for error messages.
+        state: tensors as `models.<i>...`, of networks of this structure.
+        source: how errors call where they come from.
 
     Raises:
         UserError: the weights are not those of this structure.
     """
-    state, _ = network_state(content, "auto", f"--pretrained {path}")
     heads = {f"models.{i}.{classifier_name(one)}" for i, one in enumerate(network.models)}
-    complaint = f"--pretrained {path}: not the weights of these {len(network.models)} networks"
+    complaint = f"{source}: not the weights of these {len(network.models)} networks"
     return _load(network, state, complaint, heads=heads)
 
 
-def library_weights(network: SplitNet) -> dict[str, Any]:
-    """The published weights of networks that are a library's own, in the form of a checkpoint.
+def library_state(network: nn.Module) -> Mapping[str, Tensor]:
+    """The published weights of a network that is a library's own, by its state-dict names.
 
     Raises:
-        UserError: a network is not a library's, or not whole, or its weights cannot be fetched.
+        UserError: the network is not a library's, or not whole, or its weights cannot be fetched.
     """
-    state = {}
-    for i, one in enumerate(network.models):
-        request = request_of(one)
-        fetch = backbones.get(request.arch).pretrained
-        if fetch is None:
-            raise UserError(
-                f"--pretrained without a PATH takes a library's weights, and --arch {request.arch} is none of a "
-                "library's (torchvision/NAME, timm/NAME). Give the path of a checkpoint."
-            )
-        if request.split_factor > 1:
-            raise UserError(
-                f"--pretrained without a PATH: the library's weights are those of the undivided {request.arch}, and "
-                f"this run divides it by {request.split_factor}. Leave --split_factor away, or give a PATH."
-            )
-        state.update({f"models.{i}.{key}": value for key, value in fetch().items()})
-    return {"state_dict": state}
+    request = request_of(network)
+    fetch = backbones.get(request.arch).pretrained
+    if fetch is None:
+        raise UserError(
+            f"--pretrained library takes a library's weights, and --arch {request.arch} is none of a library's "
+            "(torchvision/NAME, timm/NAME). Give the path of a checkpoint."
+        )
+    if request.split_factor > 1:
+        raise UserError(
+            f"--pretrained library: the library's weights are those of the undivided {request.arch}, and this run "
+            f"divides it by {request.split_factor}. Leave --split_factor away, or give a PATH."
+        )
+    return fetch()
+
+
+def stored_networks(state: Mapping[str, Tensor]) -> list[int]:
+    """The numbers of the networks whose tensors these are."""
+    return sorted({int(match[1]) for key in state if (match := _NETWORK_KEY.match(key))})
 
 
 def stored_widths(content: Mapping[str, Any], source: str) -> tuple[float, ...] | None:
@@ -249,7 +250,8 @@ def network_state(content: Mapping[str, Any], weights: str, source: str) -> tupl
     if weights == "auto" and not average and FOREIGN & content.keys():
         logger.warning("%s: holds no moving average of the weights; taking the raw ones.", source)
     plain = bool(content) and all(isinstance(value, Tensor) for value in content.values())
-    state = average if taken == "ema" else content if plain else content.get("state_dict")
+    # DeiT's files and those of torchvision's training scripts call it "model"
+    state = average if taken == "ema" else content if plain else content.get("state_dict", content.get("model"))
     if not isinstance(state, Mapping) or not all(isinstance(value, Tensor) for value in state.values()):
         raise UserError(f"{source}: expected tensors by name in its 'state_dict', the weights of the networks.")
     state = plain_keys(state)

@@ -192,7 +192,7 @@ def recipe_defaults(
         defaults["slow_start_epochs"] = _warm_up_epochs(row, arch, epochs)
         if _calls_norms_norm(arch, given):
             defaults["no_decay"] = "norm_bias"
-        defaults |= {name: value for name, value in instead.items() if name not in ("epochs", "batch_size")}
+    defaults |= {name: value for name, value in instead.items() if name not in ("epochs", "batch_size")}
     if own_size is not None:
         defaults["crop_size"] = own_size
     defaults["cot_weight_warm_up_epochs"] = in_proportion(row.cot_warm_up, epochs)

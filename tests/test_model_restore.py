@@ -3,7 +3,6 @@
 import sys
 import types
 from dataclasses import replace
-from urllib.error import URLError
 
 import pytest
 import torch
@@ -11,7 +10,7 @@ import torchvision
 from torch import nn
 
 from model import BackboneRequest, build_splitnet
-from model.restore import library_weights, load_pretrained, published_keys, restore_splitnet
+from model.restore import published_keys, restore_splitnet
 from record.checkpoint import load_checkpoint
 from utils.errors import UserError
 
@@ -208,51 +207,6 @@ def test_solved_widths_come_back(ours):
         restore_splitnet(ours)
 
 
-def test_a_librarys_published_weights(monkeypatch, tmp_path):
-    """The real download code finds the file in torch's cache; without the file it says where to put it."""
-    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
-    request = replace(REQUEST, arch="torchvision/mobilenet_v3_small", split_factor=1)
-    target = build_splitnet(request, seed=0)
-
-    def no_network(*args, **kwargs):
-        raise URLError("no route to host")
-
-    monkeypatch.setattr(torch.hub, "download_url_to_file", no_network)
-    with pytest.raises(UserError, match=r"cannot be fetched.*https.*no route to host.*file into") as error:
-        library_weights(target)
-    assert "\n" not in str(error.value)
-
-    published = torchvision.models.mobilenet_v3_small()
-    name = torchvision.models.MobileNet_V3_Small_Weights.DEFAULT.url.rpartition("/")[2]
-    torch.save(published.state_dict(), tmp_path / "checkpoints" / name)
-    assert load_pretrained(target, library_weights(target), "of the library") == ["models.0.classifier.3"]
-    own, theirs = target.models[0].state_dict(), published.state_dict()
-    assert all(torch.equal(own[key], theirs[key]) for key in own if not key.startswith("classifier.3"))
-
-    for arch, split_factor, message in (
-        ("torchvision/mobilenet_v3_small", 2, "undivided torchvision/mobilenet_v3_small"),
-        ("resnet20", 1, "--arch resnet20.*library"),
-    ):
-        with pytest.raises(UserError, match=message):
-            library_weights(build_splitnet(replace(request, arch=arch, split_factor=split_factor), seed=0))
-
-
-def test_timms_published_weights_fail_in_one_line(monkeypatch):
-    timm = pytest.importorskip("timm")
-    target = build_splitnet(replace(REQUEST, arch="timm/resnet18", split_factor=1), seed=0)
-
-    def no_network(*args, **kwargs):
-        assert kwargs["pretrained"]
-        raise OSError("cannot reach the hub\nat all")
-
-    monkeypatch.setattr(timm, "create_model", no_network)
-    with pytest.raises(UserError, match=r"timm.*resnet18.*cannot be fetched.*cannot reach the hub"):
-        library_weights(target)
-    published = torch.nn.Linear(2, 3)
-    monkeypatch.setattr(timm, "create_model", lambda name, pretrained: published)
-    assert torch.equal(library_weights(target)["state_dict"]["models.0.bias"], published.bias)
-
-
 def test_several_full_networks():
     archs = ["resnet20", "resnet32"]
     network = build_splitnet(replace(REQUEST, split_factor=1), seed=0, archs=archs)
@@ -332,23 +286,6 @@ def test_damaged_content(ours, key, value, message):
     ours[key] = value
     with pytest.raises(UserError, match=message):
         restore_splitnet(ours, dataset="digits")
-
-
-def test_pretrained_keeps_a_head_of_another_size(network):
-    content = {"state_dict": published_keys(network.state_dict())}
-    target = build_splitnet(replace(REQUEST, num_classes=3), seed=9)
-    head = target.models[1].fc.weight.clone()
-    assert load_pretrained(target, content, "x.tar") == ["models.0.fc", "models.1.fc"]
-    assert torch.equal(target.models[1].fc.weight, head)
-    assert torch.equal(target.models[1].layer1[0].conv1.weight, network.models[1].layer1[0].conv1.weight)
-
-    target = build_splitnet(REQUEST, seed=9)
-    assert load_pretrained(target, content, "x.tar") == []
-    assert same(target, network)
-
-    target = build_splitnet(replace(REQUEST, split_factor=4), seed=9)
-    with pytest.raises(UserError, match=r"--pretrained x\.tar.*not the weights.*4 networks"):
-        load_pretrained(target, content, "x.tar")
 
 
 class CfgNode(dict):

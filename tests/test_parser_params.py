@@ -139,7 +139,7 @@ def test_aliases_and_spellings() -> None:
     assert config.is_mixup is False
     assert config.lr_milestones == (3, 5, 7)
     assert parse_config(["--evaluate", "--resume", "x"]).evaluate is True
-    assert parse_config(["--pretrained"]).pretrained == ""
+    assert parse_config(["--pretrained"]).pretrained == "library"
     assert parse_config(["--pretrained_dir", "p"]).pretrained == "p"
     assert parse_config(["--learning-rate=0.3", "--lr", "0.2", "--init-lr", "0.1"]).lr == 0.1  # the last one
     assert parse_config(["--lr-type", "multistep"]).lr_mode == "step"

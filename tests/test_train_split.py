@@ -234,7 +234,7 @@ def test_the_images_that_fill_no_batch_are_left_out_or_not(drop_last: int, steps
         (["--dataset", "digits", "--arch", "resnet20", "--gpu", 7], "--gpu 7: no such GPU"),
         (["--dataset", "digits", "--arch", "resnet20", "--resume", "/nowhere.pth.tar"], "--resume /nowhere.pth.tar"),
         (["--dataset", "digits", "--arch", "resnet20", "--pretrained", "/nowhere.pth.tar"], "--pretrained /nowhere"),
-        (["--dataset", "digits", "--arch", "resnet20", "--pretrained"], "--pretrained without a PATH"),
+        (["--dataset", "digits", "--arch", "resnet20", "--pretrained"], "--pretrained library takes"),
         (
             ["--dataset", "digits", "--arch", "resnet20", "--amp_dtype", "fp16", "--no_cuda"],
             "--amp_dtype fp16 needs a GPU",

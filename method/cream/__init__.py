@@ -118,6 +118,7 @@ class Cream(Method[CreamSearchOptions]):
     reduces_own_gradients = True
     decides_on_host = True
     networks_from_list = False
+    fine_tunes = False
     incompatible: ClassVar[Mapping[str, str]] = {"freeze": "a search trains all of its supernet"}
 
     def __init__(

@@ -3,6 +3,7 @@
 Undivided they are timm's own networks; divided, its layers with other channel counts and its initial values.
 """
 
+import math
 from collections.abc import Callable, Mapping
 from functools import lru_cache, partial
 from types import ModuleType
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 
 from model.library import Family, Library, layers_of, zero_bias
 from model.registry import Backbone, backbones
+from recipe.preprocessing import INTERPOLATIONS, Preprocessing
 from utils.errors import UserError, reason
 from utils.registry import nearest_name
 
@@ -169,6 +171,22 @@ def fetch_weights(name: str) -> Mapping[str, Tensor]:
     return network.state_dict()
 
 
+def preprocessing(published: Any, file: str) -> Preprocessing:
+    """How timm's weights want images, as timm evaluates them; whatever the file is called.
+
+    Where it cuts otherwise than a square out of the centre of a resized image, that square; where it resizes neither
+    bicubically nor bilinearly, bicubically.
+    """
+    crop = published.input_size[-1]
+    return Preprocessing(
+        resize=math.floor(crop / published.crop_pct),
+        interpolation=published.interpolation if published.interpolation in INTERPOLATIONS else INTERPOLATIONS[0],
+        crop=crop,
+        mean=tuple(published.mean),
+        std=tuple(published.std),
+    )
+
+
 @backbones.add_resolver
 @lru_cache
 def timm_backbone(arch: str) -> Backbone | None:
@@ -188,4 +206,9 @@ def timm_backbone(arch: str) -> Backbone | None:
         )
     published = timm.get_pretrained_cfg(name)
     crop_size = None if published is None else published.input_size[-1]
-    return library().backbone(name, crop_size=crop_size, pretrained=partial(fetch_weights, name))
+    return library().backbone(
+        name,
+        crop_size=crop_size,
+        pretrained=partial(fetch_weights, name),
+        preprocessing=None if published is None else partial(preprocessing, published),
+    )

@@ -30,6 +30,7 @@ from torchvision.models import (
 
 from model.library import Family, Library, layers_of, normal_by_outputs, zero_bias
 from model.registry import Backbone, backbones
+from recipe.preprocessing import Preprocessing
 from utils.errors import UserError, reason
 from utils.registry import nearest_name
 
@@ -188,10 +189,17 @@ FAMILIES = (
     ),
 )
 
+
+def released_name(key: str) -> str:
+    """Today's name of a tensor in a released file."""
+    return _OLD_DENSENET.sub(r"\1\2", key)
+
+
 LIBRARY = Library(
     prefix=PREFIX,
     create=lambda name, num_classes: get_model(name, weights=None, num_classes=num_classes),
     families=FAMILIES,
+    released_name=released_name,
     examples="resnet50, resnext50_32x4d, wide_resnet50_2, regnet_y_400mf, mobilenet_v2, mobilenet_v3_small, "
     "efficientnet_b0, convnext_tiny, densenet121, mnasnet1_0, vgg11_bn",
 )
@@ -211,7 +219,25 @@ def fetch_weights(name: str) -> Mapping[str, Tensor]:
             f"--pretrained: torchvision's weights of {name} cannot be fetched from {weights.DEFAULT.url} "
             f"({reason(error)[:150]}). Put the file into {torch.hub.get_dir()}/checkpoints, or give --pretrained PATH."
         ) from None
-    return {_OLD_DENSENET.sub(r"\1\2", key): value for key, value in state.items()}
+    return {released_name(key): value for key, value in state.items()}
+
+
+def weights_of(name: str, file: str) -> Any:
+    """The entry of torchvision's weights that a file of this name is, else its best one."""
+    weights: Any = get_model_weights(name)
+    return next((one for one in weights if one.url.rpartition("/")[2] == file), weights.DEFAULT)
+
+
+def preprocessing(name: str, file: str) -> Preprocessing:
+    """How a file of weights wants images, as torchvision evaluates it (`weights.transforms()`)."""
+    asked = weights_of(name, file).transforms()
+    return Preprocessing(
+        resize=asked.resize_size[0],
+        interpolation=asked.interpolation.value,
+        crop=asked.crop_size[0],
+        mean=tuple(asked.mean),
+        std=tuple(asked.std),
+    )
 
 
 @backbones.add_resolver
@@ -238,4 +264,9 @@ def torchvision_backbone(arch: str) -> Backbone | None:
         )
     weights: Any = get_model_weights(name)
     crop_size = weights.DEFAULT.transforms.keywords["crop_size"]
-    return LIBRARY.backbone(name, crop_size=crop_size, pretrained=partial(fetch_weights, name))
+    return LIBRARY.backbone(
+        name,
+        crop_size=crop_size,
+        pretrained=partial(fetch_weights, name),
+        preprocessing=partial(preprocessing, name),
+    )

@@ -47,6 +47,7 @@ FLOORS_OF_MODEL = (
     "summary",
     "slices",
     "restore",
+    "pretrained",
 )
 
 

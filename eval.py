@@ -4,13 +4,13 @@ Backbone, S, classes and normalisation come from the checkpoint; flags fill in w
 last line of stdout is one JSON object, also in results.json of --model_dir, by default `eval/` beside the checkpoint.
 """
 
-from evaluation.run import SAVES_MEMORY, evaluate_arguments
+from evaluation.run import PROGRAM, SAVES_MEMORY, evaluate_arguments
 from utils.program import run_program
 
 
 def main(argv: list[str] | None = None) -> int:
     """The command line; returns the exit code: 0 done, 1 failed, 2 the user's mistake, 130 SIGINT, 143 SIGTERM."""
-    return run_program("eval.py", evaluate_arguments, argv, saves_memory=SAVES_MEMORY)
+    return run_program(PROGRAM, evaluate_arguments, argv, saves_memory=SAVES_MEMORY)
 
 
 if __name__ == "__main__":

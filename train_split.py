@@ -75,11 +75,13 @@ from utils.errors import Incomplete, Interrupted, RunError, Stopped, UserError, 
 from utils.launch import World
 from utils.macs import count_macs, count_params
 from utils.precision import choose_precision, lay_out
-from utils.program import run_program
+from utils.program import program_name, run_program
 from utils.seed import STREAM_INIT, draw_seed, fold_in
 from utils.text import escaped, one_line
 
 logger = logging.getLogger("train_split")
+
+PROGRAM = program_name("train_split.py", "train")
 
 LABEL_SMOOTHING = 0.1
 GRACE = 20.0  # seconds after a signal in which images may still come, so that an accumulation group gets whole
@@ -938,7 +940,7 @@ def train_arguments(argv: list[str]) -> Mapping[str, Any] | None:
     """
     config = None
     try:
-        config = parse_config(argv, program="train_split.py")
+        config = parse_config(argv, program=PROGRAM)
         set_process_title(config.proc_name)
         if config.is_summary:
             return summarise(config)
@@ -961,7 +963,7 @@ def worker(argv: list[str]) -> None:
 
 def main(argv: list[str] | None = None) -> int:
     """The command line; returns the exit code: 0 done, also by SIGTERM, 1 failed, 2 the user's mistake, 130 SIGINT."""
-    return run_program("train_split.py", train_arguments, argv, saves_memory=SAVES_MEMORY)
+    return run_program(PROGRAM, train_arguments, argv, saves_memory=SAVES_MEMORY)
 
 
 def set_process_title(name: str) -> None:

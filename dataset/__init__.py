@@ -206,7 +206,7 @@ class SourceRequest:
 
 SourceBuilder = Callable[[SourceRequest], DataSource]
 
-sources: Registry[SourceBuilder] = Registry("data set", "--dataset", "dataset.source")
+sources: Registry[SourceBuilder] = Registry("data set", "--dataset", f"{__name__}.source")
 
 
 def open_source(request: SourceRequest) -> DataSource:

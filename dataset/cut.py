@@ -81,7 +81,7 @@ class RandomCrops:
                 if interpolation == RANDOM:
                     interpolation = "bilinear" if chance < 0.5 else "bicubic"
                 box = image.crop((left, top, left + width, top + height))
-                views.append(_pixels(box.resize((spec.size, spec.size), INTERPOLATIONS[interpolation])))
+                views.append(pixels(box.resize((spec.size, spec.size), INTERPOLATIONS[interpolation])))
             return torch.stack(views)
 
         return cut
@@ -95,9 +95,9 @@ class CentreCut:
     num_views: int = 1
 
     def prepare(self, request: Request) -> Callable[[Image.Image, int], Tensor]:
-        return lambda image, row: _pixels(resize_crop(image, self.resize, self.size, self.interpolation)).unsqueeze(0)
+        return lambda image, row: pixels(resize_crop(image, self.resize, self.size, self.interpolation)).unsqueeze(0)
 
 
-def _pixels(image: Image.Image) -> Tensor:
+def pixels(image: Image.Image) -> Tensor:
     """uint8 [3, H, W]."""
     return torch.from_numpy(np.array(np.asarray(image).transpose(2, 0, 1), order="C"))

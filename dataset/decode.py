@@ -84,9 +84,18 @@ def read_rgb(path: str | os.PathLike[str], content: bytes | None = None) -> Imag
     """
     with _opened(path, content) as image:
         image.load()
-        transpose = _TRANSPOSE.get(_orientation(image))
-        rgb = _to_rgb(image, path)
-        return rgb if transpose is None else rgb.transpose(transpose)
+        return as_rgb(image, path)
+
+
+def as_rgb(image: Image.Image, source: str | os.PathLike[str]) -> Image.Image:
+    """A PIL image as `read_rgb` gives that of a file; `source` is what an error calls it.
+
+    Raises:
+        BadImage: pixels without a known range.
+    """
+    transpose = _TRANSPOSE.get(_orientation(image))
+    rgb = _to_rgb(image, source)
+    return rgb if transpose is None else rgb.transpose(transpose)
 
 
 def read_size(path: str | os.PathLike[str], content: bytes | None = None) -> tuple[int, int]:

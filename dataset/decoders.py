@@ -184,7 +184,7 @@ def _context() -> multiprocessing.context.BaseContext:
         return multiprocessing.get_context("spawn")
     from multiprocessing import forkserver
 
-    multiprocessing.set_forkserver_preload(["dataset.loader"])
+    multiprocessing.set_forkserver_preload([f"{__package__}.loader"])
     with signals.held():
         forkserver.ensure_running()
     return _WorkerContext()

@@ -28,9 +28,9 @@ from record.checkpoint import PARTIAL
 from utils import launch
 from utils.command_line import OneLineParser
 from utils.errors import Incomplete, RunError, UserError, reason
-from utils.program import run_program, show
+from utils.program import program_name, run_program, show
 
-PROGRAM = "export.py"
+PROGRAM = program_name("export.py", "export")
 BATCH_SIZES = (1, 2, 7)
 TOLERANCE = 1e-3
 WRITERS = {".pt2": program_bytes, ".onnx": onnx_bytes}

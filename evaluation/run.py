@@ -37,11 +37,12 @@ from record.run_folder import RESULTS, as_json
 from utils import distributed, launch
 from utils.errors import RunError, UserError
 from utils.plain_json import plain_json
-from utils.program import run_program, show
+from utils.program import program_name, run_program, show
 from utils.text import escaped
 
 logger = logging.getLogger("eval")
 
+PROGRAM = program_name("eval.py", "eval")
 SAVES_MEMORY = "a smaller --eval_batch_size or --execution loop"  # flags, for the line of an evaluation without memory
 
 
@@ -242,6 +243,8 @@ def run(config: Config) -> dict[str, Any]:
 
 
 def _run(session: Session) -> dict[str, Any]:
+    if session.precision.name == "fp32":
+        torch.backends.cudnn.allow_tf32 = False  # of this program; a `load` in somebody else's leaves it alone
     info = session.info
     logger.info(
         "%s: %d x %s, %s weights, K = %d, on %s in %s",
@@ -266,7 +269,7 @@ def evaluate_arguments(argv: list[str]) -> dict[str, Any]:
         UserError, RunError: as `run`.
         SystemExit: a started process failed and has said why.
     """
-    config = parse_config(argv, program="eval.py", extra=EvalOptions)
+    config = parse_config(argv, program=PROGRAM, extra=EvalOptions)
     if not config.multiprocessing_distributed or launch.under_launcher():
         return run(config)
     with tempfile.TemporaryDirectory() as folder:
@@ -280,8 +283,8 @@ def _worker(argv: list[str], path: str) -> None:
     """One process of the published launcher; the one on each node that comes first hands the results over."""
 
     def work(arguments: list[str]) -> None:
-        results = run(parse_config(arguments, program="eval.py", extra=EvalOptions))
+        results = run(parse_config(arguments, program=PROGRAM, extra=EvalOptions))
         if os.environ["LOCAL_RANK"] == "0":
             Path(path).write_text(json.dumps(plain_json(results)), encoding="utf-8")
 
-    raise SystemExit(run_program("eval.py", work, argv, saves_memory=SAVES_MEMORY))
+    raise SystemExit(run_program(PROGRAM, work, argv, saves_memory=SAVES_MEMORY))

@@ -160,8 +160,6 @@ def open_session(config: Config, world: World, gpus: list[int], flag: str = "--r
     # exact figures unless a precision is asked for
     amp_dtype = config.amp_dtype if "amp_dtype" in given else "fp32"
     precision = choose_precision(world.device, is_amp=config.is_amp, amp_dtype=amp_dtype)
-    if precision.name == "fp32":
-        torch.backends.cudnn.allow_tf32 = False
     return Session(
         config=config,
         checkpoint=path,

@@ -230,4 +230,4 @@ class Method(nn.Module, Generic[OwnOptions]):
             raise KeyError(f"method state lacks {', '.join(lost)}")
 
 
-methods: Registry[type[Method[Any]]] = Registry("method", "--method", "method")
+methods: Registry[type[Method[Any]]] = Registry("method", "--method", __name__)

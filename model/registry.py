@@ -158,7 +158,7 @@ class Backbone:
 
 
 backbones: Registry[Backbone] = Registry(
-    "backbone", "--arch", "model.backbone", also="torchvision/NAME, timm/NAME, FILE.py:FACTORY"
+    "backbone", "--arch", f"{__package__}.backbone", also="torchvision/NAME, timm/NAME, FILE.py:FACTORY"
 )
 
 

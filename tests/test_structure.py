@@ -22,7 +22,7 @@ ALLOWED = {
     "parser_params": {"training", "method", "dataset", *BELOW_METHOD},
     "evaluation": {"evaluation", "parser_params", "training", "method", "dataset", "record", *BELOW_METHOD},
 }
-OURS = {*ALLOWED, "train_split", "eval", "benchmarks"}
+OURS = {*ALLOWED, "train_split", "eval", "benchmarks", "cotrain"}
 # test files named by what they watch, which no single room does
 BEHAVIOURS = {"train", "resume", "scripts", "fuzz", "readme", "structure"}
 # the one program in a library folder, kept for its promised name
@@ -42,6 +42,7 @@ FLOORS_OF_MODEL = (
     "splitnet",
     "depth",
     "build",
+    "divide",
     "fold",
     "cascade",
     "summary",

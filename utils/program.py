@@ -13,6 +13,11 @@ from utils.signals import Interruption
 from utils.text import fit_streams, one_line
 
 
+def program_name(script: str, command: str) -> str:
+    """What a user calls a program: its file in the repository, a command of `cotrain` where that is installed."""
+    return script if __package__ == "utils" else f"{str(__package__).split('.')[0]} {command}"
+
+
 def show(text: str) -> None:
     """A table or a list for whoever started the program, on stdout, before the JSON line."""
     sys.stdout.write(text + "\n")

@@ -160,7 +160,7 @@ class LogitsMetric(Metric):
         raise NotImplementedError
 
 
-metrics: Registry[Metric] = Registry("metric", "--metrics", "evaluation.metrics")
+metrics: Registry[Metric] = Registry("metric", "--metrics", __name__)
 
 
 def in_order(names: Sequence[str]) -> list[str]:

@@ -5,8 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 
-from model.division.plan import DIVIDE_BY, division_plan
-from model.registry import LARGE, BackboneRequest, backbones, image_shape
+from model.division.plan import DIVIDE_BY, division_plan, usual_request
 from utils.command_line import OneLineParser
 from utils.errors import UserError
 from utils.text import fit_streams
@@ -16,7 +15,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """The command line of `python -m model.division`; returns the exit code."""
     fit_streams()
     parser = OneLineParser(
-        prog="python -m model.division", description="Print what one of S copies of a network looks like."
+        prog=f"python -m {__package__}", description="Print what one of S copies of a network looks like."
     )
     parser.add_argument("arch", help="backbone: a name of ours, torchvision/NAME, timm/NAME or FILE.py:FACTORY")
     parser.add_argument("--split_factor", type=int, default=2, metavar="S", help="number of copies [default: 2]")
@@ -29,22 +28,16 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise UserError("--split_factor and --num_classes must be 1 or more.")
         if given.crop_size is not None and given.crop_size < 1:
             raise UserError(f"--crop_size must be 1 or more, got {given.crop_size}.")
-        entry = backbones.get(given.arch)
-        crop = given.crop_size or entry.crop_size or (224 if LARGE in entry.split_factors else 32)
-        shape = image_shape("folder", crop)
-        plan = division_plan(
-            BackboneRequest(
-                arch=given.arch,
-                split_factor=given.split_factor,
-                num_classes=given.num_classes,
-                shape=shape,
-                dataset="imagenet" if shape == LARGE else "cifar100",
-                crop_size=crop,
-                divide_by=given.divide_by,
-            )
+        request = usual_request(
+            given.arch,
+            given.split_factor,
+            num_classes=given.num_classes,
+            crop_size=given.crop_size,
+            divide_by=given.divide_by,
         )
+        plan = division_plan(request)
     except UserError as error:
-        sys.stderr.write(f"model.division: {error}\n")
+        sys.stderr.write(f"{__package__}: {error}\n")
         return error.exit_code
     sys.stdout.write(plan.table() + "\n")
     return 0

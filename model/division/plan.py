@@ -6,7 +6,15 @@ from dataclasses import replace
 
 import torch
 
-from model.registry import BackboneRequest, DivisionPlan, build_network, check_request
+from model.registry import (
+    LARGE,
+    BackboneRequest,
+    DivisionPlan,
+    backbones,
+    build_network,
+    check_request,
+    image_shape,
+)
 from model.staged import StagedBackbone
 from utils.macs import count_macs, count_params
 
@@ -34,6 +42,28 @@ def division_plan(request: BackboneRequest) -> DivisionPlan:
         params_one=one[1],
         macs_full=full[2],
         macs_one=one[2],
+    )
+
+
+def usual_request(
+    arch: str, split_factor: int, *, num_classes: int, crop_size: int | None = None, divide_by: str | None = None
+) -> BackboneRequest:
+    """A request where no data set says more: the network's own size of images, else 224 or 32 pixels.
+
+    Raises:
+        UserError: unknown name.
+    """
+    entry = backbones.get(arch)
+    crop = crop_size or entry.crop_size or (224 if LARGE in entry.split_factors else 32)
+    shape = image_shape("folder", crop)
+    return BackboneRequest(
+        arch=arch,
+        split_factor=split_factor,
+        num_classes=num_classes,
+        shape=shape,
+        dataset="imagenet" if shape == LARGE else "cifar100",
+        crop_size=crop,
+        divide_by=divide_by,
     )
 
 

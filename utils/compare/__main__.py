@@ -13,7 +13,7 @@ from utils.text import fit_streams
 def main(argv: list[str] | None = None) -> int:
     """The command line; returns the exit code."""
     fit_streams()
-    parser = OneLineParser(prog="python -m utils.compare", description=__doc__)
+    parser = OneLineParser(prog=f"python -m {__package__}", description=__doc__)
     parser.add_argument("folders", nargs="+", metavar="RUN_DIR", help="run directories (--model_dir of train_split.py)")
     parser.add_argument(
         "--out",

@@ -27,6 +27,7 @@ from evaluation.run import evaluate_arguments
 from evaluation.sizes import summarise
 from loss.classification import ClassLoss
 from method import Method, Progress, TrainingData, methods
+from method.costs import training_macs, training_params
 from model import build_splitnet
 from model.depth import freeze, layer_factors, layer_rates
 from model.layers.narrow_norm import restore_narrow_norms
@@ -136,8 +137,11 @@ class Trainer:
         self.method = self._build_method(before)
         self.network = self.method.network
         self.num_networks = len(self.network.models)
-        self.params_one, self.params_total = count_params(self.network.models[0]), count_params(self.network)
-        self.macs_total = count_macs(self.network, (3, config.crop_size, config.crop_size))
+        deployed = self.method.deployed()
+        self.params_one, self.params_total = count_params(self.network.models[0]), count_params(deployed)
+        self.macs_total = count_macs(deployed, (3, config.crop_size, config.crop_size))
+        self.params_training = training_params(self.method)
+        self.macs_training = training_macs(self.method, config.crop_size)
         recorder = self._recorder()
         new_heads = heads_before(before) if before is not None else self._load_pretrained(start)
         self._place(before)
@@ -712,6 +716,8 @@ class Trainer:
             "params_one": self.params_one,
             "params_total": self.params_total,
             "macs_total": self.macs_total,
+            "params_training": self.params_training,
+            "macs_training": self.macs_training,
             "epochs": self.position.epoch,
             "steps": self.position.done,
             "seconds": round(self.clock.seconds, 3),

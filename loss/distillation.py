@@ -13,15 +13,25 @@ from utils.targets import Targets
 
 MATCHINGS = ("dense", "top_down", "bottom_up", "none")
 TEACHER_RULES = ("mean_softmax", "mean_logits")
+COLLABORATIVE_TARGETS = ("minlogit", "naive", "mean")
 
 
-def distillation_kl(student_logits: Tensor, teacher_logits: Tensor, *, temperature: float = 1.0) -> Tensor:
-    """T² · KL(constant softmax(teacher / T) ‖ softmax(student / T)): (..., B, K) -> (..., B), broadcasting.
+def distillation_kl(
+    student_logits: Tensor, teacher_logits: Tensor, *, temperature: float = 1.0, is_constant: bool = True
+) -> Tensor:
+    """T² · KL(softmax(teacher / T) ‖ softmax(student / T)): (..., B, K) -> (..., B), broadcasting.
 
     Hinton et al., arXiv:1503.02531; T² keeps the size of the gradient independent of T.
+
+    Args:
+        student_logits, teacher_logits: of the two sides.
+        temperature: T.
+        is_constant: no gradient reaches the teacher's side.
     """
+    if is_constant:
+        teacher_logits = teacher_logits.detach()
     log_student = (at_least_float32(student_logits) / temperature).log_softmax(dim=-1)
-    log_teacher = (at_least_float32(teacher_logits.detach()) / temperature).log_softmax(dim=-1)
+    log_teacher = (at_least_float32(teacher_logits) / temperature).log_softmax(dim=-1)
     return temperature**2 * _kl(log_teacher, log_student)
 
 
@@ -73,6 +83,29 @@ def mixed_decoupled_kl(
     if targets.labels_other_B is targets.labels_B:
         return to(targets.labels_B)
     return targets.lam * to(targets.labels_B) + (1 - targets.lam) * to(targets.labels_other_B)
+
+
+def collaborative_target(logits_SBK: Tensor, targets: Targets, *, rule: str) -> Tensor:
+    """Logits of what S networks should all say, made of what they say: (S, B, K) -> (B, K).
+
+    After Guo et al., "Online Knowledge Distillation via Collaborative Learning", CVPR 2020; the choice of the label of
+    mixed images is ours.
+
+    Args:
+        logits_SBK: of the networks.
+        targets: labels; of mixed images, the one with the larger part counts.
+        rule: one of COLLABORATIVE_TARGETS: "minlogit", min_i (z_i - z_i[y]) for each class; "naive", for each image the
+            z_i of least cross-entropy, the first of equal ones; "mean", the mean of the logits.
+    """
+    logits_SBK = at_least_float32(logits_SBK)
+    if rule == "mean":
+        return logits_SBK.mean(dim=0)
+    labels_B = torch.where(targets.lam >= 0.5, targets.labels_B, targets.labels_other_B)
+    labels_SB1 = labels_B[None, :, None].expand(len(logits_SBK), -1, 1)
+    if rule == "minlogit":
+        return (logits_SBK - logits_SBK.gather(-1, labels_SB1)).amin(dim=0)
+    best_B = logits_SBK.log_softmax(dim=-1).gather(-1, labels_SB1)[..., 0].argmax(dim=0)
+    return logits_SBK.gather(0, best_B[None, :, None].expand(1, *logits_SBK.shape[1:]))[0]
 
 
 def _parted(logits_BK: Tensor, labels_B: Tensor, temperature: float) -> tuple[Tensor, Tensor]:

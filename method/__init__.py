@@ -194,6 +194,10 @@ class Method(nn.Module, Generic[OwnOptions]):
         """Called in every process before evaluation and checkpointing: make all buffers those of process 0."""
         broadcast_buffers(self)
 
+    def deployed(self) -> nn.Module:
+        """What parameters and MACs are counted of: images [1, 3, H, W] -> logits. Default: all networks."""
+        return self.network
+
     def compiled_parts(self) -> list[nn.Module]:
         """The modules that `forward` calls once each and --compile compiles; none if what they compute varies."""
         return [] if self.decides_on_host else [*self.network.models]

@@ -15,7 +15,7 @@ from method.inner import Asleep, EpochNumber
 from model.registry import request_of
 from model.restore import NetworkInfo, restore_splitnet, stored_widths
 from model.splitnet import SplitNet
-from recipe.published import scaled_milestones
+from recipe.published import sgd_steps
 from record.checkpoint import load_checkpoint, state_sha256
 from utils.errors import UserError
 from utils.options import BY_RECIPE, OF_CALL, SAME, TAKES, Options, option
@@ -130,27 +130,11 @@ class Distillation(Method[KDOptions]):
         own = _DEFAULTS[is_large, (given or {}).get("kd_loss", "kd")]
         if not is_large and not dataset_recipe.startswith("cifar"):
             return own
-        usual, milestones = (100, (30, 60, 90)) if is_large else (240, (150, 180, 210))
-        total = usual if epochs is None else epochs
-        return {**own} | {
-            "is_mixup": False,
-            "is_autoaugment": False,
-            "is_cutout": False,
-            "is_label_smoothing": False,
-            "epochs": total,
-            "batch_size": 512 if is_large else 64,
-            "optimizer": "SGD",
-            "lr": 0.2 if is_large else 0.05,
-            "momentum": 0.9,
-            "is_nesterov": False,
-            "lr_mode": "step",
-            "lr_milestones": scaled_milestones(milestones, total / usual),
-            "lr_step_multiplier": 0.1,
-            "slow_start_epochs": -1,
-            "end_lr": 0.0,
-            "weight_decay": 1e-4 if is_large else 5e-4,
-            "is_wd_all": True,
-        }
+        if is_large:
+            rates = sgd_steps(epochs, usual=100, milestones=(30, 60, 90), batch_size=512, lr=0.2, weight_decay=1e-4)
+        else:
+            rates = sgd_steps(epochs, usual=240, milestones=(150, 180, 210), batch_size=64, lr=0.05, weight_decay=5e-4)
+        return {**own, **rates}
 
     @classmethod
     def implied_flags(cls, given: Mapping[str, Any]) -> Mapping[str, Any]:

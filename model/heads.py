@@ -17,16 +17,26 @@ from model.staged import StagedBackbone
 from utils.errors import UserError
 
 
-def require_stages(network: nn.Module, method: str) -> StagedBackbone:
+def require_stages(network: nn.Module, method: str, *, at_least: int = 1) -> StagedBackbone:
     """The network, if it has stages that heads can hang on.
 
+    Args:
+        network: any.
+        method: that hangs heads on it.
+        at_least: how many stages there must be.
+
     Raises:
-        UserError: it has none; the message names the method.
+        UserError: it has none, or too few; the message names the method.
     """
     if not isinstance(network, StagedBackbone):
         raise UserError(
             f"--method {method} needs a backbone with stages, and --arch has none ({type(network).__name__}). "
             "Pick another --arch."
+        )
+    if len(network.stages) < at_least:
+        raise UserError(
+            f"--method {method} needs a backbone with {at_least} stages or more, and --arch has {len(network.stages)} "
+            f"({type(network).__name__}). Pick another --arch."
         )
     return network
 
@@ -72,6 +82,13 @@ class AuxiliaryHeads(nn.ModuleList):
 
     def forward(self, network: StagedBackbone, images_BCHW: Tensor) -> tuple[list[Tensor], list[Tensor]]:
         """Images [B, 3, H, W] -> embeddings [B, D] and logits [B, K] of every head and, last, of the network itself."""
+        _, embeddings, logits = self.with_taps(network, images_BCHW)
+        return embeddings, logits
+
+    def with_taps(
+        self, network: StagedBackbone, images_BCHW: Tensor
+    ) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
+        """The same, behind the maps of the stem and of every stage."""
         taps = [network.stem(images_BCHW)]
         for stage in network.stages:
             taps.append(stage(taps[-1]))
@@ -82,7 +99,7 @@ class AuxiliaryHeads(nn.ModuleList):
             embeddings.append(embedding_BD)
             logits.append(logits_BK)
         embedding_BD = network.tail(taps[-1])
-        return [*embeddings, embedding_BD], [*logits, network.classify(embedding_BD)]
+        return taps, [*embeddings, embedding_BD], [*logits, network.classify(embedding_BD)]
 
 
 def first_blocks(stage: nn.Module, depth: int | None) -> nn.Module:
@@ -224,6 +241,153 @@ def _can_lose_blocks(network: StagedBackbone, depth: int) -> bool:
     whole, part = last(features), first_blocks(last, depth)(features)
     network.train(training)
     return part.shape == whole.shape
+
+
+def peer_branches(network: StagedBackbone, count: int) -> AuxiliaryHeads:
+    """`count` fresh copies of what a network does behind its last stage but one, with initial weights of their own."""
+    last = len(network.stages)
+    return AuxiliaryHeads(AuxiliaryHead(fresh_network(network), last - 1, [None]) for _ in range(count))
+
+
+@torch.no_grad()
+def stage_maps(network: StagedBackbone) -> list[tuple[int, int]]:
+    """(channels, side in pixels) of the map that each stage gives for the images that the network was built for."""
+    assert network.request is not None
+    parameter = next(network.parameters())
+    side = network.request.crop_size
+    training = network.training
+    taps, _ = network.eval().forward_features(parameter.new_zeros(1, 3, side, side))
+    network.train(training)
+    return [(tap.shape[1], tap.shape[-1]) for tap in taps]
+
+
+def _full_precision(tensor: Tensor) -> torch.autocast:
+    """No automatic mixed precision on the device of a tensor; tensors without storage have none to switch off."""
+    return torch.autocast("cpu" if tensor.is_meta else tensor.device.type, enabled=False)
+
+
+class MapGate(nn.Module):
+    """Mixing weights of M branches from the map that they share, in float32 (Lan et al., arXiv:1806.04606).
+
+    Global average -> linear -> batch norm -> ReLU -> softmax.
+
+    Args:
+        channels: of the map.
+        num_branches: M.
+    """
+
+    def __init__(self, channels: int, num_branches: int) -> None:
+        super().__init__()
+        self.linear = nn.Linear(channels, num_branches)
+        self.norm = nn.BatchNorm1d(num_branches)
+
+    def forward(self, features_BCHW: Tensor) -> Tensor:
+        """Map [B, C, H, W] -> weights [B, M] that sum to 1 for each image."""
+        with _full_precision(features_BCHW):
+            pooled_BC = features_BCHW.to(self.linear.weight.dtype).mean(dim=(2, 3))
+            return F.relu(self.norm(self.linear(pooled_BC))).softmax(dim=-1)
+
+
+class NativeEnsemble(nn.Module):
+    """The training-only parts of an on-the-fly native ensemble: M - 1 branches beside a network's own, and the gate.
+
+    Args:
+        network: N stages; stem and stages 1 to N - 1 are the trunk that the branches share.
+        num_branches: M.
+    """
+
+    def __init__(self, network: StagedBackbone, num_branches: int) -> None:
+        super().__init__()
+        self.branches = peer_branches(network, num_branches - 1)
+        self.gate = MapGate(stage_maps(network)[-2][0], num_branches)
+
+    def forward(self, network: StagedBackbone, images_BCHW: Tensor) -> tuple[Tensor, Tensor]:
+        """Images [B, 3, H, W] -> logits [M, B, K], the network's own first, and the gate's weights [B, M]."""
+        taps, _, logits = self.branches.with_taps(network, images_BCHW)
+        return torch.stack([logits[-1], *logits[:-1]]), self.gate(taps[-2])
+
+
+class PeerAttention(nn.Module):
+    """How much each of P peers listens to each, by embeddings in a smaller space (Chen et al., arXiv:1912.00350).
+
+    Args:
+        size_D: of the embeddings.
+        factor: the space has D / factor dimensions, rounded down, at least 1.
+    """
+
+    def __init__(self, size_D: int, factor: int) -> None:
+        super().__init__()
+        inner = max(1, size_D // factor)
+        self.query = nn.Linear(size_D, inner, bias=False)
+        self.key = nn.Linear(size_D, inner, bias=False)
+
+    def forward(self, embeddings: Sequence[Tensor]) -> Tensor:
+        """P embeddings [B, D] -> attention [B, P, P] in float32 or better; rows sum to 1, the own entry included."""
+        with _full_precision(embeddings[0]):
+            stacked_BPD = torch.stack([*embeddings], dim=1).to(self.query.weight.dtype)
+            return (self.query(stacked_BPD) @ self.key(stacked_BPD).mT).softmax(dim=-1)
+
+
+class BottleneckExit(nn.Module):
+    """An exit of be-your-own-teacher (Zhang et al., arXiv:1905.08094): a bottleneck to the network's embedding size.
+
+    Args:
+        channels: of the stage's map.
+        stride: of the bottleneck, also the size of its kernel: the stage's side over that of the last stage.
+        size_D: of the network's embedding.
+        num_classes: K.
+    """
+
+    def __init__(self, channels: int, stride: int, size_D: int, num_classes: int) -> None:
+        super().__init__()
+        inner = max(1, size_D // 4)
+        self.layers = nn.Sequential(
+            nn.Conv2d(channels, inner, 1),
+            nn.BatchNorm2d(inner),
+            nn.ReLU(inplace=True),
+            nn.Conv2d(inner, inner, stride, stride),
+            nn.BatchNorm2d(inner),
+            nn.ReLU(inplace=True),
+            nn.Conv2d(inner, size_D, 1),
+            nn.BatchNorm2d(size_D),
+            nn.ReLU(inplace=True),
+            nn.AdaptiveAvgPool2d(1),
+            nn.Flatten(),
+        )
+        self.classifier = nn.Linear(size_D, num_classes)
+        for module in self.layers:
+            if isinstance(module, nn.Conv2d):
+                nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+                assert module.bias is not None
+                nn.init.zeros_(module.bias)
+
+    def forward(self, features_BCHW: Tensor) -> tuple[Tensor, Tensor]:
+        """Map of the stage -> (embedding [B, D], logits [B, K])."""
+        embedding_BD: Tensor = self.layers(features_BCHW)
+        return embedding_BD, self.classifier(embedding_BD)
+
+
+class BottleneckExits(nn.ModuleList):
+    """Exits behind every stage of a network but the last, the shallowest first.
+
+    Args:
+        network: two stages or more.
+    """
+
+    def __init__(self, network: StagedBackbone) -> None:
+        *maps, (_, last_side) = stage_maps(network)
+        assert network.request is not None
+        size_D, num_classes = embedding_size(network), network.request.num_classes
+        super().__init__(
+            BottleneckExit(channels, max(1, side // last_side), size_D, num_classes) for channels, side in maps
+        )
+
+    def forward(self, network: StagedBackbone, images_BCHW: Tensor) -> tuple[list[Tensor], list[Tensor]]:
+        """Images -> embeddings [B, D] and logits [B, K] of every exit and, last, of the network itself."""
+        taps, embedding_BD = network.forward_features(images_BCHW)
+        found = [one(tap) for one, tap in zip(self, taps[:-1], strict=True)]
+        embeddings, logits = [pair[0] for pair in found], [pair[1] for pair in found]
+        return [*embeddings, embedding_BD], [*logits, network.classify(embedding_BD)]
 
 
 class ProjectionHead(nn.Sequential):

@@ -115,6 +115,45 @@ def scaled_milestones(usual: tuple[int, ...], scale: float) -> tuple[int, ...]:
     return tuple(m for m in (round(epoch * scale) for epoch in usual) if m > 0)
 
 
+def sgd_steps(
+    epochs: int | None,
+    *,
+    usual: int,
+    milestones: tuple[int, ...],
+    batch_size: int,
+    lr: float,
+    weight_decay: float,
+) -> dict[str, Any]:
+    """The training that many methods were published with: SGD with momentum 0.9, steps by 0.1, crop and flip alone.
+
+    Args:
+        epochs: as set, or None.
+        usual: epochs of the published run, which its milestones count.
+        milestones: epochs, counted from 0, from which the rate is multiplied once more.
+        batch_size, lr, weight_decay: of that run; everything decays.
+    """
+    total = usual if epochs is None else epochs
+    return {
+        "is_mixup": False,
+        "is_autoaugment": False,
+        "is_cutout": False,
+        "is_label_smoothing": False,
+        "epochs": total,
+        "batch_size": batch_size,
+        "optimizer": "SGD",
+        "lr": lr,
+        "momentum": 0.9,
+        "is_nesterov": False,
+        "lr_mode": "step",
+        "lr_milestones": scaled_milestones(milestones, total / usual),
+        "lr_step_multiplier": 0.1,
+        "slow_start_epochs": -1,
+        "end_lr": 0.0,
+        "weight_decay": weight_decay,
+        "is_wd_all": True,
+    }
+
+
 def _calls_norms_norm(arch: str, given: Mapping[str, Any]) -> bool:
     """Whether the published rule by names spares the scales of an architecture's batch norms from weight decay."""
     return any(_matches(arch, patterns) and given.get(flag, form) == form for patterns, flag, form in _NAMED_NORMS)

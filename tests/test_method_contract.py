@@ -6,6 +6,7 @@ A new method is picked up from the registry; it is tried with two small networks
 import dataclasses
 import functools
 import json
+import re
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
@@ -133,9 +134,11 @@ def test_a_step_trains_and_says_what_it_did(name: str) -> None:
     assert "loss_ce" in output.metrics
     moved = {n for n, p in method.trained_parameters() if not torch.equal(p, before[n])}
     learning = {n for n, p in method.trained_parameters() if p.grad is not None and p.grad.abs().max() > 0}
-    assert learning <= moved
+    # a bias that a batch norm takes away again learns nothing but rounding
+    idle = {n for n in before if re.search(r"(gate\.linear|exits\.\d\.\d\.layers\.\d)\.bias$", n)}
+    assert learning - idle <= moved
     if name not in SPECIAL:  # Cream trains the sampled path only
-        assert learning == moved == before.keys()
+        assert learning | idle == moved | idle == before.keys()
     assert all(value.isfinite().all() for value in method.state_dict().values())
     images = torch.randn(3, 3, SIDE, SIDE)
     method.eval()

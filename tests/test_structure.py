@@ -138,9 +138,11 @@ def test_the_entry_points_know_no_method_by_name(program: str) -> None:
     from method import methods
 
     text = (ROOT / program).read_text(encoding="utf-8")
-    found = [name for name in methods.names() if re.search(rf"(?<![\w-]){name}(?!\w)", text, flags=re.IGNORECASE)]
+    # a name that is also a word of the language is one only where it stands in quotes
+    patterns = {name: rf"(?<![\w-]){name}(?!\w)" for name in methods.names()} | {"one": r"""["']one["']"""}
+    found = [name for name, pattern in patterns.items() if re.search(pattern, text, flags=re.IGNORECASE)]
     assert not found
-    assert not re.search(r"from method\.|import method\.", text)
+    assert not re.search(r"from method\.(?!costs )|import method\.", text)
 
 
 def test_every_test_file_is_named_after_a_room_that_exists() -> None:

@@ -28,7 +28,7 @@ def count_macs(module: nn.Module, input_shape: Sequence[int]) -> int:
     """
     shapes = {name: tensor.to("meta") for name, tensor in _tensors(module)}
     counter = FlopCounterMode(display=False)
-    with _evaluating(module), torch.no_grad(), counter, _WithoutBatchNorm():
+    with _evaluating(module), torch.no_grad(), counter, without_batch_norm():
         functional_call(module, shapes, torch.empty(1, *input_shape, device="meta"))
     return counter.get_total_flops() // 2
 
@@ -54,7 +54,7 @@ def _tensors(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
     yield from module.named_buffers()
 
 
-class _WithoutBatchNorm(TorchFunctionMode):
+class without_batch_norm(TorchFunctionMode):
     """Batch norm has no MACs and keeps the shape, but is most of the time of a forward pass without storage."""
 
     def __torch_function__(

@@ -1,0 +1,117 @@
+"""On-the-fly native ensemble (Lan et al., arXiv:1806.04606): branches of one network, taught by their gated mixture."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from loss import at_least_float32
+from loss.classification import CROSS_ENTROPY, ClassLoss
+from loss.distillation import distillation_kl
+from method import Method, Progress, StepOutput, Targets, methods
+from method.inner import EpochNumber, ramp
+from model.heads import NativeEnsemble, require_stages
+from model.splitnet import SplitNet
+from recipe.published import sgd_steps
+from utils.options import SAME, TAKES, Options, option
+
+
+@dataclass(frozen=True, kw_only=True)
+class ONEOptions(Options):
+    """Flags of the on-the-fly native ensemble."""
+
+    one_branches: int = option(
+        3, "branches: the network's own last stage and copies of it beside it", least=2, most=64, resume=SAME
+    )
+    one_temperature: float = option(3.0, "temperature of the predictions that are compared", above=0, resume=TAKES)
+    one_weight: float = option(1.0, "weight of the gated mixture as a teacher", least=0, resume=TAKES)
+    one_ramp_epochs: int | None = option(
+        None,
+        "rise of that weight",
+        unit="epochs",
+        default_text="80 of 300, in proportion",
+        least=0,
+        resume=TAKES,
+    )
+
+
+@methods.register("one")
+class NativeEnsembleLearning(Method[ONEOptions]):
+    """Σ_j CE(z_j, labels) + CE(z_e, labels) + ramp · w · Σ_j T² KL(constant softmax(z_e / T) ‖ softmax(z_j / T)).
+
+    z_e = Σ_j g_j z_j mixes the logits of the branches by the weights of a gate on the map that they share. Several
+    networks learn side by side, each with its own branches and gate; the losses add up. What lies beside the networks
+    exists in training only: the network itself is branch 1.
+
+    Args:
+        network: S networks with two stages or more, made by `model.registry.build_network`.
+        options: flags.
+        class_loss: what every prediction costs against the labels.
+
+    Raises:
+        UserError: a backbone without stages, or with one only.
+    """
+
+    Options = ONEOptions
+    runs_networks_itself = True
+
+    def __init__(self, network: SplitNet, options: ONEOptions, *, class_loss: ClassLoss = CROSS_ENTROPY) -> None:
+        super().__init__(network, options, class_loss=class_loss)
+        self.ensembles = nn.ModuleList(
+            NativeEnsemble(require_stages(one, "one", at_least=2), options.one_branches) for one in network.models
+        )
+        self.ramp = EpochNumber()
+
+    @classmethod
+    def recipe(
+        cls, dataset_recipe: str, epochs: int | None, given: Mapping[str, Any] | None = None
+    ) -> Mapping[str, Any]:
+        """CIFAR: the published training; elsewhere nothing, because nothing is published."""
+        if not dataset_recipe.startswith("cifar"):
+            return {}
+        return sgd_steps(epochs, usual=300, milestones=(151, 225), batch_size=128, lr=0.1, weight_decay=1e-4)
+
+    def before_step(self, views_SBCHW: Tensor, targets: Targets, progress: Progress) -> None:
+        """Bring the weight of the teacher up to date."""
+        length = self.options.one_ramp_epochs
+        self.ramp.write(ramp(progress.epoch, round(80 * progress.epochs / 300) if length is None else length))
+
+    def forward(self, views_SBCHW: Tensor, targets: Targets, progress: Progress) -> StepOutput:
+        """Views [S, B, C, H, W], or one shared view -> loss, metrics, logits [S, B, K] of the networks themselves.
+
+        Metrics, summed over the networks: loss_ce (of branches and mixture), loss_kl (weighted), and the ramp.
+        """
+        losses_ce, losses_kl, main = [], [], []
+        for i, view_BCHW in enumerate(self.network.expand_views(views_SBCHW)):
+            logits_MBK, gated_BK = self._branches(i, view_BCHW)
+            losses_ce.append(self.summed_class_loss((*logits_MBK, gated_BK), targets))
+            fits_MB = distillation_kl(logits_MBK, gated_BK, temperature=self.options.one_temperature)
+            losses_kl.append(fits_MB.mean(dim=1).sum())
+            main.append(logits_MBK[0])
+        loss_ce = torch.stack(losses_ce).sum()
+        weight = self.ramp(loss_ce.dtype)
+        loss_kl = self.options.one_weight * weight * torch.stack(losses_kl).sum()
+        metrics = {"loss_ce": loss_ce.detach(), "loss_kl": loss_kl.detach(), "ramp": weight.clone()}
+        return StepOutput(loss_ce + loss_kl, metrics, torch.stack(main).detach())
+
+    def compiled_parts(self) -> list[nn.Module]:
+        """The ensembles, each of which runs its network."""
+        return [*self.ensembles]
+
+    def extra_logits(self, images_BCHW: Tensor) -> dict[str, Tensor]:
+        """Logits [B, K] of every branch but the networks' own, and of the gated mixtures."""
+        found: dict[str, Tensor] = {}
+        for i in range(self.network.split_factor):
+            of = f"{i + 1}_" if self.network.split_factor > 1 else ""
+            logits_MBK, gated_BK = self._branches(i, images_BCHW)
+            found |= {f"{of}branch{j}": logits_BK for j, logits_BK in enumerate(logits_MBK[1:], start=2)}
+            found[f"{of}gated"] = gated_BK
+        return found
+
+    def _branches(self, i: int, images_BCHW: Tensor) -> tuple[Tensor, Tensor]:
+        """Logits of the branches of network i, its own first, [M, B, K], and of their mixture [B, K]."""
+        logits_MBK, weights_BM = self.ensembles[i](self.network.models[i], images_BCHW)
+        logits_MBK = at_least_float32(logits_MBK)
+        return logits_MBK, (weights_BM.T.to(logits_MBK.dtype)[..., None] * logits_MBK).sum(dim=0)

@@ -412,7 +412,7 @@ def parse_config(argv: Sequence[str] | None = None, program: str | None = None, 
     origins |= dict.fromkeys(implied, "method")
     config = _assemble(method, given, origins, extra=extra)
     if "dataset" not in given and not config.is_summary:
-        config = dataclasses.replace(config, dataset=kind_of(config.data) or config.dataset)
+        config = dataclasses.replace(config, dataset=kind_of(config.data, is_chosen="data" in given) or config.dataset)
     _check(config)
     return config if published is None else dataclasses.replace(config, warnings=tuple(published.warnings))
 

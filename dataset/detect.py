@@ -23,9 +23,18 @@ SUFFIXES = {
 }
 
 
-def kind_of(data: str) -> str | None:
-    """Name of the data set that a file, a pattern of files or a folder is; None where it is none that can be told."""
+def kind_of(data: str, *, is_chosen: bool = True) -> str | None:
+    """Name of the data set that a file, a pattern of files or a folder is; None where it is none that can be told.
+
+    Args:
+        is_chosen: somebody named it. Otherwise it is only looked at for published data sets.
+    """
     root = Path(data)
+    for dataset, names in PUBLISHED.items():
+        if any((folder / name).exists() for folder in data_folders(root) for name in names):
+            return dataset
+    if not is_chosen:
+        return None
     if root.is_dir():
         return _kind_of_folder(root)
     suffix = root.suffix.lower()
@@ -34,12 +43,10 @@ def kind_of(data: str) -> str | None:
 
 
 def _kind_of_folder(root: Path) -> str | None:
-    for dataset, names in PUBLISHED.items():
-        if any((folder / name).exists() for folder in data_folders(root) for name in names):
-            return dataset
     if any(True for folder in split_folders(root).values() for _ in _classes(folder)):
         return "folder"
-    if len(list(islice(_classes(root), 2))) == 2:
+    classes = list(islice(_classes(root), 2))
+    if len(classes) == 2 and not any(map(split_folders, classes)):  # or it is a folder of data sets
         return "folder"
     if find_table(root) is not None:
         return "csv"

@@ -16,6 +16,7 @@ FOLDERS = [
     (["cifar-10-python.tar.gz", "cifar-100-python.tar.gz"], "cifar10"),  # as before there was a choice
     (["test_32x32.mat"], "svhn"),
     (["cifar-10-python.tar.gz", "a/1.jpg", "b/2.jpg"], "cifar10"),
+    (["a/train/x/1.jpg", "b/train/x/1.jpg"], None),  # two data sets
     (["a/1.jpg"], None),
     (["1.jpg", "2.jpg"], None),
     (["a/notes.txt", "b/notes.txt"], None),
@@ -30,6 +31,25 @@ def test_folders(tmp_path: Path, files: list[str], kind: str | None) -> None:
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).touch()
     assert kind_of(str(tmp_path)) == kind
+
+
+def test_a_folder_that_nobody_named_is_looked_at_for_published_data_sets_only(tmp_path: Path) -> None:
+    for name in ("a/1.jpg", "b/2.jpg"):
+        (tmp_path / name).parent.mkdir()
+        (tmp_path / name).touch()
+    assert kind_of(str(tmp_path), is_chosen=False) is None
+    (tmp_path / "cifar-100-python.tar.gz").touch()
+    assert kind_of(str(tmp_path), is_chosen=False) == "cifar100"
+
+
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [("l.csv", "csv"), ("l.TXT", "csv"), ("a.tar", "webdataset"), ("a.pq", "parquet"), ("a.jpg", None)],
+)
+def test_files(tmp_path: Path, name: str, kind: str | None) -> None:
+    assert kind_of(str(tmp_path / name)) is None
+    (tmp_path / name).touch()
+    assert kind_of(str(tmp_path / name)) == kind
 
 
 def test_what_is_not_there_is_nothing(tmp_path: Path) -> None:

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol, Self
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -80,6 +81,17 @@ def names_hash(paths: Iterable[Path]) -> str:
     return digest.hexdigest() if any_path else ""
 
 
+def held_out_digest(images: int, held_M: Tensor) -> str:
+    """SHA-256 of the number of training images and the indices held out of them, int64, least byte first."""
+    numbers = [images, *held_M.tolist()]
+    return hashlib.sha256(np.array(numbers, dtype="<i8").tobytes()).hexdigest()
+
+
+def held_out_names_digest(names: Iterable[str]) -> str:
+    """SHA-256 of names of files, sorted, each with a zero byte behind it."""
+    return hashlib.sha256(b"".join(os.fsencode(name) + b"\0" for name in sorted(names))).hexdigest()
+
+
 @dataclass(frozen=True, kw_only=True)
 class DataSource:
     """A data set, opened.
@@ -99,6 +111,7 @@ class DataSource:
         fractions: part -> fraction, where a hash of names drew the parts (`dataset.parts`) of images without a split.
         membership: part -> names of its images, in that case.
         codes: K names of the classes as the data has them, where --class_map gave them others; else empty.
+        held_out_sha256: digest of which images `val` has, `held_out_digest` or `held_out_names_digest`; "" without.
     """
 
     name: str
@@ -116,6 +129,7 @@ class DataSource:
     fractions: Mapping[str, float] = field(default_factory=dict)
     membership: Mapping[str, Sequence[str]] = field(default_factory=dict)
     codes: tuple[str, ...] = ()
+    held_out_sha256: str = ""
 
     def normalised(self, mean: Sequence[float], std: Sequence[float]) -> Self:
         """The same data with another mean and deviation [3]; an empty one leaves the data's own."""
@@ -133,6 +147,7 @@ class DataSource:
         statistics: tuple[Statistic, Statistic] | None = None,
         names: str = "",
         reported: str = "test",
+        held_out_sha256: str = "",
     ) -> Self:
         """A data set that has a row of its own in `recipe.datasets.ROWS`.
 
@@ -142,6 +157,7 @@ class DataSource:
             statistics: mean and standard deviation, where the row has none.
             names: see the attribute.
             reported: what the images of "test" are called.
+            held_out_sha256: see the attribute.
         """
         row = ROWS[name]
         mean, std = statistics or row.published_statistics
@@ -157,6 +173,7 @@ class DataSource:
             val=splits.get("val"),
             reported=reported,
             names=names,
+            held_out_sha256=held_out_sha256,
         )
 
 
@@ -237,6 +254,10 @@ def open_source(request: SourceRequest) -> DataSource:
         kept, held = split_indices(source.train.targets, request.val_fraction, generator)
         # beside a part of train/ to choose on, a val/ is what is tested on
         source = dataclasses.replace(
-            source, train=source.train.subset(kept), val=source.train.subset(held), reported="test"
+            source,
+            train=source.train.subset(kept),
+            val=source.train.subset(held),
+            reported="test",
+            held_out_sha256=held_out_digest(len(source.train), held),
         )
     return source

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-from dataset import DataSource, ImageSet, SourceRequest, names_hash
+from dataset import DataSource, ImageSet, SourceRequest, held_out_names_digest, names_hash
 from dataset.decode import BadImage, read_size
 from dataset.loader import EvalLoader
 from dataset.parts import draw_parts
@@ -59,6 +59,14 @@ class Listed:
             "val": images.get("val") if self.reported == "test" else None,
             "test": images.get(self.reported, nothing),
         }
+
+    def held_out_sha256(self) -> str:
+        """Digest of the names of the images that the best epoch is chosen on; "" where these are those of the test."""
+        chosen = self.roles(self.splits)["val"]
+        if chosen is None:
+            return ""
+        names = self.membership.get("val") or ["/".join(path.parts[-2:]) for path in chosen.paths]
+        return held_out_names_digest(names)
 
 
 def draw_splits(images: ImageSet, names: Sequence[bytes], classes: tuple[str, ...], request: SourceRequest) -> Listed:
@@ -153,6 +161,7 @@ def open_listed(listed: Listed, request: SourceRequest) -> DataSource:
         names=listed.names,
         fractions=listed.fractions,
         membership=listed.membership,
+        held_out_sha256=listed.held_out_sha256(),
     )
 
 

@@ -45,6 +45,8 @@ class Checkpoint(TypedDict, total=False):
     config: every flag's value. classes, mean, std, crop_size, data_recipe: of the data. preprocessing: of an image file
     before a network sees it, `recipe.preprocessing.Preprocessing`; absent in those of earlier versions.
     codes: the classes' names in the data, where --class_map gave them others.
+    held_out_sha256: digest of the images held out to choose the best epoch on, "" without. answers: of a tuned
+    checkpoint only, see `evaluation.answers`.
     new_heads: prefixes of parameters that --pretrained did not bring. parameters: names in the order of `optimizer`.
     pace: how an epoch was made of batches, `training.resume.Pace`. sampler: where to go on from: `epoch`, `batch`,
     `step` and `done`, `training.resume.Position`. rng: `seed`.
@@ -70,6 +72,8 @@ class Checkpoint(TypedDict, total=False):
     crop_size: int
     data_recipe: str
     preprocessing: dict[str, Any]
+    held_out_sha256: str
+    answers: dict[str, Any]
     new_heads: list[str]
     parameters: list[str]
     pace: dict[str, Any]

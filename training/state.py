@@ -114,6 +114,7 @@ class RunState:
             "crop_size": self.flags["crop_size"],
             "data_recipe": self.data.recipe,
             "preprocessing": self.preprocessing.as_dict(),
+            "held_out_sha256": self.data.held_out_sha256,
             "report": self.report.state_dict(),
             "meters": meters,
             "clock": self.clock.state_dict(),

@@ -15,4 +15,11 @@ def open_imagenet(request: SourceRequest) -> DataSource:
     """
     listed = find_folders(dataclasses.replace(request, test_fraction=None))  # its split is the published one
     roles = listed.roles(listed.splits)
-    return DataSource.of_row("imagenet", listed.classes, roles, reported=listed.reported, names=listed.names)
+    return DataSource.of_row(
+        "imagenet",
+        listed.classes,
+        roles,
+        reported=listed.reported,
+        names=listed.names,
+        held_out_sha256=listed.held_out_sha256(),
+    )

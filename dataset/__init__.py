@@ -112,6 +112,7 @@ class DataSource:
         membership: part -> names of its images, in that case.
         codes: K names of the classes as the data has them, where --class_map gave them others; else empty.
         held_out_sha256: digest of which images `val` has, `held_out_digest` or `held_out_names_digest`; "" without.
+        reported_sha256: `held_out_names_digest` of the images of `test`; "" where they have no names.
     """
 
     name: str
@@ -130,6 +131,7 @@ class DataSource:
     membership: Mapping[str, Sequence[str]] = field(default_factory=dict)
     codes: tuple[str, ...] = ()
     held_out_sha256: str = ""
+    reported_sha256: str = ""
 
     def normalised(self, mean: Sequence[float], std: Sequence[float]) -> Self:
         """The same data with another mean and deviation [3]; an empty one leaves the data's own."""
@@ -148,6 +150,7 @@ class DataSource:
         names: str = "",
         reported: str = "test",
         held_out_sha256: str = "",
+        reported_sha256: str = "",
     ) -> Self:
         """A data set that has a row of its own in `recipe.datasets.ROWS`.
 
@@ -157,7 +160,7 @@ class DataSource:
             statistics: mean and standard deviation, where the row has none.
             names: see the attribute.
             reported: what the images of "test" are called.
-            held_out_sha256: see the attribute.
+            held_out_sha256, reported_sha256: see the attributes.
         """
         row = ROWS[name]
         mean, std = statistics or row.published_statistics
@@ -174,6 +177,7 @@ class DataSource:
             reported=reported,
             names=names,
             held_out_sha256=held_out_sha256,
+            reported_sha256=reported_sha256,
         )
 
 

@@ -175,6 +175,27 @@ def _refuse_unknown(folder: Path, names: Sequence[str], train: Path, classes: Se
         )
 
 
+def labelled_folder(folder: Path, classes: Sequence[str], flag: str) -> ImageSet:
+    """The images of DIR/<class>/*, which may lack some of the classes.
+
+    Args:
+        classes: K names that are known.
+        flag: that named the folder, for errors.
+
+    Raises:
+        UserError: no such folder, no class folder, or one that is none of the classes; no image.
+    """
+    names = _class_folders(folder) if folder.is_dir() else ()
+    if not names:
+        raise UserError(f"{flag} {folder}: expected a folder of labelled images, DIR/<class>/*.")
+    unknown = sorted(set(names) - set(classes))
+    if unknown:
+        raise UserError(
+            f"{flag} {folder}: the networks of --resume do not know the class {unknown[0]!r} ({len(unknown)} in all)."
+        )
+    return list_images(folder, classes, "test")
+
+
 def list_images(folder: Path, classes: Sequence[str], split: str = "train") -> ImageSet:
     """Every image file of the class folders, ordered by class, then by path, each file once (see `Listing`).
 

@@ -60,13 +60,17 @@ class Listed:
             "test": images.get(self.reported, nothing),
         }
 
-    def held_out_sha256(self) -> str:
-        """Digest of the names of the images that the best epoch is chosen on; "" where these are those of the test."""
-        chosen = self.roles(self.splits)["val"]
-        if chosen is None:
+    def digest(self, part: str) -> str:
+        """Digest of the names of a part's images; "" where the part is not there."""
+        if part not in self.splits:
             return ""
-        names = self.membership.get("val") or ["/".join(path.parts[-2:]) for path in chosen.paths]
+        names = self.membership.get(part) or ["/".join(path.parts[-2:]) for path in self.splits[part].paths]
         return held_out_names_digest(names)
+
+    @property
+    def held_out_sha256(self) -> str:
+        """That of the images that the best epoch is chosen on; "" where these are the reported ones."""
+        return self.digest("val") if self.reported == "test" else ""
 
 
 def draw_splits(images: ImageSet, names: Sequence[bytes], classes: tuple[str, ...], request: SourceRequest) -> Listed:
@@ -161,7 +165,8 @@ def open_listed(listed: Listed, request: SourceRequest) -> DataSource:
         names=listed.names,
         fractions=listed.fractions,
         membership=listed.membership,
-        held_out_sha256=listed.held_out_sha256(),
+        held_out_sha256=listed.held_out_sha256,
+        reported_sha256=listed.digest(listed.reported),
     )
 
 

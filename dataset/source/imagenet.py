@@ -21,5 +21,6 @@ def open_imagenet(request: SourceRequest) -> DataSource:
         roles,
         reported=listed.reported,
         names=listed.names,
-        held_out_sha256=listed.held_out_sha256(),
+        held_out_sha256=listed.held_out_sha256,
+        reported_sha256=listed.digest(listed.reported),
     )

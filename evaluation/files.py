@@ -103,7 +103,7 @@ def write_evaluation(results: Mapping[str, Any], confusion_KK: Tensor, classes: 
     figures = [(name, *(row[column] for column in columns)) for name, row in _rows(results)]
     write_file(folder / "table.csv", csv_text(("row", *columns), figures))
     write_file(folder / "per_class.csv", csv_text(("class", "name", "images", "acc1"), rows))
-    with _written(folder / "confusion.png") as path:
+    with written(folder / "confusion.png") as path:
         plot_confusion(confusion_KK.numpy(), classes, path)
     return table
 
@@ -117,13 +117,13 @@ def write_latencies(rows: Sequence[Latency], folder: Path) -> str:
     table = format_latencies(rows)
     write_file(folder / "latency.md", table + "\n")
     write_file(folder / "latency.json", json.dumps(as_plain(rows), indent=2) + "\n")
-    with _written(folder / "latency.png") as path:
+    with written(folder / "latency.png") as path:
         plot_accuracy_latency(rows, path)
     return table
 
 
 @contextmanager
-def _written(path: Path) -> Iterator[Path]:
+def written(path: Path) -> Iterator[Path]:
     """The path; where Matplotlib cannot write it, that is a WriteError."""
     try:
         yield path

@@ -14,9 +14,12 @@ from typing import Any, Self
 import torch
 from torch import Tensor
 
+from evaluation.answer_report import AnswerReport
+from evaluation.collecting import Logits
 from evaluation.contenders import Contender, compare_latencies, undivided
 from evaluation.counts import logits_figures
 from evaluation.files import evaluation_results, write_evaluation, write_latencies
+from evaluation.held_out import open_reported
 from evaluation.latency import Latency, as_plain
 from evaluation.metrics import LogitsMetric, metrics
 from evaluation.options import EvalOptions
@@ -26,8 +29,8 @@ from evaluation.session import (
     Session,
     class_names_and_statistics,
     open_inputs,
+    open_large,
     open_session,
-    open_test_split,
     output_folder,
 )
 from parser_params import Config, parse_config
@@ -53,16 +56,23 @@ def run_evaluation(session: Session) -> dict[str, Any]:
         figures in percent, nats and [0, 1]: see `EvaluationCounts.result`; those of --benchmark under `latency`.
 
     Raises:
-        UserError: as `open_test_split`.
+        UserError: as `open_reported` and `AnswerReport.open`.
         RunError: an unreadable image under --on_bad_image fail, no readable image, a full disk.
     """
     folder = output_folder(session)
     timing = Timing.open(session)
-    results, confusion_KK = evaluate_session(session)
+    answers = AnswerReport.open(session, folder)
+    results, confusion_KK, logits = evaluate_session(session, keep_logits=answers is not None)
     results["results_dir"] = str(folder)
+    more = None if answers is None or logits is None else answers.collect(logits)
     if session.world.is_main:
         classes = tuple(results["per_class_acc"])
         show(write_evaluation(plain_json(results), confusion_KK, classes, folder))
+        if answers is not None and more is not None:
+            found, tables = answers.write(more)
+            results |= found
+            write_file(folder / RESULTS, as_json(results))
+            show(f"\n{tables}")
         if timing is not None:
             rows = timing.run(results["ensemble_acc1"])
             results["latency"] = as_plain(rows)
@@ -95,8 +105,11 @@ class Timing:
         """
         info, options, world = session.info, session.options, session.world
         if not options.benchmark:
-            if options.large is not None or options.devices is not None:
-                raise UserError("--large and --devices are for --benchmark: add it, or leave them away.")
+            if options.devices is not None or (options.large is not None and not AnswerReport.is_asked(session)):
+                raise UserError(
+                    "--large and --devices are for --benchmark, --large also for tuned answers and --uncertainty: add "
+                    "it, or leave them away."
+                )
             return None
         if world.world_size > 1:
             raise UserError(f"--benchmark times one process, and this job has {world.world_size}: start it alone.")
@@ -104,12 +117,7 @@ class Timing:
         divided = len(info.archs) == 1 and info.split_factor > 1
         large = Contender("undivided", undivided(info.request), None) if divided else None
         if options.large is not None:
-            given = {
-                flag: value for flag, value in session.config.given.items() if flag not in ("arch", "split_factor")
-            }
-            other = open_session(replace(session.config, resume=options.large, given=given), world, [], "--large")
-            if other.info.num_networks != 1 or other.info.num_classes != info.num_classes:
-                raise UserError(f"--large {options.large}: expected one network for {info.num_classes} classes.")
+            other = open_large(session)
             accuracy = evaluate_session(other, with_further=False)[0]["ensemble_acc1"]
             large = Contender("undivided", other.network, accuracy)
         return cls(session, large, devices)
@@ -127,15 +135,17 @@ class Timing:
         )
 
 
-def evaluate_session(session: Session, *, with_further: bool = True) -> tuple[dict[str, Any], Tensor]:
-    """Figures on the split that --split names, and the confusion matrix [K, K].
+def evaluate_session(
+    session: Session, *, with_further: bool = True, keep_logits: bool = False
+) -> tuple[dict[str, Any], Tensor, Logits | None]:
+    """Figures on the split that --split names, the confusion matrix [K, K], and the logits where they are to be kept.
 
     Raises:
         UserError, RunError: as `run_evaluation` and `further_metrics`.
     """
     info = session.info
     further = further_metrics(session.options.metrics) if with_further else []
-    source = distributed.main_first(session.world, partial(open_test_split, session))  # it may download
+    source = distributed.main_first(session.world, partial(open_reported, session))  # it may download
     # the statistics of a folder are those of its training images, which only the checkpoint knows
     mean, std = info.mean or source.mean, info.std or source.std
     loader = session.loader(source.test, info.data_recipe or source.recipe)
@@ -150,7 +160,7 @@ def evaluate_session(session: Session, *, with_further: bool = True) -> tuple[di
         device=session.world.device,
         autocast_dtype=session.precision.autocast,
         all_reduce=distributed.all_reduce_sum,
-        keep_logits=bool(further),
+        keep_logits=bool(further) or keep_logits,
         gather_rows=distributed.all_gather_rows,
     )
     if further:
@@ -168,7 +178,12 @@ def evaluate_session(session: Session, *, with_further: bool = True) -> tuple[di
     )
     for path, why in loader.bad_images.items():
         logger.warning("left out: %s: %s", escaped(path), why)
-    return results, evaluation.confusion
+    logits = None
+    if keep_logits:
+        assert evaluation.logits_SNK is not None
+        assert evaluation.labels_N is not None
+        logits = Logits(evaluation.logits_SNK, evaluation.labels_N)
+    return results, evaluation.confusion, logits
 
 
 def further_metrics(names: str | None) -> list[str]:

@@ -1,0 +1,309 @@
+"""eval.py --tune as a user runs it: the tuned checkpoint, its evaluation, and what is refused."""
+
+import csv
+import hashlib
+import json
+import logging
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from PIL import Image
+
+import eval as program
+from dataset import DataSource, held_out_digest
+from evaluation import held_out
+from evaluation.held_out import split_test
+from evaluation.options import EvalOptions
+from evaluation.tuning import Request, tuned_path, uniform_of
+from record.checkpoint import load_checkpoint, save_checkpoint
+from tests.tuned_run import digits, fitted_network, write_run
+
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.fixture(autouse=True)
+def _logging_as_before() -> Iterator[None]:
+    root = logging.getLogger()
+    handlers, level = list(root.handlers), root.level
+    yield
+    root.handlers[:] = handlers
+    root.setLevel(level)
+
+
+def run(*argv: Any) -> int:
+    return program.main(["--no_cuda", "--workers", "0", *map(str, argv)])
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_run(tmp_path_factory.mktemp("run"), fitted_network())
+
+
+@pytest.fixture(scope="module")
+def tuned(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with the files of --tune all."""
+    folder = tmp_path_factory.mktemp("tuned")
+    assert run("--resume", checkpoint, "--tune", "all", "--conformal", "0.1,0.05", "--model_dir", folder) == 0
+    return folder
+
+
+def read(path: Path) -> Any:
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+@pytest.mark.slow
+def test_everything_is_written(tuned: Path) -> None:
+    assert {"model_best.tuned.pth.tar", "answers.json", "cascade.csv", "cascade.md", "cascade.png"} < set(
+        os.listdir(tuned)
+    )
+    results = read(tuned / "results.json")
+    answers = read(tuned / "answers.json")
+    assert results["answers"] == answers
+    assert answers["tuned_on"]["source"] == "val"
+    assert answers["tuned_on"]["also_chose_epoch"] is True
+    assert answers["tuned_on"]["sha256"] == digits().held_out_sha256
+    images = answers["tuned_on"]["images"] + answers["tuned_on"]["conformal_images"]
+    assert images == len(digits().val)
+    assert [(row["kind"], row["alpha"]) for row in answers["conformal"]] == [
+        (kind, alpha) for alpha in (0.1, 0.05) for kind in ("thr", "aps", "raps")
+    ]
+    chosen = next(row for row in results["cascade"]["rows"] if row["chosen"])
+    full = next(row for row in results["cascade"]["rows"] if row["kind"] == "ensemble")
+    assert chosen["test_macs"] <= full["test_macs"]
+    assert chosen["test_acc1"] == pytest.approx(full["test_acc1"] + 100 * (chosen["won"] - chosen["lost"]) / 359)
+    assert full["test_acc1"] == pytest.approx(results["ensemble_acc1"])
+    assert full["test_acc1"] > 50  # the least squares have skill
+    with (tuned / "cascade.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert [row["chosen"] for row in rows].count("1") == 1
+    ends = [row for row in rows if row["kind"] == "cascade" and row["thresholds"] in ("0", "2")]
+    assert sorted(float(row["macs_share"]) for row in ends) == pytest.approx([0.5, 1.0])
+    with (tuned / "calibration.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    keys = {(row["what"], row["when"], row["split"]) for row in rows}
+    whats = ("ensemble", "network 1", "network 2", "cascade")
+    assert keys == {
+        (what, when, split) for what in whats for when in ("before", "after") for split in ("held_out", "test")
+    }
+
+
+@pytest.mark.slow
+def test_the_tuned_checkpoint_holds_networks_and_no_run(tuned: Path, checkpoint: Path) -> None:
+    content, before = load_checkpoint(tuned / "model_best.tuned.pth.tar"), load_checkpoint(checkpoint)
+    assert before.keys() - content.keys() == {"optimizer", "rng"}
+    assert content["answers"] == read(tuned / "answers.json")
+    for name, value in before["state_dict"].items():
+        assert torch.equal(content["state_dict"][name], value)
+
+
+@pytest.mark.slow
+def test_a_later_evaluation_says_the_same(tuned: Path, checkpoint: Path, tmp_path: Path) -> None:
+    assert run("--resume", tuned / "model_best.tuned.pth.tar", "--model_dir", tmp_path / "a") == 0
+    first, again = read(tuned / "results.json"), read(tmp_path / "a" / "results.json")
+    assert again["cascade"] == first["cascade"]
+    assert again["calibration"] == first["calibration"]
+    answers = tuned / "answers.json"
+    assert run("--resume", checkpoint, "--answers", answers, "--model_dir", tmp_path / "b") == 0
+    assert read(tmp_path / "b" / "results.json")["cascade"] == first["cascade"]
+
+
+@pytest.mark.slow
+def test_no_test_label_touches_a_fit(
+    tuned: Path, checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = held_out.open_test_split
+
+    def relabelled(*arguments: Any, **options: Any) -> DataSource:
+        source = real(*arguments, **options)
+        return replace(source, test=replace(source.test, targets=source.test.targets.flip(0)))
+
+    monkeypatch.setattr(held_out, "open_test_split", relabelled)
+    assert run("--resume", checkpoint, "--tune", "all", "--conformal", "0.1,0.05", "--model_dir", tmp_path) == 0
+    assert (tmp_path / "answers.json").read_bytes() == (tuned / "answers.json").read_bytes()
+    assert read(tmp_path / "results.json")["ensemble_acc1"] != read(tuned / "results.json")["ensemble_acc1"]
+
+
+@pytest.mark.slow
+def test_a_part_of_the_test_images_is_not_reported(checkpoint: Path, tmp_path: Path) -> None:
+    argv = ("--resume", checkpoint, "--tune", "calibration", "--tune_on", "test:0.4", "--model_dir", tmp_path)
+    assert run(*argv) == 0
+    source = digits()
+    part, rest, sha256 = split_test(source, "test:0.4", 1)
+    results = read(tmp_path / "results.json")
+    assert results["answers"]["tuned_on"] == {
+        "source": "test:0.4",
+        "images": len(part),
+        "conformal_images": 0,
+        "sha256": sha256,
+        "also_chose_epoch": False,
+    }
+    assert results["images"] == len(rest) == 359 - len(part)
+    assert "test:0.4" in results["reported_images"]
+    both = torch.cat([part.images, rest.images]).flatten(1)
+    assert len(both.unique(dim=0)) == len(source.test.images.flatten(1).unique(dim=0))
+    assert run("--resume", tmp_path / "model_best.tuned.pth.tar", "--model_dir", tmp_path / "again") == 0
+    assert read(tmp_path / "again" / "results.json")["images"] == len(rest)
+
+
+def error(capsys: pytest.CaptureFixture[str], *argv: Any, code: int = 2) -> str:
+    capsys.readouterr()
+    assert run(*argv) == code
+    printed = capsys.readouterr().err
+    assert "Traceback" not in printed
+    return printed.strip().splitlines()[-1]
+
+
+def test_runs_that_held_nothing_out(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    content = {"arch": "resnet20", "split_factor": 2, "dataset": "digits", "method": "co_training", "seed": 1}
+    path = write_run(tmp_path, fitted_network(images=20), config=content, held_out_sha256="")
+    line = error(capsys, "--resume", path, "--tune", "cascade")
+    assert "--val_fraction F" in line
+    assert "--tune_on DIR" in line
+    assert "--tune_on test:F" in line
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("held", ["0" * 64, None])
+def test_other_held_out_images(held: str | None, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    changed = {} if held is None else {"held_out_sha256": held}
+    path = write_run(tmp_path, fitted_network(images=20), **changed)
+    if held is not None:
+        assert "held_out_sha256 differs" in error(capsys, "--resume", path, "--tune", "cascade")
+        assert not (tmp_path / "eval" / "answers.json").exists()
+        return
+    content = load_checkpoint(path)
+    del content["held_out_sha256"]
+    save_checkpoint(content, path)
+    capsys.readouterr()
+    assert run("--resume", path, "--tune", "calibration") == 0
+    assert capsys.readouterr().err.count("does not say which images were held out") == 1
+
+
+BAD = [
+    (["--tune", "cascades"], "--tune cascades: 'cascades' is none of calibration, cascade, conformal, all"),
+    (["--tune", "conformal"], "--tune conformal: add --conformal ALPHA"),
+    (["--tune", "all", "--conformal", "1"], "--conformal 1: expected numbers above 0 and below 1"),
+    (["--tune", "all", "--conformal", "0.1,zero"], "--conformal 0.1,zero"),
+    (["--tune", "cascade", "--cascade_tolerance", "-1"], "--cascade_tolerance"),
+    (["--tune", "cascade", "--cascade_margin", "inf"], "--cascade_margin"),
+    (["--tune", "cascade", "--cascade_budget", "0"], "--cascade_budget"),
+    (["--tune", "cascade", "--window_width", "0.6"], "--window_width"),
+    (["--tune", "cascade", "--window_for", "risk"], "--window_for risk: expected risk:R"),
+    (["--tune", "cascade", "--window_for", "risk:1"], "--window_for risk:1"),
+    (["--tune", "cascade", "--cascade_kind", "window", "--calibrate", "none"], "--cascade_kind window"),
+    (["--tune", "cascade", "--tune_on", "test:1"], "--tune_on test:1: expected test:F"),
+    (["--tune", "cascade", "--tune_on", "test:x"], "--tune_on test:x"),
+    (["--tune", "cascade", "--tune_on", "test:0.05"], "--tune_on test:0.05: 18 held-out images are too few"),
+    (["--tune", "cascade", "--tune_on", "/nowhere"], "--tune_on /nowhere: expected a folder"),
+    (["--tune", "cascade", "--answers", "x.json"], "--tune makes answers, and --answers gives them"),
+    (["--tune_on", "test:0.5"], "--tune_on is for --tune"),
+    (["--answers", "/nowhere.json"], "--answers /nowhere.json: cannot be read"),
+    (["--conformal", "0.1"], "--conformal needs quantiles"),
+    (["--answer", "cascade"], "--answer cascade needs a tuned cascade"),
+]
+
+
+@pytest.mark.parametrize(("flags", "named"), BAD)
+def test_bad_flags_are_one_line(
+    flags: list[str], named: str, checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert named in error(capsys, "--resume", checkpoint, "--model_dir", tmp_path, *flags)
+    assert os.listdir(tmp_path) == []
+
+
+def test_one_network_has_no_cascade(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = write_run(tmp_path, fitted_network(1, images=20))
+    assert "--tune cascade: there is one network" in error(capsys, "--resume", path, "--tune", "cascade")
+    assert "--answer cascade: there is one network" in error(capsys, "--resume", path, "--answer", "cascade")
+    assert run("--resume", path, "--tune", "all") == 0
+    assert read(tmp_path / "eval" / "answers.json")["cascade"] is None
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        ({"weights_sha256": "0" * 64}, "tuned for other weights"),
+        ({"rule": "mean_softmax"}, "tuned for the rule mean_softmax"),
+        ({"weights": "ema"}, "tuned for the ema weights"),
+        ({"cascade": {"kind": "leave"}}, "cascade.order is damaged"),
+        ({"calibration": "warm"}, "calibration. damaged"),
+    ],
+)
+def test_damaged_answers_are_refused(
+    change: dict, named: str, tuned: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    content = load_checkpoint(tuned / "model_best.tuned.pth.tar")
+    content["answers"] = {**content["answers"], **change}
+    path = tmp_path / "damaged.pth.tar"
+    save_checkpoint(content, path)
+    line = error(capsys, "--resume", path, "--model_dir", tmp_path / "eval")
+    assert f"answers of {path}" in line
+    assert named in line
+    assert not (tmp_path / "eval").exists()
+
+
+@pytest.mark.slow
+def test_another_calibration_is_tuned_again(tuned: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tuned / "model_best.tuned.pth.tar"
+    line = error(capsys, "--resume", path, "--model_dir", tmp_path, "--calibrate", "networks")
+    assert "tuned with --calibrate ensemble: tune again" in line
+
+
+def save_folder(folder: Path, images: torch.Tensor, labels: torch.Tensor) -> Path:
+    for n, (image, label) in enumerate(zip(images, labels.tolist(), strict=True)):
+        path = folder / str(label) / f"{n}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(image.permute(1, 2, 0).numpy()).save(path)
+    return folder
+
+
+@pytest.mark.slow
+def test_a_folder_to_tune_on(checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    val = digits().val
+    folder = save_folder(tmp_path / "own", val.images[:120], val.targets[:120])
+    common = ("--resume", checkpoint, "--tune", "cascade", "--tune_on", folder)
+    assert run(*common, "--model_dir", tmp_path / "out") == 0
+    assert "only 120 held-out images" in capsys.readouterr().err
+    assert read(tmp_path / "out" / "answers.json")["tuned_on"]["images"] == 120
+    (folder / "eleven").mkdir()
+    assert "do not know the class 'eleven'" in error(capsys, *common, "--model_dir", tmp_path / "more")
+
+
+def test_the_digest_of_what_was_held_out() -> None:
+    held = torch.tensor([1, 5])
+    assert held_out_digest(7, held) != held_out_digest(8, held) != held_out_digest(8, torch.tensor([1, 6]))
+    numbers = b"".join(n.to_bytes(8, "little") for n in (7, 1, 5))
+    assert held_out_digest(7, held) == hashlib.sha256(numbers).hexdigest()
+
+
+def test_names_and_draws() -> None:
+    assert tuned_path(Path("a/model_best.pth.tar"), Path("b")) == Path("b/model_best.tuned.pth.tar")
+    assert tuned_path(Path("a/net.pth"), Path("b")) == Path("b/net.tuned.pth.tar")
+    assert torch.equal(uniform_of(1, 2, 5), uniform_of(1, 2, 9)[:5])
+    assert not torch.equal(uniform_of(1, 2, 5), uniform_of(1, 3, 5))
+    request = Request.of(EvalOptions(tune="all", window_for="tpr:0.9"), 1, {})
+    assert (request.cascade, request.alphas, request.point, request.share) == (False, [], "tpr", 0.9)
+
+
+@pytest.mark.slow
+def test_two_processes_write_the_same_answers(tuned: Path, checkpoint: Path, tmp_path: Path) -> None:
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    flags = ["--no_cuda", "--workers", "0", "--tune", "all", "--conformal", "0.1,0.05", "--model_dir", str(tmp_path)]
+    done = subprocess.run(
+        [*launcher, "eval.py", "--resume", str(checkpoint), *flags],
+        cwd=ROOT,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "answers.json").read_bytes() == (tuned / "answers.json").read_bytes()
+    assert read(tmp_path / "results.json")["cascade"] == read(tuned / "results.json")["cascade"]

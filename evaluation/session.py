@@ -169,3 +169,246 @@ def open_session(config: Config, world: World, gpus: list[int], flag: str = "--r
     precision = choose_precision(world.device, is_amp=config.is_amp, amp_dtype=amp_dtype)
     answers, weights_sha256 = _answers(content, network, info, config, f"{flag} {path}")
     held_out = content.get("held_out_sha256")
+    return Session(
+        config=config,
+        checkpoint=path,
+        info=info,
+        seed=seed if isinstance(seed, int) else 0,
+        world=world,
+        precision=precision,
+        network=_place(network, config, precision, world.device, gpus),
+        test_fraction=_test_fraction(config, content),
+        held_out_sha256=held_out if isinstance(held_out, str) else None,
+        answers=answers,
+        weights_sha256=weights_sha256,
+    )
+
+
+def _answers(
+    content: Mapping[str, Any], network: SplitNet, info: NetworkInfo, config: Config, source: str
+) -> tuple[Answers | None, str]:
+    """(what was fitted for these networks, digest of their weights); --large has no answers of its own.
+
+    Raises:
+        UserError: damaged answers, or those of other networks.
+    """
+    options = _eval_options(config)
+    if source.startswith("--large"):
+        return None, ""
+    if options.tune is not None:
+        return None, ckpt.state_sha256(network.state_dict())
+    answers = None
+    if options.answers is not None:
+        answers = read_answers_file(Path(options.answers), info.num_networks)
+        source = f"--answers {options.answers}"
+    elif content.get("answers") is not None:
+        source = f"answers of {source.partition(' ')[2]}"
+        answers = read_answers(content["answers"], info.num_networks, source)
+    if answers is None:
+        return None, ""
+    sha256 = ckpt.state_sha256(network.state_dict())
+    rule = ensemble_rule(config.is_ensembled_after_softmax, config.is_max_ensemble)
+    check_tuned_for(answers, weights_sha256=sha256, weights=info.weights, rule=rule, source=source)
+    return answers, sha256
+
+
+def open_large(session: Session) -> Session:
+    """The undivided network of --large, under the flags of the session.
+
+    Raises:
+        UserError: no checkpoint of one network for these classes.
+    """
+    options, config, num_classes = session.options, session.config, session.info.num_classes
+    given = {flag: value for flag, value in config.given.items() if flag not in ("arch", "split_factor")}
+    other = open_session(replace(config, resume=options.large, given=given), session.world, [], "--large")
+    if other.info.num_networks != 1 or other.info.num_classes != num_classes:
+        raise UserError(f"--large {options.large}: expected one network for {num_classes} classes.")
+    return other
+
+
+def _eval_options(config: Config) -> EvalOptions:
+    """The flags that only eval.py has; their defaults where another program evaluates."""
+    return config.extra_options if isinstance(config.extra_options, EvalOptions) else EvalOptions()
+
+
+def _read_checkpoint(config: Config, flag: str) -> tuple[dict[str, Any], Path]:
+    if config.resume is None:
+        raise UserError("--resume PATH is missing: the checkpoint to evaluate.")
+    if config.resume != "auto":
+        return ckpt.load_checkpoint(config.resume, flag), Path(config.resume)
+    newest = ckpt.load_newest(Path(config.model_dir))
+    if newest is None:
+        raise UserError(f"--resume auto: --model_dir {config.model_dir} holds no checkpoint.")
+    return newest
+
+
+def _test_fraction(config: Config, content: Mapping[str, Any]) -> float | None:
+    """See `Session`."""
+    if "test_fraction" in config.given:
+        return config.test_fraction
+    pace = content.get("pace")
+    drawn = pace.get("test_fraction") if isinstance(pace, Mapping) else None
+    return drawn if isinstance(drawn, float) and 0 < drawn < 1 else None
+
+
+def _backbone_names(config: Config, trained: Mapping[str, Any]) -> Callable[[str], Sequence[str]]:
+    """How the method that trained the networks reads --arch: some have names of their own for lists of backbones."""
+    if config.method not in methods:
+        return split_list
+    kind = methods.get(config.method)
+    options = config.method_options
+    if trained:
+        defaults = dataclasses.asdict(kind.Options())
+        known = {k: trained[k] for k, v in defaults.items() if k in trained and isinstance(trained[k], type(v))}
+        try:
+            options = kind.Options(**known)
+        except UserError:  # values of training, trained with wider ranges: of no concern to an evaluation
+            options = kind.Options()
+    return lambda arch: kind.backbone_names(arch, options)
+
+
+def _place(network: SplitNet, config: Config, precision: Precision, device: torch.device, gpus: list[int]) -> nn.Module:
+    network.to(device, precision.weights)
+    lay_out(network, precision.memory_format)
+    asked = [
+        name for name in ("execution", "is_test_with_multistreams", "is_test_on_multigpus") if config.given.get(name)
+    ]
+    if len(asked) > 1 and (config.execution, asked) != ("parallel", ["execution", "is_test_with_multistreams"]):
+        raise UserError(f"--{asked[0]} and --{asked[1]} are two ways of running the networks: give one of them.")
+    for flag in ("is_test_on_multigpus", "is_test_with_multistreams"):
+        if getattr(config, flag) and device.type != "cuda":
+            raise UserError(f"--{flag} 1 needs a GPU, and this run is on the CPU: leave it away.")
+    if config.is_test_on_multigpus:
+        if launch.under_launcher():
+            raise UserError("--is_test_on_multigpus 1 spreads networks, and torchrun spreads images: use one of them.")
+        network.spread([torch.device("cuda", number) for number in gpus])
+    else:
+        network.execution = "parallel" if config.is_test_with_multistreams else config.execution
+    return network
+
+
+def preprocessing(session: Session) -> Preprocessing:
+    """What is done with an image file before the networks see it.
+
+    Raises:
+        UserError: as `class_names_and_statistics`.
+    """
+    _, mean, std = class_names_and_statistics(session)
+    resize, interpolation = session.resizing(session.file_recipe)
+    return Preprocessing(
+        resize=resize,
+        interpolation=interpolation,
+        crop=session.info.crop_size,
+        mean=(mean[0], mean[1], mean[2]),
+        std=(std[0], std[1], std[2]),
+    )
+
+
+def output_folder(session: Session) -> Path:
+    """Where results go: --model_dir if given, but not over a training run's own; else `eval/` beside the checkpoint.
+
+    Raises:
+        UserError: the folder cannot be made.
+    """
+    folder = session.checkpoint.parent / "eval"
+    if "model_dir" in session.config.given:
+        given = Path(session.config.model_dir)
+        folder = given / "eval" if (given / HPARAMS).exists() else given
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"--model_dir {folder}: cannot be made: {reason(error)}.") from None
+    return folder
+
+
+def open_test_split(session: Session, *, download: bool = True) -> DataSource:
+    """The data set to evaluate on; its `test` is the split that --split names.
+
+    Raises:
+        UserError: the data is missing, or its classes are not those of the networks.
+    """
+    config, info = session.config, session.info
+    known = info.codes or info.classes  # as the data has them
+    source = open_source(
+        SourceRequest(
+            dataset=config.dataset,
+            root=Path(config.data),
+            num_classes=info.num_classes if config.dataset == "synthetic" else None,
+            crop_size=info.crop_size,
+            seed=session.seed,
+            val_fraction=config.val_fraction if session.test_fraction else 0.0,
+            test_fraction=session.test_fraction,
+            image_column=config.image_column,
+            label_column=config.label_column,
+            split_column=config.split_column,
+            splits=("test",),
+            split=session.options.split,
+            classes=known,
+            recipe=info.data_recipe if info.data_recipe in OPEN_ROWS else None,
+            on_bad_image=config.on_bad_image,
+            workers=config.workers,
+            download=download,
+        )
+    )
+    unknown = sorted(set(source.classes) - set(known or source.classes))
+    if unknown and len(source.classes) > info.num_classes:
+        raise UserError(
+            f"--data {config.data} has a class that the networks of --resume do not know: {unknown[0]!r} "
+            f"({len(unknown)} in all). Name the data set that they were trained on."
+        )
+    if len(source.classes) != info.num_classes:
+        raise UserError(
+            f"--dataset {config.dataset} has {len(source.classes)} classes and the networks of --resume have "
+            f"{info.num_classes}: name the data set that they were trained on."
+        )
+    # numbers stand for names that the data set's files do not tell
+    nameless = config.dataset == info.dataset and source.classes == _numbers(info.num_classes)
+    if known is not None and source.classes not in (known, info.classes) and not nameless:
+        at = next(i for i, name in enumerate(known) if name != source.classes[i])
+        raise UserError(
+            f"--dataset {config.dataset} has other classes than the networks of --resume: class {at} is "
+            f"{source.classes[at]!r} in the data and {known[at]!r} in the checkpoint."
+        )
+    return source
+
+
+def _numbers(count: int) -> tuple[str, ...]:
+    return tuple(map(str, range(count)))
+
+
+def open_inputs(session: Session, path: Path, mean: Sequence[float], std: Sequence[float]) -> Inputs:
+    """What --predict names, prepared; files are cut as in evaluation."""
+    world, precision = session.world, session.precision
+    if path.suffix.lower() == ".npy":
+        return array_inputs(
+            path,
+            rank=world.rank,
+            world_size=world.world_size,
+            batch_size=session.config.eval_batch_size,
+            device=world.device,
+            dtype=precision.weights,
+            memory_format=precision.memory_format,
+        )
+    prepare = session.prepare(mean, std)
+    return file_inputs(path, load=lambda split: session.loader(split, session.file_recipe), prepare=prepare)
+
+
+def class_names_and_statistics(session: Session) -> tuple[Sequence[str], Sequence[float], Sequence[float]]:
+    """(K names, mean, std) for prediction: the checkpoint's; for a released one the data set's, as far as it is there.
+
+    Raises:
+        UserError: a released checkpoint, and a data set that has no published mean and deviation and is not there.
+    """
+    info, dataset = session.info, session.config.dataset
+    if info.classes is not None and info.mean is not None and info.std is not None:
+        return info.classes, info.mean, info.std
+    try:
+        source = open_test_split(session, download=False)
+        return info.classes or source.classes, info.mean or source.mean, info.std or source.std
+    except UserError as error:
+        row = ROWS.get(dataset)
+        if row is None or row.statistics is None:
+            raise
+        logger.info("class names are unknown, numbers stand for them: %s", error)
+    mean, std = row.statistics
+    return info.classes or _numbers(info.num_classes), info.mean or mean, info.std or std

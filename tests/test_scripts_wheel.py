@@ -3,7 +3,6 @@
 import csv
 import importlib.util
 import json
-import os
 import re
 import subprocess
 import sys
@@ -17,14 +16,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from PIL import Image
-from sklearn.datasets import load_sample_image
 
 from evaluation.loading import load
 from script import wheel_backend
 from script.wheel_backend import rewritten, wheel_files
+from tests.somebody import ROOT, call, make_project
 
-ROOT = Path(__file__).parent.parent
 OURS, AT_HOME = wheel_backend.parts_of()
 
 
@@ -121,15 +118,6 @@ def test_the_source_archive_gives_the_same_wheel(built, tmp_path):
 # ---- beside a project that has rooms of the same names ---------------------------------------------------------------
 
 
-def somebodys_project(folder: Path) -> Path:
-    """A folder with modules that are called as ours, which would break whatever took them for ours."""
-    (folder / "model").mkdir(parents=True)
-    for place in ("utils.py", "dataset.py", "loss.py", "eval.py", "model/__init__.py"):
-        (folder / place).write_text("MINE = True\n")
-    Image.fromarray(load_sample_image("china.jpg")).save(folder / "photo.jpg")
-    return folder
-
-
 API = """
 import json, sys
 import utils, model, dataset, loss, eval as evaluation_of_mine
@@ -170,15 +158,10 @@ def test_installed_in_a_fresh_environment_beside_a_project_of_the_same_names(tmp
         "cotrain",
         "divide_and_co_training-1.0.0.dist-info",
     }
-    project = somebodys_project(tmp_path / "project")
-    settings = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"} | {"OMP_NUM_THREADS": "1"}
+    project = make_project(tmp_path / "project")
 
     def run(*words: object) -> str:
-        done = subprocess.run(
-            [*map(str, words)], cwd=project, env=settings, check=False, capture_output=True, text=True, timeout=600
-        )
-        assert done.returncode == 0, done.stderr
-        return done.stdout
+        return call(words, project).stdout
 
     cotrain = environment / "bin" / "cotrain"
     tiny = ["--dataset", "digits", "--arch", "resnet20", "--split_factor", 2, "--max_steps", 2, "--batch_size", 96]
@@ -199,7 +182,6 @@ def test_installed_in_a_fresh_environment_beside_a_project_of_the_same_names(tmp
     # the same files here, by the repository
     mine = load(project / "run").predict(project / "photo.jpg").probabilities_BK
     np.testing.assert_allclose(mine[0].numpy(), said["probabilities"][0], rtol=0, atol=1e-6)
-    wrong = subprocess.run([str(cotrain), "eval", "nowhere"], cwd=project, env=settings, capture_output=True, text=True)
-    assert wrong.returncode == 2
+    wrong = call([cotrain, "eval", "nowhere"], project, expected=2)
     assert wrong.stderr.startswith("cotrain eval: ")
     assert wrong.stderr.count("\n") == 1

@@ -68,6 +68,7 @@ from training.replay import CudaRecorder, Recorder, ReplayedStep, check_replayab
 from training.resume import Pace, Position, changed_flags
 from training.schedule import Schedule
 from training.state import RunState, execution_before, has_ended, heads_before, seed_before, steps_before
+from training.statistics import renew_statistics
 from training.step import TrainingStep
 from training.update import WeightUpdate
 from utils import distributed, launch
@@ -81,6 +82,8 @@ from utils.seed import STREAM_INIT, draw_seed, fold_in
 from utils.text import escaped, one_line
 
 logger = logging.getLogger("train_split")
+
+STATISTICS_BATCHES = 100  # that slices of a parent get their running statistics from, or an epoch if that is less
 
 PROGRAM = program_name("train_split.py", "train")
 
@@ -143,6 +146,7 @@ class Trainer:
         self.params_training = training_params(self.method)
         self.macs_training = training_macs(self.method, config.crop_size)
         recorder = self._recorder()
+        start = None if before is not None else start or open_start(config)
         new_heads = heads_before(before) if before is not None else self._load_pretrained(start)
         self._place(before)
         self.params_frozen = freeze(self.network, config.freeze) if config.freeze else 0
@@ -176,6 +180,8 @@ class Trainer:
             test_fraction=source.fractions.get("test", 0.0),
         )
         self.method.prepare(source.train.targets.to(world.device), self.seed)
+        if start is not None and start.is_parent(self.network):
+            self._renew_statistics(views)
 
         # what changes the weights
         self.schedule = Schedule(config, self.steps_per_epoch)
@@ -292,13 +298,23 @@ class Trainer:
 
     def _load_pretrained(self, start: Start | None) -> tuple[str, ...]:
         """Take the weights of --pretrained, if any; returns the names of the heads that stay new, as prefixes."""
-        start = start or open_start(self.config)
         if start is None:
             return ()
-        renewed = start.load_into(self.network)
+        renewed = start.load_into(self.network, seed=self.seed)
         for name in renewed:
             logger.info("--pretrained: the head %s has another size there and starts anew.", name)
         return tuple(f"network.{name}." for name in renewed)
+
+    def _renew_statistics(self, views: ViewMaker) -> None:
+        """Batch norms of slices get the statistics of what the slices give, from views as the first epoch has them."""
+        dtype, layout = self.precision.weights, self.precision.memory_format
+        batches = (
+            views.make(batch.images, 0, batch.positions_B, self.num_views, dtype=dtype, memory_format=layout)
+            for batch in self.loader.epoch(0, end_batch=STATISTICS_BATCHES)
+        )
+        count = renew_statistics(self.network, batches, self.precision)
+        if count:
+            logger.info("running statistics made anew from %d batches", count)
 
     def _place(self, resumed: Checkpoint | None) -> None:
         """Bring the method to its device, in its precision and layout, and decide how its networks are run."""

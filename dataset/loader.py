@@ -137,8 +137,8 @@ class TrainLoader(_Loader):
         size = min(self._batch_size, self._positions - batch * self._batch_size)
         return size // self._world_size
 
-    def epoch(self, epoch: int, start_batch: int = 0) -> Iterator[Batch]:
-        """The batches of an epoch, from `start_batch` on; what comes before is not decoded.
+    def epoch(self, epoch: int, start_batch: int = 0, end_batch: int | None = None) -> Iterator[Batch]:
+        """The batches of an epoch from `start_batch` to before `end_batch`; what lies outside is not decoded.
 
         Raises:
             RunError: an unreadable image under "fail", or a batch without a single readable one.
@@ -146,7 +146,8 @@ class TrainLoader(_Loader):
         order = self._sampler(epoch)
         if len(order) < self._positions:
             raise ValueError(f"the sampler gave {len(order)} indices, an epoch takes {self._positions}")
-        requests = [self._request(epoch, step, order) for step in range(start_batch, self.steps_per_epoch)]
+        end = self.steps_per_epoch if end_batch is None else min(end_batch, self.steps_per_epoch)
+        requests = [self._request(epoch, step, order) for step in range(start_batch, end)]
         for batch in self._feed.batches(requests):
             if not len(batch.labels_B):
                 path, why = next(reversed(self.bad_images.items()))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -12,11 +13,14 @@ from torch import Tensor, nn
 
 from model.registry import LARGE, BackboneRequest, backbones, build_network, request_of, split_list
 from model.restore import library_state, load_state, network_state, stored_networks
+from model.slices import cut
 from model.splitnet import SplitNet
 from model.staged import classifier_name
 from recipe.datasets import ROWS
 from recipe.preprocessing import Preprocessing, eval_resize
 from utils.errors import UserError
+
+logger = logging.getLogger(__name__)
 
 LIBRARY = "library"  # in place of a file
 
@@ -83,15 +87,31 @@ class Start:
                 )
         return one
 
-    def load_into(self, network: SplitNet) -> list[str]:
+    def is_parent(self, network: SplitNet) -> bool:
+        """Whether the weights are those of one whole network, and the networks parts of its division: slices of it."""
+        if len(self.names) > 1 or request_of(network.models[0]).split_factor == 1:
+            return False
+        content = self.contents[0]
+        if content is None:
+            return True
+        state, _ = network_state(content, "auto", f"--pretrained {self.names[0]}")
+        return stored_networks(state) == [0] and not _has(network.models[0], _of_one(_renamed(state, network)))
+
+    def load_into(self, network: SplitNet, *, seed: int = 0) -> list[str]:
         """Give the networks the weights; returns the names of the classifiers that another size keeps as new.
 
-        A file of one network serves each of several full ones; a file of S networks serves S.
+        A file of one network serves each of several full ones; a file of S networks serves S; a whole network gives
+        the parts of its division slices (`model.slices`), whose running statistics are to be made anew.
+
+        Args:
+            seed: of the run; decides which channels a part takes.
 
         Raises:
             UserError: the weights are not those of this structure.
         """
         state: dict[str, Tensor] = {}
+        if self.is_parent(network):
+            return load_state(network, self._sliced(network, seed), f"--pretrained {self.names[0]}")
         if len(self.names) == 1:
             state = self._state(0, network)
         else:
@@ -110,7 +130,6 @@ class Start:
             return {f"models.{i}.{k}": v for i, one in enumerate(network.models) for k, v in library_state(one).items()}
         state, _ = network_state(content, "auto", f"--pretrained {self.names[which]}")
         if stored_networks(state) == [0] and count > 1:
-            self._refuse_divided(network)
             state = {name.replace("models.0.", f"models.{i}.", 1): v for i in range(count) for name, v in state.items()}
         return _renamed(state, network)
 
@@ -126,26 +145,38 @@ class Start:
             )
         return _renamed({f"models.{i}.{key.removeprefix('models.0.')}": v for key, v in state.items()}, network)
 
-    def _refuse_divided(self, network: SplitNet) -> None:
-        requests = [request_of(one) for one in network.models]
-        divided = next((request for request in requests if request.split_factor > 1), None)
-        if divided is not None:
-            several = ",".join([divided.arch] * 2)
-            raise UserError(
-                f"--pretrained {self.names[0]}: holds one whole network, and --split_factor {divided.split_factor} "
-                f"makes narrower ones, which its weights do not fit. Take whole networks (--arch {several}), or a "
-                f"checkpoint of {divided.split_factor} networks of this division."
-            )
+    def _sliced(self, network: SplitNet, seed: int) -> dict[str, Tensor]:
+        """Weights of the parts of a division, cut from those of the whole network."""
+        request, content, source = request_of(network.models[0]), self.contents[0], f"--pretrained {self.names[0]}"
+        if content is None:
+            whole = dict(library_state(network.models[0], divided=True))
+        else:
+            whole = _of_one(_renamed(network_state(content, "auto", source)[0], network))
+        count = len(network.models)
+        found = cut(whole, request, networks=count, seed=seed, source=source)
+        logger.info(
+            "%s: one whole network; each of the %d starts from a slice of it (two of them share %.0f %% of their "
+            "channels): sliced, not trained.",
+            source,
+            count,
+            100 * found.shared,
+        )
+        # a classifier for other classes keeps its old size here, and so is seen to be another
+        return {f"models.{i}.{key}": value for i in range(count) for key, value in (whole | found.states[i]).items()}
 
     def _near(self, network: SplitNet, state: Mapping[str, Tensor]) -> str:
         """Which other --arch the file fits, in words."""
-        one = {key.removeprefix("models.0."): v for key, v in state.items() if key.startswith("models.0.")}
         if self.contents[0] is None:
             return ""
-        names = archs_that_fit(one, request_of(network.models[0]))
+        names = archs_that_fit(_of_one(state), request_of(network.models[0]))
         if not names:
             return ""
         return f" {' or '.join(names)} load{'s' * (len(names) == 1)} this file: --arch {names[0]}."
+
+
+def _of_one(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors of the first network, by its own names."""
+    return {key.removeprefix("models.0."): v for key, v in state.items() if key.startswith("models.0.")}
 
 
 def archs_that_fit(state: Mapping[str, Tensor], request: BackboneRequest) -> list[str]:

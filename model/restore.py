@@ -203,8 +203,11 @@ def load_state(network: SplitNet, state: Mapping[str, Tensor], source: str) -> l
     return _load(network, state, complaint, heads=heads)
 
 
-def library_state(network: nn.Module) -> Mapping[str, Tensor]:
+def library_state(network: nn.Module, *, divided: bool = False) -> Mapping[str, Tensor]:
     """The published weights of a network that is a library's own, by its state-dict names.
+
+    Args:
+        divided: of the whole network, where this one is a part of its division; else that is refused.
 
     Raises:
         UserError: the network is not a library's, or not whole, or its weights cannot be fetched.
@@ -216,7 +219,7 @@ def library_state(network: nn.Module) -> Mapping[str, Tensor]:
             f"--pretrained library takes a library's weights, and --arch {request.arch} is none of a library's "
             "(torchvision/NAME, timm/NAME). Give the path of a checkpoint."
         )
-    if request.split_factor > 1:
+    if request.split_factor > 1 and not divided:
         raise UserError(
             f"--pretrained library: the library's weights are those of the undivided {request.arch}, and this run "
             f"divides it by {request.split_factor}. Leave --split_factor away, or give a PATH."

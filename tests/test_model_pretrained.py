@@ -1,5 +1,6 @@
 """Weights to start from: whose they are, which networks take them, what they want to see, and what does not fit."""
 
+import re
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -13,7 +14,9 @@ from torchvision.models import get_model, get_model_weights
 
 from model import LARGE, BackboneRequest, SplitNet, build_splitnet
 from model.pretrained import Start, archs_that_fit, has_layer_norm
+from model.registry import request_of
 from model.restore import published_keys
+from model.slices import cut
 from recipe.preprocessing import Preprocessing
 from utils.errors import UserError
 
@@ -100,12 +103,29 @@ def test_a_checkpoint_of_several_networks_serves_as_many(network: SplitNet) -> N
         start_of(content, content).load_into(target)
 
 
-def test_a_divided_network_says_what_it_can_take() -> None:
+def test_parts_of_a_division_start_from_slices_of_a_whole_network(caplog: pytest.LogCaptureFixture) -> None:
     network = build_splitnet(SMALL_RESNET, seed=0)
-    whole = build_splitnet(replace(SMALL_RESNET, split_factor=1), seed=0).models[0]
-    with pytest.raises(UserError, match=r"one whole network, and --split_factor 2.*--arch resnet20,resnet20") as error:
-        start_of(whole.state_dict()).load_into(network)
-    assert "\n" not in str(error.value)
+    whole = build_splitnet(replace(SMALL_RESNET, split_factor=1), seed=0).models[0].state_dict()
+    start = start_of(whole)
+    assert start.is_parent(network)
+    with caplog.at_level("INFO"):
+        assert start.load_into(network, seed=3) == []
+    assert re.search(
+        r"each of the 2 starts from a slice of it \(two of them share \d+ % of their channels\)", caplog.text
+    )
+    expected = cut(whole, request_of(network.models[0]), networks=2, seed=3, source="P").states
+    for one, states in zip(network.models, expected, strict=True):
+        assert all(torch.equal(value, states[name]) for name, value in one.state_dict().items())
+    other = build_splitnet(replace(SMALL_RESNET, num_classes=SMALL_RESNET.num_classes + 1), seed=0)
+    assert start.load_into(other, seed=3) == ["models.0.fc", "models.1.fc"]
+
+
+def test_what_fits_as_it_is_is_no_parent() -> None:
+    network = build_splitnet(SMALL_RESNET, seed=0)
+    assert not start_of(network.models[0].state_dict()).is_parent(build_splitnet(SMALL_RESNET, seed=0))
+    assert not start_of(network.models[0].state_dict()).is_parent(
+        build_splitnet(replace(SMALL_RESNET, split_factor=1), seed=0)
+    )
 
 
 @pytest.fixture(scope="module")
@@ -165,12 +185,12 @@ def test_a_librarys_published_weights(monkeypatch: pytest.MonkeyPatch, tmp_path:
     assert start_of(None).load_into(target) == ["models.0.classifier.3"]
     assert same(target.models[0].state_dict(), published.state_dict(), but="classifier.3")
 
-    for other, message in (
-        (replace(request, split_factor=2), "undivided torchvision/mobilenet_v3_small"),
-        (replace(SMALL_RESNET, split_factor=1), "--arch resnet20.*library"),
-    ):
-        with pytest.raises(UserError, match=message):
-            start_of(None).load_into(build_splitnet(other, seed=0))
+    with pytest.raises(UserError, match=r"--arch resnet20.*library"):
+        start_of(None).load_into(build_splitnet(replace(SMALL_RESNET, split_factor=1), seed=0))
+    halves = build_splitnet(replace(request, split_factor=2), seed=0)
+    assert start_of(None).load_into(halves, seed=3) == ["models.0.classifier.3", "models.1.classifier.3"]
+    with pytest.raises(UserError, match="undivided torchvision/mobilenet_v3_small"):
+        start_of(None, None).load_into(halves)
 
 
 def test_timms_published_weights_fail_in_one_line(monkeypatch: pytest.MonkeyPatch) -> None:

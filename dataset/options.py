@@ -116,7 +116,12 @@ class DataOptions(Options):
         resume=TAKES,
     )
     is_autoaugment: bool = option(False, "the data set's AutoAugment policy", default_text=BY_RECIPE, resume=TAKES)
-    randaa: str | None = option(None, "RandAugment instead, as 'rand-m9-mstd0.5'", metavar="STRING", resume=TAKES)
+    randaa: str | None = option(
+        None,
+        "RandAugment instead, as 'rand-m9-mstd0.5', or 'trivial': TrivialAugment in its wide space",
+        metavar="STRING",
+        resume=TAKES,
+    )
     is_mixup: bool = option(True, "mix pairs of images and their labels (mixup)", resume=TAKES)
     mix_alpha: float = option(0.2, "mixup draws its weight from Beta(alpha, alpha)", above=0, resume=TAKES)
     cutmix_alpha: float = option(0.0, "CutMix draws its weight from Beta(alpha, alpha); 0: off", least=0, resume=TAKES)
@@ -125,6 +130,12 @@ class DataOptions(Options):
         "where mixup and CutMix are both on, a step is CutMix with this probability",
         least=0,
         most=1,
+        resume=TAKES,
+    )
+    repeats: int = option(
+        1,
+        "repeated augmentation: every image comes so many times in a row, and an epoch takes as many fewer of them",
+        least=1,
         resume=TAKES,
     )
     is_label_smoothing: bool = option(False, "label smoothing of 0.1", default_text=BY_RECIPE, resume=TAKES)

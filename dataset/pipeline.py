@@ -1,10 +1,14 @@
 """Loaders for a data source, by the row of the published recipes that it takes."""
 
+from collections.abc import Callable
+
+import numpy as np
+
 from dataset import DataSource, ImageSet
 from dataset.cut import ResizedCropSpec
 from dataset.loader import EvalLoader, TrainLoader
 from dataset.options import DataOptions
-from dataset.sampler import ClassBalancedSampler, EquallyLikelyClasses
+from dataset.sampler import ClassBalancedSampler, EquallyLikelyClasses, Repeated, Shuffled
 from recipe.datasets import ROWS
 from recipe.preprocessing import Preprocessing, eval_resize
 from utils.errors import UserError
@@ -51,18 +55,24 @@ def build_train_loader(
             that the sampler does not make.
     """
     batch_size = options.batch_size * world.num_nodes
-    order: ClassBalancedSampler | EquallyLikelyClasses | None = None
+    order: Callable[[int], np.ndarray] = Shuffled(len(source.train), seed)
     if sampler == "class_balanced":
         if options.sampler != "shuffled":
             raise UserError(
                 f"--sampler {options.sampler}: this method puts its batches together itself, of several images of a "
                 "class each. Leave the flag away."
             )
+        if options.repeats > 1:
+            raise UserError(
+                f"--repeats {options.repeats}: this method puts its batches together itself; leave it away."
+            )
         if not options.drop_last:
             raise UserError("--drop_last 0: class-balanced batches are all complete; leave the flag away.")
         order = ClassBalancedSampler(source.train.targets, batch_size=batch_size, seed=fold_in(seed, STREAM_SAMPLER))
     elif options.sampler == "balanced":
         order = EquallyLikelyClasses(source.train.targets, seed)
+    if options.repeats > 1:
+        order = Repeated(order, options.repeats)
     smallest, largest = options.crop_area
     crop = ResizedCropSpec(size=options.crop_size, area=(smallest, largest), interpolation=options.crop_interpolation)
     return TrainLoader(

@@ -1,6 +1,7 @@
 """Which image comes when, and on which process."""
 
 import logging
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -29,6 +30,20 @@ class Shuffled:
 
     def __call__(self, epoch: int) -> np.ndarray:
         return numpy_generator(self.seed, STREAM_ORDER, epoch).permutation(self.size)
+
+
+@dataclass(frozen=True)
+class Repeated:
+    """Repeated augmentation (Hoffer et al., arXiv:1901.09335): each image of an order so many times in a row, as far as
+    the order is long. Each time it has its views of its own. What timm's `RepeatAugSampler` gives all processes
+    together, but for the end of an epoch, which that cuts to a multiple of 256 images."""
+
+    order: Callable[[int], np.ndarray]
+    times: int
+
+    def __call__(self, epoch: int) -> np.ndarray:
+        order_N = self.order(epoch)
+        return np.repeat(order_N[: -(-len(order_N) // self.times)], self.times)[: len(order_N)]
 
 
 class EquallyLikelyClasses:

@@ -19,7 +19,16 @@ from torch import Tensor
 
 from dataset.augment import erasing, geometry
 from dataset.augment.plan import StepPlan, Upload, plan_mirror, plan_step
-from dataset.augment.policy import AUTOAUGMENT_POLICIES, AutoAugment, ColorJitter, Policy, Steps, parse_randaugment
+from dataset.augment.policy import (
+    AUTOAUGMENT_POLICIES,
+    TRIVIAL,
+    AutoAugment,
+    ColorJitter,
+    Policy,
+    Steps,
+    TrivialAugment,
+    parse_randaugment,
+)
 from dataset.memory import advise_huge_pages
 from dataset.options import DataOptions
 from recipe.datasets import ROWS, Statistic
@@ -65,7 +74,7 @@ class ViewSpec:
         padding: pixels added on every side before cropping.
         padding_mode: one of `dataset.options.PADDING_MODES`.
         flip: mirror half of the views.
-        policy: "none", an AutoAugment policy ("cifar10", "svhn", "imagenet"), or a RandAugment string.
+        policy: "none", an AutoAugment policy ("cifar10", "svhn", "imagenet"), "trivial", or a RandAugment string.
         color_jitter: brightness, contrast and saturation change by up to this part; 0: off.
         erase_p: probability of random erasing.
         erase_area: smallest and largest erased part of the image.
@@ -172,6 +181,8 @@ class ViewMaker:
             self._policies.append(ColorJitter(spec.color_jitter))
         if spec.policy in AUTOAUGMENT_POLICIES:
             self._policies.append(AutoAugment(spec.policy))
+        elif spec.policy == TRIVIAL:
+            self._policies.append(TrivialAugment(spec.crop_size))
         elif spec.policy != "none":
             self._policies.append(parse_randaugment(spec.policy, spec.fill))
 

@@ -6,6 +6,7 @@ from evaluation.answers import CASCADE_KINDS
 from evaluation.calibration import CALIBRATIONS
 from evaluation.cascade import TARGETS
 from evaluation.selective import CONFIDENCES
+from evaluation.tta import TTA
 from model.restore import WEIGHTS
 from utils.options import OF_CALL, Options, option
 
@@ -28,6 +29,12 @@ class EvalOptions(Options):
         "what to evaluate on",
         choices=("val", "test"),
         default_text="test where there is one, else val",
+        resume=OF_CALL,
+    )
+    tta: str = option(
+        "none",
+        "answer for the mean of the logits of every image and its mirror image (at twice the time)",
+        choices=TTA,
         resume=OF_CALL,
     )
     benchmark: bool = option(

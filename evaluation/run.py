@@ -151,7 +151,7 @@ def evaluate_session(
     loader = session.loader(source.test, info.data_recipe or source.recipe)
     began = time.perf_counter()
     evaluation = evaluate(
-        session.network,
+        session.classifier,
         loader,
         prepare=session.prepare(mean, std),
         num_networks=info.num_networks,
@@ -212,7 +212,7 @@ def run_prediction(session: Session, path: Path) -> dict[str, Any]:
     classes, mean, std = class_names_and_statistics(session)
     inputs = open_inputs(session, path, mean, std)
     prediction = predict(
-        session.network,
+        session.classifier,
         inputs.names,
         inputs.batches,
         num_networks=info.num_networks,

@@ -18,6 +18,7 @@ from dataset.views import ViewMaker, plain_spec
 from evaluation.answers import Answers, check_tuned_for, read_answers, read_answers_file
 from evaluation.ensemble import ensemble_rule
 from evaluation.options import EvalOptions
+from evaluation.tta import FlipAveraged
 from method import methods
 from model import SplitNet, backbones, split_list
 from model.restore import NetworkInfo, restore_splitnet
@@ -77,6 +78,11 @@ class Session:
         return _eval_options(self.config)
 
     @property
+    def classifier(self) -> nn.Module:
+        """What evaluation and prediction ask: the networks, or, under --tta flip, `evaluation.tta.FlipAveraged`."""
+        return FlipAveraged(self.network).eval() if self.options.tta == "flip" else self.network
+
+    @property
     def rule(self) -> str:
         """The ensemble rule that is reported."""
         return ensemble_rule(self.config.is_ensembled_after_softmax, self.config.is_max_ensemble)
@@ -90,6 +96,7 @@ class Session:
             "dataset": self.config.dataset,
             "weights": self.info.weights,
             "precision": self.precision.name,
+            **({} if self.options.tta == "none" else {"tta": self.options.tta}),
         }
 
     def prepare(self, mean: Sequence[float], std: Sequence[float]) -> Callable[[Tensor], Tensor]:

@@ -22,6 +22,7 @@ from dataset.augment.policy import (
     Op,
     RandAugment,
     Resample,
+    TrivialAugment,
     parse_randaugment,
 )
 from dataset.augment.resized_crop import RESIZED_CROP_SLOTS, draw_resized_crops
@@ -167,6 +168,48 @@ def test_a_large_rotation_is_pil_too():
                 continue  # PIL transposes instead of interpolating
             expected = np.asarray(pil_op(Image.fromarray(image), Op.ROTATE, angle, resample, FILL))
             np.testing.assert_array_equal(result, expected, err_msg=f"{angle} {resample!r}")
+
+
+TRIVIAL_NAMES = {"Identity": Op.NONE, "AutoContrast": Op.AUTOCONTRAST, "Equalize": Op.EQUALIZE, "ShearX": Op.SHEAR_X}
+TRIVIAL_NAMES |= {"ShearY": Op.SHEAR_Y, "TranslateX": Op.TRANSLATE_X, "TranslateY": Op.TRANSLATE_Y, "Rotate": Op.ROTATE}
+TRIVIAL_NAMES |= {"Brightness": Op.BRIGHTNESS, "Color": Op.COLOR, "Contrast": Op.CONTRAST, "Sharpness": Op.SHARPNESS}
+TRIVIAL_NAMES |= {"Posterize": Op.POSTERIZE, "Solarize": Op.SOLARIZE}
+
+
+@pytest.mark.parametrize("size", [32, 45, pytest.param(224, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("name", TRIVIAL_NAMES)
+def test_trivial_augment_is_torchvisions_at_every_magnitude(name: str, size: int) -> None:
+    policy = TrivialAugment(size)
+    space = transforms.TrivialAugmentWide()._augmentation_space(31)
+    assert space.keys() == TRIVIAL_NAMES.keys()
+    magnitudes, signed = space[name]
+    image = make_images(size, size)[0]
+    which = [*policy._ops].index(TRIVIAL_NAMES[name])
+    places = [(bin, sign) for bin in range(31) for sign in range(1 + signed)]
+    uniforms_1BU = np.array([[((which + 0.5) / 14, (bin + 0.5) / 31, 0.25 if sign else 0.75) for bin, sign in places]])
+    ops_1B, values_1B, resamples_1B = (part[0] for part in policy.draw(uniforms_1BU))
+    images = to_tensor(image[None]).expand(len(places), -1, -1, -1).contiguous()
+    got = run_ops(images, ops_1B[0], values_1B[0], resamples_1B[0], fill=policy.fill)
+    for result, (bin, sign) in zip(got, places, strict=True):
+        magnitude = float(magnitudes[bin]) * (-1 if sign else 1) if magnitudes.ndim else 0.0
+        picture = Image.fromarray(image)
+        nearest = transforms.InterpolationMode.NEAREST
+        expected = transforms.autoaugment._apply_op(picture, name, magnitude, interpolation=nearest, fill=None)
+        np.testing.assert_array_equal(result, np.asarray(expected), err_msg=f"{name} {magnitude}")
+
+
+def test_trivial_augment_draws_ops_magnitudes_and_signs_evenly_and_apart() -> None:
+    policy = TrivialAugment(32)
+    uniforms_VBU = np.random.default_rng(0).random((2, 20000, policy.num_slots))
+    (ops_VB,), (values_VB,), (resamples_VB,) = policy.draw(uniforms_VBU)
+    assert not resamples_VB.any()
+    ops, counts = np.unique(ops_VB, return_counts=True)
+    assert {*map(Op, ops.tolist())} == {*TRIVIAL_NAMES.values()}
+    assert stats.chisquare(counts).pvalue > 1e-4
+    turns = values_VB[ops_VB == Op.ROTATE]
+    assert len(np.unique(turns)) == 61
+    assert stats.chisquare(np.unique(np.abs(turns), return_counts=True)[1]).pvalue > 1e-4
+    assert abs((turns > 0).mean() - (turns < 0).mean()) < 0.05
 
 
 def test_reflection_padding_is_numpys():

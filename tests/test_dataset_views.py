@@ -71,6 +71,7 @@ SPECS = {
     "imagenet": recipe_spec("imagenet", crop_size=45),
     "randaa": recipe_spec("cifar100", randaa="rand-m9-n2-mstd0.5-inc1"),
     "randaa-wide": recipe_spec("imagenet", crop_size=37, randaa="rand-m5-n3-mstd4"),
+    "trivial": recipe_spec("cifar100", randaa="trivial"),
     "jitter-reflect": cifar_spec(color_jitter=0.4, padding_mode="reflect", policy="svhn"),
     "plain": cifar_spec(policy="none", erase_p=0.0, flip=False, padding=0),
     "digits": recipe_spec("digits", crop_size=16, padding=2),
@@ -115,7 +116,7 @@ def test_views_that_come_cropped_are_flipped_and_augmented():
             assert torch.equal(got[v, b], pil_view(spec, crops[20 * v + b], parameters, v, b, torch.float32))
 
 
-@pytest.mark.parametrize("name", ["cifar10", "svhn", "randaa", "jitter-reflect"])
+@pytest.mark.parametrize("name", ["cifar10", "svhn", "randaa", "trivial", "jitter-reflect"])
 def test_views_depend_on_neither_batch_nor_chunks(name, monkeypatch):
     spec = dataclasses.replace(SPECS[name], erase_mode="pixel")
     images, positions = to_tensor(make_images(90)), np.random.default_rng(0).permutation(1000)[:90]

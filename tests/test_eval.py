@@ -166,6 +166,36 @@ def test_evaluation(run_dir, test_logits_SNK, tmp_path, capsys):
         assert confusion.size[0] > 300
 
 
+def test_flips_at_test_time_answer_for_the_mean_of_both(run_dir, test_logits_SNK, tmp_path, capsys):
+    checkpoint = run_dir / "checkpoint_1.pth.tar"
+    results = succeed("--resume", checkpoint, "--tta", "flip", "--model_dir", tmp_path, capsys=capsys)
+    network, images = digits_network(), normalised(DIGITS.test.images)
+    with torch.inference_mode():
+        logits_SNK = (network(images) + network(images.flip(-1))) / 2
+
+    def nll_S(logits_SNK: torch.Tensor) -> list[float]:
+        log_probs_SNK = logits_SNK.double().log_softmax(dim=-1)
+        return [-float(one[range(len(one)), DIGITS.test.targets].mean()) for one in log_probs_SNK]
+
+    found = [one["nll"] for one in results["networks"]]
+    assert found == pytest.approx(nll_S(logits_SNK), abs=1e-6)
+    assert found != pytest.approx(nll_S(test_logits_SNK), abs=1e-4)
+    assert results["tta"] == "flip"
+
+
+def test_flips_at_test_time_reach_predictions(run_dir, one_image, tmp_path, capsys):
+    mirrored = tmp_path / "mirrored.npy"
+    np.save(mirrored, np.load(one_image)[..., ::-1])
+    found = []
+    cases = ((one_image, "none"), (mirrored, "none"), (one_image, "flip"))
+    for number, (path, tta) in enumerate(cases):
+        folder, checkpoint = tmp_path / str(number), run_dir / "checkpoint_1.pth.tar"
+        succeed("--resume", checkpoint, "--predict", path, "--tta", tta, "--model_dir", folder, capsys=capsys)
+        found.append(np.load(next(folder.rglob("logits.npz")))["logits"])
+    np.testing.assert_allclose(found[2], (found[0] + found[1]) / 2, rtol=1e-5, atol=1e-5)
+    assert not np.allclose(found[0], found[1])
+
+
 def test_pictures_that_cannot_be_written_are_one_line(run_dir, tmp_path, capsys):
     for name in ("confusion.png", "latency.png"):
         (tmp_path / name).mkdir()

@@ -11,6 +11,7 @@ from enum import IntEnum
 from typing import NamedTuple
 
 import numpy as np
+import torch
 
 from utils.errors import UserError
 
@@ -292,6 +293,9 @@ class RandAugment(Policy):
         return np.select([ops == op for op in of_op], list(of_op.values()), 0.0)
 
 
+_FACTORS = (Op.BRIGHTNESS, Op.COLOR, Op.CONTRAST, Op.SHARPNESS)
+
+
 class ColorJitter(Policy):
     """Brightness, contrast and saturation in random order, each by a factor uniform in [1 - strength, 1 + strength].
 
@@ -313,6 +317,51 @@ class ColorJitter(Policy):
         return Steps(ops_NVB, values_NVB, np.zeros_like(ops_NVB))
 
 
+TRIVIAL = "trivial"  # the value of --randaa
+_TRIVIAL_BINS = 31
+
+
+def _bins(top: float) -> np.ndarray:
+    """The magnitudes from 0 to `top`, with torchvision's float32 rounding."""
+    return torch.linspace(0.0, top, _TRIVIAL_BINS).double().numpy()
+
+
+class TrivialAugment(Policy):
+    """One op for each image, of 14 that are equally likely, at one of 31 magnitudes that are equally likely.
+
+    TrivialAugment in its wide space (Müller and Hutter, arXiv:2103.10158), as torchvision's `TrivialAugmentWide` has it
+    for Pillow images: geometric ops read the nearest pixel and fill with black; a sign is + or - with equal chance.
+
+    Args:
+        side: of the images, in pixels; translations are in whole pixels.
+    """
+
+    num_slots = 3  # op, magnitude, sign
+    fill = (0, 0, 0)
+
+    def __init__(self, side: int) -> None:
+        zero = np.zeros(_TRIVIAL_BINS)
+        factors = {op: (1 + _bins(0.99), 1 - _bins(0.99)) for op in _FACTORS}
+        shears = {op: (_bins(0.99), -_bins(0.99)) for op in (Op.SHEAR_X, Op.SHEAR_Y)}
+        shift = np.trunc(_bins(32.0)) / side
+        shifts = dict.fromkeys((Op.TRANSLATE_X, Op.TRANSLATE_Y), (-shift, shift))
+        turns = {Op.ROTATE: (_bins(135.0), -_bins(135.0))}
+        bits = 8 - np.rint(np.arange(_TRIVIAL_BINS) / ((_TRIVIAL_BINS - 1) / 6))
+        unsigned = {Op.NONE: zero, Op.AUTOCONTRAST: zero, Op.EQUALIZE: zero, Op.POSTERIZE: bits}
+        unsigned |= {Op.SOLARIZE: 255 - _bins(255.0)}
+        of_op = shears | shifts | turns | factors | {op: (values, values) for op, values in unsigned.items()}
+        self._ops = np.array([*of_op], dtype=np.int64)
+        self._values = np.array([*of_op.values()])  # [op, sign, magnitude]
+
+    def draw(self, uniforms_VBU: np.ndarray) -> Steps:
+        """Uniform numbers [V, B, 3] -> one step."""
+        which = (uniforms_VBU[..., 0] * len(self._ops)).astype(np.int64)
+        magnitude = (uniforms_VBU[..., 1] * _TRIVIAL_BINS).astype(np.int64)
+        values_VB = self._values[which, (uniforms_VBU[..., 2] < 0.5).astype(np.int64), magnitude]
+        ops_VB = self._ops[which]
+        return Steps(ops_VB[None], values_VB[None], np.zeros_like(ops_VB)[None])
+
+
 _RANDAUGMENT_FORM = "rand-mM[-nN][-mstdD][-inc0|1], for instance rand-m9-n2-mstd0.5-inc1"
 
 
@@ -331,7 +380,7 @@ def parse_randaugment(text: str, fill: tuple[int, int, int] = (128, 128, 128)) -
         or not re.fullmatch(r"[1-9]\d*", values.get("n", "2"))
         or values.get("inc", "0") not in ("0", "1")
     ):
-        raise UserError(f"--randaa {text!r} is not a RandAugment string: expected {_RANDAUGMENT_FORM}.")
+        raise UserError(f"--randaa {text!r} is not a RandAugment string: expected {_RANDAUGMENT_FORM}, or {TRIVIAL}.")
     return RandAugment(
         magnitude=float(values.get("m", _TOP_LEVEL)),
         num_ops=int(values.get("n", 2)),

@@ -1,14 +1,15 @@
 """What methods need inside: means over processes, a small guarded SGD, weights that follow the epoch, frozen copies."""
 
 import math
-from collections.abc import Sequence
-from typing import Self
+from collections.abc import Mapping, Sequence
+from typing import Any, Self
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
 from utils.distributed import is_alone
+from utils.errors import UserError
 
 
 @torch.no_grad()
@@ -37,6 +38,25 @@ def average_over_processes(tensors: Sequence[Tensor]) -> None:
     flat /= dist.get_world_size()
     for tensor, mean in zip(tensors, flat.split([tensor.numel() for tensor in tensors]), strict=True):
         tensor.copy_(mean.view_as(tensor))
+
+
+def refuse_several_networks(method: str, given: Mapping[str, Any]) -> None:
+    """Refuse flags that ask for several networks where a method's members take their place.
+
+    Args:
+        method: its name.
+        given: all that was set, by flag name.
+
+    Raises:
+        UserError: a list of backbones, or a division.
+    """
+    if "," in str(given.get("arch", "")):
+        raise UserError(f"--method {method} takes one backbone, and --arch names several: --num_members says how many.")
+    if given.get("split_factor", 1) != 1:
+        raise UserError(
+            f"--split_factor {given['split_factor']}: --method {method} divides nothing, its --num_members take the "
+            "place of S. Leave it away."
+        )
 
 
 def ramp(epoch: int, length: int) -> float:

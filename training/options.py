@@ -6,7 +6,7 @@ from loss.classification import CLASS_LOSSES
 from utils.options import BY_RECIPE, OF_CALL, SAME, TAKES, Options, option
 
 OPTIMIZERS = ("SGD", "Adam", "AdamW", "RMSprop", "RMSpropTF")
-ITERATION_MODES = ("cos", "step", "poly", "HTD", "exponential", "linear")
+ITERATION_MODES = ("cos", "step", "poly", "HTD", "exponential", "linear", "cycles")
 EPOCH_MODES = ("epoch_cos", "epoch_step")
 MODES = ITERATION_MODES + EPOCH_MODES
 
@@ -51,6 +51,7 @@ class OptimizerOptions(Options):
         default_text=BY_RECIPE,
         resume=TAKES,
     )
+    lr_cycles: int = option(1, "number of restarts of 'cycles', its first cycle included", least=1, resume=TAKES)
     lr_step_multiplier: float = option(0.1, "factor at each milestone", least=0, resume=TAKES)
     lr_multiplier: float = option(
         1.0, "factor for the learning rate of new heads when fine-tuning", least=0, resume=TAKES

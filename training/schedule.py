@@ -18,6 +18,7 @@ class Schedule:
         linear       base_lr · (1 - x)
         HTD          base_lr · (1 - tanh(9x - 6)) / 2
         step         base_lr · lr_step_multiplier^(milestones passed), counted from epoch 0, warm-up included
+        cycles       base_lr · (1 + cos(π ((t - W) mod C) / C)) / 2, C = ⌈(T - W) / lr_cycles⌉ (arXiv:1704.00109, eq. 2)
         exponential  base_lr · decay_factor^((t - W) / (decay_epochs · steps_per_epoch)), exponent rounded down
 
     The epoch modes are those of Cream's retraining (Peng et al., NeurIPS 2020): constant within an epoch e, decaying
@@ -69,6 +70,11 @@ class Schedule:
         if options.lr_mode == "exponential":
             passed = (step - warm_up) / (options.decay_epochs * self.steps_per_epoch)
             return options.decay_factor ** (math.floor(passed) if self.staircase else passed)
+        if options.lr_mode == "cycles":
+            steps = options.epochs * self.steps_per_epoch
+            cycle = math.ceil(max(steps - warm_up, 1) / options.lr_cycles)
+            # beyond the last epoch the rate stays where it ended
+            return 0.5 * (1 + math.cos(math.pi * ((min(step, steps - 1) - warm_up) % cycle) / cycle))
         x = min((step - warm_up) / max(options.epochs * self.steps_per_epoch - warm_up, 1), 1.0)
         if options.lr_mode == "cos":
             return 0.5 * (1 + math.cos(math.pi * x))

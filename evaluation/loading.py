@@ -24,6 +24,7 @@ from evaluation.session import class_names_and_statistics, open_session, preproc
 from parser_params import parse_config
 from recipe.datasets import ROWS, open_row
 from recipe.preprocessing import Preprocessing, eval_resize
+from record import safe_tensors
 from record.checkpoint import BEST, list_checkpoints
 from utils.errors import UserError
 from utils.launch import World
@@ -137,7 +138,7 @@ def load(path: str | PathLike[str], *, device: str | torch.device = "cpu", **fla
 
 
 def checkpoint_of(path: str | PathLike[str]) -> Path:
-    """The checkpoint that a path means: itself, or of a run directory the best one, else the newest.
+    """The checkpoint that a path means: itself, or of a directory the best one, the newest, or model.safetensors.
 
     Raises:
         UserError: a directory without checkpoints.
@@ -145,7 +146,7 @@ def checkpoint_of(path: str | PathLike[str]) -> Path:
     path = Path(path)
     if not path.is_dir():
         return path
-    found = [path / BEST] if (path / BEST).is_file() else list_checkpoints(path)
+    found = [one for one in (path / BEST, *list_checkpoints(path), path / safe_tensors.MODEL) if one.is_file()]
     if not found:
         raise UserError(f"{path}: holds no checkpoint: expected a run directory of train_split.py, or a file.")
     return found[0]

@@ -10,6 +10,7 @@ from torch import Tensor
 from utils.errors import UserError, reason
 
 SUFFIX = ".safetensors"
+MODEL = "model.safetensors"  # in a folder of the Hugging Face hub's layout
 HEADER = "divide_and_co_training"  # the header's entry that is ours; files of others have none
 AVERAGE = "ema."  # in front of the names of the moving average's tensors
 

@@ -8,8 +8,10 @@ import pytest
 import torch
 import torchvision
 
+from evaluation.loading import load
 from model import BackboneRequest, build_splitnet
 from model.restore import published_keys, restore_splitnet
+from recipe.preprocessing import Preprocessing
 from record import safe_tensors
 from record.checkpoint import load_checkpoint
 from script.convert_checkpoint import KEPT, main
@@ -158,3 +160,42 @@ def test_a_file_of_a_librarys_training_script(tmp_path, capsys):
     assert load_checkpoint(target)["arch"] == "torchvision/resnet18"
     restored, _ = restore_splitnet(load_checkpoint(target))
     assert torch.equal(restored.models[0].fc.weight, theirs.fc.weight)
+
+
+def test_a_folder_for_the_hub(ours, tmp_path):
+    content, path = ours
+    assert main([str(path), str(tmp_path / "hub")]) == 0
+    config = json.loads((tmp_path / "hub" / "config.json").read_text())
+    assert (config["networks"], config["num_classes"], config["architecture"]) == (2, 10, "resnet20")
+    assert config["label_names"] == content["classes"]
+    assert config["preprocessing"] == content["preprocessing"]
+    loaded, before = load(tmp_path / "hub"), load(path)
+    images_BCHW = torch.randn(2, 3, 16, 16, generator=torch.Generator().manual_seed(0))
+    assert torch.equal(loaded.network(images_BCHW), before.network(images_BCHW))
+    assert loaded.preprocessing == before.preprocessing
+
+
+def test_timm_reads_one_network_of_its_own(tmp_path):
+    timm = pytest.importorskip("timm")
+    network = timm.create_model("resnet10t", num_classes=4)
+    content = {
+        "arch": "timm/resnet10t",
+        "state_dict": {f"module.models.0.{name}": value for name, value in network.state_dict().items()},
+        "config": {"arch": "timm/resnet10t", "split_factor": 1, "dataset": "folder"},
+        "classes": ["a", "b", "c", "d"],
+        "mean": [0.5, 0.5, 0.5],
+        "std": [0.2, 0.2, 0.2],
+        "crop_size": 96,
+        "preprocessing": Preprocessing(
+            resize=109, interpolation="bilinear", crop=96, mean=(0.5, 0.5, 0.5), std=(0.2, 0.2, 0.2)
+        ).as_dict(),
+    }
+    torch.save(content, tmp_path / "one.pth.tar")
+    assert main([str(tmp_path / "one.pth.tar"), str(tmp_path / "hub")]) == 0
+    theirs = timm.create_model(f"local-dir:{tmp_path / 'hub'}", pretrained=True).eval()
+    images_BCHW = torch.randn(2, 3, 96, 96)
+    with torch.inference_mode():
+        torch.testing.assert_close(theirs(images_BCHW), network.eval()(images_BCHW), rtol=0, atol=1e-6)
+        torch.testing.assert_close(load(tmp_path / "hub").network(images_BCHW)[0], theirs(images_BCHW))
+    assert theirs.pretrained_cfg["mean"] == [0.5, 0.5, 0.5]
+    assert theirs.pretrained_cfg["crop_pct"] == pytest.approx(96 / 109)

@@ -160,6 +160,13 @@ class DeviceOptions(Options):
     gpu_ids: str | None = option(
         None, "GPUs to use, as '0,1'", aliases=("gpu_id",), default_text="all visible", resume=OF_CALL
     )
+    threads: int | None = option(
+        None,
+        "threads of the CPU for each process; S networks in parallel share them",
+        default_text="OMP_NUM_THREADS, else as a container and the affinity allow; a resumed run keeps its own",
+        least=1,
+        resume=OF_CALL,
+    )
     no_cuda: bool = option(False, "run on the CPU", bare="1", resume=OF_CALL)
     multiprocessing_distributed: bool = option(
         False, "start one process per GPU (or --nproc_per_node on a CPU)", bare="1", resume=OF_CALL

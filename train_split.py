@@ -72,7 +72,8 @@ from training.statistics import renew_statistics
 from training.step import TrainingStep
 from training.update import WeightUpdate
 from utils import distributed, launch
-from utils.device import wait_for
+from utils.cpus import settle_threads
+from utils.device import ask_for_determinism, wait_for
 from utils.errors import Incomplete, Interrupted, RunError, Stopped, UserError, WriteError, reason
 from utils.launch import World
 from utils.macs import count_macs, count_params
@@ -323,6 +324,9 @@ class Trainer:
         if self.config.is_syncbn and self.world.world_size > 1:
             synchronise_batchnorm(self.method, self.world.device)
         self.network.execution = self._choose_execution(resumed)
+        synchronised = self.config.is_syncbn and self.world.world_size > 1
+        if synchronised and self.network.execution == "parallel" and self.world.device.type == "cuda":
+            logger.info("--execution parallel: with --is_syncbn 1 every exchange waits for the one before, as in loop.")
 
     def _choose_execution(self, resumed: Checkpoint | None) -> str:
         """How the networks run: as the resumed run's did, unless another strategy is asked for."""
@@ -772,8 +776,14 @@ def run(config: Config) -> dict[str, Any]:
     Raises:
         UserError, RunError, Stopped: see `Trainer.run`.
     """
+    ask_for_determinism(config.deterministic)
     world = launch.join(config.gpus(), backend=config.dist_backend)
     set_up_text_log(None, rank=world.rank)
+    if world.is_main and not config.no_cuda and (line := launch.unused_gpu()):
+        logger.warning("%s", line)
+    threads = settle_threads(config.threads, processes=world.local_size)
+    if world.is_main:
+        logger.info("%s", threads)
     try:
         return run_in(world, config)
     finally:
@@ -804,9 +814,6 @@ def run_in(world: World, config: Config) -> dict[str, Any]:
             start=images,
         )
         warn_of_unused_flags(config)
-        if config.deterministic:
-            torch.use_deterministic_algorithms(True, warn_only=True)
-        torch.backends.cudnn.benchmark = not config.deterministic
         if world.is_main:
             ckpt.write_file(folder / HPARAMS, as_json(config.described()))
             if source.membership:

@@ -12,6 +12,7 @@ import torch
 from benchmarks.report import Clock, describe, judged, markdown, write
 from record.checkpoint import write_file
 from utils.command_line import OneLineParser, at_least
+from utils.cpus import settle_threads
 from utils.errors import RunError, UserError, reason
 from utils.text import fit_streams
 
@@ -36,7 +37,7 @@ def build_parser() -> argparse.ArgumentParser:
     for name, text in SUBJECTS.items():
         own = subjects.add_parser(name, help=text, description=text)
         own.add_argument("--device", default="auto", help="cpu, cuda, cuda:1 … (default: the GPU where there is one)")
-        own.add_argument("--threads", type=at_least(0), default=0, help="of a CPU (default 0: what torch finds)")
+        own.add_argument("--threads", type=at_least(0), default=0, help="of a CPU (default 0: as many as may be used)")
         own.add_argument("--split_factor", type=at_least(1), default=4, help="S (default 4)")
         own.add_argument("--rounds", type=at_least(1), default=50, help="timed rounds at most (default 50)")
         own.add_argument("--seconds", type=float, default=180, help="no new round begins after (default 180)")
@@ -62,8 +63,7 @@ def main(argv: list[str] | None = None, *, clock: Clock = time.perf_counter) -> 
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         if options.device != "auto":
             device = _device(options.device)
-        if options.threads:
-            torch.set_num_threads(options.threads)
+        settle_threads(options.threads or None)
         subject = importlib.import_module(f"benchmarks.{options.subject}")
         command = shlex.join(["python", "-m", "benchmarks", *arguments])
         rows, text = [], ""

@@ -4,7 +4,6 @@ The published side reads Pillow images in DataLoader workers that start anew for
 """
 
 import argparse
-import os
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
@@ -22,6 +21,7 @@ from model import BackboneRequest, build_splitnet
 from model.splitnet import SplitNet
 from train_split import Trainer
 from utils.command_line import at_least
+from utils.cpus import allowed_cpus
 
 GPU_GOALS = {("wide_resnet16_8", 4): 2.5, ("resnet110", 4): 5.0, ("wide_resnet28_10", 4): 1.7}  # G7
 EVALUATION_GOAL = 2.4  # G11, on a CPU
@@ -117,7 +117,7 @@ def _goal(options: argparse.Namespace, device: torch.device, images: int) -> tup
         return ("G11", EVALUATION_GOAL) if device.type == "cpu" and options.split_factor == 4 else (None, None)
     commit = GPU_GOALS.get((options.arch, options.split_factor))
     # the published side with all the workers that it can use, and long enough for their start not to count
-    is_fair = images == CIFAR_IMAGES and options.workers == os.cpu_count()
+    is_fair = images == CIFAR_IMAGES and options.workers == allowed_cpus()
     return ("G7", commit) if device.type == "cuda" and commit and is_fair else (None, None)
 
 

@@ -9,6 +9,7 @@ import contextlib
 import importlib.util
 import json
 import os
+import re
 import shlex
 import signal
 import subprocess
@@ -25,6 +26,7 @@ import torch
 from record.checkpoint import write_file
 from record.run_folder import as_json, read_results
 from utils.command_line import OneLineParser
+from utils.cpus import allowed_cpus
 from utils.errors import RunError, UserError
 from utils.launch import unused_gpu
 from utils.text import fit_streams
@@ -191,10 +193,15 @@ PARTS = (
 )
 
 
+ALL = [part.name for part in PARTS]
+
+
 def gpu_tests() -> list[str]:
     """The files that hold tests for a GPU: collecting all others takes longer than these take to run."""
     files = sorted((ROOT / "tests").glob("test_*.py"))
-    return [f"tests/{path.name}" for path in files if "mark.gpu" in path.read_text(encoding="utf-8")]
+    return [
+        f"tests/{path.name}" for path in files if re.search(r"@(pytest\.mark|needs|requires).gpu", path.read_text())
+    ]
 
 
 def arguments_of(command: str, *, device: str, tiny: bool, out: Path, rows: Path, data: Path | None) -> list[str]:
@@ -215,7 +222,7 @@ def arguments_of(command: str, *, device: str, tiny: bool, out: Path, rows: Path
     meaning = {
         "IMAGES": ["--images", "50000"] if data is None else ["--data", str(data)],
         "DATA": [str(data)],
-        "WORKERS": [str(os.cpu_count() or 1)],
+        "WORKERS": [str(allowed_cpus())],
     }
     filled = [word for short in words for word in meaning.get(short, [short])]
     if kind == "train":
@@ -275,7 +282,7 @@ class Turn:
         """Run what is wanted, not done and fits; names of the parts that were not reached."""
         missed = []
         for number, part in enumerate(parts):
-            if part.name not in wanted or self.done.get(part.name, {}).get("ended"):
+            if part.name not in wanted or self._has_ended(part, again=wanted is not ALL):
                 continue
             if lacking := self._lacking(part):
                 print(f"{number:02} {part.name:<14} left out: needs {lacking}", flush=True)
@@ -287,6 +294,11 @@ class Turn:
             self.save(parts)
             print(f"{number:02} {part.name:<14} {self.describe(part)}", flush=True)
         return missed
+
+    def _has_ended(self, part: Part, *, again: bool) -> bool:
+        """Whether there is nothing left to do; what failed is done `again` where it is asked for by name."""
+        found = self.done.get(part.name, {"ended": False})
+        return bool(found["ended"] and not (again and not found["ok"]))
 
     def _lacking(self, part: Part) -> str:
         """What the part needs and is not there; "" where nothing is."""
@@ -451,7 +463,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--data", type=Path, help="class folders of CIFAR-10 (default: data_dir/cifar10-jpeg, or noise)"
     )
-    parser.add_argument("--only", help="comma list of parts (default: all)")
+    parser.add_argument("--only", help="comma list of parts, done again where they failed (default: all)")
     parser.add_argument("--list", action="store_true", help="show the parts and end")
     parser.add_argument("--device", default="cuda", help="cuda, cuda:1 … or cpu (default cuda)")
     parser.add_argument("--tiny", action="store_true", help="the smallest form of every part, to try the runner")
@@ -476,9 +488,8 @@ def _main(options: argparse.Namespace) -> int:
             limit = f"{part.limit:.0f} s" if part.limit else "the rest"
             print(f"{number:02} {part.name:<14} {limit:>8}  {part.settles}")
         return 0
-    names = [part.name for part in PARTS]
-    wanted = names if options.only is None else options.only.split(",")
-    if unknown := [name for name in wanted if name not in names]:
+    wanted = ALL if options.only is None else options.only.split(",")
+    if unknown := [name for name in wanted if name not in {part.name for part in PARTS}]:
         raise UserError(f"--only {unknown[0]}: there is no such part; --list shows them.")
     if options.device != "cpu" and not torch.cuda.is_available():
         raise UserError(unused_gpu() or "--device cuda: there is no GPU here; --device cpu --tiny tries the runner.")

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 
 from record.checkpoint import write_file
+from utils.cpus import allowed_cpus
 from utils.device import wait_for
 from utils.errors import reason
 from utils.plain_json import plain_json
@@ -32,7 +33,7 @@ def hardware(device: torch.device) -> dict[str, Any]:
     """The machine that measures: processor, cores, threads, load, GPU."""
     facts: dict[str, Any] = {
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else _cpu_name(),
-        "cores": os.cpu_count(),
+        "cores": allowed_cpus(),
         "threads": torch.get_num_threads(),
         "fast_bf16": has_fast_bf16(device),
         "load_1_min": round(os.getloadavg()[0], 1) if hasattr(os, "getloadavg") else None,

@@ -6,7 +6,6 @@ images from files: decoded once and cut S times, against decoding for every view
 
 import argparse
 import math
-import os
 import statistics
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
@@ -30,6 +29,7 @@ from dataset.pipeline import build_train_loader
 from dataset.views import ViewMaker, ViewSpec, view_spec
 from recipe.datasets import ROWS
 from utils.command_line import at_least
+from utils.cpus import allowed_cpus
 from utils.errors import RunError, UserError
 from utils.launch import World
 
@@ -153,7 +153,7 @@ def _goal(options: argparse.Namespace, device: torch.device) -> tuple[str | None
     if options.image_size != 32 or not options.recipe.startswith("cifar"):
         return None, None
     if device.type == "cuda":
-        return ("G6", GPU_GOAL) if options.workers == os.cpu_count() else (None, None)
+        return ("G6", GPU_GOAL) if options.workers == allowed_cpus() else (None, None)
     return ("G5", CPU_GOAL) if _same_cores(options) else (None, None)
 
 

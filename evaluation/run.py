@@ -38,6 +38,7 @@ from record.checkpoint import write_file
 from record.logger import set_up_text_log
 from record.run_folder import RESULTS, as_json
 from utils import distributed, launch
+from utils.cpus import settle_threads
 from utils.errors import RunError, UserError
 from utils.plain_json import plain_json
 from utils.program import program_name, run_program, show
@@ -248,6 +249,9 @@ def run(config: Config) -> dict[str, Any]:
     gpus = config.gpus()
     world = launch.join(gpus, backend=config.dist_backend)
     set_up_text_log(None, rank=world.rank)
+    logger.info("%s", settle_threads(config.threads, processes=world.local_size))
+    if not config.no_cuda and (line := launch.unused_gpu()):
+        logger.warning("%s", line)
     for line in config.warnings:
         logger.warning("%s", line)
     try:

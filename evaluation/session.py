@@ -174,6 +174,7 @@ def open_session(config: Config, world: World, gpus: list[int], flag: str = "--r
     # exact figures unless a precision is asked for
     amp_dtype = config.amp_dtype if "amp_dtype" in given else "fp32"
     precision = choose_precision(world.device, is_amp=config.is_amp, amp_dtype=amp_dtype)
+    _say_of_precision(content.get("environment"), precision.name)
     answers, weights_sha256 = _answers(content, network, info, config, f"{flag} {path}")
     held_out = content.get("held_out_sha256")
     return Session(
@@ -231,6 +232,19 @@ def open_large(session: Session) -> Session:
     if other.info.num_networks != 1 or other.info.num_classes != num_classes:
         raise UserError(f"--large {options.large}: expected one network for {num_classes} classes.")
     return other
+
+
+def _say_of_precision(environment: object, name: str) -> None:
+    """Where training had its figures in another precision, one checkpoint has two figures."""
+    before = environment.get("precision", name) if isinstance(environment, Mapping) else name
+    if before != name:
+        logger.info(
+            "evaluated in %s; training had its figures in %s, which may differ from these in the second decimal "
+            "(--amp_dtype %s gives the same).",
+            name,
+            before,
+            before,
+        )
 
 
 def _eval_options(config: Config) -> EvalOptions:

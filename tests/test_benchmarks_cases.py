@@ -125,7 +125,8 @@ def test_inference_stands_beside_both_large_networks(capsys, tmp_path):
 
 def test_a_row_on_a_gpu_has_a_goal_only_with_what_the_goal_names(monkeypatch):
     gpu, parser = torch.device("cuda"), build_parser()
-    monkeypatch.setattr(os, "cpu_count", lambda: 16)
+    for subject in (views, epoch):
+        monkeypatch.setattr(subject, "allowed_cpus", lambda: 16)
 
     def goal(subject, *argv, **more):
         return subject._goal(parser.parse_args([subject.__name__.rpartition(".")[2], *argv]), gpu, **more)

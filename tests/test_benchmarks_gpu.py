@@ -33,6 +33,7 @@ class Machine:
             Part(name, commands=[f"bench {name}"], tiny=[f"bench {name}"], **same | p) for name, p in parts.items()
         ]
         monkeypatch.setattr(gpu, "PARTS", table)
+        monkeypatch.setattr(gpu, "ALL", [*parts])
         monkeypatch.setattr(gpu, "run_limited", self.run)
         monkeypatch.setattr(gpu.time, "monotonic", lambda: self.now)
 
@@ -73,6 +74,14 @@ def test_a_part_that_is_cut_off_keeps_its_rows_and_goes_on_in_the_next_turn(tmp_
     machine.takes["slow"] = 1
     assert turn(tmp_path) == 0
     assert machine.ran == ["slow", "b", "slow"]
+
+
+def test_what_failed_is_done_again_where_it_is_asked_for_by_name(tmp_path, monkeypatch):
+    machine = Machine(monkeypatch, a={}, b={"code": 1})
+    for flags, ran in (([], ["a", "b"]), ([], []), (["--only", "a,b"], ["b"])):
+        machine.ran.clear()
+        turn(tmp_path, *flags)
+        assert machine.ran == ran
 
 
 @pytest.mark.parametrize(
@@ -198,8 +207,11 @@ def test_the_first_turn_reaches_the_parts_that_say_whether_results_are_right():
 
 
 def test_files_with_gpu_tests_are_found():
-    assert "tests/test_training_step.py" in gpu_tests()
-    assert "tests/test_loss_agreement.py" not in gpu_tests()
+    found = gpu_tests()
+    assert {"tests/test_training_step.py", "tests/test_dataset_loader.py", "tests/test_train_execution.py"} <= set(
+        found
+    )
+    assert "tests/test_loss_agreement.py" not in found
 
 
 # ---- processes -------------------------------------------------------------------------------------------------------

@@ -29,6 +29,7 @@ from model.restore import published_keys
 from model.splitnet import SplitNet
 from record.checkpoint import FORMAT_VERSION, save_checkpoint
 from tests.golden.fill import fill, image
+from tests.waits import needs_gpu
 from utils.errors import WriteError
 
 ROOT = Path(__file__).parent.parent
@@ -594,3 +595,23 @@ def test_how_evaluation_resizes_files_is_that_of_the_training_run(
     assert (logits[False, "bicubic"] == logits[(True,)]).all()
     assert (logits[(False,)] == logits[True, "bilinear"]).all()
     assert (logits[(False,)] != logits[(True,)]).any()
+
+
+@pytest.mark.parametrize(("trained", "said"), [("bf16", True), ("fp32", False), (None, False)])
+def test_figures_in_another_precision_than_training_had_are_said_to_be(tmp_path, capsys, trained, said):
+    content = content_of(digits_network()) | ({"environment": {"precision": trained}} if trained else {})
+    save_checkpoint(content, tmp_path / "checkpoint_1.pth.tar")
+    code, _, err = run("--resume", tmp_path / "checkpoint_1.pth.tar", capsys=capsys)
+    assert code == 0, err
+    line = "evaluated in fp32; training had its figures in bf16, which may differ from these in the second decimal"
+    assert (line in err) == said
+
+
+@needs_gpu
+def test_latencies_on_a_gpu(run_dir, tmp_path, capsys):
+    code = program.main(["--resume", str(run_dir / "checkpoint_1.pth.tar"), "--workers", "0", "--benchmark"])
+    captured = capsys.readouterr()
+    assert code == 0, captured.err
+    rows = json.loads(captured.out.splitlines()[-1])["latency"]
+    assert {row["strategy"] for row in rows} >= {"one network", "loop", "parallel", "stacked"}
+    assert all(row["p50_ms"] > 0 for row in rows)

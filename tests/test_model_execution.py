@@ -6,6 +6,7 @@ import logging
 from collections.abc import Callable
 from contextlib import nullcontext
 from functools import partial
+from pathlib import Path
 from typing import Any
 from unittest.mock import Mock
 
@@ -14,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+import model.execution
 from model import BackboneRequest, build_network
 from model.backbone.cifar_resnet import CifarResNet
 from model.backbone.densenet import DenseNet
@@ -41,6 +43,8 @@ from model.layers.random import RandomLayer
 from model.layers.resnet_parts import ResNetSkeleton, cifar_stem, deep_stem, make_stage, projection_shortcut
 from model.layers.split_attention import SplitAttentionBottleneck
 from model.splitnet import SplitNet
+from tests.processes import run_processes
+from tests.waits import needs_gpu
 from utils.macs import count_macs
 
 K = 5
@@ -232,6 +236,52 @@ def test_a_strategy_that_would_be_wrong_is_not_used(
     assert network.execution == "loop"
 
 
+def test_the_trial_is_made_in_whole_float32(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A strategy's kernels may use TF32 where the loop's do not, and after many layers that looks like a mistake."""
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", True)
+    seen: list[bool] = []
+
+    class Network(nn.Linear):
+        def forward(self, images_BCHW: Tensor) -> Tensor:
+            seen.append(torch.backends.cudnn.allow_tf32)
+            return super().forward(images_BCHW.flatten(1))
+
+    network = SplitNet([Network(12, K), Network(12, K)]).double()
+    network.execution = "parallel"
+    views_SBCHW = torch.randn(2, 4, 3, 2, 2, dtype=torch.float64)
+    network(views_SBCHW)
+    assert network.execution == "parallel"
+    assert seen[:-2]
+    assert not any(seen[:-2])
+    assert all(seen[-2:])  # the pass itself
+
+
+def chosen_by_two(rank: int, world_size: int, refusing: int) -> dict[str, str]:
+    """Executions in use after a training pass, where process 1 cannot use stacked."""
+    real = model.execution._tried
+
+    def tried(name: str, *args: Any) -> Any:
+        if name == "stacked" and rank == refusing:
+            raise NotStackable("its images are odd")
+        return real(name, *args)
+
+    model.execution._tried = tried
+    found = {}
+    for name in ("stacked", "parallel", "auto"):
+        network = split_net(FAMILIES["wrn"], 2).train()
+        network.execution = name
+        network(some_views(network, 0))
+        found[name] = network.execution
+    return found
+
+
+def test_a_strategy_that_one_process_cannot_use_is_used_by_none(tmp_path: Path) -> None:
+    results = run_processes(2, chosen_by_two, tmp_path / "r", 1)
+    assert [result["stacked"] for result in results] == ["loop", "loop"]
+    assert [result["parallel"] for result in results] == ["parallel", "parallel"]
+    assert results[0]["auto"] == results[1]["auto"] != "stacked"
+
+
 def test_a_strategy_may_give_zeros_where_the_loop_does() -> None:
     network = split_net(FAMILIES["wrn"], 2)
     for one in network.models:
@@ -409,3 +459,41 @@ def test_strategies_equal_the_loop_on_a_gpu(family: str) -> None:
     expected = train(network, "loop")
     for execution in ("stacked", "parallel"):
         assert_same(train(network, execution), expected)
+
+
+@needs_gpu
+def test_streams_share_memory_that_hardly_suffices_without_mixing_it_up() -> None:
+    """A block that one stream gives back must not reach another before its last reader is done."""
+
+    def one() -> nn.Module:
+        return nn.Sequential(
+            nn.Conv2d(3, 64, 3),
+            nn.ReLU(),
+            nn.Conv2d(64, 64, 3),
+            nn.AdaptiveAvgPool2d(1),
+            nn.Flatten(),
+            nn.Linear(64, K),
+        )
+
+    network = split_net(one, 4).to("cuda").eval()
+    views = [some_views(network, step, size=32, batch=64).cuda() for step in range(8)]
+
+    def logits_of(execution: str, some: list[Tensor]) -> list[Tensor]:
+        network.execution = execution
+        with torch.no_grad():
+            return [network(2 * one).cpu() for one in some]  # made anew, and given back while streams read them
+
+    expected = logits_of("loop", views)
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats()
+    logits_of("parallel", views[:1])  # takes what a pass needs
+    room = torch.cuda.max_memory_reserved()
+    torch.cuda.empty_cache()
+    torch.cuda.set_per_process_memory_fraction(1.05 * room / torch.cuda.get_device_properties(0).total_memory)
+    try:
+        found = logits_of("parallel", views)
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0)
+    assert network.execution == "parallel"
+    for one, other in zip(found, expected, strict=True):
+        torch.testing.assert_close(one, other, rtol=0, atol=1e-12)

@@ -375,3 +375,22 @@ def test_method_figure(tmp_path):
     assert done.returncode == 0
     with Image.open(tmp_path / "method.png") as drawn, Image.open(ROOT / "miscs" / "method.png") as committed:
         assert drawn.size == committed.size
+
+
+def test_every_process_of_a_slurm_job_has_its_cores(tmp_path):
+    """Since Slurm 22.05, srun does not take them from sbatch."""
+    for name, text in (("scontrol", "echo host0"), ("srun", 'echo "cores: ${SRUN_CPUS_PER_TASK:-one}"')):
+        (tmp_path / name).write_text(f"#!/bin/sh\n{text}\n")
+        (tmp_path / name).chmod(0o755)
+    given = {"SLURM_SUBMIT_DIR": str(ROOT), "SLURM_JOB_NODELIST": "host0", "SLURM_NNODES": "1", "SLURM_JOB_ID": "7"}
+    for more, said in (({"SLURM_CPUS_PER_TASK": "64"}, "cores: 64\n"), ({}, "cores: one\n")):
+        environment = {"PATH": f"{tmp_path}:{os.environ['PATH']}", **given, **more}
+        done = subprocess.run(
+            [ROOT / "script" / "slurm.sbatch"], env=environment, capture_output=True, text=True, timeout=60, check=True
+        )
+        assert done.stdout == said
+
+
+def test_what_a_gpu_has_to_tell_is_one_command():
+    assert command("gpu.sh", "--minutes", "3")[1:] == ["-m", "benchmarks.gpu", "--minutes", "3"]
+    assert command("gpu.sh", "--check", "--tiny")[1:] == ["-m", "benchmarks.gpu_check", "--tiny"]

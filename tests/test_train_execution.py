@@ -1,13 +1,18 @@
 """--execution on the command line: any strategy, any number of processes, also when resumed."""
 
+import signal
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
 
+import training.state
 from record import checkpoint as ckpt
-from tests.runs import TINY, train
+from tests.kills import at_call
+from tests.runs import TINY, Run, train
 from tests.test_train_distributed import train_together
+from tests.waits import needs_gpu, requires_gpu
 
 BASE = [*TINY, "--split_factor", 2, "--seed", 5, "--print_freq", 2, "--eval_batch_size", 200]
 
@@ -69,3 +74,57 @@ def test_a_method_that_runs_its_networks_itself_says_so(tmp_path: Path) -> None:
     result = train(argv, tmp_path)
     assert result.code == 0, result.stderr
     assert result.stderr.count("keeps to loop") == 1
+
+
+def _allow(cpus: int) -> None:
+    training.state.allowed_cpus = lambda: cpus
+
+
+@pytest.mark.slow
+def test_threads_are_said_and_kept_and_where_they_cannot_be_a_line_says_so(tmp_path: Path) -> None:
+    argv = [*BASE, "--max_ckpt_nums", 9, "--model_dir", tmp_path / "m"]
+    first = train([*argv, "--threads", 2, "--max_steps", 1], tmp_path, before=partial(_allow, 2))
+    assert "2 thread(s) of the CPU (--threads)" in first.stderr
+    cannot = "So far threads was 2, now it is 1: the last bits will differ."
+    for steps, (flags, cpus, line) in enumerate(
+        (
+            ([], 2, "2 thread(s) of the CPU, as the run had before"),
+            ([], 1, cannot),
+            (["--threads", 1], 2, cannot),
+        ),
+        start=2,
+    ):
+        place = ["--resume", tmp_path / "m" / "checkpoint_0_1.pth.tar"]
+        resumed = train([*argv, *flags, *place, "--max_steps", steps], tmp_path, before=partial(_allow, cpus))
+        assert line in resumed.stderr
+        newest = ckpt.load_checkpoint(ckpt.list_checkpoints(tmp_path / "m")[0])
+        assert newest["environment"]["threads"] == (1 if line is cannot else 2)
+
+
+@needs_gpu
+@pytest.mark.parametrize("deterministic", [0, 1])
+def test_a_run_on_a_gpu_that_is_killed_goes_on(tmp_path: Path, deterministic: int) -> None:
+    """Bit for bit where that is asked for."""
+    argv = ["--dataset", "digits", "--arch", "resnet20", "--split_factor", 2, "--seed", 1, "--workers", 0]
+    argv += ["--amp_dtype", "bf16", "--cuda_graph", 1, "--execution", "parallel", "--save_steps", 5]
+    argv += ["--max_steps", 30, "--deterministic", deterministic]
+    straight = train([*argv, "--model_dir", tmp_path / "s"], tmp_path)
+    run = Run([*argv, "--model_dir", tmp_path / "k"], tmp_path / "killed", before=at_call("checkpoint", 3))
+    assert run.wait().code == -signal.SIGKILL
+    resumed = train([*argv, "--model_dir", tmp_path / "k", "--resume", "auto"], tmp_path)
+    assert (straight.code, resumed.code) == (0, 0), resumed.stderr
+    assert resumed.result["steps"] == 30
+    if deterministic:
+        assert resumed.result["state_sha256"] == straight.result["state_sha256"]
+
+
+@pytest.mark.parametrize("processes", [pytest.param(n, marks=requires_gpu(n)) for n in (1, 2)])
+def test_processes_train_over_nccl_as_one_alone(tmp_path: Path, processes: int) -> None:
+    argv = [word for word in BASE if word != "--no_cuda"]
+    argv += ["--amp_dtype", "fp64", "--max_steps", 4, "--is_syncbn", 1, "--deterministic", 1]
+    alone = train([*argv, "--model_dir", tmp_path / "a"], tmp_path)
+    train_together([*argv, "--model_dir", tmp_path / "t"], tmp_path, processes)
+    states = [ckpt.load_checkpoint(ckpt.list_checkpoints(tmp_path / name)[0])["state_dict"] for name in ("a", "t")]
+    assert alone.code == 0, alone.stderr
+    for name, value in states[0].items():
+        torch.testing.assert_close(states[1][name], value, rtol=0, atol=1e-9, msg=name)

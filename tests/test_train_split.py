@@ -10,7 +10,9 @@ import torch
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+import train_split
 from model.restore import published_keys
+from parser_params import parse_config
 from record.checkpoint import load_checkpoint, state_sha256
 from tests.runs import TINY, Finished, train
 
@@ -288,3 +290,14 @@ def test_nonfinite_loss_stops_the_run_and_names_step_and_network(tmp_path: Path)
     run = train([*skipping, "--model_dir", tmp_path / "n"], tmp_path)
     assert run.code == 1
     assert "more than --nonfinite_limit 3" in run.stderr
+
+
+@pytest.mark.parametrize(("flags", "said"), [([], True), (["--no_cuda"], False)])
+def test_a_gpu_that_stays_idle_is_said_to(monkeypatch, caplog, flags, said):
+    monkeypatch.setattr(train_split.launch, "unused_gpu", lambda: "This machine seems to have a GPU, but …")
+    monkeypatch.setattr(train_split, "set_up_text_log", lambda *_, **__: None)
+    monkeypatch.setattr(train_split, "run_in", lambda world, config: {})
+    config = parse_config(["--dataset", "digits", "--arch", "resnet20", *flags], program="train_split.py")
+    with caplog.at_level("WARNING"):
+        train_split.run(config)
+    assert ("This machine seems to have a GPU" in caplog.text) == said

@@ -1,11 +1,16 @@
 """Replaying a step on buffers, and what is refused before a run starts."""
 
+import gc
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import SimpleNamespace
+
 import pytest
 import torch
 from torch import Tensor
 
-from training.replay import WARM_UP, ReplayedStep, check_replayable
-from utils.errors import UserError
+from training.replay import WARM_UP, CudaRecorder, ReplayedStep, check_replayable
+from utils.errors import RunError, UserError
 
 
 class Recorder:
@@ -88,3 +93,40 @@ def test_what_no_graph_holds_is_refused(change: dict, line: str) -> None:
     with pytest.raises(UserError, match=line) as caught:
         check_replayable(**FITS | change)
     assert "\n" not in str(caught.value)
+
+
+def test_nothing_is_collected_while_a_graph_is_recorded(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is left of an older graph goes before; freed in the middle, it would break the new one."""
+    events: list[str] = []
+
+    class Old:
+        """Refers to itself, as a trainer does that holds a graph."""
+
+        def __init__(self) -> None:
+            self.own = self
+
+        def __del__(self) -> None:
+            events.append("freed")
+
+    @contextmanager
+    def graph(*_: object, **__: object) -> Iterator[None]:
+        events.append("begins")
+        yield
+        events.append("ends")
+
+    monkeypatch.setattr(torch.cuda, "Stream", lambda device: None)
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", lambda: SimpleNamespace(replay=lambda: None))
+    monkeypatch.setattr(torch.cuda, "graph", graph)
+    gc.collect()
+    Old()
+
+    def step() -> None:
+        Old()
+        assert not gc.isenabled()
+
+    CudaRecorder(torch.device("cuda")).record(step)
+    assert events == ["freed", "begins", "ends"]
+    assert gc.isenabled()
+    with pytest.raises(RunError, match="cannot be captured"):
+        CudaRecorder(torch.device("cuda")).record(lambda: torch.ones(2) @ torch.ones(3))
+    assert gc.isenabled()

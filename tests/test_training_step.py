@@ -21,11 +21,13 @@ from dataset import SourceRequest, open_source
 from dataset.augment.color import count_without_waiting
 from dataset.loader import Batch
 from dataset.mixup import Mix
+from evaluation.counts import EvaluationCounts
 from method.l_mcl import LMCL
 from parser_params import parse_config, resolve_config
 from tests.fake_gpu import GPU, fake_gpu
+from tests.processes import run_processes
 from tests.spaces import SPACE
-from tests.waits import nothing_waits
+from tests.waits import needs_gpu, nothing_waits
 from train_split import Trainer
 from training import compiling
 from training.compiling import compile_modules
@@ -273,6 +275,49 @@ def test_what_a_gpu_still_has_to_do_when_it_is_asked_is_time_of_the_steps(traine
     assert lines == [8, 8, 8, 8]  # images a second
 
 
+@needs_gpu
+def test_an_evaluation_on_a_gpu_waits_for_its_figures_only(trainer_of, monkeypatch):
+    trainer = trainer_of("--eval_batch_size", 16, "--split_factor", 2, device="cuda")
+    trainer.method.eval()
+    trainer.evaluate_split("test")
+    real = EvaluationCounts.result
+
+    def result(counts: EvaluationCounts, *args: Any, **more: Any) -> Any:
+        torch.cuda.set_sync_debug_mode("default")  # the counts are read here
+        return real(counts, *args, **more)
+
+    monkeypatch.setattr(EvaluationCounts, "result", result)
+    with nothing_waits():
+        trainer.evaluate_split("test")
+
+
+@needs_gpu
+def test_a_gpu_without_room_for_the_images_trains_the_same(trainer_of, monkeypatch):
+    """They come batch by batch from pinned memory then."""
+    monkeypatch.setattr(torch.backends.cudnn, "deterministic", True)
+    flags = [*AUGMENTED, "--split_factor", 2, "--amp_dtype", "fp64"]
+    expected = trained(trainer_of(*flags, device="cuda"))
+    monkeypatch.setattr("dataset.loader.DEVICE_SHARE", 0.0)
+    assert_close(trained(trainer_of(*flags, device="cuda")), expected, 0)
+
+
+@needs_gpu
+def test_an_overflow_in_fp16_is_skipped_and_the_scale_falls(trainer_of):
+    trainer = trainer_of("--split_factor", 2, "--amp_dtype", "fp16", device="cuda")
+    batches = trainer.loader.epoch(0)
+    steps(trainer, batches)
+    scaler = trainer.training_step.update.scaler
+    scaler.load_state_dict({**scaler.state_dict(), "scale": 2.0**40})  # more than half precision holds
+    before = {name: p.detach().clone() for name, p in trainer.method.named_parameters()}
+    steps(trainer, batches, 1)
+    assert all(torch.equal(p, before[name]) for name, p in trainer.method.named_parameters())
+    assert scaler.get_scale() == 2.0**39
+    scaler.load_state_dict({**scaler.state_dict(), "scale": 1024.0})
+    steps(trainer, batches, 1)
+    assert not all(torch.equal(p, before[name]) for name, p in trainer.method.named_parameters())
+    assert trainer.guard.count() == 0  # by design, and no fault of the run
+
+
 # ---- compiled --------------------------------------------------------------------------------------------------------
 
 
@@ -311,6 +356,17 @@ def test_compiled_training_is_the_same(trainer_of, method):
     assert counters["stats"]["unique_graphs"] == 1
 
 
+@needs_gpu
+@pytest.mark.parametrize("execution", ["loop", "parallel"])
+def test_compiled_training_is_the_same_on_a_gpu(trainer_of, monkeypatch, execution):
+    monkeypatch.setattr(torch.backends.cudnn, "deterministic", True)
+    flags = ["--amp_dtype", "fp64", "--is_mixup", 0, "--split_factor", 2]
+    expected = trained(trainer_of(*flags, device="cuda"), intervals=1)
+    torch._dynamo.reset()
+    found = trained(trainer_of(*flags, "--compile", "default", "--execution", execution, device="cuda"), intervals=1)
+    assert_close(found, expected, 1e-9)
+
+
 @pytest.mark.slow
 @torch._inductor.config.patch(compile_threads=1)  # no pool of processes for one small network
 def test_inductor_computes_the_same():
@@ -346,6 +402,21 @@ def test_inductor_computes_the_same():
 def test_what_cannot_be_compiled_is_refused(trainer_of, flags, line):
     with pytest.raises(UserError, match=line):
         trainer_of(*flags, "--compile", "aot_eager")
+
+
+def graphs_under_ddp(rank: int, world_size: int) -> int:
+    """How many graphs the compiler is given for one module in DDP, whose gradients fill several of its buckets."""
+    module = nn.Sequential(*(nn.Linear(600, 600) for _ in range(6)))  # 1.4 MB each
+    compile_modules([module], "aot_eager", torch.device("cpu"))
+    counters = torch._dynamo.utils.counters
+    counters.clear()
+    nn.parallel.DistributedDataParallel(nn.Sequential(module), bucket_cap_mb=1)(torch.randn(2, 600)).sum().backward()
+    return counters["aot_autograd"]["total"]
+
+
+@pytest.mark.slow
+def test_several_processes_compile_a_network_as_one_graph(tmp_path):
+    assert run_processes(1, graphs_under_ddp, tmp_path / "r") == [1]
 
 
 def test_what_triton_needs_on_a_gpu_is_asked_for_before_it_is_needed(monkeypatch, tmp_path):
@@ -424,10 +495,14 @@ def test_a_replayed_step_is_the_step(trainer_of, monkeypatch, optimizer):
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("flags", [ROWS["s1"], ROWS["s4"], ROWS["randaa"], ROWS["dml"], ROWS["dks"]])
-def test_a_cuda_graph_is_the_step(trainer_of, flags):
-    flags = [*flags, "--amp_dtype", "fp64", "--lr", 0.01]  # the graph holds learning rates in float32
-    states = [trained(trainer_of(*flags, *more, device="cuda"), epochs=2) for more in ([], ["--cuda_graph", 1])]
-    assert_close(*states, 1e-6)
+@pytest.mark.parametrize("execution", ["loop", "parallel", "stacked"])
+def test_a_cuda_graph_is_the_step(trainer_of, monkeypatch, flags, execution):
+    monkeypatch.setattr(torch.backends.cudnn, "deterministic", True)
+    flags = [*flags, "--amp_dtype", "fp64", "--lr", 0.01, "--execution", execution, "--cuda_graph", 1]
+    # the same optimiser for both: with a graph, learning rates lie on the GPU in float32
+    plain, replayed = (trainer_of(*flags, device="cuda") for _ in range(2))
+    plain.training_step.replayed = None
+    assert_close(trained(replayed, epochs=2), trained(plain, epochs=2), 0)
 
 
 @pytest.mark.parametrize(

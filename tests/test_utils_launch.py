@@ -81,3 +81,24 @@ def test_whoever_fails_says_so_and_whoever_follows_names_the_other(error, gone, 
     with pytest.raises(kind, match=text), naming_lost_processes(world):
         raise error
     assert beat.said == said
+
+
+def test_where_torch_has_no_nccl_processes_with_gpus_use_gloo(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on Windows."""
+    backends = []
+
+    def init(backend: str, **_: object) -> None:
+        backends.append(backend)
+        raise RuntimeError("far enough")
+
+    for name, value in (("RANK", "0"), ("WORLD_SIZE", "2"), ("LOCAL_RANK", "0"), ("LOCAL_WORLD_SIZE", "2")):
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
+    monkeypatch.setattr(torch.distributed, "rendezvous", lambda *_, **__: iter([(None, 0, 2)]))
+    monkeypatch.setattr(launch, "fresh_store", lambda *_: None)
+    monkeypatch.setattr(torch.distributed, "init_process_group", init)
+    for there in (True, False):
+        monkeypatch.setattr(torch.distributed, "is_nccl_available", lambda there=there: there)
+        with pytest.raises(RunError, match="far enough"):
+            launch.join([0, 1])
+    assert backends == ["nccl", "gloo"]

@@ -1,9 +1,26 @@
-"""What must not wait for a GPU."""
+"""Tests that need a GPU, and what must not wait for it."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any, TypeVar
 
+import pytest
 import torch
+
+Test = TypeVar("Test", bound=Callable[..., Any])
+
+
+def requires_gpu(count: int = 1) -> tuple[pytest.MarkDecorator, pytest.MarkDecorator]:
+    """Marks of a test that needs so many GPUs, and skips itself where there are fewer."""
+    there = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    return pytest.mark.gpu, pytest.mark.skipif(there < count, reason=f"needs {count} CUDA device(s)")
+
+
+def needs_gpu(test: Test) -> Test:
+    """The same as a decorator."""
+    for mark in requires_gpu():
+        test = mark(test)
+    return test
 
 
 @contextmanager

@@ -43,6 +43,8 @@ def compile_modules(modules: Iterable[nn.Module], mode: str, device: torch.devic
     # networks of one class share a limit that is meant for one network
     limits = torch._dynamo.config
     limits.recompile_limit = max(limits.recompile_limit, 8 * len(modules))
+    # DDP exchanges gradients from hooks of the parameters, outside of these modules: no graph has to end at its buckets
+    torch._dynamo.config.optimize_ddp = False
     for module in modules:
         if mode == "aot_eager":
             module.compile(backend="aot_eager")

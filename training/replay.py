@@ -3,7 +3,9 @@
 All that changes from step to step must lie in tensors on the device that are written in place.
 """
 
-from collections.abc import Callable, Sequence
+import gc
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, Protocol, TypeVar
 
 import torch
@@ -50,13 +52,29 @@ class CudaRecorder:
         graph = torch.cuda.CUDAGraph()
         try:
             # other threads, such as the one that pins batches, go on with their own calls meanwhile
-            with torch.cuda.graph(graph, stream=self._stream, capture_error_mode="thread_local"):
+            with (
+                _no_garbage(),
+                torch.cuda.graph(graph, stream=self._stream, capture_error_mode="thread_local"),
+            ):
                 result = function()
         except RuntimeError as error:
             raise RunError(
                 f"--cuda_graph: this step cannot be captured ({reason(error)}). Leave the flag out."
             ) from error
         return result, graph.replay
+
+
+@contextmanager
+def _no_garbage() -> Iterator[None]:
+    """Inside, nothing is collected: an older graph that is freed while another is recorded would break that one."""
+    gc.collect()
+    was_enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_enabled:
+            gc.enable()
 
 
 class ReplayedStep:

@@ -4,7 +4,6 @@ The keys of a checkpoint are `record.checkpoint.Checkpoint`; this module fills t
 """
 
 import logging
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -24,6 +23,8 @@ from training.optim import WeightAverage, in_order, parameter_groups
 from training.options import OptimizerOptions
 from training.resume import Pace, Position, changed_flags, check_classes, position_now
 from utils import distributed
+from utils.cpus import allowed_cpus
+from utils.device import gpu_facts
 from utils.errors import UserError, reason
 from utils.launch import World
 from utils.memory import is_out_of_memory
@@ -80,6 +81,7 @@ class RunState:
             "world_size": self.world.world_size,
             "precision": self.precision.name,
             "device": self.world.device.type,
+            **gpu_facts(self.world.device),
         }
 
     def gather(self) -> Checkpoint | None:
@@ -206,7 +208,10 @@ class RunState:
         self.optimizer.load_state_dict({"state": kept, "param_groups": own["param_groups"]})
 
     def _check_environment(self, before: Mapping[str, Any]) -> None:
-        torch.set_num_threads(min(before["threads"], os.cpu_count() or 1))
+        if self.flags["threads"] is None and before["threads"] <= allowed_cpus():
+            if before["threads"] != torch.get_num_threads():
+                logger.info("%d thread(s) of the CPU, as the run had before", before["threads"])
+            torch.set_num_threads(before["threads"])
         for name, value in self.environment().items():
             if before.get(name, value) != value:
                 logger.warning("So far %s was %s, now it is %s: the last bits will differ.", name, before[name], value)

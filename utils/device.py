@@ -1,5 +1,7 @@
 """The device that computes: what the host must know of one that works by itself."""
 
+import os
+
 import torch
 
 
@@ -7,3 +9,22 @@ def wait_for(device: torch.device) -> None:
     """Wait until a GPU has done all that it was asked to do; a CPU has."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
+
+
+def ask_for_determinism(asked: bool) -> None:
+    """Let two equal runs be equal in every bit, as far as torch can; or let cuDNN take the fastest of its algorithms.
+
+    Before anything is computed: cuBLAS reads its setting once.
+    """
+    torch.backends.cudnn.benchmark = not asked
+    if asked:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # else its sums depend on how streams overlap
+        torch.use_deterministic_algorithms(True, warn_only=True)
+        torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]  # we read nothing that was not written
+
+
+def gpu_facts(device: torch.device) -> dict[str, str]:
+    """What the bits of a run on a GPU depend on beside its program; nothing on a CPU."""
+    if device.type != "cuda":
+        return {}
+    return {"gpu": torch.cuda.get_device_name(device), "cudnn": str(torch.backends.cudnn.version())}

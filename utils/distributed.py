@@ -4,6 +4,7 @@
 """
 
 import inspect
+import time
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
@@ -12,9 +13,11 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from utils.errors import RunError
 from utils.launch import World
 
 T = TypeVar("T")
+PATIENCE, INTERVAL = 12 * 3600.0, 0.2  # seconds that a process waits for another one's download, and between two looks
 
 
 def is_alone() -> bool:
@@ -71,6 +74,10 @@ def wrap(module: nn.Module, world: World) -> DistributedDataParallel:
     known = inspect.signature(DistributedDataParallel).parameters
     name = "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"
     own_buffers: dict[str, Any] = {name: False}
+    # networks on streams of their own (--execution parallel) are ordered by autograd's engine; torch warns all the same
+    quieten = getattr(torch.autograd.graph, "set_warn_on_accumulate_grad_stream_mismatch", None)
+    if quieten is not None:
+        quieten(False)
     ids = [world.device.index] if world.device.type == "cuda" else None
     return DistributedDataParallel(module, device_ids=ids, gradient_as_bucket_view=True, **own_buffers)
 
@@ -90,10 +97,24 @@ def barrier() -> None:
 
 
 def main_first(world: World, work: Callable[[], T]) -> T:
-    """What `work` gives, in every process, after it is done in process 0: that one may write what the others read."""
+    """What `work` gives, in every process, after it is done in process 0: that one may write what the others read.
+
+    The others look into the store until then. In an exchange they would wait no longer than its time limit, which a
+    download may well take.
+
+    Raises:
+        RunError: process 0 is not done after PATIENCE.
+    """
+    if world.store is None:
+        return work()
+    key = f"done first/{next(world.waits)}"
     if world.is_main:
         result = work()
-        barrier()
+        world.store.set(key, "")
         return result
-    barrier()
+    deadline = time.monotonic() + PATIENCE
+    while not world.store.check([key]):
+        if time.monotonic() > deadline:
+            raise RunError(f"process 0 has not opened the data after {PATIENCE / 3600:.0f} hours.")
+        time.sleep(INTERVAL)  # not in the store, which the heartbeat needs meanwhile
     return work()

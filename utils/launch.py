@@ -5,12 +5,13 @@ The device is decided here, once (`join`), and passed down.
 
 import contextlib
 import datetime
+import itertools
 import logging
 import os
 import shutil
 import socket
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +36,8 @@ class World:
         local_rank, local_size: the same on this machine.
         device: where this process computes.
         heartbeat: watches the other processes; None where there is only one.
+        store: what all processes can read and write; None where there is only one.
+        waits: numbers what they wait for, in the same order in all of them.
     """
 
     rank: int
@@ -43,6 +46,8 @@ class World:
     local_size: int
     device: torch.device
     heartbeat: Heartbeat | None = None
+    store: dist.Store | None = None
+    waits: Iterator[int] = field(default_factory=itertools.count, repr=False, compare=False)
 
     @property
     def is_main(self) -> bool:
@@ -152,7 +157,7 @@ def join(gpus: list[int], *, backend: str = "auto") -> World:
     device = torch.device("cuda", gpus[local_rank]) if gpus else torch.device("cpu")
     if gpus:
         torch.cuda.set_device(device)
-    chosen = ("nccl" if gpus else "gloo") if backend == "auto" else backend
+    chosen = ("nccl" if gpus and dist.is_nccl_available() else "gloo") if backend == "auto" else backend
     if chosen == "nccl" and not gpus:
         raise UserError("--dist_backend nccl needs GPUs; use gloo on a CPU.")
     try:
@@ -172,7 +177,7 @@ def join(gpus: list[int], *, backend: str = "auto") -> World:
             f"--dist_url: no meeting at {place} (port in use, or host down): {reason(error)[:200]}"
         ) from None
     heartbeat = Heartbeat(store, rank, world_size) if world_size > 1 else None
-    return World(rank, world_size, local_rank, local_size, device, heartbeat)
+    return World(rank, world_size, local_rank, local_size, device, heartbeat, store)
 
 
 def leave(world: World) -> None:

@@ -20,7 +20,7 @@ from model.execution.stacking import NotStackable, StackedNetworks
 from model.execution.streams import Streams
 from model.execution.threads import Threads
 from utils.device import wait_for
-from utils.distributed import all_reduce_sum
+from utils.distributed import all_reduce_sum, is_alone
 from utils.errors import reason
 
 logger = logging.getLogger(__name__)
@@ -75,6 +75,8 @@ class Execution:
             except NotStackable as why:
                 if self.name != "auto":
                     logger.info("execution %s: %s; the networks run one after another (loop).", name, why)
+        if networks[0].training:  # every process has images then, and an evaluation exchanges nothing
+            usable = _usable_everywhere(usable, candidates, views_SBCHW.device)
         if self.name == "auto" and usable:
             self.name = _fastest(usable, networks, views_SBCHW)
         elif not usable:
@@ -92,6 +94,31 @@ def _is_observed() -> bool:
     return _get_current_function_mode() is not None or _get_current_dispatch_mode() is not None
 
 
+def _usable_everywhere(
+    usable: dict[str, Strategy], candidates: Sequence[str], device: torch.device
+) -> dict[str, Strategy]:
+    """The strategies that can be used in every process: their exchanges of statistics must meet each other."""
+    if is_alone():
+        return usable
+    here = torch.tensor([1.0, *(float(name in usable) for name in candidates)], device=device)
+    processes, *counts = all_reduce_sum(here).tolist()
+    for name, count in zip(candidates, counts, strict=True):
+        if name in usable and count < processes:
+            logger.info("execution %s: another process cannot use it, so that this one does not either.", name)
+    return {name: usable[name] for name, count in zip(candidates, counts, strict=True) if count == processes}
+
+
+@contextmanager
+def _without_tf32() -> Iterator[None]:
+    """Inside, cuDNN multiplies float32 as it is: strategies use different kernels, which would round differently."""
+    before = torch.backends.cudnn.allow_tf32
+    torch.backends.cudnn.allow_tf32 = False
+    try:
+        yield
+    finally:
+        torch.backends.cudnn.allow_tf32 = before
+
+
 def _tried(name: str, networks: Sequence[nn.Module], views_SBCHW: Tensor) -> Strategy:
     """A strategy that has run a few images and agreed with the loop.
 
@@ -101,7 +128,12 @@ def _tried(name: str, networks: Sequence[nn.Module], views_SBCHW: Tensor) -> Str
     device = views_SBCHW.device
     few_SBCHW = views_SBCHW[:, :TRIAL_IMAGES].detach()
     try:
-        with _left_as_they_were(networks), torch.no_grad(), torch.autocast(device.type, enabled=False):
+        with (
+            _left_as_they_were(networks),
+            _without_tf32(),
+            torch.no_grad(),
+            torch.autocast(device.type, enabled=False),
+        ):
             if name == "stacked":
                 strategy: Strategy = StackedNetworks(networks)
             elif device.type == "cuda":
@@ -121,7 +153,7 @@ def _tried(name: str, networks: Sequence[nn.Module], views_SBCHW: Tensor) -> Str
     if found_SBK.shape != expected_SBK.shape:
         raise NotStackable(f"its logits have the shape {list(found_SBK.shape)}")
     difference, size = float((found_SBK - expected_SBK).norm()), float(expected_SBK.norm())
-    if not difference <= 1e-2 * size:  # float32 and TF32 stay well below; NaN is above
+    if not difference <= 1e-2 * size:  # float32 stays well below; NaN is above
         raise NotStackable(
             f"its logits differ from the loop's by {difference:.1g}, and theirs have the norm {size:.1g}"
         )

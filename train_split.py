@@ -140,7 +140,7 @@ class Trainer:
         before = None if resumed is None else resumed.state
         self.method = self._build_method(before)
         self.network = self.method.network
-        self.num_networks = len(self.network.models)
+        self.num_networks = self.network.num_members
         deployed = self.method.deployed()
         self.params_one, self.params_total = count_params(self.network.models[0]), count_params(deployed)
         self.macs_total = count_macs(deployed, (3, config.crop_size, config.crop_size))
@@ -265,7 +265,12 @@ class Trainer:
             raise UserError(f"--method {config.method} takes one backbone; --arch names {len(names)}.")
         request = config.backbone_request(len(self.source.classes))
         network = build_splitnet(
-            replace(request, arch=names[0], widths=stored_widths(resumed or {}, "--resume") or request.widths),
+            replace(
+                request,
+                form=kind.member_form(config.method_options, request, self.seed),
+                arch=names[0],
+                widths=stored_widths(resumed or {}, "--resume") or request.widths,
+            ),
             seed=self.seed,
             identical_init=config.is_identical_init,
             train_separately=config.is_train_sep,
@@ -357,7 +362,8 @@ class Trainer:
             trained,
             config,
             new_heads=new_heads,
-            factors={f"network.{name}": factor for name, factor in factors.items()},
+            factors={f"network.{name}": factor for name, factor in factors.items()} | self.method.rate_factors(),
+            undecayed=self.method.undecayed_parameters(),
         )
         return WeightUpdate(
             network=self.network,

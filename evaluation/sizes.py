@@ -5,7 +5,8 @@ from pathlib import Path
 from typing import Any
 
 from method import methods
-from model import network_requests
+from method.costs import training_macs, training_params
+from model import build_splitnet, network_requests
 from model.division.plan import solver_plan
 from model.summary import format_table, network_sizes
 from parser_params import Config, resolve_config
@@ -34,12 +35,16 @@ def summarise(config: Config) -> dict[str, Any]:
     recipe = row_for(config.dataset, config.crop_size)
     config = resolve_config(config, data_recipe=recipe, crop_size=config.crop_size)
     request = config.backbone_request(num_classes)
-    names = methods.get(config.method).backbone_names(config.arch, config.method_options)
-    requests = network_requests(
-        replace(request, arch=names[0]),
-        train_separately=config.is_train_sep,
-        archs=names if len(names) > 1 else None,
-    )
+    kind = methods.get(config.method)
+    names = kind.backbone_names(config.arch, config.method_options)
+    request = replace(request, form=kind.member_form(config.method_options, request, config.seed or 0))
+    structure: dict[str, Any] = {
+        "train_separately": config.is_train_sep,
+        "archs": names if len(names) > 1 else None,
+    }
+    request = replace(request, arch=names[0])
+    requests = network_requests(request, **structure)
+    method = kind(build_splitnet(request, seed=0, **structure), config.method_options)
     result: dict[str, Any] = {
         "arch": config.arch,
         "dataset": config.dataset,
@@ -47,8 +52,11 @@ def summarise(config: Config) -> dict[str, Any]:
         "num_classes": num_classes,
         "crop": config.crop_size,
         **network_sizes(requests),
+        "params_training": training_params(method),
+        "macs_training": training_macs(method, config.crop_size),
     }
     show(format_table([result]))
+    show(_training_line(result))
     plan = solver_plan(requests[0])
     if plan is not None:
         result["division"] = plan.as_dict()
@@ -58,3 +66,10 @@ def summarise(config: Config) -> dict[str, Any]:
         make_folder(folder)
         write_file(folder / RESULTS, as_json(result))
     return result
+
+
+def _training_line(result: dict[str, Any]) -> str:
+    """What training costs beside what is deployed."""
+    macs = result["macs_training"]
+    shown = "not known" if macs is None else f"{macs / 1e6:.2f} M"
+    return f"in training: {result['params_training'] / 1e6:.3f} M parameters more, {shown} MACs an image (forward)"

@@ -10,7 +10,8 @@ from torch import Tensor, nn
 
 from loss.classification import CROSS_ENTROPY, ClassLoss
 from method.inner import average_over_processes
-from model import split_list
+from model import BackboneRequest, split_list
+from model.registry import MemberForm
 from model.splitnet import SplitNet
 from utils.distributed import broadcast_buffers
 from utils.options import Options
@@ -149,6 +150,19 @@ class Method(nn.Module, Generic[OwnOptions]):
     def backbone_names(cls, arch: str, options: OwnOptions) -> list[str]:
         """The backbones that `--arch` stands for: the entries of a comma list, unless a method knows more names."""
         return split_list(arch)
+
+    @classmethod
+    def member_form(cls, options: OwnOptions, request: BackboneRequest, seed: int) -> MemberForm | None:
+        """How the method's members share one network; None: they are networks of their own."""
+        return None
+
+    def undecayed_parameters(self) -> set[str]:
+        """Names of parameters that take no weight decay whatever they are."""
+        return set()
+
+    def rate_factors(self) -> dict[str, float]:
+        """Learning rates of single parameters by name, in multiples of the optimiser's."""
+        return {}
 
     def fresh_optimizer_at(self, milestones: Sequence[int]) -> Sequence[int]:
         """Epochs, counted from 0, at whose start the main optimiser is made anew: its momentum starts from nothing.

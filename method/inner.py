@@ -40,6 +40,13 @@ def average_over_processes(tensors: Sequence[Tensor]) -> None:
         tensor.copy_(mean.view_as(tensor))
 
 
+# flags that need networks of their own, for methods whose members share one
+MEMBERS_ARE_ONE: Mapping[str, str] = {
+    "is_identical_init": "its members share one network",
+    "is_train_sep": "its members share one network",
+}
+
+
 def refuse_several_networks(method: str, given: Mapping[str, Any]) -> None:
     """Refuse flags that ask for several networks where a method's members take their place.
 

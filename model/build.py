@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from model.members import build_members
 from model.options import ModelOptions
 from model.registry import BackboneRequest, build_network, check_request, image_shape
 from model.splitnet import SplitNet
@@ -58,6 +59,8 @@ def build_splitnet(
     Raises:
         UserError: as `check_request`, or an option that cannot go with `archs`.
     """
+    if request.form is not None:
+        return build_members(request, seed=seed)
     if identical_init and archs is not None and len(set(archs)) > 1:
         raise UserError(f"--is_identical_init needs equal networks, not --arch {','.join(archs)}: give one name.")
     requests = network_requests(request, train_separately=train_separately, archs=archs)

@@ -83,6 +83,19 @@ LARGE = "large"  # ImageNet-shaped: stride-2 stem, four stages, 224-like images
 
 
 @dataclass(frozen=True, kw_only=True)
+class MemberForm:
+    """How M members share one network: a kind of `model.members.FORMS`, M, and the kind's own numbers by name."""
+
+    kind: str
+    members: int
+    numbers: Mapping[str, float | int | str]
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain data, as a checkpoint keeps it."""
+        return {"kind": self.kind, "members": self.members, "numbers": dict(self.numbers)}
+
+
+@dataclass(frozen=True, kw_only=True)
 class BackboneRequest:
     """Everything that decides the structure of one of the S networks.
 
@@ -96,6 +109,7 @@ class BackboneRequest:
         options: values of the family's own flags by field name, beside those of others: see `family_options`.
         divide_by: what the solver matches, "params" or "macs"; None: parameters. Not for families with a table.
         widths: what the solver found before, as a checkpoint keeps it; None: it solves.
+        form: M members in one network, in place of one of S; None: none.
     """
 
     arch: str
@@ -107,6 +121,7 @@ class BackboneRequest:
     options: Mapping[str, Any] = field(default_factory=dict)
     divide_by: str | None = None
     widths: tuple[float, ...] | None = None
+    form: MemberForm | None = None
 
 
 class BackboneBuilder(Protocol):

@@ -10,9 +10,11 @@ import torch
 from torch import Tensor, nn
 
 from model.build import build_splitnet
+from model.members import FORMS
 from model.registry import (
     LARGE,
     BackboneRequest,
+    MemberForm,
     backbones,
     build_network,
     image_shape,
@@ -135,6 +137,9 @@ def restore_splitnet(
         in_file = _entry(config, "split_factor", int, source) if train_separately else len(numbers)
         factor = _agreed("split_factor", split_factor, in_file, source) or 1
         found = 1 if train_separately else factor
+    form = stored_form(content, source)
+    if form is not None:
+        found, factor = 1, 1
     if found != len(numbers):
         raise UserError(f"{source}: holds {len(numbers)} networks, and --arch {arch} is {found}.")
 
@@ -155,8 +160,10 @@ def restore_splitnet(
         options={**shown, **config, **(options or {})},
         divide_by=_entry(config, "divide_by", str, source),
         widths=stored_widths(content, source),
+        form=form,
     )
-    num_classes = _agreed("num_classes", num_classes, _num_classes(state, request), source)
+    in_file = _num_classes(state, request) if form is None else len(content.get("classes") or ()) or None
+    num_classes = _agreed("num_classes", num_classes, in_file, source)
     request = replace(request, num_classes=num_classes or request.num_classes)
     several = names if len(names) > 1 else None
     network = build_splitnet(request, seed=0, archs=several, train_separately=train_separately)
@@ -167,7 +174,7 @@ def restore_splitnet(
     preprocessing = _entry(content, "preprocessing", dict, source)
     info = NetworkInfo(
         archs=names,
-        num_networks=len(numbers),
+        num_networks=network.num_members,
         split_factor=factor,
         num_classes=request.num_classes,
         dataset=made_for,
@@ -238,6 +245,17 @@ def stored_widths(content: Mapping[str, Any], source: str) -> tuple[float, ...] 
     if values is not None and not all(isinstance(value, float | int) and value > 0 for value in values):
         raise UserError(f"{source}: its entry 'widths' is damaged: expected positive numbers.")
     return tuple(values) if values else None
+
+
+def stored_form(content: Mapping[str, Any], source: str) -> MemberForm | None:
+    """How members share the network of the file; None where they do not."""
+    values = _entry(content, "form", dict, source)
+    if values is None:
+        return None
+    kind, members, numbers = values.get("kind"), values.get("members"), values.get("numbers")
+    if kind not in FORMS or not isinstance(members, int) or members < 1 or not isinstance(numbers, dict):
+        raise UserError(f"{source}: its entry 'form' is damaged or of another version: {str(values)[:60]!r}.")
+    return MemberForm(kind=kind, members=members, numbers=numbers)
 
 
 def network_state(content: Mapping[str, Any], weights: str, source: str) -> tuple[dict[str, Tensor], str]:

@@ -49,6 +49,11 @@ class SplitNet(nn.Module):
         return len(self.models)
 
     @property
+    def num_members(self) -> int:
+        """How many rows of logits it gives: S, or more where members share a network (model/members.py)."""
+        return len(self.models)
+
+    @property
     def execution(self) -> str:
         """How the networks run: a name of model.execution.EXECUTIONS; after the first pass, the strategy in use."""
         return self._execution.name

@@ -154,6 +154,47 @@ def sgd_steps(
     }
 
 
+def long_steps(
+    epochs: int | None,
+    *,
+    usual: int,
+    milestones: tuple[int, ...],
+    given: Mapping[str, Any] | None,
+    large: bool = False,
+) -> dict[str, Any]:
+    """The long training of members in one network (uncertainty-baselines), by `sgd_steps` with warm-up and Nesterov.
+
+    An L2 of λ‖w‖² there is a weight decay of 2 λ. On large images their code spares norms and decays biases; here both
+    are spared.
+
+    Args:
+        epochs, usual, milestones: as there.
+        given: all that was set, by flag name: on large images the rate follows the batch.
+        large: ImageNet's row, else CIFAR's.
+    """
+    batch_size = (given or {}).get("batch_size", 256 if large else 128)
+    rates = sgd_steps(
+        epochs,
+        usual=usual,
+        milestones=milestones,
+        batch_size=256 if large else 128,
+        lr=0.1 * batch_size / 256 if large else 0.1,
+        weight_decay=2e-4 if large else 6e-4,
+    )
+    warm_up = round((5 if large else 1) * rates["epochs"] / usual)
+    spared = {"is_wd_all": False, "no_decay": "norm_bias"} if large else {}
+    return (
+        rates
+        | spared
+        | {
+            "is_nesterov": True,
+            "lr_step_multiplier": 0.1 if large else 0.2,
+            "slow_start_epochs": warm_up or -1,
+            "slow_start_lr": 0.0,
+        }
+    )
+
+
 def _calls_norms_norm(arch: str, given: Mapping[str, Any]) -> bool:
     """Whether the published rule by names spares the scales of an architecture's batch norms from weight decay."""
     return any(_matches(arch, patterns) and given.get(flag, form) == form for patterns, flag, form in _NAMED_NORMS)

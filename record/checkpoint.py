@@ -41,6 +41,7 @@ class Checkpoint(TypedDict, total=False):
     epoch: the next one. arch: value of --arch. state_dict: tensors as `module.models.<i>...`. best_acc1: of the
     ensemble so far, in percent. optimizer, scaler: their states; a scaler with fp16 only.
     ema: moving average of the weights, as `state_dict`, with --ema_decay only.
+    form: how members share one network, `model.registry.MemberForm`, or None.
     widths: of the stages, where the solver found them. method: training-only state of the method.
     config: every flag's value. classes, mean, std, crop_size, data_recipe: of the data. preprocessing: of an image file
     before a network sees it, `recipe.preprocessing.Preprocessing`; absent in those of earlier versions.
@@ -63,6 +64,7 @@ class Checkpoint(TypedDict, total=False):
     scaler: dict[str, Any]
     ema: dict[str, Tensor]
     widths: list[float]
+    form: dict[str, Any] | None
     method: dict[str, Any]
     config: dict[str, Any]
     classes: list[str]

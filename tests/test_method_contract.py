@@ -73,7 +73,9 @@ def make(name: str, *, weights: int = 3, network: SplitNet | None = None) -> Met
     kind = methods.get(name)
     if network is None:
         archs = None if name in SPECIAL else [REQUEST.arch] * (2 if kind.networks_from_list else 1)
-        network = build_splitnet(SPECIAL.get(name, REQUEST), seed=weights, archs=archs)
+        request = SPECIAL.get(name, REQUEST)
+        request = dataclasses.replace(request, form=kind.member_form(options_of(name), request, 3))
+        network = build_splitnet(request, seed=weights, archs=archs)
     torch.manual_seed(weights)
     method = kind(network, options_of(name))
     method.prepare(TRAINING_LABELS, 3)
@@ -88,7 +90,7 @@ def optimizer_of(method: Method) -> torch.optim.Optimizer:
 def batch(method: Method, number: int, rank: int = 0, *, size: int = B, side: int = SIDE) -> tuple[Tensor, Targets]:
     generator = torch.Generator().manual_seed(100 * number + rank)
     views = torch.randn(
-        1 if method.shared_view else len(method.network.models), size, 3, side, side, generator=generator
+        1 if method.shared_view else method.network.num_members, size, 3, side, side, generator=generator
     )
     labels = torch.arange(size) // 2 % K
     return views, Targets(labels, labels, torch.tensor(1.0))
@@ -127,7 +129,7 @@ def test_a_step_trains_and_says_what_it_did(name: str) -> None:
     output = step(method, 1, optimizer)
     assert output.loss.shape == ()
     assert output.loss.isfinite()
-    assert output.logits_SBK.shape == (len(method.network.models), B, K)
+    assert output.logits_SBK.shape == (method.network.num_members, B, K)
     assert not output.logits_SBK.requires_grad
     for key, value in output.metrics.items():
         assert (value.shape, value.requires_grad) == ((), False), key

@@ -40,6 +40,7 @@ FLOORS_OF_MODEL = (
     "heads",
     "execution",
     "splitnet",
+    "members",
     "depth",
     "build",
     "divide",

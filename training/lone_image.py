@@ -39,7 +39,8 @@ def lone_norm(method: Method[Any], crop_size: int) -> str | None:
                     module.register_forward_pre_hook(lambda *_, name=name: began.append(name))
             dtype = next(twin.parameters()).dtype
             images_BCHW = torch.empty(1, 3, crop_size, crop_size, dtype=dtype, device="meta")
-            for network in twin.network.models:
+            split = twin.network
+            for network in split.models if split.num_members == split.split_factor else (split,):
                 network(images_BCHW)
             twin.extra_logits(images_BCHW)
         except (RuntimeError, ValueError, TypeError, AttributeError) as error:

@@ -4,7 +4,7 @@ Nothing here waits for the device: norms, flags and (for CUDA graphs) learning r
 """
 
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from types import MappingProxyType
 from typing import Any
@@ -63,6 +63,7 @@ def parameter_groups(
     *,
     new_heads: Sequence[str] = (),
     factors: Mapping[str, float] = NO_FACTORS,
+    undecayed: Collection[str] = (),
 ) -> list[dict[str, Any]]:
     """Parameters sorted into groups: [decayed, not decayed] and, if there are new heads, the same two of theirs.
 
@@ -78,6 +79,7 @@ def parameter_groups(
         new_heads: prefixes of names that train with another learning rate ("network.models.0.fc."); --lr_multiplier
             is kept in their groups under that name.
         factors: of learning rates by name (--layer_decay); 1 for those that are not named.
+        undecayed: names of parameters that are not decayed whatever they are.
     """
     spared = set() if options.is_wd_all else _spared(module, norms=options.no_decay == "norm_bias")
     groups: list[dict[str, Any]] = [
@@ -86,7 +88,8 @@ def parameter_groups(
         for decay in (options.weight_decay, 0.0)
     ]
     for name, parameter in named_parameters:
-        groups[2 * name.startswith(tuple(new_heads)) + (id(parameter) in spared)]["params"].append((name, parameter))
+        is_spared = id(parameter) in spared or name in undecayed
+        groups[2 * name.startswith(tuple(new_heads)) + is_spared]["params"].append((name, parameter))
     return [part for i, group in enumerate(groups) for part in _by_factor(group, factors, keep_empty=i < 2)]
 
 

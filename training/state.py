@@ -96,10 +96,12 @@ class RunState:
         if not self.world.is_main:
             return None
         network, best, position = self.method.network, self.report.best, self.position
+        form = request_of(network.models[0]).form
         state: Checkpoint = {
             "epoch": position.epoch,
             "arch": self.flags["arch"],
             "widths": list(request_of(network.models[0]).widths or ()),
+            "form": None if form is None else form.as_dict(),
             "state_dict": published_keys(network.state_dict()),
             "best_acc1": best["ensemble_acc1"] if best else 0.0,
             "optimizer": self.optimizer.state_dict(),
@@ -181,7 +183,15 @@ class RunState:
         """Names of the parameters by group, as the flags of a checkpoint sort them."""
         known = {name: config[name] for name in ("no_decay", "is_wd_all") if name in config}
         trained = self.method.trained_parameters()
-        return self._named(parameter_groups(self.method, trained, OptimizerOptions(**known), new_heads=self.new_heads))
+        return self._named(
+            parameter_groups(
+                self.method,
+                trained,
+                OptimizerOptions(**known),
+                new_heads=self.new_heads,
+                undecayed=self.method.undecayed_parameters(),
+            )
+        )
 
     def _named(self, groups: Sequence[Mapping[str, Any]]) -> list[list[str]]:
         names = {id(parameter): name for name, parameter in self.method.named_parameters()}

@@ -1,0 +1,94 @@
+"""Monte-Carlo dropout (Gal and Ghahramani, arXiv:1506.02142): the members are dropout masks of one network."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+from loss import at_least_float32
+from loss.classification import CROSS_ENTROPY, ClassLoss
+from method import Method, Progress, StepOutput, Targets, methods
+from method.inner import MEMBERS_ARE_ONE, refuse_several_networks
+from model import LARGE, BackboneRequest
+from model.members import PLACES, MCDropoutNet
+from model.registry import MemberForm
+from model.splitnet import SplitNet
+from utils.options import SAME, Options, option
+
+
+@dataclass(frozen=True, kw_only=True)
+class MCDropoutOptions(Options):
+    """Flags of Monte-Carlo dropout."""
+
+    num_members: int = option(
+        10, "T: masks, in place of S networks", aliases=("num_estimators",), least=1, most=1000, resume=SAME
+    )
+    mc_dropout_place: str = option(
+        "stages",
+        "where: whole channels behind every stage and numbers before the classifier; there only; or the backbone's own "
+        "dropout layers",
+        choices=PLACES,
+        resume=SAME,
+    )
+    mc_dropout_rate: float | None = option(
+        None,
+        "part that is dropped",
+        default_text="0.1 on small images, 0.05 on large ones",
+        least=0,
+        below=1,
+        resume=SAME,
+    )
+
+
+@methods.register("mc_dropout")
+class MCDropout(Method[MCDropoutOptions]):
+    """CE(labels) of one pass with dropout; an evaluation makes T passes with masks that are fixed by the seed.
+
+    Published codes drop within blocks and draw for every image; ours drops channels behind stages, which runs on any
+    backbone with stages, and by masks that are the same for every image.
+
+    Args:
+        network: a `model.members.MCDropoutNet`.
+        options: flags.
+        class_loss: what a prediction costs against the labels.
+    """
+
+    Options = MCDropoutOptions
+    shared_view = True
+    runs_networks_itself = True
+    networks_from_list = False
+    incompatible = MEMBERS_ARE_ONE
+
+    def __init__(self, network: SplitNet, options: MCDropoutOptions, *, class_loss: ClassLoss = CROSS_ENTROPY) -> None:
+        super().__init__(network, options, class_loss=class_loss)
+        if not isinstance(network, MCDropoutNet):
+            raise ValueError("expected a network of the form mc_dropout")
+
+    @classmethod
+    def implied_flags(cls, given: Mapping[str, Any]) -> Mapping[str, Any]:
+        """Nothing; refuses several networks."""
+        refuse_several_networks("mc_dropout", given)
+        return {}
+
+    @classmethod
+    def recipe(
+        cls, dataset_recipe: str, epochs: int | None, given: Mapping[str, Any] | None = None
+    ) -> Mapping[str, Any]:
+        """The published rule of the ensemble."""
+        return {"is_ensembled_after_softmax": True}
+
+    @classmethod
+    def member_form(cls, options: MCDropoutOptions, request: BackboneRequest, seed: int) -> MemberForm:
+        """T masks of one network, drawn from the run's seed."""
+        usual = 0.05 if request.shape == LARGE else 0.1
+        rate = usual if options.mc_dropout_rate is None else options.mc_dropout_rate
+        numbers: dict[str, float | int | str] = {"place": options.mc_dropout_place, "rate": rate, "mask_seed": seed}
+        return MemberForm(kind="mc_dropout", members=options.num_members, numbers=numbers)
+
+    def forward(self, views_SBCHW: Tensor, targets: Targets, progress: Progress) -> StepOutput:
+        """Views [1, B, C, H, W] -> loss, metrics (loss_ce), the pass's logits in every member's place [T, B, K]."""
+        logits_BK = at_least_float32(self.network(views_SBCHW)[0])
+        loss = self.class_loss(logits_BK, targets).mean()
+        shown = logits_BK.detach().expand(self.network.num_members, -1, -1)
+        return StepOutput(loss, {"loss_ce": loss.detach()}, shown)

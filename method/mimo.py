@@ -1,0 +1,162 @@
+"""Multi-input multi-output networks (Havasi et al., arXiv:2010.06610): M predictions of M images in one pass."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from loss import at_least_float32
+from loss.classification import CROSS_ENTROPY, ClassLoss
+from method import Method, Progress, StepOutput, Targets, methods
+from method.inner import MEMBERS_ARE_ONE, refuse_several_networks
+from model import LARGE, BackboneRequest
+from model.members import MimoNet
+from model.registry import MemberForm, request_of
+from model.splitnet import SplitNet
+from recipe.published import long_steps
+from utils.options import SAME, TAKES, Options, option
+from utils.seed import STREAM_METHOD, torch_generator
+
+
+@dataclass(frozen=True, kw_only=True)
+class MimoOptions(Options):
+    """Flags of multi-input multi-output networks."""
+
+    num_members: int | None = option(
+        None,
+        "M: inputs and outputs, in place of S networks",
+        aliases=("num_estimators",),
+        default_text="3 on small images, 2 on large ones",
+        least=1,
+        most=1000,
+        resume=SAME,
+    )
+    member_loss: str = option("sum", "over the members", choices=("sum", "mean"), resume=TAKES)
+    mimo_batch_repetition: int | None = option(
+        None,
+        "rows of a step for each image of the batch",
+        default_text="4 on small images, 2 on large ones",
+        least=1,
+        resume=TAKES,
+    )
+    mimo_input_repetition: float | None = option(
+        None,
+        "part of the rows that show one image to all members",
+        default_text="0 on small images, 0.6 on large ones",
+        least=0,
+        most=1,
+        resume=TAKES,
+    )
+
+
+def member_orders(rows: int, members: int, shared: float, generator: torch.Generator) -> Tensor:
+    """Which row each member takes its image from: int64 [M, N], each a permutation of the N rows.
+
+    As the published code does: a base permutation; its first int(N (1 - ρ)) rows are permuted anew for each member, and
+    the others are the same for all.
+
+    Args:
+        rows: N.
+        members: M.
+        shared: ρ in [0, 1].
+        generator: that draws.
+    """
+    base_N = torch.randperm(rows, generator=generator)
+    count = int(rows * (1 - shared))
+    own = [base_N[:count][torch.randperm(count, generator=generator)] for _ in range(members)]
+    return torch.stack([torch.cat([one, base_N[count:]]) for one in own])
+
+
+@methods.register("mimo")
+class Mimo(Method[MimoOptions]):
+    """Σ_m CE(z_m, labels of member m's images): mean over N rows, each of which shows every member an image.
+
+    The batch is repeated r times, so a step costs r times a plain one. The orders are a function of (seed, step); every
+    process orders its own images.
+
+    Args:
+        network: a `model.members.MimoNet`.
+        options: flags.
+        class_loss: what every prediction costs against the labels.
+    """
+
+    Options = MimoOptions
+    runs_networks_itself = True
+    networks_from_list = False
+    incompatible = MEMBERS_ARE_ONE
+
+    def __init__(self, network: SplitNet, options: MimoOptions, *, class_loss: ClassLoss = CROSS_ENTROPY) -> None:
+        super().__init__(network, options, class_loss=class_loss)
+        if not isinstance(network, MimoNet):
+            raise ValueError("expected a network of the form mimo")
+        is_large = request_of(network.models[0]).shape == LARGE
+        given = options.mimo_batch_repetition, options.mimo_input_repetition
+        self.repetition = (2 if is_large else 4) if given[0] is None else given[0]
+        self.shared = (0.6 if is_large else 0.0) if given[1] is None else given[1]
+        self._seed = 0
+        self._orders_MN: Tensor | None = None
+
+    @classmethod
+    def implied_flags(cls, given: Mapping[str, Any]) -> Mapping[str, Any]:
+        """Nothing; refuses several networks."""
+        refuse_several_networks("mimo", given)
+        return {}
+
+    @classmethod
+    def member_form(cls, options: MimoOptions, request: BackboneRequest, seed: int) -> MemberForm:
+        """M inputs and outputs of one network."""
+        members = options.num_members or (2 if request.shape == LARGE else 3)
+        return MemberForm(kind="mimo", members=members, numbers={})
+
+    @classmethod
+    def recipe(
+        cls, dataset_recipe: str, epochs: int | None, given: Mapping[str, Any] | None = None
+    ) -> Mapping[str, Any]:
+        """The published training on CIFAR (WRN-28-10) and ImageNet (ResNet-50), and the rule of the ensemble."""
+        rule = {"is_ensembled_after_softmax": True}
+        if dataset_recipe == "imagenet":
+            return {**long_steps(epochs, usual=150, milestones=(50, 100, 133), given=given, large=True), **rule}
+        if not dataset_recipe.startswith("cifar"):
+            return rule
+        return {**long_steps(epochs, usual=250, milestones=(100, 200, 225), given=given), **rule}
+
+    def prepare(self, labels_N: Tensor, seed: int) -> None:
+        """Take the seed of the orders."""
+        self._seed = seed
+
+    def before_step(self, views_SBCHW: Tensor, targets: Targets, progress: Progress) -> None:
+        """Draw the members' orders of this step, and write them where the last ones stood."""
+        rows = self.repetition * len(targets.labels_B)
+        generator = torch_generator(self._seed, STREAM_METHOD, progress.step)
+        orders_MN = member_orders(rows, self.network.num_members, self.shared, generator)
+        if self._orders_MN is None or self._orders_MN.shape != orders_MN.shape:
+            self._orders_MN = orders_MN.to(targets.labels_B.device)
+        else:
+            self._orders_MN.copy_(orders_MN, non_blocking=True)
+
+    def forward(self, views_SBCHW: Tensor, targets: Targets, progress: Progress) -> StepOutput:
+        """Views [M, B, C, H, W], or one shared view -> loss, metrics (loss_ce), logits [M, B, K].
+
+        The logits of an image are those of the first of its rows.
+        """
+        assert isinstance(self.network, MimoNet)
+        views = self.network.members_first(views_SBCHW)
+        count, members = views.shape[1], len(views)
+        orders_MN = self._orders_MN
+        if orders_MN is None or orders_MN.shape[1] != self.repetition * count:
+            # whoever asks without a step, to count what one costs
+            orders_MN = torch.arange(self.repetition * count, device=views.device).expand(members, -1)
+        images_MN = orders_MN % count
+        rows = torch.stack([view[places] for view, places in zip(views, images_MN, strict=True)])
+        logits_MNK = at_least_float32(self.network(rows))
+        losses = [
+            self.class_loss(logits, Targets(targets.labels_B[i], targets.labels_other_B[i], targets.lam)).mean()
+            for logits, i in zip(logits_MNK, images_MN, strict=True)
+        ]
+        losses_M = torch.stack(losses)
+        loss = losses_M.sum() if self.options.member_loss == "sum" else losses_M.mean()
+        where_MB = orders_MN.argsort(dim=1)[:, :count]
+        shown = torch.stack([logits[rows_B] for logits, rows_B in zip(logits_MNK.detach(), where_MB, strict=True)])
+        return StepOutput(loss, {"loss_ce": loss.detach()}, shown)

@@ -49,8 +49,10 @@ def _export(arguments: list[str]) -> int:
 
 
 def _checkpoint(path: str) -> str:
-    from evaluation.loading import checkpoint_of
+    from evaluation.loading import EXPORTED, checkpoint_of
 
+    if path.endswith(EXPORTED):
+        raise UserError(f"{path}: is an exported file, and commands take the checkpoint; cotrain.load reads it.")
     return str(checkpoint_of(path))
 
 

@@ -25,7 +25,7 @@ from model.pretrained import has_layer_norm
 from recipe.cream_yaml import is_published, is_published_key, read_published
 from recipe.datasets import ROWS
 from recipe.fine_tuning import IMAGES_NAME, REPLACED, TRAINING_NAME, fine_tuning
-from recipe.own_images import KINDS, SMALL_DEFAULTS
+from recipe.own_images import KINDS, SMALL_DEFAULTS, TABLES
 from recipe.published import recipe_defaults
 from recipe.scaling import scaled_rate
 from training.compiling import COMPILE_MODES
@@ -204,7 +204,7 @@ class Config(DeviceOptions, EvaluationOptions, OptimizerOptions, ModelOptions, D
         extra_options: instance of the options that one entry point adds (eval.py's), or None.
         backbone_options: flags that belong to single families of backbones, by name.
         given: what the user set, by flag name; nothing else may be replaced by a recipe.
-        origins: flag name -> flag, override, yaml, recipe or default.
+        origins: flag name -> flag, override, yaml, recipe, data (what --data holds) or default.
         warnings: what to tell the user of --config, one line each.
     """
 
@@ -419,7 +419,9 @@ def parse_config(argv: Sequence[str] | None = None, program: str | None = None, 
     origins |= dict.fromkeys(implied, "method")
     config = _assemble(method, given, origins, extra=extra)
     if "dataset" not in given and not config.is_summary:
-        config = dataclasses.replace(config, dataset=kind_of(config.data, is_chosen="data" in given) or config.dataset)
+        found = kind_of(config.data, is_chosen="data" in given)
+        if found is not None:
+            config = dataclasses.replace(config, dataset=found, origins={**origins, "dataset": "data"})
     _check(config)
     return config if published is None else dataclasses.replace(config, warnings=tuple(published.warnings))
 
@@ -605,6 +607,11 @@ def _check(config: Config) -> None:
         config.nproc_per_node is None or config.multiprocessing_distributed,
         "--nproc_per_node needs --multiprocessing_distributed; under torchrun it is torchrun's flag.",
     )
+    for name in ("image_column", "label_column", "split_column"):
+        need(
+            name not in config.given or config.dataset in TABLES,
+            f"--{name} is for tables ({', '.join(TABLES)}), and --dataset is {config.dataset}: leave it away.",
+        )
     need(
         config.class_weights is None or config.class_loss == "ce",
         f"--class_weights is for the cross-entropy, and --class_loss is {config.class_loss}: leave one of them away.",

@@ -45,11 +45,14 @@ class Columns:
                     self.schema = reader.schema
                     self._batches = list(reader)
                 self.sizes = [batch.num_rows for batch in self._batches]
+                self.largest_group = 0  # bytes of what is read for one row; of a mapped file none but the row
             else:
                 self._parquet = pq.ParquetFile(path, memory_map=True)
                 self.schema = self._parquet.schema_arrow
                 meta = self._parquet.metadata
                 self.sizes = [meta.row_group(i).num_rows for i in range(meta.num_row_groups)]
+                groups = (meta.row_group(i).total_byte_size for i in range(meta.num_row_groups))
+                self.largest_group = max(groups, default=0)
         except (OSError, pa.ArrowException) as error:
             raise UserError(
                 f"{path} is no readable {'Arrow' if is_arrow(path) else 'Parquet'} file ({reason(error)})."

@@ -10,6 +10,7 @@ from types import MappingProxyType
 from typing import Any
 
 KINDS = ("folder", "csv", "parquet", "webdataset")  # data sets of images of a user's own, by their names
+TABLES = ("csv", "parquet")  # those of them that have columns
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -235,3 +235,12 @@ def test_pyarrow_is_asked_for_where_it_is_missing(tmp_path: Path, monkeypatch: p
     (tmp_path / "t.parquet").touch()
     with pytest.raises(UserError, match="pip install 'pyarrow>=15'"):
         opened(tmp_path / "t.parquet", "parquet")
+
+
+def test_large_groups_of_rows_are_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog) -> None:
+    write_parquet(tmp_path / "t.parquet", 0, 12)
+    opened(tmp_path, "parquet")
+    assert "a group of" not in caplog.text
+    monkeypatch.setattr("dataset.source.parquet.LARGE_GROUP", 100)
+    opened(tmp_path, "parquet")
+    assert "a group of t.parquet has 0 MB" in caplog.text

@@ -1,10 +1,13 @@
 """The small default of images of a user's own, and rates for another number of images in an update."""
 
+from pathlib import Path
+
 import pytest
 
 from parser_params import Config, parse_config, resolve_config
 from recipe.own_images import SMALL_DEFAULTS
 from recipe.scaling import scaled_rate
+from utils.errors import UserError
 
 BARE = ["--dataset", "folder"]
 
@@ -58,6 +61,22 @@ def test_a_rate_that_somebody_chose_stays() -> None:
     config = resolved([*BARE, "--batch_size", "8", "--lr", "0.3"])
     assert (config.lr, config.warnings) == (0.3, ())
     assert resolved([*BARE, "--batch_size", "8", "--is_linear_lr", "0"]).lr == SMALL_DEFAULTS["cifar10"].training["lr"]
+
+
+def test_columns_are_for_tables() -> None:
+    with pytest.raises(UserError, match="--label_column is for tables"):
+        parse_config([*BARE, "--label_column", "x"])
+    assert parse_config(["--dataset", "csv", "--label_column", "x"]).label_column == "x"
+
+
+def test_what_data_holds_is_the_origin_of_the_data_set(tmp_path: Path) -> None:
+    (tmp_path / "labels.csv").touch()
+    config = parse_config(["--data", str(tmp_path)])
+    assert (config.dataset, config.origins["dataset"]) == ("csv", "data")
+    again = resolve_config(config, data_recipe="cifar10", crop_size=32)
+    assert (again.dataset, again.origins["dataset"]) == ("csv", "data")
+    summary = parse_config(["--data", str(tmp_path), "--is_summary", "1"])
+    assert (summary.dataset, summary.origins.get("dataset")) == ("cifar10", None)
 
 
 def test_published_recipes_and_calls_of_before_keep_theirs() -> None:

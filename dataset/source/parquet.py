@@ -23,6 +23,7 @@ logger = logging.getLogger(__name__)
 SUFFIXES = (".parquet", ".pq", ".arrow")
 IMAGE_COLUMNS = ("image", "img", "images", "jpg", "jpeg", "png", "webp", "image_bytes", "picture", "bytes")
 LABEL_COLUMNS = ("label", "labels", "class", "cls", "target", "category", "fine_label", "class_name", "y")
+LARGE_GROUP = 64 << 20  # bytes of a group of rows that are worth a warning
 SPLIT_COLUMNS = ("split", "subset", "partition")
 
 
@@ -55,6 +56,15 @@ def open_parquet(request: SourceRequest) -> DataSource:
     assert label is not None
     for file in opened:
         _check(file, image, label)
+    largest = max(opened, key=lambda file: file.largest_group)
+    if largest.largest_group > LARGE_GROUP:
+        logger.warning(
+            "--data %s: a group of %s has %d MB, and reading any of its images reads all of them. If waiting for data "
+            "is long, write it anew in groups of about 100 rows.",
+            escaped(request.root),
+            escaped(largest.path.name),
+            largest.largest_group >> 20,
+        )
     root = common_folder(files)
     names = [
         os.fsencode(f"{file.path.relative_to(root).as_posix()}/{row}")

@@ -34,7 +34,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     finished = train([*FLAGS, "--data", folder, "--epochs", 2, "--model_dir", root / "m"], root)
     assert finished.code == 0, finished.stderr
     assert "has no split: " in finished.stderr
-    assert "lr 0.05 of the recipe is for 64 images an update: scaled to 0.00625 for 8" in finished.stderr
+    assert "lr 0.05 of the recipe is for 32 images an update: scaled to 0.0125 for 8" in finished.stderr
     return folder, root / "m"
 
 

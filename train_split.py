@@ -67,7 +67,15 @@ from training.optim import WeightAverage, build_optimizer, parameter_groups, sta
 from training.replay import CudaRecorder, Recorder, ReplayedStep, check_replayable
 from training.resume import Pace, Position, changed_flags
 from training.schedule import Schedule
-from training.state import RunState, execution_before, has_ended, heads_before, seed_before, steps_before
+from training.state import (
+    RunState,
+    execution_before,
+    has_ended,
+    heads_before,
+    is_out_of_patience,
+    seed_before,
+    steps_before,
+)
 from training.statistics import renew_statistics
 from training.step import TrainingStep
 from training.update import WeightUpdate
@@ -161,6 +169,11 @@ class Trainer:
         self.eval_loaders = {
             name: build_eval_loader(split, config, world) for name, split in splits.items() if split is not None
         }
+        if config.patience is not None and "val" not in self.eval_loaders:
+            raise UserError(
+                f"--patience {config.patience}: there are no held-out images to judge by, and test images are none: "
+                "add --val_fraction, or a folder val/."
+            )
         self.steps_per_epoch = self.loader.steps_per_epoch
         self.total_steps = config.epochs * self.steps_per_epoch
         refuse_lone_images(
@@ -467,10 +480,16 @@ class Trainer:
         )
 
     def has_ended(self, *, ahead: int = 0) -> bool:
-        """Whether training is over, now or so many batches ahead: after --epochs or --max_steps."""
+        """Whether training is over, now or so many batches ahead: after --epochs or --max_steps, or out of patience."""
         most = self.config.max_steps
         position = self.position
-        return position.step + ahead >= self.total_steps or (most is not None and position.done + ahead >= most)
+        if position.step + ahead >= self.total_steps or (most is not None and position.done + ahead >= most):
+            return True
+        return ahead == 0 and self.is_out_of_patience()
+
+    def is_out_of_patience(self) -> bool:
+        """Whether the figure on held-out images has not risen for --patience epochs."""
+        return is_out_of_patience(self.report.last, self.report.best, self.config.patience)
 
     def advance(self, batch: Batch, metrics: Mapping[str, Tensor]) -> None:
         """One batch is done."""
@@ -679,6 +698,15 @@ class Trainer:
             self.save(f"checkpoint_{position.epoch}{within}.pth.tar")
             self._write_method_files(final=False)
             self._list_bad_images()
+        if self.is_out_of_patience() and position.step < self.total_steps:
+            assert self.report.best is not None
+            logger.info(
+                "stopped after epoch %d of %d: held-out top-1 has not risen since epoch %d (--patience %d)",
+                position.epoch,
+                config.epochs,
+                self.report.best["epoch"],
+                config.patience,
+            )
 
     def _list_bad_images(self) -> None:
         """Name the images that --on_bad_image skip has left out so far, in the log and in bad_images.txt."""
@@ -840,7 +868,13 @@ def finished_results(folder: Path, config: Config, resumed: Resumed | None) -> d
     if results is None or resumed is None:
         return None
     epochs = config.given.get("epochs")
-    done = has_ended(resumed.state, epochs=epochs, max_steps=config.max_steps, default_epochs=config.epochs)
+    done = has_ended(
+        resumed.state,
+        epochs=epochs,
+        max_steps=config.max_steps,
+        default_epochs=config.epochs,
+        patience=config.given.get("patience", resumed.state.get("config", {}).get("patience")),
+    )
     if not done or results.get("steps") != steps_before(resumed.state):
         return None
     given = {name: value for name, value in config.values().items() if name in config.given}

@@ -56,7 +56,7 @@ def collect_logits(
     info = session.info
     loader = session.loader(images, recipe)
     evaluation = evaluate(
-        session.network if network is None else network,
+        session.classifier if network is None else network,
         watched(loader, len(loader), what, visible=session.world.is_main),
         prepare=session.prepare(mean, std),
         num_networks=num_networks or info.num_networks,

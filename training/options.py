@@ -22,6 +22,14 @@ class OptimizerOptions(Options):
     max_steps: int | None = option(
         None, "stop after so many steps in all", unit="steps", default_text="none", least=1, resume=OF_CALL
     )
+    patience: int | None = option(
+        None,
+        "stop once the ensemble's top-1 on held-out images (--val_fraction, val/) has not risen for so long",
+        unit="epochs",
+        default_text="never",
+        least=1,
+        resume=TAKES,
+    )
     eval_per_epoch: int = option(1, "evaluate every so many epochs", unit="epochs", least=1, resume=TAKES)
     iters_to_accumulate: int = option(1, "steps per update of the weights", unit="steps", least=1, resume=TAKES)
     optimizer: str = option("SGD", "optimiser", choices=OPTIMIZERS, default_text=BY_RECIPE, resume=SAME)

@@ -251,14 +251,33 @@ def heads_before(resumed: Checkpoint) -> tuple[str, ...]:
     return tuple(resumed.get("new_heads", ()))
 
 
-def has_ended(resumed: Checkpoint, *, epochs: int | None, max_steps: int | None, default_epochs: int) -> bool:
+def is_out_of_patience(last: Mapping[str, Any] | None, best: Mapping[str, Any] | None, patience: int | None) -> bool:
+    """Whether the last evaluation comes `patience` epochs or more after the best one.
+
+    Args:
+        last, best: evaluations of a `record.report.Reporter`; None: there was none.
+        patience: None: endless.
+    """
+    if last is None or best is None or patience is None:
+        return False
+    waited: int = last["epoch"] - best["epoch"]
+    return waited >= patience
+
+
+def has_ended(
+    resumed: Checkpoint, *, epochs: int | None, max_steps: int | None, default_epochs: int, patience: int | None
+) -> bool:
     """Whether a checkpoint is the end of a run of this length.
 
     Args:
         epochs: as the user set it, or None: that of the run before.
         max_steps: as the user set it.
         default_epochs: for a checkpoint that does not say.
+        patience: of this run.
     """
+    report = resumed.get("report", {})
+    if is_out_of_patience(report.get("last"), report.get("best"), patience):
+        return True
     wanted = epochs if epochs is not None else resumed.get("config", {}).get("epochs", default_epochs)
     return resumed.get("epoch", 0) >= wanted or (max_steps is not None and steps_before(resumed) >= max_steps)
 

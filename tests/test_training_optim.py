@@ -4,6 +4,7 @@ import copy
 import io
 import json
 import math
+from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.utils import parametrize
 from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from model import backbones
 from model.backbone import timm_nets, torchvision_nets
@@ -497,6 +499,27 @@ def test_a_guarded_step_never_waits_for_the_device(name: str) -> None:
             guarded_step(optimizer, flag_of(clip_gradients(network.parameters(), 1.0) * math.nan))
     for key, value in snapshot(network, optimizer).items():
         assert torch.equal(before[key], value), key
+
+
+def test_rmsprop_asks_once_whether_a_step_counts() -> None:
+    network = small_network(torch.float32)
+    optimizer = build(network, "RMSpropTF")
+    give_gradients(network, 0)
+    with CountedOperations() as counted:
+        guarded_step(optimizer, torch.ones(()))
+    assert counted.calls[torch.ops.aten.ne.Scalar] == len(optimizer.param_groups)
+
+
+class CountedOperations(TorchDispatchMode):
+    """How often each operation is called inside."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: Counter[Any] = Counter()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.calls[func] += 1
+        return func(*args, **(kwargs or {}))
 
 
 # ---- moving average --------------------------------------------------------------------------------------------------

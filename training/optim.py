@@ -363,11 +363,12 @@ class RMSprop(Optimizer):
         steps = new_buffers if group["tensorflow"] else torch._foreach_mul(new_buffers, group["lr"])
         new_parameters = torch._foreach_sub(parameters, steps)
 
+        skips = None if found_inf is None else found_inf != 0
         for old, new in ((squares, new_squares), (buffers, new_buffers), (parameters, new_parameters)):
-            if found_inf is None:
+            if skips is None:
                 torch._foreach_copy_(old, new)
             else:
-                torch._foreach_copy_(old, [torch.where(found_inf != 0, *pair) for pair in zip(old, new, strict=True)])
+                torch._foreach_copy_(old, [torch.where(skips, *pair) for pair in zip(old, new, strict=True)])
 
 
 class WeightAverage:

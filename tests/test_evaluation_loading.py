@@ -10,9 +10,10 @@ from sklearn.datasets import load_sample_image
 
 from dataset.decode import BadImage
 from evaluation import exporting
-from evaluation.loading import checkpoint_of, load
+from evaluation.loading import Loaded, checkpoint_of, load
 from model import BackboneRequest, build_splitnet
 from model.restore import published_keys
+from recipe.preprocessing import Preprocessing
 from record.checkpoint import load_checkpoint, save_checkpoint
 from tests import runs
 from utils.errors import UserError
@@ -135,3 +136,31 @@ def test_a_run_directory_means_its_best_checkpoint_else_its_newest(tmp_path):
     (tmp_path / "model_best.pth.tar").touch()
     assert checkpoint_of(tmp_path).name == "model_best.pth.tar"
     assert checkpoint_of("some/file.pth.tar").name == "file.pth.tar"
+
+
+class _Says(torch.nn.Module):
+    """Networks whose logits are known: network s gives every image the row that its first pixel names."""
+
+    def __init__(self, logits_SRK: torch.Tensor) -> None:
+        super().__init__()
+        self.logits_SRK = logits_SRK
+
+    def forward(self, images_BCHW: torch.Tensor) -> torch.Tensor:
+        return self.logits_SRK[:, images_BCHW[:, 0, 0, 0].round().long()]
+
+
+def test_worked_numbers():
+    logits_SRK = torch.tensor([[[0.0, 2.0], [4.0, 0.0]], [[2.0, 0.0], [2.0, 0.0]], [[1.0, 4.0], [0.0, 9.0]]])
+    steps = Preprocessing(resize=2, interpolation="bicubic", crop=2, mean=(0, 0, 0), std=(1 / 255,) * 3)
+    loaded = Loaded(
+        network=_Says(logits_SRK), classes=("a", "b"), rule="mean_logits", steps=steps, device=torch.device("cpu")
+    )
+    images = [np.full((2, 2, 3), row, np.uint8) for row in (1, 0, 1)] * 30  # more than go through at a time
+    found = loaded.predict(images)
+    expected_3K = torch.stack([torch.tensor([2.0, 3.0]), torch.tensor([1.0, 2.0]), torch.tensor([2.0, 3.0])]).softmax(
+        -1
+    )
+    torch.testing.assert_close(found.probabilities_BK, expected_3K.repeat(30, 1))
+    assert found.disagreement_B.tolist() == pytest.approx([2 / 3] * 90)  # one of three networks against two
+    single = loaded.predict(images[0])
+    assert single.probabilities_BK.shape == (1, 2)

@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
 import torch
 
-from model.members import build_members
+from model.members import FORMS, build_members
 from model.options import ModelOptions
+from model.packed import build_packed
 from model.registry import BackboneRequest, build_network, check_request, image_shape
 from model.splitnet import SplitNet
 from utils.errors import UserError
 from utils.seed import STREAM_INIT, fold_in
+
+# kinds of forms -> what builds the members of a request with one
+BUILDERS: Mapping[str, Callable[..., SplitNet]] = {"packed": build_packed, **dict.fromkeys(FORMS, build_members)}
 
 
 def network_requests(
@@ -60,7 +64,7 @@ def build_splitnet(
         UserError: as `check_request`, or an option that cannot go with `archs`.
     """
     if request.form is not None:
-        return build_members(request, seed=seed)
+        return BUILDERS[request.form.kind](request, seed=seed)
     if identical_init and archs is not None and len(set(archs)) > 1:
         raise UserError(f"--is_identical_init needs equal networks, not --arch {','.join(archs)}: give one name.")
     requests = network_requests(request, train_separately=train_separately, archs=archs)

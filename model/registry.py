@@ -202,12 +202,12 @@ def check_request(request: BackboneRequest) -> Backbone:
             f"--split_factor {request.split_factor} is not possible for --arch {request.arch} "
             f"({request.shape} images): use {shown}."
         )
-    if request.divide_by is not None and entry.plan is None:
+    if request.divide_by is not None and entry.plan is None and request.form is None:
         raise UserError(
             f"--divide_by {request.divide_by}: --arch {request.arch} is divided by the paper's table, and the flag is "
             "for torchvision/NAME, timm/NAME and FILE.py:FACTORY. Leave it away."
         )
-    if request.widths is not None and entry.plan is None:
+    if request.widths is not None and request.form is None and entry.plan is None:
         raise UserError(
             f"--stage_widths: --arch {request.arch} has the widths of the paper's table, and the flag is for "
             "torchvision/NAME, timm/NAME and FILE.py:FACTORY. Leave it away."

@@ -9,8 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from model.build import build_splitnet
-from model.members import FORMS
+from model.build import BUILDERS, build_splitnet
 from model.registry import (
     LARGE,
     BackboneRequest,
@@ -139,7 +138,7 @@ def restore_splitnet(
         found = 1 if train_separately else factor
     form = stored_form(content, source)
     if form is not None:
-        found, factor = 1, 1
+        found, factor = form.members if form.kind == "packed" else 1, 1
     if found != len(numbers):
         raise UserError(f"{source}: holds {len(numbers)} networks, and --arch {arch} is {found}.")
 
@@ -253,7 +252,7 @@ def stored_form(content: Mapping[str, Any], source: str) -> MemberForm | None:
     if values is None:
         return None
     kind, members, numbers = values.get("kind"), values.get("members"), values.get("numbers")
-    if kind not in FORMS or not isinstance(members, int) or members < 1 or not isinstance(numbers, dict):
+    if kind not in BUILDERS or not isinstance(members, int) or members < 1 or not isinstance(numbers, dict):
         raise UserError(f"{source}: its entry 'form' is damaged or of another version: {str(values)[:60]!r}.")
     return MemberForm(kind=kind, members=members, numbers=numbers)
 

@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 
-from model.members import build_members
+from model.build import BUILDERS
 from model.registry import BackboneRequest, build_network
 from model.splitnet import SplitNet
 from utils.macs import count_macs, count_params, thop_macs
@@ -29,7 +29,11 @@ def network_sizes(requests: Sequence[BackboneRequest], *, with_thop: bool = True
         known = [size for other, size in counted if other == request]
         if not known:
             with torch.device("meta"):
-                network = SplitNet([build_network(request)]) if request.form is None else build_members(request, seed=0)
+                network = (
+                    SplitNet([build_network(request)])
+                    if request.form is None
+                    else BUILDERS[request.form.kind](request, seed=0)
+                )
             thop_one = thop_macs(network, image) if with_thop else None
             known = [(count_params(network), count_macs(network, image), thop_one)]
             counted.append((request, known[0]))

@@ -265,6 +265,10 @@ def test_methods_take_every_family_with_stages(arch: str) -> None:
     for name in methods.names():
         if name in SPECIAL:
             continue
+        form = methods.get(name).member_form(options_of(name), request, 3)
+        if form is not None:
+            check_members(name, dataclasses.replace(request, form=form), side)
+            continue
         try:
             method = make(name, network=shared)
         except UserError:  # one network is not enough
@@ -280,6 +284,26 @@ def test_methods_take_every_family_with_stages(arch: str) -> None:
         if called:
             assert leaf.grad.abs().amax(dim=(1, 2)).min() > 0, name
             leaf.grad, method.network.called = None, False
+
+
+def check_members(name: str, request: BackboneRequest, side: int) -> None:
+    """Members that share a network, or are made of a thinner one, learn on the family too, or it is refused by name."""
+    try:
+        network = build_splitnet(request, seed=3)
+    except UserError:  # its channels cannot be followed, or it has none of what the form needs
+        return
+    method = make(name, network=network)
+    views, targets = batch(method, 1, size=2, side=side)
+    progress = Progress(0, 1, 1, 10, 2, 0.05, torch.arange(2), 1e-4)
+    method.before_step(views, targets, progress)
+    output = method(views, targets, progress)
+    output.loss.backward()
+    assert output.logits_SBK.shape == (network.num_members, 2, K), name
+    unused = {parameter for one in network.models for parameter in getattr(one, "unused_parameter_names", set)()}
+    for n, parameter in method.trained_parameters():
+        assert parameter.grad is not None or any(n.endswith(end) for end in unused), f"{name}: {n}"
+    with torch.no_grad():
+        assert method.eval().network(views[0]).shape == (network.num_members, 2, K)
 
 
 # ---- a method is one new file ----------------------------------------------------------------------------------------

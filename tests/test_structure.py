@@ -41,6 +41,7 @@ FLOORS_OF_MODEL = (
     "execution",
     "splitnet",
     "members",
+    "packed",
     "depth",
     "build",
     "divide",

@@ -1,0 +1,309 @@
+"""Packed-Ensembles (Laurent et al., arXiv:2210.09184): M thin networks, each of a part of the base network's channels.
+
+With γ = 1 a packed network is M independent networks of width α / M on one view, so it is a SplitNet of them, and
+`--execution stacked` runs it as the one network of groups that the paper draws. γ splits each member's convolutions
+once more.
+"""
+
+from __future__ import annotations
+
+import math
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import nn
+
+from model.division.rechannel import ChannelClass, ChannelGraph, Layer, Sizes, trace
+from model.division.solver import TOLERANCE, solve_widths
+from model.registry import BackboneRequest, build_network, request_of
+from model.splitnet import SplitNet
+from model.staged import StagedBackbone
+from utils.errors import UserError, reason
+from utils.seed import STREAM_INIT, fold_in
+
+AUTO = "auto"
+_LOCK = threading.Lock()
+
+
+def member_channels(channels: int, factor: float, groups: int) -> int:
+    """Channels of one member: the nearest multiple of the groups to `channels` times `factor` (α / M), at least one."""
+    return max(groups, int(channels * factor / groups + 0.5) * groups)
+
+
+def further_groups(inputs: int, outputs: int, groups: int, gamma: int, min_channels: int) -> int:
+    """γ': into how many groups more a member's convolution is split, at most γ.
+
+    The largest number that divides the channels of every group, and leaves a group `min_channels` inputs; at least 1.
+    """
+    for split in range(gamma, 1, -1):
+        whole = split * groups
+        if inputs % whole == 0 and outputs % whole == 0 and inputs // whole >= min_channels:
+            return split
+    return 1
+
+
+def _plain(request: BackboneRequest) -> BackboneRequest:
+    """The request of the base network."""
+    return replace(request, form=None, widths=None, divide_by=None)
+
+
+@dataclass(frozen=True)
+class PackedPlan:
+    """How the layers of one member are made from those of the base network.
+
+    Attributes:
+        graph: channels of the base network.
+        kept: names of the convolutions that γ leaves alone.
+        gamma, min_channels: γ, and the least inputs of a group that it makes.
+    """
+
+    graph: ChannelGraph
+    kept: frozenset[str]
+    gamma: int
+    min_channels: int
+
+    def channels(self, widths: Sequence[float]) -> dict[ChannelClass, int]:
+        """Channels of every class where the stages have these widths."""
+        units: dict[ChannelClass, int] = {}
+        for layer in self.graph.layers:
+            if layer.groups > 1 and not layer.depthwise:
+                for of in {*layer.sources, *((layer.out,) if layer.out else ())}:
+                    leader = self.graph.follows.get(of, of)
+                    units[leader] = math.lcm(units.get(leader, 1), layer.groups)
+        found = {}
+        for of in self.graph.classes:
+            leader = self.graph.follows.get(of, of)
+            stage, before = leader
+            found[of] = member_channels(before, widths[stage] / self.graph.widths[stage], units.get(leader, 1))
+        return found
+
+    def sizes(self, layer: Layer, channels: Mapping[ChannelClass, int]) -> Sizes:
+        """Channels and groups of a member's layer."""
+        inputs = layer.repeats * sum(map(channels.__getitem__, layer.sources)) if layer.sources else layer.fixed_in
+        if layer.kind == "norm" or layer.depthwise:
+            return Sizes(inputs, inputs, inputs)
+        outputs = layer.fixed_out if layer.out is None else channels[layer.out]
+        if layer.kind != "conv" or layer.name in self.kept:
+            return Sizes(inputs, outputs, layer.groups)
+        more = further_groups(inputs, outputs, layer.groups, self.gamma, self.min_channels)
+        return Sizes(inputs, outputs, layer.groups * more)
+
+    def count(self, widths: Sequence[float]) -> tuple[int, int]:
+        """(parameters, multiply-adds for one image) of one member."""
+        params = macs = 0
+        channels = self.channels(widths)
+        for layer in self.graph.layers:
+            sizes = self.sizes(layer, channels)
+            if layer.kind != "norm":
+                weights = sizes.inputs // sizes.groups * sizes.outputs * layer.kernel
+                params += weights
+                macs += weights * layer.positions
+            params += sizes.outputs * layer.per_channel
+        return params, macs
+
+
+def packed_plan(request: BackboneRequest, gamma: int, min_channels: int) -> PackedPlan:
+    """The plan of the network that a request without form and widths stands for.
+
+    Raises:
+        UserError: a network whose channels cannot be followed.
+    """
+    with torch.device("meta"):
+        network = build_network(_plain(request))
+    graph = trace(network, (3, request.crop_size, request.crop_size), request.arch)
+    if graph.loose:
+        raise UserError(
+            f"--method packed: the parameter {next(iter(graph.loose))} of --arch {request.arch} belongs to no layer, "
+            "and only layers can be made narrower. Pick another --arch."
+        )
+    return PackedPlan(graph, frozenset(_left_alone(network, graph)), gamma, min_channels)
+
+
+def _left_alone(network: nn.Module, graph: ChannelGraph) -> Iterator[str]:
+    """Names of the convolutions before the first stage, and of the first of every block, or stage without blocks."""
+    inside: set[int] = set()
+    first: set[int] = set()
+    for stage in network.stages if isinstance(network, StagedBackbone) else [*network.children()]:
+        of_stage = [part for part in stage.modules() if isinstance(part, nn.Conv2d)]
+        inside |= {id(part) for part in of_stage}
+        blocks = [child for child in stage.children() if not isinstance(child, nn.Conv2d)]
+        for block in blocks if any(_has_convolution(child) for child in blocks) else [stage]:
+            first |= {id(part) for part in [m for m in block.modules() if isinstance(m, nn.Conv2d)][:1]}
+    for layer in graph.layers:
+        module = network.get_submodule(layer.name)
+        if isinstance(module, nn.Conv2d) and (id(module) not in inside or id(module) in first):
+            yield layer.name
+
+
+def _has_convolution(module: nn.Module) -> bool:
+    return any(isinstance(part, nn.Conv2d) for part in module.modules())
+
+
+def packed_widths(
+    request: BackboneRequest, *, members: int, alpha: str, gamma: int, min_channels: int
+) -> tuple[float, ...]:
+    """Stage widths of one member.
+
+    Args:
+        request: of the base network; `divide_by` says what `alpha` "auto" matches.
+        members: M.
+        alpha: α as text: every width times α / M; or "auto": M members have the parameters (or MACs) of the base.
+        gamma, min_channels: as `PackedPlan`.
+
+    Raises:
+        UserError: as `packed_plan`, or no widths come within 2 %.
+    """
+    plan = packed_plan(request, gamma, min_channels)
+    full = plan.graph.widths
+    if alpha != AUTO:
+        if request.divide_by is not None:
+            raise UserError(f"--divide_by {request.divide_by} is for --packed_alpha auto: leave it away.")
+        return tuple(width * float(alpha) / members for width in full)
+    which = 0 if (request.divide_by or "params") == "params" else 1
+    budget = replace(plan, gamma=1).count(full)[which]
+
+    def cost(widths: Sequence[int]) -> int:
+        # the undivided network itself has no further groups
+        return budget if tuple(widths) == full else plan.count(widths)[which]
+
+    widths = solve_widths(full, plan.graph.units, cost, members)
+    difference = members * cost(widths) / budget - 1
+    if abs(difference) > TOLERANCE:
+        raise UserError(
+            f"--method packed --num_members {members}: no widths of {request.arch} give the budget of the undivided "
+            f"network; the nearest differ by {difference:+.1%}. Take another --num_members, or a --packed_alpha."
+        )
+    return widths
+
+
+def build_packed(request: BackboneRequest, *, seed: int) -> SplitNet:
+    """M members of a request with the form "packed"; member m is initialised from (seed, m).
+
+    Widths that the request does not say are those of the form's `alpha`.
+
+    Raises:
+        UserError: a network whose channels cannot be followed, or that does not run with fewer.
+    """
+    form = request.form
+    assert form is not None
+    gamma, min_channels = int(form.numbers["gamma"]), int(form.numbers["min_channels"])
+    widths = request.widths or packed_widths(
+        request, members=form.members, alpha=str(form.numbers["alpha"]), gamma=gamma, min_channels=min_channels
+    )
+    plan = packed_plan(request, gamma, min_channels)
+    if len(widths) != len(plan.graph.widths):
+        raise UserError(
+            f"--arch {request.arch} has {len(plan.graph.widths)} stage widths, and the checkpoint or --stage_widths "
+            f"names {len(widths)}."
+        )
+    channels = plan.channels(widths)
+    sizes = {layer.name: plan.sizes(layer, channels) for layer in plan.graph.layers}
+    networks = []
+    for member in range(form.members):
+        with torch.random.fork_rng(devices=[]):
+            torch.default_generator.manual_seed(fold_in(seed, STREAM_INIT, member))
+            network = build_resized(_plain(request), sizes)
+        network.request = replace(request_of(network), form=form, widths=tuple(map(float, widths)))  # type: ignore[assignment]
+        networks.append(network)
+    return SplitNet(networks)
+
+
+def build_resized(request: BackboneRequest, sizes: Mapping[str, Sizes]) -> nn.Module:
+    """The network of a request with other channels in its layers, initialised by its own code.
+
+    It is built twice: once without storage, to see which layer is made when, and once more with other numbers handed to
+    the constructors of the layers. So everything that its code computes after that, initial values above all, is right.
+
+    Args:
+        request: of the network as it is.
+        sizes: channels and groups of layers by name; others stay.
+
+    Raises:
+        UserError: its code computes with channels that it does not read off its layers.
+    """
+    with torch.device("meta"), _LOCK, _constructing(lambda number, given: given) as order:
+        network = build_network(request)
+    names = {id(module): name for name, module in network.named_modules()}
+    wanted = {number: sizes[names[key]] for number, key in enumerate(order) if names.get(key) in sizes}
+
+    def change(number: int, given: dict[str, Any]) -> dict[str, Any]:
+        return _resized(given, wanted[number]) if number in wanted else given
+
+    with _LOCK, _constructing(change):
+        resized = build_network(request)
+    found = {name: resized.get_submodule(name) for name in sizes}
+    wrong = [name for name, module in found.items() if not _has_sizes(module, sizes[name])]
+    try:
+        if wrong:
+            raise ValueError(f"its layer {wrong[0]} is made in another way")
+        with torch.no_grad():
+            probe = torch.empty(1, 3, request.crop_size, request.crop_size, device="meta")
+            state = {n: v.to("meta") for n, v in (*resized.named_parameters(), *resized.named_buffers())}
+            torch.func.functional_call(resized.eval(), state, probe)
+            resized.train()
+    except (RuntimeError, ValueError, TypeError) as error:
+        raise UserError(
+            f"--method packed: --arch {request.arch} does not run with fewer channels: {reason(error)[:150]}. Pick "
+            "another --arch."
+        ) from None
+    return resized
+
+
+_KINDS: tuple[type[nn.Module], ...] = (nn.Conv2d, nn.Linear, nn.BatchNorm2d, nn.LayerNorm)
+_NUMBERS = {
+    nn.Conv2d: ("in_channels", "out_channels", "kernel_size", "stride", "padding", "dilation", "groups"),
+    nn.Linear: ("in_features", "out_features"),
+    nn.BatchNorm2d: ("num_features",),
+    nn.LayerNorm: ("normalized_shape",),
+}
+
+
+@contextmanager
+def _constructing(change: Callable[[int, dict[str, Any]], dict[str, Any]]) -> Iterator[list[int]]:
+    """For the time of a block, layers are made with changed numbers; yields their ids in the order of construction."""
+    order: list[int] = []
+    kept: list[nn.Module] = []  # so that no id is used twice
+    originals = {kind: kind.__init__ for kind in _KINDS}
+
+    def wrapped(kind: type[nn.Module]) -> Callable[..., None]:
+        def construct(self: nn.Module, *args: Any, **kwargs: Any) -> None:
+            given = {**dict(zip(_NUMBERS[kind], args, strict=False)), **kwargs}
+            rest = args[len(_NUMBERS[kind]) :]
+            number = len(order)
+            order.append(id(self))
+            kept.append(self)
+            changed = change(number, given)
+            originals[kind](self, *(changed.pop(name) for name in _NUMBERS[kind][: len(args)]), *rest, **changed)
+
+        return construct
+
+    try:
+        for kind in _KINDS:
+            kind.__init__ = wrapped(kind)  # type: ignore[method-assign]
+        yield order
+    finally:
+        for kind, original in originals.items():
+            kind.__init__ = original  # type: ignore[method-assign]
+
+
+def _resized(given: dict[str, Any], sizes: Sizes) -> dict[str, Any]:
+    """The constructor's arguments with other channels."""
+    if "in_channels" in given:
+        return {**given, "in_channels": sizes.inputs, "out_channels": sizes.outputs} | (
+            {"groups": sizes.groups} if sizes.groups != given.get("groups", 1) else {}
+        )
+    if "in_features" in given:
+        return {**given, "in_features": sizes.inputs, "out_features": sizes.outputs}
+    return {**given, next(name for name in ("num_features", "normalized_shape") if name in given): sizes.outputs}
+
+
+def _has_sizes(module: nn.Module, sizes: Sizes) -> bool:
+    if isinstance(module, nn.Conv2d):
+        return (module.in_channels, module.out_channels, module.groups) == (sizes.inputs, sizes.outputs, sizes.groups)
+    if isinstance(module, nn.Linear):
+        return (module.in_features, module.out_features) == (sizes.inputs, sizes.outputs)
+    return True

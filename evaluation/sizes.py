@@ -55,8 +55,8 @@ def summarise(config: Config) -> dict[str, Any]:
         "params_training": training_params(method),
         "macs_training": training_macs(method, config.crop_size),
     }
-    show(format_table([result]))
     show(_training_line(result))
+    show(format_table([result]))
     plan = solver_plan(requests[0])
     if plan is not None:
         result["division"] = plan.as_dict()

@@ -89,7 +89,8 @@ def test_what_is_frozen_does_not_change_within_a_run(tmp_path: Path, images: Pat
     assert "layer_decay 1 → 0.5 (flag)" in rates.stderr
 
 
-def test_a_divided_network_says_what_it_can_take(tmp_path: Path, images: Path, weights: Path) -> None:
-    result = tune(tmp_path / "m", images, weights, "--arch", "torchvision/resnet18", "--split_factor", 2)
+def test_a_file_of_another_network_is_refused_in_one_line(tmp_path: Path, images: Path, weights: Path) -> None:
+    result = tune(tmp_path / "m", images, weights, "--arch", "torchvision/resnet34,torchvision/resnet34")
     assert result.code == 2
-    assert "holds one whole network, and --split_factor 2 makes narrower ones" in result.stderr
+    line = result.stderr.splitlines()[-1]
+    assert "not the weights of these 2 networks: models.0.layer1.2.conv1.weight is missing" in line

@@ -21,6 +21,7 @@ from evaluation.files import csv_text, written
 from evaluation.held_out import HeldOut, open_held_out, open_reported, test_fraction_of
 from evaluation.session import Session, open_large
 from evaluation.tuning import Request, calibration_rows, log_probs_of, read_alphas, tune, write_tuned
+from evaluation.uncertainty import Doubt, FurtherImages, Report, collect_doubt, is_asked
 from record.checkpoint import write_file
 from utils import distributed
 from utils.errors import UserError
@@ -36,10 +37,12 @@ class Collected:
     Attributes:
         logits: of the networks.
         large: the undivided network, if there is one.
+        doubt: what was seen of further images; None where no uncertainty is reported.
     """
 
     logits: Logits
     large: Large | None
+    doubt: Doubt | None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,6 +55,7 @@ class AnswerReport:
         folder: of the results.
         large: the undivided network of --large.
         tuned: path of the checkpoint that was written now.
+        further: the images of --ood and --shift.
     """
 
     session: Session
@@ -60,6 +64,7 @@ class AnswerReport:
     folder: Path
     large: Session | None
     tuned: Path | None
+    further: FurtherImages
 
     @staticmethod
     def is_asked(session: Session) -> bool:
@@ -83,6 +88,7 @@ class AnswerReport:
         if options.tune:
             request = Request.of(options, session.info.num_networks, session.config.given)
         large = None if options.large is None else open_large(session)
+        further = FurtherImages.open(session)
         answers, tuned = session.answers, None
         if request is not None:
             held_out: HeldOut = distributed.main_first(session.world, partial(open_held_out, session))
@@ -100,6 +106,7 @@ class AnswerReport:
             folder=folder,
             large=large,
             tuned=tuned,
+            further=further,
         )
 
     def collect(self, logits: Logits) -> Collected:
@@ -124,7 +131,11 @@ class AnswerReport:
                 logits_NK = found.logits_SNK[0]
         elif len(info.archs) == 1 and info.split_factor > 1:
             macs = count_macs(undivided(info.request), (3, info.crop_size, info.crop_size))
-        return Collected(logits=logits, large=None if macs is None else Large(macs=macs, logits_NK=logits_NK))
+        doubt = None
+        if is_asked(session, self.answers):
+            doubt = collect_doubt(session, self.answers, self.mode, self.further, self.large)
+        large = None if macs is None else Large(macs=macs, logits_NK=logits_NK)
+        return Collected(logits=logits, large=large, doubt=doubt)
 
     def write(self, seen: Collected) -> tuple[dict[str, Any], str]:
         """Write the files; returns (entries of results.json, tables to print).
@@ -152,6 +163,17 @@ class AnswerReport:
                 "dominates_undivided": None if (found := dominating(table.rows)) is None else found.as_dict(),
             }
             tables.append(self._write_cascade(table, len(labels_N), seen.large))
+        if seen.doubt is not None:
+            report = Report(
+                session=self.session,
+                answers=answers,
+                mode=self.mode,
+                seen=seen.logits,
+                large_logits=None if seen.large is None else seen.large.logits_NK,
+                doubt=seen.doubt,
+            )
+            results["uncertainty"], text = report.write(self.folder)
+            tables.append(text)
         return results, "\n\n".join(tables)
 
     def _calibration(self, seen: Collected) -> list[dict[str, Any]]:

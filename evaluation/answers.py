@@ -34,7 +34,7 @@ class CascadeAnswers:
         order: numbers of networks from 0, as they run.
         confidence: of `selective.CONFIDENCES`.
         bounds: of each stage but the last: (threshold,), or (low, high) of a window.
-        accept: of a window, the confidence from which an answer is accepted; else None.
+        accept: confidence from which an answer is accepted, at the operating point of --window_for; None: not known.
         target: what it was chosen for, in words of the flags.
         macs: of every network, by its number.
         held_out: its figures on the images that it was chosen on.

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from evaluation.answered import TITLES, Answered
 from evaluation.ensemble import ensemble_log_probs, ensemble_scores
 from evaluation.files import csv_text
 from evaluation.ood import pair_disagreement
@@ -87,11 +88,15 @@ def predict(
     return Prediction([names[i] for i in indices_N.tolist()], logits_SNK, rule)
 
 
-def write_prediction(prediction: Prediction, classes: Sequence[str], folder: Path) -> list[str]:
+def write_prediction(
+    prediction: Prediction, classes: Sequence[str], folder: Path, answered: Answered | None = None
+) -> list[str]:
     """Write predictions.csv and logits.npz (`logits` [S, N, K], `ensemble` [N, K]).
 
     Args:
         classes: K names.
+        answered: what tuned answers say; predictions.csv has their probabilities and further columns then, and
+            logits.npz `networks_used` [N].
 
     Returns:
         what to print: the first SHOWN images with their class, and how many more there are.
@@ -100,23 +105,33 @@ def write_prediction(prediction: Prediction, classes: Sequence[str], folder: Pat
         RunError: a file cannot be written.
     """
     logits_SNK, rule = prediction.logits_SNK, prediction.rule
-    best_N5 = ensemble_log_probs(logits_SNK, rule).topk(min(TOP, len(classes)), dim=1)
+    log_probs_NK = ensemble_log_probs(logits_SNK, rule) if answered is None else answered.log_probs_NK
+    best_N5 = log_probs_NK.topk(min(TOP, len(classes)), dim=1)
     titles = ["file"]
     for place in range(1, best_N5.indices.shape[1] + 1):
         titles += [f"class_{place}", f"name_{place}", f"probability_{place}"]
     rows: list[list[object]] = []
     shown = []
-    disagreement_N = prediction.disagreement_N().tolist()
+    disagreement: Sequence[float | None] = prediction.disagreement_N().tolist()
+    if answered is not None:
+        disagreement = answered.disagreement
     for n, name in enumerate(prediction.names):
         row: list[object] = [name]
         for k, log_prob in zip(best_N5.indices[n].tolist(), best_N5.values[n].tolist(), strict=True):
             row += [k, classes[k], f"{math.exp(log_prob):.6f}"]
         if n < SHOWN:
             shown.append(f"{name}: {row[2]} ({100 * math.exp(best_N5.values[n, 0].item()):.1f} %)")
-        rows.append([*row, f"{disagreement_N[n]:.4f}"])
+        apart = disagreement[n]
+        row.append("" if apart is None else f"{apart:.4f}")
+        rows.append(row if answered is None else [*row, *(answered.columns[title][n] for title in TITLES)])
     arrays = io.BytesIO()
-    np.savez(arrays, logits=logits_SNK.numpy(), ensemble=ensemble_scores(logits_SNK, rule).numpy())
-    write_file(folder / "predictions.csv", csv_text([*titles, "disagreement"], rows))
+    if answered is None:
+        np.savez(arrays, logits=logits_SNK.numpy(), ensemble=ensemble_scores(logits_SNK, rule).numpy())
+    else:
+        used_N = answered.networks_used_N.numpy()
+        np.savez(arrays, logits=logits_SNK.numpy(), ensemble=answered.scores_NK.numpy(), networks_used=used_N)
+    titles += ["disagreement", *(() if answered is None else TITLES)]
+    write_file(folder / "predictions.csv", csv_text(titles, rows))
     write_file(folder / "logits.npz", arrays.getvalue())
     if len(rows) > SHOWN:
         shown.append(f"… and {len(rows) - SHOWN} more in {folder / 'predictions.csv'}")

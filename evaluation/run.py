@@ -12,9 +12,10 @@ from pathlib import Path
 from typing import Any, Self
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from evaluation.answer_report import AnswerReport
+from evaluation.answer_report import AnswerReport, check_flags, report_mode
+from evaluation.answered import CascadeLogits, answer_images, cascade_summary
 from evaluation.collecting import Logits
 from evaluation.contenders import Contender, compare_latencies, undivided
 from evaluation.counts import logits_figures
@@ -33,6 +34,7 @@ from evaluation.session import (
     open_session,
     output_folder,
 )
+from evaluation.shift import mean as mean_of_known
 from parser_params import Config, parse_config
 from record.checkpoint import write_file
 from record.logger import set_up_text_log
@@ -211,9 +213,14 @@ def run_prediction(session: Session, path: Path) -> dict[str, Any]:
     folder = output_folder(session)
     info, precision = session.info, session.precision
     classes, mean, std = class_names_and_statistics(session)
+    check_flags(session)
+    answers, by_cascade = session.answers, session.options.answer == "cascade"
+    network: nn.Module = session.classifier
+    if by_cascade and answers is not None:
+        network = CascadeLogits(answers.running_cascade(session.networks()))
     inputs = open_inputs(session, path, mean, std)
     prediction = predict(
-        session.classifier,
+        network,
         inputs.names,
         inputs.batches,
         num_networks=info.num_networks,
@@ -224,18 +231,25 @@ def run_prediction(session: Session, path: Path) -> dict[str, Any]:
         autocast_dtype=precision.autocast,
         source=f"--predict {path}",
     )
+    answered = None
+    if answers is not None:
+        mode = report_mode(session, answers)
+        answered = answer_images(answers, mode, prediction.logits_SNK, by_cascade=by_cascade, seed=session.seed)
+    disagreement = prediction.disagreement_N().tolist() if answered is None else answered.disagreement
     results = {
         **session.header(),
         "images": len(prediction.names),
         "skipped": len(inputs.names) - len(prediction.names),
         "rule": session.rule,
-        "disagreement": float(prediction.disagreement_N().mean()),
+        "disagreement": mean_of_known(disagreement),
+        "answer": session.options.answer,
+        **(cascade_summary(answers, answered) if by_cascade and answers is not None and answered is not None else {}),
         "predictions": str(folder / "predictions.csv"),
         "logits": str(folder / "logits.npz"),
         "results_dir": str(folder),
     }
     if session.world.is_main:
-        show("\n".join(write_prediction(prediction, classes, folder)))
+        show("\n".join(write_prediction(prediction, classes, folder, answered)))
         write_file(folder / RESULTS, as_json(results))
     return results
 

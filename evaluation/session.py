@@ -77,6 +77,11 @@ class Session:
         """The flags that only eval.py has."""
         return _eval_options(self.config)
 
+    def networks(self) -> list[nn.Module]:
+        """The networks one by one, as a cascade runs them."""
+        assert isinstance(self.network, SplitNet)
+        return list(self.network.models)
+
     @property
     def classifier(self) -> nn.Module:
         """What evaluation and prediction ask: the networks, or, under --tta flip, `evaluation.tta.FlipAveraged`."""

@@ -33,6 +33,7 @@ from evaluation.cascade import (
     curve_of,
     fit_window,
     greedy_order,
+    leave_stages,
     run_stages,
     shared_walks,
     walk_of,
@@ -271,7 +272,6 @@ def _choose(
         labels_N=labels_N,
     )
     right_SN, ordered = stages.predictions_SN == labels_N, [macs[s] for s in order]
-    accept = None
     described: dict[str, Any]
     bounds: list[tuple[float, ...]]
     if options.cascade_kind == "window":
@@ -281,8 +281,6 @@ def _choose(
         ]
         bounds = [(one.low, one.high) for one in windows]
         stage_N = window_stages(stages.confidence_SN, [(one.low, one.high) for one in windows])
-        final_N, right_N = at_stage(stages.confidence_SN, stage_N), at_stage(right_SN, stage_N)
-        accept = operating_point(final_N, ~right_N, request.point, request.share).tau
         described = {"name": "window", "window_for": options.window_for, "width": options.window_width}
         chosen = Choice([], walk_of(stage_N, right_SN, ordered))
         curve: Sequence[Choice] = []
@@ -296,6 +294,9 @@ def _choose(
             "budget": target.budget,
             "thresholds": options.cascade_thresholds,
         }
+        stage_N = leave_stages(stages.confidence_SN, chosen.thresholds)
+    final_N, right_N = at_stage(stages.confidence_SN, stage_N), at_stage(right_SN, stage_N)
+    accept = operating_point(final_N, ~right_N, request.point, request.share).tau
     images = len(labels_N)
     alone = [float((one_NK.argmax(dim=-1) == labels_N).double().mean()) for one_NK in logits_SNK]
     return CascadeAnswers(

@@ -1,0 +1,72 @@
+"""Sets of images for --ood: what each entry of the flag stands for, prepared as the test images are."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from dataset import ImageSet, SourceRequest, open_source, sources
+from dataset.class_folders import iterate_images
+from dataset.decode import resize_crop
+from evaluation.session import Session
+from utils.errors import UserError, reason
+
+
+def open_foreign(session: Session) -> dict[str, ImageSet]:
+    """The sets of --ood by the words of the flag: image folders, .npy arrays, or NAME:DIR of --dataset NAME.
+
+    Raises:
+        UserError: one that is none of these, or holds no image.
+    """
+    found = {}
+    for word in (part.strip() for part in (session.options.ood or "").split(",")):
+        if not word:
+            raise UserError(f"--ood {session.options.ood}: an entry is empty.")
+        found[word] = _open(session, word)
+    return found
+
+
+def _open(session: Session, word: str) -> ImageSet:
+    name, colon, rest = word.partition(":")
+    path = Path(word)
+    if colon and name in sources and not path.exists():
+        test = open_source(SourceRequest(dataset=name, root=Path(rest), splits=("test",), seed=session.seed)).test
+        return test if test.images is None else fitted(session, test.images)
+    if path.suffix.lower() == ".npy":
+        return fitted(session, _read_array(path))
+    files = list(iterate_images(path)) if path.is_dir() else []
+    if not files:
+        raise UserError(
+            f"--ood {word}: expected a folder of images, a .npy array [N, H, W, 3] of uint8, or NAME:DIR of --dataset "
+            "NAME."
+        )
+    return ImageSet(targets=torch.zeros(len(files), dtype=torch.int64), paths=tuple(files))
+
+
+def _read_array(path: Path) -> Tensor:
+    wanted = "expected a .npy array [N, H, W, 3] of uint8"
+    try:
+        array = np.load(path, allow_pickle=False)
+    except (OSError, ValueError, EOFError) as error:
+        raise UserError(f"--ood {path}: {wanted}: {reason(error)}.") from None
+    if array.ndim != 4 or array.shape[3] != 3 or array.dtype != np.uint8 or 0 in array.shape:
+        raise UserError(f"--ood {path}: {wanted}, found {array.dtype} {list(array.shape)}.")
+    return torch.from_numpy(array).permute(0, 3, 1, 2).contiguous()
+
+
+def fitted(session: Session, images: Tensor) -> ImageSet:
+    """uint8 images [N, 3, H, W] at the networks' size, resized and cut as files are where they have another."""
+    crop = session.info.crop_size
+    if tuple(images.shape[2:]) != (crop, crop):
+        resize, interpolation = session.resizing(session.file_recipe)
+        images = torch.stack([*_resized(images, resize, crop, interpolation)])
+    return ImageSet(targets=torch.zeros(len(images), dtype=torch.int64), images=images)
+
+
+def _resized(images: Tensor, resize: int, crop: int, interpolation: str) -> Iterator[Tensor]:
+    for image in images:
+        cut = resize_crop(Image.fromarray(image.permute(1, 2, 0).numpy()), resize, crop, interpolation)
+        yield torch.from_numpy(np.array(cut)).permute(2, 0, 1)

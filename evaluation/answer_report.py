@@ -236,6 +236,8 @@ def check_flags(session: Session) -> None:
         raise UserError("--tune makes answers, and --answers gives them: use one of them.")
     if options.conformal and not options.tune and not (session.answers and session.answers.conformal):
         raise UserError("--conformal needs quantiles: add --tune conformal, or give a checkpoint that was tuned so.")
+    if options.answer == "cascade" and options.tta != "none":
+        raise UserError(f"--answer cascade runs each network once, and --tta {options.tta} twice: use one of them.")
     if options.answer == "cascade":
         if session.info.num_networks == 1:
             raise UserError("--answer cascade: there is one network, and a cascade needs two or more.")

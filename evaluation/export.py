@@ -100,8 +100,8 @@ def program_bytes(program: ExportedProgram, metadata: Mapping[str, Any]) -> byte
     return buffer.getvalue()
 
 
-def onnx_bytes(program: ExportedProgram, metadata: Mapping[str, Any]) -> bytes:
-    """Contents of an .onnx file; input `images`, outputs `ensemble` and `logits`, the metadata as JSON in a property.
+def onnx_bytes(program: ExportedProgram, metadata: Mapping[str, Any], outputs: Sequence[str] = OUTPUTS) -> bytes:
+    """Contents of an .onnx file; input `images`, outputs by name, the metadata as JSON in a property.
 
     Raises:
         UserError: a package is missing.
@@ -109,9 +109,9 @@ def onnx_bytes(program: ExportedProgram, metadata: Mapping[str, Any]) -> bytes:
     require(ONNX_PACKAGES)
     # the exporter tells its steps to the root logger's level
     logging.getLogger("torch.onnx").setLevel(logging.ERROR)
-    with _own_warnings_ignored():
+    with own_warnings_ignored():
         converted = torch.onnx.export(
-            program, input_names=["images"], output_names=list(OUTPUTS), dynamo=True, verbose=False, external_data=False
+            program, input_names=["images"], output_names=list(outputs), dynamo=True, verbose=False, external_data=False
         )
     assert converted is not None
     converted.model.metadata_props["metadata"] = json.dumps(plain_json(metadata))
@@ -120,7 +120,7 @@ def onnx_bytes(program: ExportedProgram, metadata: Mapping[str, Any]) -> bytes:
 
 
 @contextlib.contextmanager
-def _own_warnings_ignored() -> Iterator[None]:
+def own_warnings_ignored() -> Iterator[None]:
     """Without what torch 2.11 says of its own insides while it reads a program or converts one."""
     with warnings.catch_warnings():
         # it makes tensors over the bytes that it read, to which nobody writes
@@ -159,6 +159,6 @@ def load_exported(path: Path) -> tuple[Exported, dict[str, Any]]:
 
         return run, json.loads(metadata)
     files = {METADATA: ""}
-    with _own_warnings_ignored():
+    with own_warnings_ignored():
         module = torch.export.load(io.BytesIO(path.read_bytes()), extra_files=files).module()
     return lambda images_BCHW: module(images_BCHW), json.loads(files[METADATA])

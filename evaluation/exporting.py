@@ -3,7 +3,7 @@
 Batch norm is folded, the ensemble rule is inside, the batch size is free; class names and `preprocessing` are in the
 file. Weights and rule are chosen as in eval.py, whose flags all work here: --is_ensembled_after_softmax,
 --is_max_ensemble, --weights, --predict PATH (images to compare on), ... Exit code 1: the file's logits are not those of
-eval.py, and it is not kept.
+eval.py, and it is not kept. --answer cascade writes the cascade of a tuned checkpoint, for one image at a time.
 """
 
 import json
@@ -17,8 +17,11 @@ import torch
 from torch import Tensor
 
 from dataset.unlabelled import file_inputs
+from evaluation.answer_report import check_flags
 from evaluation.ensemble import ensemble_scores
 from evaluation.export import OUTPUTS, Normalise, export_ensemble, load_exported, onnx_bytes, program_bytes, require
+from evaluation.export_cascade import CASCADE_OUTPUTS, ExportedCascade, export_cascade, load_cascade
+from evaluation.held_out import open_reported
 from evaluation.options import EvalOptions
 from evaluation.run import SAVES_MEMORY
 from evaluation.session import Session, class_names_and_statistics, open_inputs, open_session, preprocessing
@@ -33,6 +36,8 @@ from utils.program import program_name, run_program, show
 PROGRAM = program_name("export.py", "export")
 BATCH_SIZES = (1, 2, 7)
 TOLERANCE = 1e-3
+COMPARED = 100  # images that an exported cascade is compared on
+CLOSE = 1e-6  # of a bound, where float32 may decide otherwise
 WRITERS = {".pt2": program_bytes, ".onnx": onnx_bytes}
 INPUTS = {
     "float32": "images [B, 3, crop, crop], float32: RGB / 255, minus mean, by std",
@@ -167,6 +172,9 @@ def export(argv: Sequence[str]) -> dict[str, Any]:
     words = ["--resume", str(checkpoint), *flags, "--no_cuda", "--amp_dtype", "fp32"]
     config = parse_config(words, program=PROGRAM, extra=EvalOptions)
     session = open_session(config, launch.join([]), [])
+    check_flags(session)
+    if session.options.answer == "cascade":
+        return export_by_cascade(session, out, dtype, arguments.tolerance)
     assert isinstance(session.network, SplitNet)
     crop, metadata = session.info.crop_size, metadata_of(session, dtype)
     prepare = Normalise(metadata["mean"], metadata["std"]) if dtype == "uint8" else None
@@ -199,6 +207,106 @@ def export(argv: Sequence[str]) -> dict[str, Any]:
     if not agrees:
         raise Incomplete(f"beyond the tolerance of {arguments.tolerance:g}: no file is kept.", results)
     return results
+
+
+def export_by_cascade(session: Session, out: Path, dtype: str, tolerance: float) -> dict[str, Any]:
+    """Write a tuned cascade for one image at a time, and compare it with the running one, image by image.
+
+    Compared are the images of --predict, else the first COMPARED reported ones where the data is there, else random
+    ones. Images whose confidence is within CLOSE of a bound are left out of the count and named.
+
+    Raises:
+        UserError: --input uint8.
+        RunError: the file cannot be written.
+        Incomplete: another number of networks for an image, or scores beyond the tolerance; nothing is kept.
+    """
+    answers = session.answers
+    assert answers is not None
+    assert isinstance(session.network, SplitNet)
+    if dtype != "float32":
+        raise UserError("--input uint8 is for the whole ensemble: --answer cascade takes normalised floats.")
+    crop = session.info.crop_size
+    metadata = metadata_of(session, dtype)
+    metadata["input"] = "image [1, 3, crop, crop], float32: RGB / 255, minus mean, by std"
+    metadata["outputs"] = {"ensemble": "scores [1, K] of the stage that answered", "networks": "how many ran [1]"}
+    metadata["answers"] = answers.as_dict()
+    program = export_cascade(session.network, answers, (3, crop, crop))
+    if out.suffix == ".onnx":
+        contents = onnx_bytes(program, metadata, CASCADE_OUTPUTS)
+    else:
+        contents = program_bytes(program, metadata)
+    partial = out.with_name(f"{out.stem}{PARTIAL}{out.suffix}")
+    try:
+        partial.write_bytes(contents)
+        source, images_BCHW = cascade_images(session)
+        found = compare_cascade(session, load_cascade(partial), images_BCHW)
+        agrees = found["other_networks"] == 0 and found["largest_relative_difference"] <= tolerance
+        if agrees:
+            os.replace(partial, out)
+    except OSError as error:
+        raise RunError(f"--out {out}: cannot be written: {reason(error)}.") from None
+    finally:
+        partial.unlink(missing_ok=True)
+    show(
+        f"{source}: {found['other_networks']} of {found['compared']} took another number of networks; largest "
+        f"difference {found['largest_relative_difference']:.2e} of the largest score"
+    )
+    if found["too_close"]:
+        show(f"left out, within {CLOSE:g} of a bound: images {', '.join(map(str, found['too_close']))}")
+    results = {
+        "out": str(out) if agrees else None,
+        "outputs": CASCADE_OUTPUTS,
+        **{name: metadata[name] for name in ("arch", "networks", "weights", "rule", "crop_size")},
+        **found,
+        "tolerance": tolerance,
+    }
+    if not agrees:
+        raise Incomplete("the file does not answer as the cascade does: no file is kept.", results)
+    return results
+
+
+def cascade_images(session: Session) -> tuple[str, Tensor]:
+    """(what they are, prepared images [B, 3, H, W]) to compare a cascade on; random ones leave early almost never."""
+    if session.options.predict is None:
+        try:
+            source = open_reported(session)
+            mean, std = session.info.mean or source.mean, session.info.std or source.std
+            loader = session.loader(source.test.subset(torch.arange(min(len(source.test), COMPARED))), source.recipe)
+            prepare = session.prepare(mean, std)
+            images = torch.cat([prepare(batch.images) for batch in loader])
+            return f"{len(images)} {source.reported} image(s)", images
+        except UserError as error:
+            show(f"no images of the data set to compare on: {error}")
+    parts = list(comparison_images(session, (COMPARED,), "float32"))
+    return parts[0][0], torch.cat([images_BCHW for _, images_BCHW in parts])
+
+
+def compare_cascade(session: Session, run: ExportedCascade, images_BCHW: Tensor) -> dict[str, Any]:
+    """The exported cascade beside the running one: networks used must be equal, scores close."""
+    answers = session.answers
+    assert answers is not None
+    assert answers.cascade is not None
+    with torch.inference_mode():
+        expected = answers.running_cascade(session.networks())(images_BCHW)
+        stages = answers.stages(session.network(images_BCHW))
+        found = [run(image_CHW[None]) for image_CHW in images_BCHW]
+    close_B = torch.zeros(len(images_BCHW), dtype=torch.bool)
+    for k, bounds in enumerate(answers.cascade.bounds):
+        for bound in bounds:
+            close_B |= (stages.confidence_SN[k] - bound).abs() <= CLOSE
+    used_B = torch.tensor([count for _, count in found])
+    other_B = (used_B != expected.stage_B + 1) & ~close_B
+    same_B = used_B == expected.stage_B + 1
+    scores_BK = torch.cat([scores for scores, _ in found]).double()
+    largest = float(expected.scores_BK.abs().max())
+    apart = float((scores_BK - expected.scores_BK)[same_B].abs().max()) if bool(same_B.any()) else 0.0
+    return {
+        "compared": int((~close_B).sum()),
+        "other_networks": int(other_B.sum()),
+        "too_close": close_B.nonzero().flatten().tolist(),
+        "largest_difference": apart,
+        "largest_relative_difference": apart / max(largest, 1e-12),
+    }
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -222,7 +222,7 @@ def test_widths_of_a_checkpoint_win_over_the_solver():
     kept = build_network(make_request("torchvision/resnet18", 2, widths=(8, 16, 24, 32)))
     assert [m.out_channels for m in (kept.layer1[0].conv1, kept.layer2[0].conv1, kept.layer4[1].conv2)] == [8, 16, 32]
     assert kept.fc.in_features == 32
-    with pytest.raises(UserError, match=r"4 widths.*checkpoint.* 2"):
+    with pytest.raises(UserError, match=r"4 stage widths.*checkpoint.* 2"):
         build_network(make_request("torchvision/resnet18", 2, widths=(8, 16)))
 
 

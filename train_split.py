@@ -28,12 +28,12 @@ from evaluation.sizes import summarise
 from loss.classification import ClassLoss
 from method import Method, Progress, TrainingData, methods
 from method.costs import training_macs, training_params
-from model import build_splitnet
+from model import BackboneRequest, build_splitnet
 from model.depth import freeze, layer_factors, layer_rates
 from model.layers.narrow_norm import restore_narrow_norms
 from model.layers.sync_norm import synchronise_batchnorm
 from model.pretrained import Start
-from model.restore import published_keys, stored_widths
+from model.restore import published_keys, stored_plan
 from parser_params import Config, parse_config, resolve_config
 from recipe.fine_tuning import flags_before, image_flags
 from record import checkpoint as ckpt
@@ -282,7 +282,7 @@ class Trainer:
                 request,
                 form=kind.member_form(config.method_options, request, self.seed),
                 arch=names[0],
-                widths=stored_widths(resumed or {}, "--resume") or request.widths,
+                **self._plan_before(request, resumed),
             ),
             seed=self.seed,
             identical_init=config.is_identical_init,
@@ -301,6 +301,13 @@ class Trainer:
         source = self.source
         method.meet(TrainingData(source.classes, source.mean, source.std, config.crop_size))
         return method
+
+    def _plan_before(self, request: BackboneRequest, resumed: Checkpoint | None) -> dict[str, Any]:
+        """The plan of the resumed run's networks; of a new run, whether the networks are fitted to small images."""
+        if resumed is None:
+            return {"fits_images": self.config.pretrained is None}
+        stored = stored_plan(resumed, "--resume")
+        return stored | {"widths": stored["widths"] or request.widths}
 
     def _recorder(self) -> Recorder | None:
         """What replayed steps are recorded by, where --cuda_graph asks for them."""

@@ -12,7 +12,7 @@ from loss.classification import CROSS_ENTROPY, ClassLoss
 from loss.distillation import TEACHER_RULES, distillation_kl, joint_teacher, mixed_decoupled_kl
 from method import Method, Progress, StepOutput, Targets, TrainingData, methods
 from method.inner import Asleep, EpochNumber
-from model.registry import request_of
+from model.registry import ARGUMENTS, request_of
 from model.restore import NetworkInfo, restore_splitnet, stored_widths
 from model.splitnet import SplitNet
 from recipe.published import sgd_steps
@@ -157,7 +157,8 @@ class Distillation(Method[KDOptions]):
         assert isinstance(trained, Mapping)
         widths = stored_widths(content, f"--teacher {path}")
         implied = {"arch": arch, "split_factor": factor, "is_train_sep": True, "divide_by": trained.get("divide_by")}
-        return implied if widths is None else implied | {"stage_widths": widths}
+        by_names = content.get("way") == ARGUMENTS  # the same plan is found again
+        return implied if widths is None or by_names else implied | {"stage_widths": widths}
 
     def meet(self, data: TrainingData) -> None:
         """Hold the teacher against the data, and find the map from the student's normalisation to the teacher's."""

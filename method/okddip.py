@@ -14,7 +14,7 @@ from method import Method, Progress, StepOutput, Targets, methods
 from method.inner import EpochNumber, ramp
 from model.heads import PeerAttention, embedding_size, peer_branches, require_stages
 from model.splitnet import SplitNet
-from model.staged import StagedBackbone
+from model.staged import Staged
 from recipe.published import sgd_steps
 from utils.errors import UserError
 from utils.options import SAME, TAKES, Options, option
@@ -65,7 +65,7 @@ class Group(nn.Module):
         options: flags.
     """
 
-    def __init__(self, network: StagedBackbone | None, size_D: int, options: OKDDipOptions) -> None:
+    def __init__(self, network: Staged | None, size_D: int, options: OKDDipOptions) -> None:
         super().__init__()
         self.branches = None if network is None else peer_branches(network, options.okddip_branches - 1)
         self.attention = PeerAttention(size_D, options.okddip_factor)
@@ -78,7 +78,7 @@ class Group(nn.Module):
             embeddings, logits = self.branches(networks[0], views[0])
         else:
             for network, view_BCHW in zip(networks, views, strict=True):
-                assert isinstance(network, StagedBackbone)
+                assert isinstance(network, Staged)
                 embedding_BD = network.tail(network.forward_features(view_BCHW)[0][-1])
                 embeddings.append(embedding_BD)
                 logits.append(network.classify(embedding_BD))

@@ -15,10 +15,11 @@ from model.registry import (
     image_shape,
     names_user_code,
     request_of,
+    solved_request,
     split_list,
 )
 from model.splitnet import SplitNet
-from model.staged import StagedBackbone, classifier_name
+from model.staged import Staged, StagedBackbone, classifier_name, staged_parts
 
 __all__ = [
     "LARGE",
@@ -28,6 +29,7 @@ __all__ = [
     "BackboneRequest",
     "DivisionPlan",
     "SplitNet",
+    "Staged",
     "StagedBackbone",
     "backbone_request",
     "backbones",
@@ -40,5 +42,7 @@ __all__ = [
     "names_user_code",
     "network_requests",
     "request_of",
+    "solved_request",
     "split_list",
+    "staged_parts",
 ]

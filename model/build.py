@@ -11,7 +11,7 @@ import torch
 from model.members import FORMS, build_members
 from model.options import ModelOptions
 from model.packed import build_packed
-from model.registry import BackboneRequest, build_network, check_request, image_shape
+from model.registry import BackboneRequest, build_network, check_request, image_shape, solved_request
 from model.splitnet import SplitNet
 from utils.errors import UserError
 from utils.seed import STREAM_INIT, fold_in
@@ -38,7 +38,10 @@ def network_requests(
         )
     if train_separately:
         raise UserError("--is_train_sep needs one divided network: give --arch one name, with a --split_factor.")
-    return [replace(request, arch=arch, split_factor=1) for arch in archs]
+    return [
+        replace(request, arch=arch, split_factor=1, widths=None, way="", width_names=(), fits_images=True)
+        for arch in archs
+    ]
 
 
 def build_splitnet(
@@ -67,7 +70,9 @@ def build_splitnet(
         return BUILDERS[request.form.kind](request, seed=seed)
     if identical_init and archs is not None and len(set(archs)) > 1:
         raise UserError(f"--is_identical_init needs equal networks, not --arch {','.join(archs)}: give one name.")
-    requests = network_requests(request, train_separately=train_separately, archs=archs)
+    requests = [
+        solved_request(one) for one in network_requests(request, train_separately=train_separately, archs=archs)
+    ]
     networks = []
     for i, one in enumerate(requests):
         # manual_seed of the CPU's generator alone: torch.manual_seed would also reseed every GPU

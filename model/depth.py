@@ -12,7 +12,7 @@ from torch import nn
 from model.heads import is_sequence, stem_parameters
 from model.registry import backbones, request_of
 from model.splitnet import SplitNet
-from model.staged import StagedBackbone, classifier_name
+from model.staged import Staged, classifier_name, staged_parts
 from utils.errors import UserError
 
 FREEZE = re.compile(r"stem|backbone|stages:([1-9]\d*)")
@@ -85,9 +85,10 @@ def _frozen_parameters(network: nn.Module, what: str) -> set[int]:
 
 def _stages(network: nn.Module, what: str) -> set[nn.Module]:
     """All modules of the frozen stages, where the network has stages."""
-    if not isinstance(network, StagedBackbone):
+    staged = staged_parts(network)
+    if staged is None:
         return set()
-    stages = network.stages if what == "backbone" else network.stages[: _depth(what)]
+    stages = staged.stages if what == "backbone" else staged.stages[: _depth(what)]
     return {module for stage in stages for module in stage.modules()}
 
 
@@ -163,13 +164,14 @@ def _numbers(network: nn.Module) -> Mapping[str, int] | None:
     return None if number is None else number(network)
 
 
-def _require_stages(network: nn.Module, flag: str) -> StagedBackbone:
-    if not isinstance(network, StagedBackbone):
+def _require_stages(network: nn.Module, flag: str) -> Staged:
+    staged = staged_parts(network)
+    if staged is None:
         raise UserError(
             f"{flag}: {_arch(network)} has no stages that run one after another. --freeze backbone works for every "
             "network; or pick another --arch."
         )
-    return network
+    return staged
 
 
 def _arch(network: nn.Module) -> str:

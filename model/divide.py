@@ -1,7 +1,6 @@
 """`divide(module_or_name, S)`: S copies with the budget of one network, for somebody else's program. Ours."""
 
 import copy
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -12,8 +11,8 @@ from model.build import build_splitnet
 from model.division.plan import division_plan, usual_request
 from model.division.rechannel import ChannelGraph, trace
 from model.division.solver import solve_widths
-from model.library import divide_rates, refuse_a_miss
-from model.registry import DivisionPlan
+from model.library import divide_rates, rates_of, refuse_a_miss
+from model.registry import DivisionPlan, planned
 from model.splitnet import SplitNet
 from utils.errors import UserError, reason
 from utils.macs import count_macs, count_params
@@ -54,7 +53,7 @@ def divide(
             module_or_name, split_factor, num_classes=num_classes or 1000, crop_size=crop_size, divide_by=divide_by
         )
         plan = division_plan(request)
-        solved = replace(request, widths=None if plan.divide_by == "table" else plan.widths)
+        solved = request if plan.divide_by == "table" else planned(request, plan)
         return build_splitnet(solved, seed=seed), plan
     if not isinstance(module_or_name, nn.Module):
         raise UserError(f"divide: expected a module or a name, got {type(module_or_name).__name__}.")
@@ -137,8 +136,8 @@ def _make_smaller(
             if not callable(getattr(owner, "reset_parameters", None)):
                 raise _refusal(name, f"its parameter {path} has no initial values: give its module reset_parameters().")
     graph.resize(network, widths)
+    divide_rates(network, split_factor, rates_of(network))
     for part in network.modules():
-        divide_rates(part, split_factor)
         reset = getattr(part, "reset_parameters", None)
         if callable(reset):
             reset()

@@ -12,12 +12,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from model.registry import check_request
-from model.staged import StagedBackbone
+from model.registry import check_request, known_request, note_request
+from model.staged import Staged, staged_parts
 from utils.errors import UserError
 
 
-def require_stages(network: nn.Module, method: str, *, at_least: int = 1) -> StagedBackbone:
+def require_stages(network: nn.Module, method: str, *, at_least: int = 1) -> Staged:
     """The network, if it has stages that heads can hang on.
 
     Args:
@@ -28,22 +28,25 @@ def require_stages(network: nn.Module, method: str, *, at_least: int = 1) -> Sta
     Raises:
         UserError: it has none, or too few; the message names the method.
     """
-    if not isinstance(network, StagedBackbone):
+    parts = staged_parts(network)
+    if parts is None:
+        request = known_request(network)
+        name = type(network).__name__ if request is None else request.arch
         raise UserError(
-            f"--method {method} needs a backbone with stages, and --arch has none ({type(network).__name__}). "
-            "Pick another --arch."
+            f"--method {method}: {name} has no stages that run one after another; use --method co_training, dml or "
+            "independent, or another --arch."
         )
-    if len(network.stages) < at_least:
+    if len(parts.stages) < at_least:
         raise UserError(
-            f"--method {method} needs a backbone with {at_least} stages or more, and --arch has {len(network.stages)} "
+            f"--method {method} needs a backbone with {at_least} stages or more, and --arch has {len(parts.stages)} "
             f"({type(network).__name__}). Pick another --arch."
         )
-    return network
+    return parts
 
 
-def embedding_size(network: StagedBackbone) -> int:
+def embedding_size(network: Staged) -> int:
     """D, the size of the pooled embedding in front of the classifier."""
-    classifier = network.get_submodule(network.classifier_name)
+    classifier = network.network.get_submodule(network.classifier_name)
     assert isinstance(classifier, nn.Linear)
     return classifier.in_features
 
@@ -57,21 +60,23 @@ class AuxiliaryHead(nn.Module):
         depths: how many blocks each remaining stage keeps, None: all.
     """
 
-    def __init__(self, donor: StagedBackbone, tap: int, depths: Iterable[int | None]) -> None:
+    def __init__(self, donor: Staged, tap: int, depths: Iterable[int | None]) -> None:
         super().__init__()
         self.tap = tap
         donor.become_auxiliary()
         self.stages = nn.ModuleList(map(first_blocks, donor.stages[tap:], depths))
         unwanted = stem_parameters(donor) | {id(p) for stage in donor.stages for p in stage.parameters()}
-        _drop(donor, unwanted)
-        self.rest = donor
+        _drop(donor.network, unwanted)
+        self.rest = donor.network
+        self._parts = (donor,)  # in a tuple: no second owner of its modules
 
     def forward(self, features_BCHW: Tensor) -> tuple[Tensor, Tensor]:
         """Feature map of stage `tap` -> (embedding [B, D], logits [B, K])."""
         for stage in self.stages:
             features_BCHW = stage(features_BCHW)
-        embedding_BD = self.rest.tail(features_BCHW)
-        return embedding_BD, self.rest.classify(embedding_BD)
+        (parts,) = self._parts
+        embedding_BD = parts.tail(features_BCHW)
+        return embedding_BD, parts.classify(embedding_BD)
 
 
 class AuxiliaryHeads(nn.ModuleList):
@@ -80,14 +85,12 @@ class AuxiliaryHeads(nn.ModuleList):
     def __init__(self, heads: Iterable[AuxiliaryHead]) -> None:
         super().__init__(heads)
 
-    def forward(self, network: StagedBackbone, images_BCHW: Tensor) -> tuple[list[Tensor], list[Tensor]]:
+    def forward(self, network: Staged, images_BCHW: Tensor) -> tuple[list[Tensor], list[Tensor]]:
         """Images [B, 3, H, W] -> embeddings [B, D] and logits [B, K] of every head and, last, of the network itself."""
         _, embeddings, logits = self.with_taps(network, images_BCHW)
         return embeddings, logits
 
-    def with_taps(
-        self, network: StagedBackbone, images_BCHW: Tensor
-    ) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
+    def with_taps(self, network: Staged, images_BCHW: Tensor) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
         """The same, behind the maps of the stem and of every stage."""
         taps = [network.stem(images_BCHW)]
         for stage in network.stages:
@@ -122,18 +125,18 @@ def is_sequence(stage: nn.Module) -> bool:
     return isinstance(stage, nn.Sequential) and type(stage).forward is nn.Sequential.forward
 
 
-def _probe(network: StagedBackbone) -> Tensor:
-    """An image small enough to be cheap and large enough for every family."""
-    parameter = next(network.parameters())
-    return torch.zeros(1, 3, 64, 64, device=parameter.device, dtype=parameter.dtype)
+def _probe(network: Staged) -> Tensor:
+    """An image for trials."""
+    parameter = next(network.network.parameters())
+    return torch.zeros(1, 3, network.probe_side, network.probe_side, device=parameter.device, dtype=parameter.dtype)
 
 
-def stem_parameters(network: StagedBackbone) -> set[int]:
+def stem_parameters(network: Staged) -> set[int]:
     """Ids of the parameters that the stem uses: autograd knows, whatever their names and order."""
-    parameters = [*network.parameters()]
-    modes = {module: module.training for module in network.modules()}
+    parameters = [*network.network.parameters()]
+    modes = {module: module.training for module in network.network.modules()}
     trained = [parameter.requires_grad for parameter in parameters]
-    network.eval().requires_grad_(True)
+    network.network.eval().requires_grad_(True)
     with torch.enable_grad():
         features = network.stem(_probe(network))
     gradients = torch.autograd.grad(features.sum(), parameters, allow_unused=True)
@@ -161,7 +164,7 @@ def _placeholder(module: nn.Module) -> nn.Module:
     return nn.Identity()
 
 
-def fresh_network(network: StagedBackbone, *, wide: bool = False) -> StagedBackbone:
+def fresh_network(network: Staged, *, wide: bool = False) -> Staged:
     """Another network of the same structure with initial weights of its own, drawn from the global generator.
 
     Args:
@@ -172,12 +175,15 @@ def fresh_network(network: StagedBackbone, *, wide: bool = False) -> StagedBackb
         raise ValueError("a network needs a `request`, as model.build_network sets it, to be built again")
     entry = check_request(network.request)
     build = entry.build_wide if wide and entry.build_wide is not None else entry.build
-    fresh = build(network.request)
-    assert isinstance(fresh, StagedBackbone)
+    built = build(network.request)
+    if not isinstance(built, Staged):
+        note_request(built, network.request)
+    fresh = staged_parts(built)
+    assert fresh is not None
     return fresh
 
 
-def exit_heads(network: StagedBackbone) -> AuxiliaryHeads:
+def exit_heads(network: Staged) -> AuxiliaryHeads:
     """Auxiliary exits of layer-wise mutual learning, shallowest first, by the network's `exit_plan`."""
     num_stages = len(network.stages)
     return AuxiliaryHeads(
@@ -185,7 +191,7 @@ def exit_heads(network: StagedBackbone) -> AuxiliaryHeads:
     )
 
 
-def synergy_branches(network: StagedBackbone, taps: Sequence[int] | None = None) -> AuxiliaryHeads:
+def synergy_branches(network: Staged, taps: Sequence[int] | None = None) -> AuxiliaryHeads:
     """Branches of deeply-supervised knowledge synergy (arXiv:1906.00675), shallowest first.
 
     Published for WRN-d-k only; the rule for other backbones is ours and gives the published branches there. A branch
@@ -228,36 +234,36 @@ def synergy_branches(network: StagedBackbone, taps: Sequence[int] | None = None)
 
 
 @torch.no_grad()
-def _can_lose_blocks(network: StagedBackbone, depth: int) -> bool:
+def _can_lose_blocks(network: Staged, depth: int) -> bool:
     """Whether the first `depth` blocks of the last stage give a map of the same shape as the whole stage."""
     *before, last = network.stages
     if not is_sequence(last):
         return False
-    training = network.training
-    network.eval()
+    training = network.network.training
+    network.network.eval()
     features = network.stem(_probe(network))
     for stage in before:
         features = stage(features)
     whole, part = last(features), first_blocks(last, depth)(features)
-    network.train(training)
+    network.network.train(training)
     return part.shape == whole.shape
 
 
-def peer_branches(network: StagedBackbone, count: int) -> AuxiliaryHeads:
+def peer_branches(network: Staged, count: int) -> AuxiliaryHeads:
     """`count` fresh copies of what a network does behind its last stage but one, with initial weights of their own."""
     last = len(network.stages)
     return AuxiliaryHeads(AuxiliaryHead(fresh_network(network), last - 1, [None]) for _ in range(count))
 
 
 @torch.no_grad()
-def stage_maps(network: StagedBackbone) -> list[tuple[int, int]]:
+def stage_maps(network: Staged) -> list[tuple[int, int]]:
     """(channels, side in pixels) of the map that each stage gives for the images that the network was built for."""
     assert network.request is not None
-    parameter = next(network.parameters())
-    side = network.request.crop_size
-    training = network.training
-    taps, _ = network.eval().forward_features(parameter.new_zeros(1, 3, side, side))
-    network.train(training)
+    whole, side = network.network, network.request.crop_size
+    training = whole.training
+    whole.eval()
+    taps, _ = network.forward_features(next(whole.parameters()).new_zeros(1, 3, side, side))
+    whole.train(training)
     return [(tap.shape[1], tap.shape[-1]) for tap in taps]
 
 
@@ -296,12 +302,12 @@ class NativeEnsemble(nn.Module):
         num_branches: M.
     """
 
-    def __init__(self, network: StagedBackbone, num_branches: int) -> None:
+    def __init__(self, network: Staged, num_branches: int) -> None:
         super().__init__()
         self.branches = peer_branches(network, num_branches - 1)
         self.gate = MapGate(stage_maps(network)[-2][0], num_branches)
 
-    def forward(self, network: StagedBackbone, images_BCHW: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(self, network: Staged, images_BCHW: Tensor) -> tuple[Tensor, Tensor]:
         """Images [B, 3, H, W] -> logits [M, B, K], the network's own first, and the gate's weights [B, M]."""
         taps, _, logits = self.branches.with_taps(network, images_BCHW)
         return torch.stack([logits[-1], *logits[:-1]]), self.gate(taps[-2])
@@ -374,7 +380,7 @@ class BottleneckExits(nn.ModuleList):
         network: two stages or more.
     """
 
-    def __init__(self, network: StagedBackbone) -> None:
+    def __init__(self, network: Staged) -> None:
         *maps, (_, last_side) = stage_maps(network)
         assert network.request is not None
         size_D, num_classes = embedding_size(network), network.request.num_classes
@@ -382,7 +388,7 @@ class BottleneckExits(nn.ModuleList):
             BottleneckExit(channels, max(1, side // last_side), size_D, num_classes) for channels, side in maps
         )
 
-    def forward(self, network: StagedBackbone, images_BCHW: Tensor) -> tuple[list[Tensor], list[Tensor]]:
+    def forward(self, network: Staged, images_BCHW: Tensor) -> tuple[list[Tensor], list[Tensor]]:
         """Images -> embeddings [B, D] and logits [B, K] of every exit and, last, of the network itself."""
         taps, embedding_BD = network.forward_features(images_BCHW)
         found = [one(tap) for one, tap in zip(self, taps[:-1], strict=True)]

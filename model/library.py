@@ -2,28 +2,45 @@
 
 from __future__ import annotations
 
+import inspect
 import itertools
 import logging
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
-from functools import lru_cache
+from contextlib import nullcontext
+from dataclasses import dataclass, field, replace
+from functools import lru_cache, partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
 
 from model.division import ANY_SPLIT, divided_rate
+from model.division.arguments import Arguments, divide
+from model.division.fitting import fitted_arguments, image_arguments, sizes_around
+from model.division.plan import MOST, checked_arguments
 from model.division.rechannel import ChannelGraph, trace
+from model.division.recording import NotRecorded, Recording, build_on_meta
 from model.division.solver import TOLERANCE, solve_widths
-from model.registry import LARGE, SMALL, Backbone, BackboneRequest, DivisionPlan
-from model.staged import StagedBackbone
+from model.registry import ARGUMENTS, CHANNELS, LARGE, SMALL, Backbone, BackboneRequest, DivisionPlan, planned
+from model.staged import Staged, classifier_name
 from recipe.preprocessing import Preprocessing
 from utils.errors import UserError, reason
 from utils.macs import count_macs, count_params
 
 logger = logging.getLogger(__name__)
+
+# what the constructors and forward passes of libraries raise
+BUILD_ERRORS = (
+    RuntimeError,
+    ValueError,
+    AssertionError,
+    TypeError,
+    IndexError,
+    KeyError,
+    AttributeError,
+    ZeroDivisionError,
+)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -53,26 +70,19 @@ class Family:
         return self
 
 
-class LibraryBackbone(StagedBackbone):
-    """A library's network with the names that ours have for its parts.
-
-    Its submodules and parameters are the network's own, so state-dict keys and values are the library's.
+class LibraryParts(Staged):
+    """The parts of a library's network; no module, and nothing of it is an attribute of the network.
 
     Args:
-        network: the library's; it must not be used beside this.
+        network: the library's.
         family: of the network.
+        request: what it was built from.
     """
 
-    _network: nn.Module
-
-    def __init__(self, network: nn.Module, family: Family) -> None:
-        super().__init__()
-        # beside the registered submodules, because it holds the same ones: whoever replaces one replaces it in both
-        self.__dict__["_network"] = network
+    def __init__(self, network: nn.Module, family: Family, request: BackboneRequest) -> None:
+        self._network = network
         self.family = family
-        self._modules = network._modules
-        self._parameters = network._parameters
-        self._buffers = network._buffers
+        self.request = request
         self._starts = self._stage_starts()
 
     def _stage_starts(self) -> list[int]:
@@ -80,6 +90,10 @@ class LibraryBackbone(StagedBackbone):
         trunk = self.family.trunk(self._network)
         inside = range(self.family.stem + 1, len(trunk) - self.family.tail)
         return [self.family.stem, *(i for i in inside if any(map(_shrinks, trunk[i].modules())))]
+
+    @property
+    def network(self) -> nn.Module:
+        return self._network
 
     @property
     def stages(self) -> list[nn.Module]:
@@ -112,15 +126,6 @@ class LibraryBackbone(StagedBackbone):
             return len(parts)  # these are a downsampling layer and sequences of blocks, so half of them is not half
         return super().halved_depth()
 
-    def forward(self, images_BCHW: Tensor) -> Tensor:
-        logits_BK: Tensor = self._network(images_BCHW)
-        return logits_BK
-
-    def train(self, mode: bool = True) -> LibraryBackbone:
-        super().train(mode)
-        self._network.training = mode
-        return self
-
 
 def _shrinks(module: nn.Module) -> bool:
     return getattr(module, "stride", 1) in (2, (2, 2))
@@ -133,14 +138,18 @@ class Library:
     Attributes:
         prefix: of its names on the command line, "torchvision/".
         create: (name without prefix, K) -> the library's network.
-        families: those that can be divided.
-        examples: names of such ones, for error messages.
+        families: classes whose stages and initial values are known here; they go by channels.
+        by_channels: names of more classes whose authors wrote widths into the code, so that they go by channels too.
+        version: of the package.
+        examples: names of networks that can be divided, for error messages.
         layer_numbers, released_name: as in `model.registry.Backbone`.
     """
 
     prefix: str
     create: Callable[[str, int], nn.Module]
     families: Sequence[Family] = field(default_factory=tuple)
+    by_channels: frozenset[str] = frozenset()
+    version: str = ""
     examples: str
     layer_numbers: Callable[[nn.Module], Mapping[str, int]] | None = None
     released_name: Callable[[str], str] | None = None
@@ -160,57 +169,169 @@ class Library:
             split_factors={SMALL: ANY_SPLIT, LARGE: ANY_SPLIT},
             crop_size=crop_size,
             plan=self.plan,
+            fit=self.fit,
             pretrained=pretrained,
             layer_numbers=self.layer_numbers,
             preprocessing=preprocessing,
             released_name=self.released_name,
+            parts=self.parts,
         )
+
+    def parts(self, network: nn.Module, request: BackboneRequest) -> Staged | None:
+        """The parts of a network of this library; None where its class is none of the families."""
+        family = self._family(network)
+        return None if family is None else LibraryParts(network, family, request)
 
     def _family(self, network: nn.Module) -> Family | None:
         return next((family for family in self.families if type(network) is family.kind), None)
 
+    def _create(self, arch: str, num_classes: int) -> nn.Module:
+        return self.create(arch.removeprefix(self.prefix), num_classes)
+
     def _on_meta(self, arch: str, num_classes: int) -> nn.Module:
-        """The undivided network without storage, whatever its library computes while it builds it."""
-        with torch.device("cpu"), _WeightsOn(torch.device("meta")):
-            return self.create(arch.removeprefix(self.prefix), num_classes)
+        """The undivided network without storage, as the library makes it."""
+        return build_on_meta(partial(self._create, arch, num_classes))
+
+    # ---- one network -------------------------------------------------------------------------------------------------
+
+    def fit(self, request: BackboneRequest) -> BackboneRequest:
+        """An undivided network's request with what its class takes otherwise for small images."""
+        fitted = self._fitted(request.arch, request.num_classes, request.crop_size) if request.fits_images else {}
+        if not fitted:
+            return request
+        shown = ", ".join(f"{name} {value:g}" for name, value in fitted.items())
+        logger.info("%s at %d pixels: %s.", request.arch, request.crop_size, shown)
+        return replace(
+            request, way=ARGUMENTS, width_names=tuple(fitted), widths=tuple(fitted.values()), library=self.version
+        )
 
     def build(self, request: BackboneRequest) -> nn.Module:
-        """One network of a request, divided as `request.widths` say, with the library's initial values.
+        """One network of a request, divided as its plan says, with the library's initial values.
 
         Raises:
-            UserError: the network cannot take the image size, or cannot be divided.
+            UserError: the network cannot take the image size, cannot be divided, or the plan is not one of its class.
         """
         device = torch.get_default_device()
-        if request.split_factor == 1 and request.widths is None:
-            self._measure(request.arch, request.num_classes, request.crop_size, None)
-            with torch.device("cpu"), _WeightsOn(device):
-                network = self.create(request.arch.removeprefix(self.prefix), request.num_classes)
-            family = self._family(network)
-            return network if family is None else LibraryBackbone(network, family)
-        widths = tuple(map(int, request.widths or self.plan(request).widths))
+        if request.split_factor > 1 and request.widths is None:
+            request = planned(request, self.plan(request))
+        if request.widths is not None and request.way in ("", CHANNELS):
+            return self._build_by_channels(request, device)
+        changes = self._arguments_of(request)
+        self._measured(request.arch, request.num_classes, request.crop_size, tuple(changes.items()))
+        with torch.device("cpu") if device.type != "meta" else nullcontext():
+            network = self._built(request.arch, request.num_classes, request.crop_size, changes, device)
+        if request.split_factor > 1:
+            rates = self._rates(request.arch, request.num_classes, request.crop_size)
+            divide_rates(network, request.split_factor, rates)
+        return network
+
+    def _build_by_channels(self, request: BackboneRequest, device: torch.device) -> nn.Module:
+        assert request.widths is not None
+        widths = tuple(map(int, request.widths))
         network, family = self._divided(request.arch, request.num_classes, request.crop_size, widths)
-        for module in network.modules():
-            divide_rates(module, request.split_factor)
+        divide_rates(network, request.split_factor, rates_of(network))
         if device.type != "meta":
             fill(network, family, device)
-        return LibraryBackbone(network, family)
+        return network
+
+    def _built(
+        self, arch: str, num_classes: int, crop_size: int, changes: Mapping[str, int | float], device: torch.device
+    ) -> nn.Module:
+        """A network with other numbers among its arguments, at a size of images."""
+        create = partial(self._create, arch, num_classes)
+        recording = self._recording(arch, num_classes)
+        changes = {**({} if recording is None else image_arguments(recording.leaves, crop_size)), **changes}
+        if device.type == "meta":
+            return self._on_meta(arch, num_classes) if recording is None or not changes else recording.build(changes)
+        network = create() if recording is None or not changes else recording.build(changes, meta=False)
+        return network.to(device)
+
+    def _arguments_of(self, request: BackboneRequest) -> dict[str, int | float]:
+        """The numbers of a stored plan, by the names of leaves.
+
+        Raises:
+            UserError: a name that is no leaf, or a value that cannot be one of it.
+        """
+        if not request.width_names:
+            return {}
+        recording = self._recording(request.arch, request.num_classes)
+        known = {} if recording is None else recording.leaves
+        return checked_arguments(request, known, self.version)
+
+    @lru_cache(maxsize=64)  # noqa: B019  one Library per package, for the life of the process
+    def _recording(self, arch: str, num_classes: int) -> Recording | None:
+        """The arguments of a network, None where they cannot be seen."""
+        try:
+            return Recording(partial(self._create, arch, num_classes))
+        except NotRecorded:
+            return None
+
+    @lru_cache(maxsize=64)  # noqa: B019
+    def _fitted(self, arch: str, num_classes: int, crop_size: int) -> dict[str, int | float]:
+        recording = self._recording(arch, num_classes)
+        if recording is None or any(recording.kind is family.kind for family in self.families):
+            return {}
+        return fitted_arguments(recording.leaves, crop_size)
+
+    @lru_cache(maxsize=64)  # noqa: B019
+    def _rates(self, arch: str, num_classes: int, crop_size: int) -> Mapping[tuple[str, str], float]:
+        """Dropout-like rates of the undivided network."""
+        return rates_of(self._built(arch, num_classes, crop_size, {}, torch.device("meta")))
+
+    @lru_cache(maxsize=64)  # noqa: B019
+    def _measured(
+        self, arch: str, num_classes: int, crop_size: int, changes: tuple[tuple[str, int | float], ...]
+    ) -> tuple[int, int]:
+        """(parameters, multiply-adds) of a network that is really built and run, without storage.
+
+        Raises:
+            UserError: it does not build, or gives no logits, with images of this size.
+        """
+        try:
+            network = self._built(arch, num_classes, crop_size, dict(changes), torch.device("meta"))
+            sizes = measure(network, crop_size, num_classes)
+        except BUILD_ERRORS as error:
+            raise UserError(self._complaint(arch, num_classes, crop_size, dict(changes), error)) from None
+        return sizes
+
+    def _complaint(
+        self, arch: str, num_classes: int, crop_size: int, changes: Mapping[str, int | float], error: Exception
+    ) -> str:
+        """What is wrong with an image size, and the next ones that are right."""
+        complaint = f"--arch {arch} --crop_size {crop_size}: does not run: {reason(error)[:150]}"
+        recording = self._recording(arch, num_classes)
+        found = []
+        for sizes in () if recording is None else sizes_around(recording.leaves, crop_size):
+            for size in sizes:
+                try:
+                    measure(self._built(arch, num_classes, size, changes, torch.device("meta")), size, num_classes)
+                except BUILD_ERRORS:
+                    continue
+                found.append(str(size))
+                break
+        return f"{complaint.rstrip('.')}. Sizes that it takes: {', '.join(found)}." if found else f"{complaint}."
+
+    # ---- channels ----------------------------------------------------------------------------------------------------
 
     def _divided(
         self, arch: str, num_classes: int, crop_size: int, widths: tuple[int, ...]
-    ) -> tuple[nn.Module, Family]:
+    ) -> tuple[nn.Module, Family | None]:
         graph = self.graph(arch, num_classes, crop_size)
         if len(widths) != len(graph.widths):
             raise UserError(
                 f"--arch {arch} has {len(graph.widths)} stage widths, and the checkpoint or --stage_widths names "
                 f"{len(widths)}: see python -m model.division {arch}."
             )
+        if any(not 1 <= width <= MOST * full for width, full in zip(widths, graph.widths, strict=True)):
+            raise UserError(
+                f"--arch {arch}: widths of {' '.join(map(str, widths))[:60]} cannot be (undivided "
+                f"{' '.join(map(str, graph.widths))}): the file is damaged, or --stage_widths is."
+            )
         network = self._on_meta(arch, num_classes)
         graph.resize(network, widths)
-        family = self._family(network)
-        assert family is not None
-        return network, family
+        return network, self._family(network)
 
-    @lru_cache(maxsize=64)  # noqa: B019  one Library per package, for the life of the process
+    @lru_cache(maxsize=64)  # noqa: B019
     def graph(self, arch: str, num_classes: int, crop_size: int) -> ChannelGraph:
         """The channels of the undivided network.
 
@@ -218,69 +339,192 @@ class Library:
             UserError: the network cannot be divided.
         """
         network = self._on_meta(arch, num_classes)
-        if self._family(network) is None:
-            raise UserError(
-                f"--arch {arch} can be used as it is only (--split_factor 1): the solver divides networks like "
-                f"{self.examples}."
-            )
         try:
             return trace(network, (3, crop_size, crop_size), arch)
-        except UserError as error:
-            raise UserError(f"{error} Others that can be divided: {self.examples}.") from None
+        except BUILD_ERRORS as error:
+            kind = type(error).__name__
+            raise UserError(
+                f"--arch {arch} cannot be divided: its channels cannot be followed ({kind}: {reason(error)[:80]})."
+            ) from None
 
     @lru_cache(maxsize=64)  # noqa: B019
-    def _measure(self, arch: str, num_classes: int, crop_size: int, widths: tuple[int, ...] | None) -> tuple[int, int]:
-        """(parameters, multiply-adds) of a network that is really built and run, without storage."""
-        if widths is None:
-            network = self._on_meta(arch, num_classes)
-        else:
-            network, _ = self._divided(arch, num_classes, crop_size, widths)
+    def _measured_channels(
+        self, arch: str, num_classes: int, crop_size: int, widths: tuple[int, ...]
+    ) -> tuple[int, int]:
+        """As `_measured`, of a network whose channels were followed."""
+        network, _ = self._divided(arch, num_classes, crop_size, widths)
         try:
-            return count_params(network), count_macs(network, (3, crop_size, crop_size))
-        except (RuntimeError, ValueError, AssertionError) as error:
-            raise UserError(f"--arch {arch} --crop_size {crop_size}: does not run: {reason(error)[:150]}.") from None
+            return measure(network, crop_size, num_classes)
+        except BUILD_ERRORS as error:
+            raise UserError(f"--arch {arch} cannot be divided by its channels: {reason(error)[:150]}.") from None
+
+    # ---- plans -------------------------------------------------------------------------------------------------------
 
     def plan(self, request: BackboneRequest) -> DivisionPlan:
         """What the solver makes of a request.
 
         Raises:
-            UserError: as `graph`, or no widths of S copies come within 2 % of the undivided network.
+            UserError: no way of dividing the network comes within 2 % of the undivided one, or reaches all of it.
         """
+        fitted = self._fitted(request.arch, request.num_classes, request.crop_size) if request.fits_images else {}
         return self._plan(
-            request.arch, request.split_factor, request.num_classes, request.crop_size, request.divide_by or "params"
+            request.arch,
+            request.split_factor,
+            request.num_classes,
+            request.crop_size,
+            request.divide_by or "params",
+            tuple(fitted.items()),
         )
 
     @lru_cache(maxsize=64)  # noqa: B019
-    def _plan(self, arch: str, split_factor: int, num_classes: int, crop_size: int, divide_by: str) -> DivisionPlan:
+    def _plan(
+        self,
+        arch: str,
+        split_factor: int,
+        num_classes: int,
+        crop_size: int,
+        divide_by: str,
+        fitted: tuple[tuple[str, int | float], ...],
+    ) -> DivisionPlan:
+        full = self._measured(arch, num_classes, crop_size, fitted)
+        common = {
+            "arch": arch,
+            "split_factor": split_factor,
+            "divide_by": divide_by,
+            "library": self.version,
+            "params_full": full[0],
+            "macs_full": full[1],
+        }
+        if split_factor == 1:
+            return self._undivided_plan(arch, num_classes, crop_size, common)
+        kind = self._kind(arch, num_classes)
+        ways = {CHANNELS: self._plan_by_channels, ARGUMENTS: self._plan_by_arguments}
+        first = CHANNELS if self._goes_by_channels(kind) else ARGUMENTS
+        troubles = []
+        for way in sorted(ways, key=lambda way: way != first):
+            try:
+                plan = ways[way](arch, num_classes, crop_size, dict(fitted), common)
+            except UserError as error:
+                troubles.append(str(error))
+                continue
+            logger.info("%s", plan.summary())
+            return plan
+        raise UserError(f"{troubles[0].rstrip('.')}. Others that can be divided: {self.examples}.")
+
+    @lru_cache(maxsize=64)  # noqa: B019
+    def _kind(self, arch: str, num_classes: int) -> type:
+        return type(self._on_meta(arch, num_classes))
+
+    def _goes_by_channels(self, kind: type) -> bool:
+        return kind.__name__ in self.by_channels or any(kind is family.kind for family in self.families)
+
+    def _undivided_plan(self, arch: str, num_classes: int, crop_size: int, common: Mapping[str, Any]) -> DivisionPlan:
         stages: tuple[str, ...] = ()
-        full: tuple[int, ...] = ()
         widths: tuple[int, ...] = ()
-        try:
-            graph = self.graph(arch, num_classes, crop_size)
-        except UserError:
-            if split_factor > 1:
-                raise  # as it is, a network need not be one that can be divided
-        else:
-            which = 0 if divide_by == "params" else 1
-            stages, full = graph.stages, graph.widths
-            widths = solve_widths(full, graph.units, lambda w: graph.count(w)[which], split_factor)
-        params_full, macs_full = self._measure(arch, num_classes, crop_size, None)
-        params_one, macs_one = self._measure(arch, num_classes, crop_size, widths if split_factor > 1 else None)
-        plan = DivisionPlan(
-            arch=arch,
-            split_factor=split_factor,
-            divide_by=divide_by,
+        if any(self._kind(arch, num_classes) is family.kind for family in self.families):
+            try:
+                graph = self.graph(arch, num_classes, crop_size)
+            except UserError:
+                pass  # as it is, a network need not be one that can be divided
+            else:
+                stages, widths = graph.stages, graph.widths
+        return DivisionPlan(
+            **common,
             stages=stages,
-            widths_full=full,
+            widths_full=widths,
             widths=widths,
-            params_full=params_full,
+            params_one=common["params_full"],
+            macs_one=common["macs_full"],
+        )
+
+    def _plan_by_channels(
+        self,
+        arch: str,
+        num_classes: int,
+        crop_size: int,
+        fitted: Mapping[str, int | float],
+        common: Mapping[str, Any],
+    ) -> DivisionPlan:
+        if fitted:
+            raise UserError(f"--arch {arch} --crop_size {crop_size}: fitted to the size, it has no channels to follow.")
+        graph = self.graph(arch, num_classes, crop_size)
+        which = 0 if common["divide_by"] == "params" else 1
+        split_factor = common["split_factor"]
+        widths = solve_widths(graph.widths, graph.units, lambda w: graph.count(w)[which], split_factor)
+        params_one, macs_one = self._measured_channels(arch, num_classes, crop_size, widths)
+        plan = DivisionPlan(
+            **common,
+            way=CHANNELS,
+            stages=graph.stages,
+            widths_full=graph.widths,
+            widths=widths,
             params_one=params_one,
-            macs_full=macs_full,
             macs_one=macs_one,
         )
         refuse_a_miss(plan)
-        logger.info("%s", plan.summary())
         return plan
+
+    def _plan_by_arguments(
+        self,
+        arch: str,
+        num_classes: int,
+        crop_size: int,
+        fitted: Mapping[str, int | float],
+        common: Mapping[str, Any],
+    ) -> DivisionPlan:
+        recording = self._recording(arch, num_classes)
+        if recording is None:
+            raise UserError(f"--arch {arch} cannot be divided: its constructor's arguments cannot be seen.")
+        by_params = common["divide_by"] == "params"
+
+        def cost(network: nn.Module) -> int:
+            return count_params(network) if by_params else count_macs(network, (3, crop_size, crop_size))
+
+        def runs(network: nn.Module) -> bool:
+            try:
+                measure(network, crop_size, num_classes)
+            except BUILD_ERRORS:
+                return False
+            return True
+
+        fixed = {**image_arguments(recording.leaves, crop_size), **fitted}
+        arguments = Arguments(recording, fixed, cost, runs, common["split_factor"])
+        found = divide(arguments, classifier_name(recording.build(fixed)))
+        if found is None:
+            raise UserError(f"--arch {arch} cannot be divided: no argument of {recording.kind.__name__} is a width.")
+        if found.trouble:
+            raise UserError(
+                f"--arch {arch} cannot be divided by --split_factor {common['split_factor']}: the nearest plan "
+                f"{found.trouble}."
+            )
+        changes = {**fitted, **found.changes}
+        params_one, macs_one = self._measured(arch, num_classes, crop_size, tuple(changes.items()))
+        return DivisionPlan(
+            **common,
+            way=ARGUMENTS,
+            stages=tuple(changes),
+            widths_full=tuple(recording.leaves[name] for name in changes),
+            widths=tuple(changes.values()),
+            params_one=params_one,
+            macs_one=macs_one,
+        )
+
+
+def measure(network: nn.Module, crop_size: int, num_classes: int) -> tuple[int, int]:
+    """(parameters, multiply-adds) of a network without storage.
+
+    Raises:
+        ValueError: two images give no logits [2, K].
+    """
+    sizes = count_params(network), count_macs(network, (3, crop_size, crop_size))
+    training = network.training
+    with torch.no_grad():
+        logits_BK = network.eval()(torch.empty(2, 3, crop_size, crop_size, device="meta"))
+    network.train(training)
+    shape = list(getattr(logits_BK, "shape", ()))
+    if shape != [2, num_classes]:
+        raise ValueError(f"two images give {shape or 'no tensor'}, expected logits [2, {num_classes}]")
+    return sizes
 
 
 def refuse_a_miss(plan: DivisionPlan) -> None:
@@ -294,42 +538,62 @@ def refuse_a_miss(plan: DivisionPlan) -> None:
         )
 
 
-def divide_rates(module: nn.Module, split_factor: int) -> None:
-    """Divide a module's dropout-like rates by sqrt(S), as the paper does with its own networks."""
-    name = type(module).__name__
-    for attribute in ("drop_prob", "drop_rate", *(("p",) if "Dropout" in name or name == "StochasticDepth" else ())):
-        rate = getattr(module, attribute, None)
-        if isinstance(rate, float | int) and not isinstance(rate, bool):
-            setattr(module, attribute, divided_rate(float(rate), split_factor))
+def rates_of(network: nn.Module) -> dict[tuple[str, str], float]:
+    """Dropout-like rates by the names of the layer and of its attribute."""
+    found = {}
+    for name, module in network.named_modules():
+        kind = type(module).__name__
+        attributes = ["drop_prob", "drop_rate"]
+        if "Dropout" in kind or kind == "StochasticDepth":
+            attributes.append("p")
+        if isinstance(module, nn.MultiheadAttention):
+            attributes.append("dropout")
+        for attribute in attributes:
+            rate = getattr(module, attribute, None)
+            if isinstance(rate, float | int) and not isinstance(rate, bool):
+                found[name, attribute] = float(rate)
+    return found
 
 
-def fill(network: nn.Module, family: Family, device: torch.device) -> None:
-    """Give a network without storage its initial values, drawn from the default generator."""
+def divide_rates(network: nn.Module, split_factor: int, rates: Mapping[tuple[str, str], float]) -> None:
+    """Give a copy the undivided network's dropout-like rates over sqrt(S), as the paper does with its own networks."""
+    for name, attribute in rates_of(network):
+        if (name, attribute) in rates:
+            rate = divided_rate(rates[name, attribute], split_factor)
+            setattr(network.get_submodule(name), attribute, rate)
+
+
+def fill(network: nn.Module, family: Family | None, device: torch.device) -> None:
+    """Give a network without storage its initial values, drawn from the default generator.
+
+    Args:
+        network: on the meta device.
+        family: its initial values; None: what its class says by `init_weights`, else torch's of each layer.
+        device: where it goes.
+    """
     network.to_empty(device=device)
     for module in network.modules():
         reset = getattr(module, "reset_parameters", None)
         if callable(reset):
             reset()
     with torch.no_grad():
-        family.initialise(network)
+        if family is not None:
+            family.initialise(network)
+        else:
+            _initialise_as_the_class_says(network)
 
 
-class _WeightsOn(TorchFunctionMode):
-    """Puts what layers allocate on a device, and leaves alone what their constructors compute with tensors."""
-
-    ALLOCATE = (torch.empty, torch.zeros, torch.ones, torch.full)
-
-    def __init__(self, device: torch.device) -> None:
-        super().__init__()
-        self.device = device
-
-    def __torch_function__(
-        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
-    ) -> Any:
-        kwargs = dict(kwargs or {})
-        if func in self.ALLOCATE and kwargs.get("device") is None:
-            kwargs["device"] = self.device
-        return func(*args, **kwargs)
+def _initialise_as_the_class_says(network: nn.Module) -> None:
+    for name in ("init_weights", "_init_weights"):
+        method = getattr(network, name, None)
+        if not callable(method):
+            continue
+        needed = [p for p in inspect.signature(method).parameters.values() if p.default is p.empty]
+        if not needed:
+            method()
+        elif len(needed) == 1:
+            network.apply(method)
+        return
 
 
 # ---- initial values --------------------------------------------------------------------------------------------------

@@ -15,9 +15,9 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from model.layers.random import Dropout, RandomLayer, RandomScale
-from model.registry import BackboneRequest, MemberForm, build_network, request_of
+from model.registry import BackboneRequest, MemberForm, build_network, note_request, request_of
 from model.splitnet import SplitNet
-from model.staged import StagedBackbone, classifier_name
+from model.staged import Staged, classifier_name, staged_parts
 from utils.errors import UserError
 from utils.seed import STREAM_INIT, STREAM_METHOD, fold_in, stream_uniform, torch_generator
 
@@ -38,7 +38,7 @@ class MemberNet(SplitNet):
     def __init__(self, network: nn.Module, form: MemberForm) -> None:
         super().__init__([network])
         self.form = form
-        network.request = replace(request_of(network), form=form)  # type: ignore[assignment]
+        note_request(network, replace(request_of(network), form=form))
 
     @property
     def num_members(self) -> int:
@@ -198,7 +198,7 @@ class BatchEnsembleNet(MemberNet):
                         setattr(parent, name, part.folded(member))
                     elif isinstance(part, MemberNorms):
                         setattr(parent, name, part[member])
-            network.request = replace(request_of(network), form=None)  # type: ignore[assignment]
+            note_request(network, replace(request_of(network), form=None))
             networks.append(network)
         return SplitNet(networks).train(self.training)
 
@@ -325,12 +325,13 @@ class MCDropoutNet(MemberNet):
         self.staged: bool = place != "own"
         drops: list[FixedDropout] = []
         if self.staged:
-            if not isinstance(network, StagedBackbone):
+            parts = staged_parts(network)
+            if parts is None:
                 raise UserError(
                     "--method mc_dropout needs a backbone with stages, and --arch has none "
                     f"({type(network).__name__}). Pick another --arch, or --mc_dropout_place own."
                 )
-            count = len(network.stages) if place == "stages" else 0
+            count = len(parts.stages) if place == "stages" else 0
             drops = [FixedDropout(rate, by_channel=True) for _ in range(count)] + [FixedDropout(rate, by_channel=False)]
             # beside the network's own parts, so that random layers are told apart; no tensors, so no names in a state
             network.add_module("mc_dropout", nn.ModuleList(drops))
@@ -371,28 +372,32 @@ class MCDropoutNet(MemberNet):
 
     def _before(self, images: Tensor) -> Tensor:
         """What all passes share: up to the first stage, up to the embedding, or nothing."""
-        network = self.models[0]
         if not self.staged:
             return images
-        assert isinstance(network, StagedBackbone)
+        parts = self._parts()
         if self.form.numbers["place"] == "classifier":
-            return network.forward_features(images)[1]
-        return network.stages[0](network.stem(images))
+            return parts.forward_features(images)[1]
+        found: Tensor = parts.stages[0](parts.stem(images))
+        return found
+
+    def _parts(self) -> Staged:
+        parts = staged_parts(self.models[0])
+        assert parts is not None
+        return parts
 
     def _pass(self, images: Tensor, shared: Tensor) -> Tensor:
         """Logits [B, K] of one pass, from what all passes share."""
-        network = self.models[0]
         if not self.staged:
-            logits: Tensor = network(images)
+            logits: Tensor = self.models[0](images)
             return logits
-        assert isinstance(network, StagedBackbone)
+        parts = self._parts()
         *of_stages, of_embedding = self._drops()
         if of_stages:
             shared = of_stages[0](shared)
-            for stage, drop in zip(network.stages[1:], of_stages[1:], strict=True):
+            for stage, drop in zip(parts.stages[1:], of_stages[1:], strict=True):
                 shared = drop(stage(shared))
-            shared = network.tail(shared)
-        return network.classify(of_embedding(shared))
+            shared = parts.tail(shared)
+        return parts.classify(of_embedding(shared))
 
 
 FORMS: Mapping[str, Any] = {"batch_ensemble": BatchEnsembleNet, "mimo": MimoNet, "mc_dropout": MCDropoutNet}

@@ -19,9 +19,9 @@ from torch import nn
 
 from model.division.rechannel import ChannelClass, ChannelGraph, Layer, Sizes, trace
 from model.division.solver import TOLERANCE, solve_widths
-from model.registry import BackboneRequest, build_network, request_of
+from model.registry import BackboneRequest, build_network, note_request, request_of
 from model.splitnet import SplitNet
-from model.staged import StagedBackbone
+from model.staged import staged_parts
 from utils.errors import UserError, reason
 from utils.seed import STREAM_INIT, fold_in
 
@@ -127,7 +127,8 @@ def _left_alone(network: nn.Module, graph: ChannelGraph) -> Iterator[str]:
     """Names of the convolutions before the first stage, and of the first of every block, or stage without blocks."""
     inside: set[int] = set()
     first: set[int] = set()
-    for stage in network.stages if isinstance(network, StagedBackbone) else [*network.children()]:
+    parts = staged_parts(network)
+    for stage in [*network.children()] if parts is None else parts.stages:
         of_stage = [part for part in stage.modules() if isinstance(part, nn.Conv2d)]
         inside |= {id(part) for part in of_stage}
         blocks = [child for child in stage.children() if not isinstance(child, nn.Conv2d)]
@@ -207,7 +208,7 @@ def build_packed(request: BackboneRequest, *, seed: int) -> SplitNet:
         with torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(fold_in(seed, STREAM_INIT, member))
             network = build_resized(_plain(request), sizes)
-        network.request = replace(request_of(network), form=form, widths=tuple(map(float, widths)))  # type: ignore[assignment]
+        note_request(network, replace(request_of(network), form=form, widths=tuple(map(float, widths))))
         networks.append(network)
     return SplitNet(networks)
 

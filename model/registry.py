@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any, Protocol, TypeVar
+from weakref import WeakKeyDictionary
 
 from torch import Tensor, nn
 
@@ -12,6 +13,9 @@ from recipe.datasets import ROWS, row_for
 from recipe.preprocessing import Preprocessing
 from utils.errors import UserError
 from utils.registry import Registry
+
+CHANNELS, ARGUMENTS = "channels", "arguments"  # the two ways of dividing a network that is not ours
+FAR = 0.25  # the figure that is not budgeted may differ by this part before a plan's line says so
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,6 +28,9 @@ class DivisionPlan:
         stages: name of each width.
         widths_full, widths: of the undivided network and of one copy.
         params_full, params_one, macs_full, macs_one: parameters, and multiply-adds for one image.
+        way: "channels", where `stages` are runs of layers; "arguments", where they are the paths of constructor
+            arguments; "" where nothing is solved.
+        library: the package and version that the network comes from.
     """
 
     arch: str
@@ -36,6 +43,8 @@ class DivisionPlan:
     params_one: int
     macs_full: int
     macs_one: int
+    way: str = ""
+    library: str = ""
 
     @property
     def params_difference(self) -> float:
@@ -49,11 +58,14 @@ class DivisionPlan:
 
     def summary(self) -> str:
         """One line: how near the copies come to the undivided network."""
+        other = self.macs_difference if self.divide_by == "params" else self.params_difference
+        far = f"; note that the {'MACs' if self.divide_by == 'params' else 'parameters'} differ by {other:+.0%}"
         return (
             f"{self.arch} divided by {self.split_factor} ({self.divide_by}): "
             f"{self.split_factor} x {self.params_one / 1e6:.3f} M parameters ({self.params_difference:+.2%} of "
             f"{self.params_full / 1e6:.3f} M), {self.split_factor} x {self.macs_one / 1e6:.2f} M MACs "
             f"({self.macs_difference:+.2%} of {self.macs_full / 1e6:.2f} M)"
+            f"{far if self.way and abs(other) > FAR else ''}"
         )
 
     def table(self) -> str:
@@ -71,6 +83,7 @@ class DivisionPlan:
         """Everything as plain data."""
         return {
             **asdict(self),
+            "width_names": list(self.stages),
             "params_difference": self.params_difference,
             "macs_difference": self.macs_difference,
         }
@@ -110,6 +123,10 @@ class BackboneRequest:
         divide_by: what the solver matches, "params" or "macs"; None: parameters. Not for families with a table.
         widths: what the solver found before, as a checkpoint keeps it; None: it solves.
         form: M members in one network, in place of one of S; None: none.
+        way: how the network is divided, "channels" or "arguments"; "": channels, as all checkpoints without it.
+        width_names: of the widths: constructor arguments, where the way is theirs.
+        library: the package and version that the plan was made with.
+        fits_images: whether patches and windows are fitted to small images.
     """
 
     arch: str
@@ -122,6 +139,10 @@ class BackboneRequest:
     divide_by: str | None = None
     widths: tuple[float, ...] | None = None
     form: MemberForm | None = None
+    way: str = ""
+    width_names: tuple[str, ...] = ()
+    library: str = ""
+    fits_images: bool = True
 
 
 class BackboneBuilder(Protocol):
@@ -155,6 +176,9 @@ class Backbone:
         preprocessing: name of a released file, or any other -> how the library's weights want images; None: nobody
             says it.
         released_name: name of a tensor in the library's files -> that in today's networks; None: they are the same.
+        parts: (network, what it was built from) -> its `model.staged.Staged`, None where it has no parts that run one
+            after another; for networks that are no StagedBackbone themselves.
+        fit: an undivided network's request -> the same with the arguments that small images take; None: none.
     """
 
     build: BackboneBuilder
@@ -170,6 +194,8 @@ class Backbone:
     layer_numbers: Callable[[nn.Module], Mapping[str, int]] | None = None
     preprocessing: Callable[[str], Preprocessing] | None = None
     released_name: Callable[[str], str] | None = None
+    parts: Callable[[nn.Module, BackboneRequest], Any] | None = None
+    fit: Callable[[BackboneRequest], BackboneRequest] | None = None
 
 
 backbones: Registry[Backbone] = Registry(
@@ -221,24 +247,63 @@ def family_options(kind: type[T], request: BackboneRequest) -> T:
     return kind(**{name: request.options[name] for name in own})
 
 
+def solved_request(request: BackboneRequest) -> BackboneRequest:
+    """The request with what the solver finds for it, where it decides and nothing is found yet.
+
+    Raises:
+        UserError: as `check_request`, or a network that cannot be divided.
+    """
+    entry = check_request(request)
+    if entry.plan is None or request.widths is not None:
+        return request
+    if request.split_factor == 1:
+        return request if entry.fit is None else entry.fit(request)
+    return planned(request, entry.plan(request))
+
+
+def planned(request: BackboneRequest, plan: DivisionPlan) -> BackboneRequest:
+    """The request with a plan's widths."""
+    return replace(
+        request, widths=plan.widths, way=plan.way, width_names=plan.stages if plan.way else (), library=plan.library
+    )
+
+
 def build_network(request: BackboneRequest) -> nn.Module:
     """One of the S networks of a division: [B, 3, H, W] -> logits [B, K].
 
     Raises:
-        UserError: as `check_request`.
+        UserError: as `solved_request`.
     """
+    request = solved_request(request)
     entry = check_request(request)
-    if entry.plan is not None and request.split_factor > 1 and request.widths is None:
-        request = replace(request, widths=entry.plan(request).widths)
     network = entry.build(request)
-    network.request = request  # type: ignore[assignment]
+    note_request(network, request)
     return network
+
+
+# What networks of others were built from. Beside them, because no name of ours may hide one of theirs.
+_REQUESTS: WeakKeyDictionary[nn.Module, BackboneRequest] = WeakKeyDictionary()
+
+
+def note_request(network: nn.Module, request: BackboneRequest) -> None:
+    """Remember what a network was built from: our own know it themselves."""
+    if check_request(request).plan is None:
+        network.request = request  # type: ignore[assignment]
+    else:
+        _REQUESTS[network] = request
+
+
+def known_request(network: nn.Module) -> BackboneRequest | None:
+    """What a network was built from, its solved widths included; None where `build_network` did not build it."""
+    found = _REQUESTS.get(network)
+    own = None if found is not None else getattr(network, "request", None)
+    return own if isinstance(own, BackboneRequest) else found
 
 
 def request_of(network: nn.Module) -> BackboneRequest:
     """What a network of `build_network` was built from, its solved widths included."""
-    request = network.request
-    assert isinstance(request, BackboneRequest)
+    request = known_request(network)
+    assert request is not None
     return request
 
 

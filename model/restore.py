@@ -11,6 +11,8 @@ from torch import Tensor, nn
 
 from model.build import BUILDERS, build_splitnet
 from model.registry import (
+    ARGUMENTS,
+    CHANNELS,
     LARGE,
     BackboneRequest,
     MemberForm,
@@ -158,7 +160,7 @@ def restore_splitnet(
         crop_size=crop_size or size_in_file or usual_size,
         options={**shown, **config, **(options or {})},
         divide_by=_entry(config, "divide_by", str, source),
-        widths=stored_widths(content, source),
+        **stored_plan(content, source),
         form=form,
     )
     in_file = _num_classes(state, request) if form is None else len(content.get("classes") or ()) or None
@@ -238,8 +240,35 @@ def stored_networks(state: Mapping[str, Tensor]) -> list[int]:
     return sorted({int(match[1]) for key in state if (match := _NETWORK_KEY.match(key))})
 
 
+def stored_plan(content: Mapping[str, Any], source: str) -> dict[str, Any]:
+    """What the solver found for the networks of the file, as fields of a request; {} where there is no file.
+
+    Raises:
+        UserError: entries of another form.
+    """
+    if not content:
+        return {}
+    names = _entry(content, "width_names", list, source) or []
+    if not all(isinstance(name, str) for name in names):
+        raise UserError(f"{source}: its entry 'width_names' is damaged: expected names.")
+    way = _entry(content, "way", str, source) or ""
+    if way not in ("", CHANNELS, ARGUMENTS):
+        raise UserError(f"{source}: its entry 'way' is damaged: {one_line(way)[:40]!r}.")
+    return {
+        "widths": stored_widths(content, source),
+        "way": way,
+        "width_names": tuple(names),
+        "library": one_line(_entry(content, "library", str, source) or "")[:40],
+        "fits_images": False,
+    }
+
+
 def stored_widths(content: Mapping[str, Any], source: str) -> tuple[float, ...] | None:
-    """What the solver found for the networks of the file, None where it had nothing to find."""
+    """The numbers of the plan of the file's networks, None where nothing was solved.
+
+    Raises:
+        UserError: they are none.
+    """
     values = _entry(content, "widths", list, source)
     if values is not None and not all(isinstance(value, float | int) and value > 0 for value in values):
         raise UserError(f"{source}: its entry 'widths' is damaged: expected positive numbers.")

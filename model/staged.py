@@ -6,21 +6,30 @@ from abc import abstractmethod
 
 from torch import Tensor, nn
 
-from model.registry import BackboneRequest
+from model.registry import BackboneRequest, backbones, known_request
 
 
-class StagedBackbone(nn.Module):
-    """A network in the parts stem -> stage 1 ... N -> tail -> classifier.
+class Staged:
+    """A network in the parts stem -> stage 1 ... N -> tail -> classifier, under one set of names for all networks.
 
-    Submodule names stay those of the released checkpoints, so that these load; these methods give
-    the parts one set of names. `forward` is their composition and nothing else.
+    Our own networks have these names themselves (`StagedBackbone`). For a library's network, whose attributes may have
+    any name, an object beside it has them.
 
     Attributes:
-        request: what the network was built from, set by `model.build_network`; fresh copies of
-            its parts need it.
+        request: what the network was built from; fresh copies of its parts need it.
     """
 
     request: BackboneRequest | None = None
+
+    @property
+    @abstractmethod
+    def network(self) -> nn.Module:
+        """The network whose parts these are."""
+
+    @property
+    def probe_side(self) -> int:
+        """Side in pixels of an image that is cheap and not too small for the network."""
+        return 64
 
     @property
     @abstractmethod
@@ -57,8 +66,8 @@ class StagedBackbone(nn.Module):
             taps.append(features)
         return taps, self.tail(features)
 
-    def forward(self, images_BCHW: Tensor) -> Tensor:
-        """Images [B, 3, H, W] -> logits [B, K]."""
+    def composed(self, images_BCHW: Tensor) -> Tensor:
+        """Images [B, 3, H, W] -> logits [B, K], part by part."""
         return self.classify(self.forward_features(images_BCHW)[1])
 
     @property
@@ -83,9 +92,49 @@ class StagedBackbone(nn.Module):
         return max(1, len(list(self.stages[-1].children())) // 2)
 
 
+class StagedBackbone(Staged, nn.Module):
+    """A network that has the names of its parts itself; `forward` is their composition and nothing else.
+
+    Submodule names stay those of the released checkpoints, so that these load.
+    """
+
+    @property
+    def network(self) -> nn.Module:
+        return self
+
+    def forward(self, images_BCHW: Tensor) -> Tensor:
+        """Images [B, 3, H, W] -> logits [B, K]."""
+        return self.composed(images_BCHW)
+
+
+def staged_parts(network: nn.Module) -> Staged | None:
+    """The parts of a network; None where it has none that run one after another."""
+    if isinstance(network, Staged):
+        return network
+    request = known_request(network)
+    if request is None:
+        return None
+    parts = backbones.get(request.arch).parts
+    found = None if parts is None else parts(network, request)
+    assert found is None or isinstance(found, Staged)
+    return found
+
+
 def classifier_name(network: nn.Module) -> str | None:
-    """Name of the linear layer that gives the logits; None where a network without stages ends in none."""
-    if isinstance(network, StagedBackbone):
+    """Name of the layer that gives the logits, mostly a linear one; None where there is none.
+
+    That is what the network's own `get_classifier()` says (timm), else its last linear layer, else its last
+    convolution.
+    """
+    if isinstance(network, Staged):
         return network.classifier_name
-    layers = [name for name, module in network.named_modules() if isinstance(module, nn.Linear)]
-    return layers[-1] if layers else None
+    ask = getattr(network, "get_classifier", None)
+    said = ask() if callable(ask) else None
+    layers: dict[type, str] = {}
+    for name, module in network.named_modules():
+        for kind in (nn.Linear, nn.Conv2d):
+            if isinstance(module, kind):
+                if module is said:
+                    return name
+                layers[kind] = name
+    return layers.get(nn.Linear, layers.get(nn.Conv2d))

@@ -42,7 +42,8 @@ class Checkpoint(TypedDict, total=False):
     ensemble so far, in percent. optimizer, scaler: their states; a scaler with fp16 only.
     ema: moving average of the weights, as `state_dict`, with --ema_decay only.
     form: how members share one network, `model.registry.MemberForm`, or None.
-    widths: of the stages, where the solver found them. method: training-only state of the method.
+    widths: what the solver found, of the stages, or, where `way` is "arguments", of the constructor's arguments
+    `width_names`. library: package and version that they are of. method: training-only state of the method.
     config: every flag's value. classes, mean, std, crop_size, data_recipe: of the data. preprocessing: of an image file
     before a network sees it, `recipe.preprocessing.Preprocessing`; absent in those of earlier versions.
     codes: the classes' names in the data, where --class_map gave them others.
@@ -65,6 +66,9 @@ class Checkpoint(TypedDict, total=False):
     ema: dict[str, Tensor]
     widths: list[float]
     form: dict[str, Any] | None
+    way: str
+    width_names: list[str]
+    library: str
     method: dict[str, Any]
     config: dict[str, Any]
     classes: list[str]

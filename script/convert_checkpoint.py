@@ -28,7 +28,8 @@ from utils.text import fit_streams
 CONFIG = "config.json"
 LONE = f"{PUBLISHED_PREFIX}models.0."
 KEPT = (
-    *("epoch", "arch", "widths", "form", "best_acc1", "config", "classes", "mean", "std", "crop_size", "data_recipe"),
+    *("epoch", "arch", "widths", "way", "width_names", "library", "form", "best_acc1", "config", "classes", "mean"),
+    *("std", "crop_size", "data_recipe"),
     "preprocessing",
 )
 

@@ -165,7 +165,7 @@ def test_training_state_round_trip():
 def test_backbones_that_cannot_are_refused():
     with pytest.raises(UserError, match="one block per group"):
         make(arch="wrn_10_1")
-    with pytest.raises(UserError, match="backbone with stages"):
+    with pytest.raises(UserError, match="has no stages that run one after another"):
         methods.get("dks")(SplitNet([nn.Linear(3, 2)]), DKSOptions())
     with pytest.raises(UserError, match="--dks_branches 3"):
         make(dks_branches=(3,))

@@ -15,7 +15,7 @@ import train_split
 from loss.distillation import decoupled_kl, distillation_kl, joint_teacher, mixed_decoupled_kl
 from method import Progress, Targets, TrainingData, methods
 from method.kd import KDOptions
-from model import BackboneRequest, build_splitnet
+from model import BackboneRequest, build_splitnet, request_of
 from model.restore import published_keys
 from parser_params import parse_config, resolve_config
 from record.checkpoint import load_checkpoint, save_checkpoint, state_sha256
@@ -303,7 +303,7 @@ def test_a_student_is_one_of_the_teachers_networks(teacher: Path) -> None:
 def test_a_student_has_the_widths_that_were_solved(tmp_path: Path) -> None:
     request = BackboneRequest(arch="torchvision/resnet18", split_factor=2, num_classes=10, crop_size=32)
     network = build_splitnet(request, seed=0)
-    widths = network.models[0].request.widths
+    widths = request_of(network.models[0]).widths
     config = {"arch": request.arch, "split_factor": 2, "dataset": "cifar10"}
     path = tmp_path / "solved.pth.tar"
     save_checkpoint({"state_dict": network.state_dict(), "config": config, "widths": list(widths)}, path)

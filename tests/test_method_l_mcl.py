@@ -571,7 +571,7 @@ def test_senseless_options_are_refused(wrong):
 def test_one_network_or_one_without_stages_is_refused():
     with pytest.raises(UserError, match="two networks or more"):
         make(("wrn_10_1",))
-    with pytest.raises(UserError, match="backbone with stages"):
+    with pytest.raises(UserError, match="has no stages that run one after another"):
         LMCL(SplitNet([nn.Linear(3, 2), nn.Linear(3, 2)]), LMCLOptions())
 
 

@@ -6,7 +6,7 @@ from torch import nn
 
 from model import LARGE, SMALL, BackboneRequest, SplitNet, backbones, build_splitnet
 from model.depth import check_freeze, freeze, layer_factors, layer_rates, layers
-from model.staged import StagedBackbone, classifier_name
+from model.staged import classifier_name, staged_parts
 from training.optim import build_optimizer, parameter_groups, set_learning_rate
 from training.options import OptimizerOptions
 from utils.errors import UserError
@@ -81,19 +81,20 @@ OWN += ["resnet18_imagenet", "hcgnet_A1_cifar", "ShuffleNetV2_05x_cifar"]
 @pytest.mark.parametrize("arch", [*OWN, "torchvision/mobilenet_v3_small", "torchvision/regnet_y_400mf"])
 def test_every_parameter_lies_in_one_layer_and_the_classifier_above_all(arch: str) -> None:
     network = small(arch).models[0]
-    assert isinstance(network, StagedBackbone)
+    staged = staged_parts(network)
+    assert staged is not None
     found = layers(network)
     names = [name for layer in found for name in layer.names]
     assert sorted(names) == sorted(name for name, _ in network.named_parameters())
     assert all(layer.names for layer in found)
     assert {name.rpartition(".")[0] for name in found[-1].names} == {classifier_name(network)}
     assert found[0].label == "stem"
-    assert len({layer.label for layer in found}) == len(found) >= 2 + len(network.stages)
+    assert len({layer.label for layer in found}) == len(found) >= 2 + len(staged.stages)
     # deeper parts of the network lie in later layers
     place = {name: i for i, layer in enumerate(found) for name in layer.names}
     ids = {id(parameter): name for name, parameter in network.named_parameters()}
     deepest = [0]
-    for stage in network.stages:
+    for stage in staged.stages:
         depths = [place[ids[id(parameter)]] for parameter in stage.parameters()]
         if depths:
             assert min(depths) > deepest[-1]

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from method import methods
-from model import LARGE, SMALL, BackboneRequest, backbones, build_network
+from model import LARGE, SMALL, BackboneRequest, backbones, build_network, staged_parts
 from model.heads import (
     AuxiliaryHeads,
     Gate,
@@ -196,7 +196,8 @@ def test_branches_and_exits_of_library_networks(arch, depths):
     if arch.startswith("timm/"):
         pytest.importorskip("timm")
     with torch.device("meta"):
-        network = build_network(BackboneRequest(arch=arch, num_classes=5, dataset="synthetic", crop_size=64))
+        request = BackboneRequest(arch=arch, num_classes=5, dataset="synthetic", crop_size=64)
+        network = staged_parts(build_network(request))
         branches, exits = synergy_branches(network), exit_heads(network)
         for heads in (branches, exits):
             embeddings, logits = heads(network, torch.empty(2, 3, 64, 64))

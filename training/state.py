@@ -12,7 +12,7 @@ import torch
 
 from dataset import DataSource
 from method import Method
-from model.registry import request_of
+from model.registry import known_request
 from model.restore import plain_keys, published_keys
 from recipe.preprocessing import Preprocessing
 from record.checkpoint import FORMAT_VERSION, Checkpoint, batches_done
@@ -84,6 +84,18 @@ class RunState:
             **gpu_facts(self.world.device),
         }
 
+    def _division(self) -> Checkpoint:
+        """The plan by which the networks were divided, or fitted to small images."""
+        request = known_request(self.method.network.models[0])
+        if request is None or request.widths is None:
+            return {"widths": [], "way": "", "width_names": [], "library": ""}
+        return {
+            "widths": list(request.widths),
+            "way": request.way,
+            "width_names": list(request.width_names),
+            "library": request.library,
+        }
+
     def gather(self) -> Checkpoint | None:
         """All that a resumed run needs to go on bit for bit, and that eval.py needs to load.
 
@@ -96,11 +108,12 @@ class RunState:
         if not self.world.is_main:
             return None
         network, best, position = self.method.network, self.report.best, self.position
-        form = request_of(network.models[0]).form
+        request = known_request(network.models[0])
+        form = None if request is None else request.form
         state: Checkpoint = {
             "epoch": position.epoch,
             "arch": self.flags["arch"],
-            "widths": list(request_of(network.models[0]).widths or ()),
+            "widths": [],
             "form": None if form is None else form.as_dict(),
             "state_dict": published_keys(network.state_dict()),
             "best_acc1": best["ensemble_acc1"] if best else 0.0,
@@ -128,6 +141,7 @@ class RunState:
         }
         if self.precision.scaler:
             state["scaler"] = self.scaler.state_dict()
+        state |= self._division()
         if self.data.codes:
             state["codes"] = list(self.data.codes)
         if self.average is not None:

@@ -26,7 +26,8 @@ def count_macs(module: nn.Module, input_shape: Sequence[int]) -> int:
         module: takes one tensor; a SplitNet counts through all S networks.
         input_shape: [C, H, W] of one image.
     """
-    shapes = {name: tensor.to("meta") for name, tensor in _tensors(module)}
+    # detached, because a parameter as an operand of `cat` breaks the counter
+    shapes = {name: tensor.detach().to("meta") for name, tensor in _tensors(module)}
     counter = FlopCounterMode(display=False)
     with _evaluating(module), torch.no_grad(), counter, without_batch_norm():
         functional_call(module, shapes, torch.empty(1, *input_shape, device="meta"))

@@ -27,7 +27,7 @@ from method.l_mcl.class_table import ClassTable
 from method.l_mcl.meta import VirtualSGD, buffers_restored, meta_gradient
 from model.heads import Gate, PairWeights, ProjectionHead, embedding_size, exit_heads, require_stages
 from model.splitnet import SplitNet
-from model.staged import StagedBackbone
+from model.staged import Staged
 from recipe.published import scaled_milestones
 from utils.distributed import all_gather_rows, broadcast_buffers
 from utils.errors import UserError
@@ -341,7 +341,7 @@ class LMCL(Method[LMCLOptions]):
         super().load_training_state(state)
         self.weight_optimizer.load_state_dict(state["weight_optimizer"])
 
-    def _networks(self) -> list[StagedBackbone]:
+    def _networks(self) -> list[Staged]:
         return [require_stages(network, "l_mcl") for network in self.network.models]
 
     def outputs(self, view_BCHW: Tensor) -> Outputs:

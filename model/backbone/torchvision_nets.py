@@ -200,6 +200,8 @@ LIBRARY = Library(
     create=lambda name, num_classes: get_model(name, weights=None, num_classes=num_classes),
     families=FAMILIES,
     released_name=released_name,
+    by_channels=frozenset(("AlexNet", "SqueezeNet")),
+    version=f"torchvision {torchvision.__version__}",
     examples="resnet50, resnext50_32x4d, wide_resnet50_2, regnet_y_400mf, mobilenet_v2, mobilenet_v3_small, "
     "efficientnet_b0, convnext_tiny, densenet121, mnasnet1_0, vgg11_bn",
 )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 
+from model.division.coverage import LISTS, coverage
 from model.division.plan import DIVIDE_BY, division_plan, usual_request
 from utils.command_line import OneLineParser
 from utils.errors import UserError
@@ -17,13 +18,25 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = OneLineParser(
         prog=f"python -m {__package__}", description="Print what one of S copies of a network looks like."
     )
-    parser.add_argument("arch", help="backbone: a name of ours, torchvision/NAME, timm/NAME or FILE.py:FACTORY")
+    parser.add_argument(
+        "arch", nargs="?", help="backbone: a name of ours, torchvision/NAME, timm/NAME or FILE.py:FACTORY"
+    )
     parser.add_argument("--split_factor", type=int, default=2, metavar="S", help="number of copies [default: 2]")
     parser.add_argument("--divide_by", choices=DIVIDE_BY, help="what the copies together match [default: params]")
     parser.add_argument("--num_classes", type=int, default=1000, metavar="K", help="[default: 1000]")
     parser.add_argument("--crop_size", type=int, metavar="PIXELS", help="[default: the network's own, else 224 or 32]")
+    parser.add_argument(
+        "--coverage", choices=tuple(LISTS), help="print which networks of a list divide by 2 and 4, as a table"
+    )
     given = parser.parse_args(argv)
+    if given.coverage is not None:
+        for line in coverage(LISTS[given.coverage]):
+            sys.stdout.write(line + "\n")
+            sys.stdout.flush()
+        return 0
     try:
+        if given.arch is None:
+            raise UserError("expected arch, the name of a backbone, or --coverage LIST.")
         if given.split_factor < 1 or given.num_classes < 1:
             raise UserError("--split_factor and --num_classes must be 1 or more.")
         if given.crop_size is not None and given.crop_size < 1:
@@ -41,3 +54,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return error.exit_code
     sys.stdout.write(plan.table() + "\n")
     return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 
 import torch
 
+from model.division.arguments import leaf_kind
 from model.registry import (
     LARGE,
     BackboneRequest,
@@ -16,9 +18,11 @@ from model.registry import (
     image_shape,
 )
 from model.staged import StagedBackbone
+from utils.errors import UserError
 from utils.macs import count_macs, count_params
 
 DIVIDE_BY = ("params", "macs")
+MOST = 4  # a plan's number is at most so many times the undivided network's
 
 
 def division_plan(request: BackboneRequest) -> DivisionPlan:
@@ -70,6 +74,41 @@ def usual_request(
 def solver_plan(request: BackboneRequest) -> DivisionPlan | None:
     """The plan of a request that the solver decides; None where a table does, or nothing is divided."""
     return division_plan(request) if request.split_factor > 1 and check_request(request).plan is not None else None
+
+
+def checked_arguments(
+    request: BackboneRequest, leaves: Mapping[str, int | float], version: str
+) -> dict[str, int | float]:
+    """The numbers of a request's plan by the names of constructor arguments.
+
+    Args:
+        request: with `width_names` and `widths`.
+        leaves: the numbers among the arguments of the undivided network.
+        version: of the library that is installed.
+
+    Raises:
+        UserError: a name that the class does not have, or a value that is none of its.
+    """
+    names, widths = request.width_names, request.widths or ()
+    if len(names) != len(widths):
+        raise UserError(f"--arch {request.arch}: the plan has {len(names)} names and {len(widths)} widths.")
+    unknown = next((name for name in names if name not in leaves), None)
+    if unknown is not None:
+        raise UserError(
+            f"--arch {request.arch}: the plan was made with {request.library or 'another version'}, and {version} has "
+            f"no argument {unknown[:60]} there. Install that version."
+        )
+    found: dict[str, int | float] = {}
+    for name, value in zip(names, widths, strict=True):
+        before = leaves[name]
+        may_be_fraction = isinstance(before, float) or leaf_kind(name) == "ratio"
+        if not (0 < value <= MOST * before and (may_be_fraction or value == int(value))):  # NaN is neither
+            raise UserError(
+                f"--arch {request.arch}: the plan's {name} of {value:g} cannot be ({before:g} undivided): "
+                "the file is damaged."
+            )
+        found[name] = value if isinstance(before, float) or value != int(value) else int(value)
+    return found
 
 
 def _measure(request: BackboneRequest) -> tuple[tuple[int, ...], int, int]:

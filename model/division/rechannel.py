@@ -313,7 +313,8 @@ def trace(network: nn.Module, image: Sequence[int], arch: str) -> ChannelGraph:
 def _graph(network: nn.Module, recorder: _Recorder, arch: str) -> ChannelGraph:
     """Labels -> classes: units that follow one another and give the same number of channels are one stage."""
     uses = recorder.uses
-    classifier = [name for name, use in uses.items() if isinstance(use.module, nn.Linear)][-1:]
+    # whatever gives the logits, a convolution in some
+    classifier = [name for name, use in uses.items() if not use.carried][-1:]
     stage_of: dict[str, int] = {}
     number, before = -1, None
     for unit, channels in recorder.order.items():

@@ -19,6 +19,25 @@ def scaled_width(width: int, factor: float, unit: int) -> int:
     return max(unit, int(width * factor / unit + 0.5) * unit)
 
 
+def bisected_widths(
+    widths: Sequence[int],
+    units: Sequence[int],
+    cost: Callable[[Sequence[int]], int],
+    split_factor: int,
+) -> tuple[int, ...]:
+    """All widths times the one factor that comes nearest to 1 / S of the cost; arguments as `solve_widths`."""
+    budget = cost(widths) / split_factor
+
+    def at(factor: float) -> tuple[int, ...]:
+        return tuple(scaled_width(width, factor, unit) for width, unit in zip(widths, units, strict=True))
+
+    low, high = 0.0, 1.0
+    for _ in range(16):
+        middle = (low + high) / 2
+        low, high = (low, middle) if cost(at(middle)) > budget else (middle, high)
+    return min(at(low), at(high), key=lambda candidate: abs(cost(candidate) - budget))
+
+
 def solve_widths(
     widths: Sequence[int],
     units: Sequence[int],
@@ -41,14 +60,6 @@ def solve_widths(
         return tuple(widths)
     budget = cost(widths) / split_factor
 
-    def at(factor: float) -> tuple[int, ...]:
-        return tuple(scaled_width(width, factor, unit) for width, unit in zip(widths, units, strict=True))
-
-    low, high = 0.0, 1.0
-    for _ in range(16):
-        middle = (low + high) / 2
-        low, high = (low, middle) if cost(at(middle)) > budget else (middle, high)
-
     def miss(candidate: Sequence[int]) -> float:
         return abs(cost(candidate) - budget) / budget
 
@@ -66,7 +77,7 @@ def solve_widths(
             if unit <= start[i] + step <= widths[i]
         ]
 
-    best = min(at(low), at(high), key=miss)
+    best = bisected_widths(widths, units, cost, split_factor)
     while miss(best) > AIM:
         better = [candidate for candidate in steps(best) if miss(candidate) < miss(best)]
         if not better and miss(best) > TOLERANCE:

@@ -152,8 +152,8 @@ def build(request: BackboneRequest) -> nn.Module:
     width = widths[0]
     if len(widths) > 1 or not (math.isfinite(width) and 0 < width <= 1):
         raise UserError(
-            f"--arch {request.arch}: a factory has one width in (0, 1], and the checkpoint or --stage_widths says "
-            f"{' '.join(f'{value:g}' for value in widths)}."
+            f"--arch {request.arch}: expected one width in (0, 1], and --stage_widths or the checkpoint has "
+            f"{' '.join(f'{value:g}' for value in widths)}, which is outside (0, 1] or more than one."
         )
     _measure(request.arch, width, request.num_classes, request.crop_size)
     device = torch.get_default_device()

@@ -226,11 +226,11 @@ def cpu_out_of_memory() -> None:
     torch.empty(10**15)
 
 
-def library_weights_at_hand() -> None:
+def library_weights_at_hand(name: str = "mobilenet_v3_small") -> None:
     """torchvision's published weights come without a network: those of a seed, as a download would give them."""
     import torch
-    from torchvision.models import _api, mobilenet_v3_small
+    from torchvision.models import _api, get_model
 
     torch.manual_seed(9)
-    state = mobilenet_v3_small().state_dict()
+    state = get_model(name).state_dict()
     _api.load_state_dict_from_url = lambda *args, **kwargs: state

@@ -1,16 +1,22 @@
 """What the documents show works: examples run, commands parse, links and paths point somewhere, prose wraps."""
 
+import functools
+import json
 import re
 import shlex
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+from PIL import Image
 
 from evaluation.options import EvalOptions
 from method import methods
 from parser_params import parse_config, resolve_config
+from tests.kills import library_weights_at_hand
+from tests.runs import Run
 
 ROOT = Path(__file__).parent.parent
 DOCUMENTS = sorted(path for folder in (".", "benchmarks", "miscs") for path in (ROOT / folder).glob("*.md"))
@@ -181,3 +187,45 @@ def test_every_goal_of_the_benchmarks_has_one_row() -> None:
     rows = [line.split("|") for line in text.splitlines() if re.match(r"\| G\d+ \|", line)]
     assert [row[1].strip() for row in rows] == [f"G{number}" for number in range(1, 13)]
     assert {len(row) for row in rows} == {7}  # five cells between the outer bars
+
+
+# ---- the first screen, as somebody with a folder of images would try it ---------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What the commands of the first screen find where they are called: photos/, new_photos/ and labels.csv."""
+    place = tmp_path_factory.mktemp("first_screen")
+    generator = np.random.default_rng(0)
+    rows = ["path,label"]
+    for folder, count in (("photos/cat", 9), ("photos/dog", 9), ("new_photos", 3)):
+        (place / folder).mkdir(parents=True)
+        for i in range(count):
+            level = 60 if folder.endswith("cat") else 180
+            pixels = generator.integers(level, level + 60, (24, 24, 3), dtype=np.uint8)
+            Image.fromarray(pixels).save(place / folder / f"{i}.png")
+            if folder.startswith("photos"):
+                rows.append(f"{folder}/{i}.png,{folder.rpartition('/')[2]}")
+    (place / "labels.csv").write_text("\n".join(rows) + "\n")
+    return place
+
+
+FIRST_SCREEN = TEXT[: TEXT.index("## Measured here")]
+FIRST_COMMANDS = commands(FIRST_SCREEN, "train_split|eval")
+
+
+@pytest.mark.slow
+def test_the_first_screens_commands_run_as_they_stand(photos: Path) -> None:
+    assert len(FIRST_COMMANDS) == 7
+    for command in FIRST_COMMANDS:
+        program, *words = shlex.split(command)[1:]
+        places = ("photos/", "new_photos/", "labels.csv")
+        argv = [str(photos / word) if word in places or word.startswith("runs/") else word for word in words]
+        if "--pretrained" in argv:  # a network for large images, with weights that a download would bring
+            argv += ["--epochs", "1"]
+        patched = functools.partial(library_weights_at_hand, "resnet18")
+        done = Run(argv, photos / "streams", module=program.removesuffix(".py"), before=patched).wait()
+        assert done.code == 0, f"{command}\n{done.stderr}"
+    assert json.loads((photos / "runs/photos/results.json").read_text())["ensemble_acc1"] > 75
+    for name in ("curves.png", "split.csv", "predict_new_photos/predictions.csv", "eval/results.json"):
+        assert (photos / "runs/photos" / name).is_file(), name

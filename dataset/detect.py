@@ -1,7 +1,6 @@
 """Which data set --data is, where no --dataset says it."""
 
 import os
-import re
 from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
@@ -38,8 +37,8 @@ def kind_of(data: str, *, is_chosen: bool = True) -> str | None:
     if root.is_dir():
         return _kind_of_folder(root)
     suffix = root.suffix.lower()
-    is_there = root.is_file() or bool(re.search(r"[{*?]", data))
-    return next((kind for kind, suffixes in SUFFIXES.items() if is_there and suffix in suffixes), None)
+    # also of a file that is not there, so that it is missed by its name
+    return next((kind for kind, suffixes in SUFFIXES.items() if suffix in suffixes), None)
 
 
 def _kind_of_folder(root: Path) -> str | None:

@@ -227,5 +227,5 @@ def test_the_first_screens_commands_run_as_they_stand(photos: Path) -> None:
         done = Run(argv, photos / "streams", module=program.removesuffix(".py"), before=patched).wait()
         assert done.code == 0, f"{command}\n{done.stderr}"
     assert json.loads((photos / "runs/photos/results.json").read_text())["ensemble_acc1"] > 75
-    for name in ("curves.png", "split.csv", "predict_new_photos/predictions.csv", "eval/results.json"):
+    for name in ("curves.png", "split.csv", "eval/predictions.csv", "eval/confusion.png"):
         assert (photos / "runs/photos" / name).is_file(), name

@@ -89,7 +89,8 @@ def find_table(root: Path) -> Path | None:
 def _find(root: Path) -> Path:
     table = find_table(root)
     if table is None:
-        raise UserError(f"--data {root} is no table. Give a .csv, .tsv or .txt of images and labels.")
+        what = "is no table" if root.exists() else "does not exist"
+        raise UserError(f"--data {root} {what}. Give a .csv, .tsv or .txt of images and labels.")
     return table
 
 

@@ -36,4 +36,5 @@ totals = [torch.zeros_like(total) for _ in range(dist.get_world_size())]
 dist.all_gather(totals, total)
 if dist.get_rank() == 0:
     print("the same weights in every process:", all(bool(one == totals[0]) for one in totals))
+dist.barrier()  # nobody leaves while another still talks to it
 dist.destroy_process_group()

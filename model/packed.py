@@ -48,7 +48,7 @@ def further_groups(inputs: int, outputs: int, groups: int, gamma: int, min_chann
 
 def _plain(request: BackboneRequest) -> BackboneRequest:
     """The request of the base network."""
-    return replace(request, form=None, widths=None, divide_by=None)
+    return replace(request, form=None, widths=None, way="", width_names=(), divide_by=None)
 
 
 @dataclass(frozen=True)

@@ -198,7 +198,8 @@ def _fits(arch: str, state: Mapping[str, Tensor], request: BackboneRequest) -> b
         networks = []
         for shape in entry.split_factors:
             side = entry.crop_size or (224 if shape == LARGE else 32)
-            whole = replace(request, arch=arch, split_factor=1, widths=None, shape=shape, crop_size=side)
+            whole = replace(request, arch=arch, split_factor=1, widths=None, way="", width_names=())
+            whole = replace(whole, shape=shape, crop_size=side)
             with torch.device("meta"):
                 networks.append(build_network(whole))
     except UserError:

@@ -77,7 +77,7 @@ def cut(parent: Mapping[str, Tensor], request: BackboneRequest, *, networks: int
     Raises:
         UserError: the parent is not the undivided network of this backbone, or its channels cannot be followed.
     """
-    whole_request = replace(request, split_factor=1, widths=None)
+    whole_request = replace(request, split_factor=1, widths=None, way="", width_names=())
     with torch.device("meta"):
         whole, part = build_network(whole_request), build_network(request)
     image = (3, request.crop_size, request.crop_size)

@@ -6,9 +6,9 @@ from collections.abc import Iterator
 import pytest
 
 
-@pytest.fixture
+@pytest.fixture(autouse=True)
 def logging_restored() -> Iterator[None]:
-    """For runs in the test's own process, which set up logging."""
+    """Runs in the test's own process set up logging; the next test finds it as it was."""
     root = logging.getLogger()
     handlers, level = list(root.handlers), root.level
     yield

@@ -194,6 +194,10 @@ class Method(nn.Module, Generic[OwnOptions]):
         """Mean of `class_loss` over the batch, summed over the networks: S logits [B, K] -> scalar."""
         return torch.stack([self.class_loss(logits_BK, targets).mean() for logits_BK in logits_SBK]).sum()
 
+    def row_prefix(self, i: int) -> str:
+        """What the names of further rows of network i begin with: its number, where there are several networks."""
+        return f"{i + 1}_" if self.network.split_factor > 1 else ""
+
     def before_step(self, views_SBCHW: Tensor, targets: Targets, progress: Progress) -> None:
         """Called before the forward pass of a step: what `forward` needs of this step, what is learnt on the side."""
 

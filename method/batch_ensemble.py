@@ -9,8 +9,8 @@ from torch import Tensor
 
 from loss import at_least_float32
 from loss.classification import CROSS_ENTROPY, ClassLoss
-from method import Method, Progress, StepOutput, Targets, methods
-from method.inner import MEMBERS_ARE_ONE, refuse_several_networks
+from method import Progress, StepOutput, Targets, methods
+from method.members import MemberMethod, joined_losses
 from model import BackboneRequest
 from model.members import BatchEnsembleNet
 from model.registry import MemberForm
@@ -52,7 +52,7 @@ class BatchEnsembleOptions(Options):
 
 
 @methods.register("batch_ensemble")
-class BatchEnsemble(Method[BatchEnsembleOptions]):
+class BatchEnsemble(MemberMethod[BatchEnsembleOptions]):
     """Σ or mean over the members of CE(member m, labels); kernels are shared, factors and biases are the members' own.
 
     The factors take no weight decay and a multiple of the learning rate.
@@ -64,9 +64,8 @@ class BatchEnsemble(Method[BatchEnsembleOptions]):
     """
 
     Options = BatchEnsembleOptions
+    name = "batch_ensemble"
     runs_networks_itself = True
-    networks_from_list = False
-    incompatible = MEMBERS_ARE_ONE
 
     def __init__(
         self, network: SplitNet, options: BatchEnsembleOptions, *, class_loss: ClassLoss = CROSS_ENTROPY
@@ -74,12 +73,6 @@ class BatchEnsemble(Method[BatchEnsembleOptions]):
         super().__init__(network, options, class_loss=class_loss)
         if not isinstance(network, BatchEnsembleNet):
             raise ValueError("expected a network of the form batch_ensemble")
-
-    @classmethod
-    def implied_flags(cls, given: Mapping[str, Any]) -> Mapping[str, Any]:
-        """Nothing; refuses several networks."""
-        refuse_several_networks("batch_ensemble", given)
-        return {}
 
     @classmethod
     def member_form(cls, options: BatchEnsembleOptions, request: BackboneRequest, seed: int) -> MemberForm:
@@ -139,6 +132,5 @@ class BatchEnsemble(Method[BatchEnsembleOptions]):
             logits_MBK = at_least_float32(self.network(views_SBCHW))
             losses_M = [self.class_loss(logits_BK, targets).mean() for logits_BK in logits_MBK]
             shown = logits_MBK.detach()
-        stacked_M = torch.stack(losses_M)
-        loss = stacked_M.sum() if self.options.member_loss == "sum" else stacked_M.mean()
+        loss = joined_losses(losses_M, self.options.member_loss)
         return StepOutput(loss, {"loss_ce": loss.detach()}, shown)

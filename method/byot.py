@@ -110,7 +110,7 @@ class BeYourOwnTeacher(Method[BYOTOptions]):
         """Logits [B, K] of every exit, the shallowest first, and the mean of all heads, the main one included."""
         found: dict[str, Tensor] = {}
         for i in range(self.network.split_factor):
-            of = f"{i + 1}_" if self.network.split_factor > 1 else ""
+            of = self.row_prefix(i)
             _, logits = self.exits[i](self.network.models[i], images_BCHW)
             found |= {f"{of}exit{k}": logits_BK for k, logits_BK in enumerate(logits[:-1], start=1)}
             found[f"{of}exits_mean"] = torch.stack(logits).mean(dim=0)

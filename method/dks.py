@@ -140,7 +140,7 @@ class DKS(Method[DKSOptions]):
 
     def _heads(self, i: int, images_BCHW: Tensor) -> dict[str, Tensor]:
         """Logits [B, K] of network i by head: its branches, the shallowest first, and its own head last."""
-        of = f"{i + 1}_" if self.network.split_factor > 1 else ""
+        of = self.row_prefix(i)
         logits = self.branches[i](require_stages(self.network.models[i], "dks"), images_BCHW)[1]
         names = [f"{of}branch{k}" for k in range(1, len(logits))] + [f"{of}main"]
         return dict(zip(names, logits, strict=True))

@@ -1,15 +1,14 @@
 """What methods need inside: means over processes, a small guarded SGD, weights that follow the epoch, frozen copies."""
 
 import math
-from collections.abc import Mapping, Sequence
-from typing import Any, Self
+from collections.abc import Sequence
+from typing import Self
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
 from utils.distributed import is_alone
-from utils.errors import UserError
 
 
 @torch.no_grad()
@@ -38,32 +37,6 @@ def average_over_processes(tensors: Sequence[Tensor]) -> None:
     flat /= dist.get_world_size()
     for tensor, mean in zip(tensors, flat.split([tensor.numel() for tensor in tensors]), strict=True):
         tensor.copy_(mean.view_as(tensor))
-
-
-# flags that need networks of their own, for methods whose members share one
-MEMBERS_ARE_ONE: Mapping[str, str] = {
-    "is_identical_init": "its members share one network",
-    "is_train_sep": "its members share one network",
-}
-
-
-def refuse_several_networks(method: str, given: Mapping[str, Any]) -> None:
-    """Refuse flags that ask for several networks where a method's members take their place.
-
-    Args:
-        method: its name.
-        given: all that was set, by flag name.
-
-    Raises:
-        UserError: a list of backbones, or a division.
-    """
-    if "," in str(given.get("arch", "")):
-        raise UserError(f"--method {method} takes one backbone, and --arch names several: --num_members says how many.")
-    if given.get("split_factor", 1) != 1:
-        raise UserError(
-            f"--split_factor {given['split_factor']}: --method {method} divides nothing, its --num_members take the "
-            "place of S. Leave it away."
-        )
 
 
 def ramp(epoch: int, length: int) -> float:
@@ -97,6 +70,22 @@ class EpochNumber(nn.Module):
     def forward(self, dtype: torch.dtype) -> Tensor:
         """The number as a scalar of this type."""
         return self.value.to(dtype)
+
+
+class TeacherRamp(EpochNumber):
+    """The `ramp` of a teacher that has to learn itself.
+
+    Args:
+        length: epochs that it rises over; None: 80 of 300, in proportion.
+    """
+
+    def __init__(self, length: int | None) -> None:
+        super().__init__()
+        self.length = length
+
+    def bring_to(self, epoch: int, epochs: int) -> None:
+        """Make it that of an epoch, counted from 0, of so many."""
+        self.write(ramp(epoch, round(80 * epochs / 300) if self.length is None else self.length))
 
 
 class Asleep(nn.Module):

@@ -8,8 +8,8 @@ from torch import Tensor
 
 from loss import at_least_float32
 from loss.classification import CROSS_ENTROPY, ClassLoss
-from method import Method, Progress, StepOutput, Targets, methods
-from method.inner import MEMBERS_ARE_ONE, refuse_several_networks
+from method import Progress, StepOutput, Targets, methods
+from method.members import MemberMethod
 from model import LARGE, BackboneRequest
 from model.members import PLACES, MCDropoutNet
 from model.registry import MemberForm
@@ -42,7 +42,7 @@ class MCDropoutOptions(Options):
 
 
 @methods.register("mc_dropout")
-class MCDropout(Method[MCDropoutOptions]):
+class MCDropout(MemberMethod[MCDropoutOptions]):
     """CE(labels) of one pass with dropout; an evaluation makes T passes with masks that are fixed by the seed.
 
     Published codes drop within blocks and draw for every image; ours drops channels behind stages, which runs on any
@@ -55,21 +55,14 @@ class MCDropout(Method[MCDropoutOptions]):
     """
 
     Options = MCDropoutOptions
+    name = "mc_dropout"
     shared_view = True
     runs_networks_itself = True
-    networks_from_list = False
-    incompatible = MEMBERS_ARE_ONE
 
     def __init__(self, network: SplitNet, options: MCDropoutOptions, *, class_loss: ClassLoss = CROSS_ENTROPY) -> None:
         super().__init__(network, options, class_loss=class_loss)
         if not isinstance(network, MCDropoutNet):
             raise ValueError("expected a network of the form mc_dropout")
-
-    @classmethod
-    def implied_flags(cls, given: Mapping[str, Any]) -> Mapping[str, Any]:
-        """Nothing; refuses several networks."""
-        refuse_several_networks("mc_dropout", given)
-        return {}
 
     @classmethod
     def recipe(

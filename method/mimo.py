@@ -9,8 +9,8 @@ from torch import Tensor
 
 from loss import at_least_float32
 from loss.classification import CROSS_ENTROPY, ClassLoss
-from method import Method, Progress, StepOutput, Targets, methods
-from method.inner import MEMBERS_ARE_ONE, refuse_several_networks
+from method import Progress, StepOutput, Targets, methods
+from method.members import MemberMethod, joined_losses
 from model import LARGE, BackboneRequest
 from model.members import MimoNet
 from model.registry import MemberForm, request_of
@@ -70,7 +70,7 @@ def member_orders(rows: int, members: int, shared: float, generator: torch.Gener
 
 
 @methods.register("mimo")
-class Mimo(Method[MimoOptions]):
+class Mimo(MemberMethod[MimoOptions]):
     """Σ_m CE(z_m, labels of member m's images): mean over N rows, each of which shows every member an image.
 
     The batch is repeated r times, so a step costs r times a plain one. The orders are a function of (seed, step); every
@@ -83,9 +83,8 @@ class Mimo(Method[MimoOptions]):
     """
 
     Options = MimoOptions
+    name = "mimo"
     runs_networks_itself = True
-    networks_from_list = False
-    incompatible = MEMBERS_ARE_ONE
 
     def __init__(self, network: SplitNet, options: MimoOptions, *, class_loss: ClassLoss = CROSS_ENTROPY) -> None:
         super().__init__(network, options, class_loss=class_loss)
@@ -97,12 +96,6 @@ class Mimo(Method[MimoOptions]):
         self.shared = (0.6 if is_large else 0.0) if given[1] is None else given[1]
         self._seed = 0
         self._orders_MN: Tensor | None = None
-
-    @classmethod
-    def implied_flags(cls, given: Mapping[str, Any]) -> Mapping[str, Any]:
-        """Nothing; refuses several networks."""
-        refuse_several_networks("mimo", given)
-        return {}
 
     @classmethod
     def member_form(cls, options: MimoOptions, request: BackboneRequest, seed: int) -> MemberForm:
@@ -155,8 +148,7 @@ class Mimo(Method[MimoOptions]):
             self.class_loss(logits, Targets(targets.labels_B[i], targets.labels_other_B[i], targets.lam)).mean()
             for logits, i in zip(logits_MNK, images_MN, strict=True)
         ]
-        losses_M = torch.stack(losses)
-        loss = losses_M.sum() if self.options.member_loss == "sum" else losses_M.mean()
+        loss = joined_losses(losses, self.options.member_loss)
         where_MB = orders_MN.argsort(dim=1)[:, :count]
         shown = torch.stack([logits[rows_B] for logits, rows_B in zip(logits_MNK.detach(), where_MB, strict=True)])
         return StepOutput(loss, {"loss_ce": loss.detach()}, shown)

@@ -11,7 +11,7 @@ from loss import at_least_float32
 from loss.classification import CROSS_ENTROPY, ClassLoss
 from loss.distillation import distillation_kl
 from method import Method, Progress, StepOutput, Targets, methods
-from method.inner import EpochNumber, ramp
+from method.inner import TeacherRamp
 from model.heads import PeerAttention, embedding_size, peer_branches, require_stages
 from model.splitnet import SplitNet
 from model.staged import Staged
@@ -129,7 +129,7 @@ class DiversePeers(Method[OKDDipOptions]):
                 )
             groups = [Group(None, sizes[0], options)]
         self.groups = nn.ModuleList(groups)
-        self.ramp = EpochNumber()
+        self.ramp = TeacherRamp(options.okddip_ramp_epochs)
 
     @classmethod
     def recipe(
@@ -144,8 +144,7 @@ class DiversePeers(Method[OKDDipOptions]):
 
     def before_step(self, views_SBCHW: Tensor, targets: Targets, progress: Progress) -> None:
         """Bring the weight of the targets up to date."""
-        length = self.options.okddip_ramp_epochs
-        self.ramp.write(ramp(progress.epoch, round(80 * progress.epochs / 300) if length is None else length))
+        self.ramp.bring_to(progress.epoch, progress.epochs)
 
     def forward(self, views_SBCHW: Tensor, targets: Targets, progress: Progress) -> StepOutput:
         """Views [S, B, C, H, W], or one shared view -> loss, metrics, logits [S, B, K] of the networks.

@@ -11,7 +11,7 @@ from loss import at_least_float32
 from loss.classification import CROSS_ENTROPY, ClassLoss
 from loss.distillation import distillation_kl
 from method import Method, Progress, StepOutput, Targets, methods
-from method.inner import EpochNumber, ramp
+from method.inner import TeacherRamp
 from model.heads import NativeEnsemble, require_stages
 from model.splitnet import SplitNet
 from recipe.published import sgd_steps
@@ -62,7 +62,7 @@ class NativeEnsembleLearning(Method[ONEOptions]):
         self.ensembles = nn.ModuleList(
             NativeEnsemble(require_stages(one, "one", at_least=2), options.one_branches) for one in network.models
         )
-        self.ramp = EpochNumber()
+        self.ramp = TeacherRamp(options.one_ramp_epochs)
 
     @classmethod
     def recipe(
@@ -75,8 +75,7 @@ class NativeEnsembleLearning(Method[ONEOptions]):
 
     def before_step(self, views_SBCHW: Tensor, targets: Targets, progress: Progress) -> None:
         """Bring the weight of the teacher up to date."""
-        length = self.options.one_ramp_epochs
-        self.ramp.write(ramp(progress.epoch, round(80 * progress.epochs / 300) if length is None else length))
+        self.ramp.bring_to(progress.epoch, progress.epochs)
 
     def forward(self, views_SBCHW: Tensor, targets: Targets, progress: Progress) -> StepOutput:
         """Views [S, B, C, H, W], or one shared view -> loss, metrics, logits [S, B, K] of the networks themselves.
@@ -104,7 +103,7 @@ class NativeEnsembleLearning(Method[ONEOptions]):
         """Logits [B, K] of every branch but the networks' own, and of the gated mixtures."""
         found: dict[str, Tensor] = {}
         for i in range(self.network.split_factor):
-            of = f"{i + 1}_" if self.network.split_factor > 1 else ""
+            of = self.row_prefix(i)
             logits_MBK, gated_BK = self._branches(i, images_BCHW)
             found |= {f"{of}branch{j}": logits_BK for j, logits_BK in enumerate(logits_MBK[1:], start=2)}
             found[f"{of}gated"] = gated_BK

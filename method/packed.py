@@ -5,12 +5,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from loss import at_least_float32
-from method import Method, Progress, StepOutput, Targets, methods
-from method.inner import MEMBERS_ARE_ONE, refuse_several_networks
+from method import Progress, StepOutput, Targets, methods
+from method.members import MemberMethod, joined_losses
 from model import BackboneRequest
 from model.packed import AUTO
 from model.registry import MemberForm
@@ -58,7 +57,7 @@ def require_alpha(text: str) -> str:
 
 
 @methods.register("packed")
-class Packed(Method[PackedOptions]):
+class Packed(MemberMethod[PackedOptions]):
     """Σ or mean over the members of CE(member m, labels); nothing crosses members.
 
     With γ = 1 it differs from `independent` on S = M networks in the rule of the widths, in one view for all and in the
@@ -71,15 +70,14 @@ class Packed(Method[PackedOptions]):
     """
 
     Options = PackedOptions
-    networks_from_list = False
-    incompatible = MEMBERS_ARE_ONE
+    name = "packed"
 
     @classmethod
     def implied_flags(cls, given: Mapping[str, Any]) -> Mapping[str, Any]:
         """Nothing; refuses several networks, and what is no α."""
-        refuse_several_networks("packed", given)
+        implied = super().implied_flags(given)
         require_alpha(given.get("packed_alpha", AUTO))
-        return {}
+        return implied
 
     @classmethod
     def member_form(cls, options: PackedOptions, request: BackboneRequest, seed: int) -> MemberForm:
@@ -109,6 +107,6 @@ class Packed(Method[PackedOptions]):
     def forward(self, views_SBCHW: Tensor, targets: Targets, progress: Progress) -> StepOutput:
         """Views [M, B, C, H, W], or one shared view -> loss, metrics (loss_ce), logits [M, B, K]."""
         logits_MBK = at_least_float32(self.network(views_SBCHW))
-        losses_M = torch.stack([self.class_loss(logits_BK, targets).mean() for logits_BK in logits_MBK])
-        loss = losses_M.sum() if self.options.member_loss == "sum" else losses_M.mean()
+        losses_M = [self.class_loss(logits_BK, targets).mean() for logits_BK in logits_MBK]
+        loss = joined_losses(losses_M, self.options.member_loss)
         return StepOutput(loss, {"loss_ce": loss.detach()}, logits_MBK.detach())

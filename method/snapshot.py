@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from loss import at_least_float32
 from loss.classification import CROSS_ENTROPY, ClassLoss
 from method import Method, Progress, StepOutput, Targets, methods
-from method.inner import refuse_several_networks
+from method.members import refuse_several_networks
 from model.splitnet import SplitNet
 from utils.errors import UserError
 from utils.options import SAME, Options, option

@@ -182,7 +182,7 @@ class Trainer:
             largest=self.loader.fewest_images(0),
             crop_size=config.crop_size,
             arch=config.arch,
-            synchronised=config.is_syncbn and world.world_size > 1,
+            synchronised=self.is_synchronised,
         )
         self.position = Position()
         pace = Pace(
@@ -346,12 +346,16 @@ class Trainer:
         """Bring the method to its device, in its precision and layout, and decide how its networks are run."""
         self.method.to(self.world.device, self.precision.weights)
         lay_out(self.method, self.precision.memory_format)
-        if self.config.is_syncbn and self.world.world_size > 1:
+        if self.is_synchronised:
             synchronise_batchnorm(self.method, self.world.device)
         self.network.execution = self._choose_execution(resumed)
-        synchronised = self.config.is_syncbn and self.world.world_size > 1
-        if synchronised and self.network.execution == "parallel" and self.world.device.type == "cuda":
+        if self.is_synchronised and self.network.execution == "parallel" and self.world.device.type == "cuda":
             logger.info("--execution parallel: with --is_syncbn 1 every exchange waits for the one before, as in loop.")
+
+    @property
+    def is_synchronised(self) -> bool:
+        """Whether batch norms take the statistics of all processes."""
+        return self.config.is_syncbn and self.world.world_size > 1
 
     def _choose_execution(self, resumed: Checkpoint | None) -> str:
         """How the networks run: as the resumed run's did, unless another strategy is asked for."""

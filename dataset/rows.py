@@ -4,6 +4,7 @@ import logging
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -174,3 +175,33 @@ def guessed_column(columns: Mapping[str, str], flag: str, asked: str | None, gue
             raise UserError(f"--{flag} {asked}: there is no such column. There are {', '.join(columns.values())}.")
         return asked
     return next((columns[name] for name in guesses if name in columns), None)
+
+
+def needed_columns(
+    columns: Mapping[str, str],
+    request: SourceRequest,
+    *,
+    images: Sequence[str],
+    labels: Sequence[str],
+    table: Path,
+    header: Sequence[str],
+) -> tuple[str, str]:
+    """(column of the images, column of the labels).
+
+    Args:
+        columns: lower-case name -> name.
+        images, labels: guesses, see `guessed_column`.
+        table: for errors. header: the names, as these list them.
+
+    Raises:
+        UserError: as `guessed_column`, or one of the two cannot be told.
+    """
+    image = guessed_column(columns, "image_column", request.image_column, images)
+    label = guessed_column(columns, "label_column", request.label_column, labels)
+    if image is None or label is None:
+        what = "image" if image is None else "label"
+        raise UserError(
+            f"--data {table}: which column holds the {what}s? Say it by --{what}_column: "
+            f"{', '.join(map(escaped, header))}."
+        )
+    return image, label

@@ -120,12 +120,12 @@ def _of_those_that_ran(
 def cascade_summary(answers: Answers, answered: Answered) -> dict[str, Any]:
     """Average MACs, and the share of the images that each number of networks answered."""
     assert answers.cascade is not None
-    macs_S = answers.cascade.ordered_macs()
-    cost_S = torch.tensor(macs_S, dtype=torch.float64).cumsum(0)
+    macs = answers.cascade.macs
     used_N = answered.networks_used_N
-    counts = used_N.bincount(minlength=len(macs_S) + 1)[1:]
+    average = answers.cascade.average_macs(used_N - 1)
+    counts = used_N.bincount(minlength=len(macs) + 1)[1:]
     return {
-        "average_macs": float(cost_S[used_N - 1].mean()),
-        "macs_share": float(cost_S[used_N - 1].mean() / cost_S[-1]),
+        "average_macs": average,
+        "macs_share": average / sum(macs),
         "left": (counts.double() / len(used_N)).tolist(),
     }

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from evaluation.calibration import CALIBRATIONS, COLDEST, HOTTEST, Temperatures, scores_of
@@ -58,6 +59,11 @@ class CascadeAnswers:
     def ordered_macs(self) -> list[int]:
         """MACs of the networks as they run."""
         return [self.macs[s] for s in self.order]
+
+    def average_macs(self, stage_N: Tensor) -> float:
+        """MACs of an image on average, where images leave after these stages, counted from 0."""
+        cost_S = torch.tensor(self.ordered_macs(), dtype=torch.float64).cumsum(0)
+        return float(cost_S[stage_N].mean())
 
     def as_dict(self) -> dict[str, Any]:
         """The entry of `answers`."""

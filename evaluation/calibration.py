@@ -6,9 +6,9 @@ never those of a reported figure.
 
 import logging
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -126,16 +126,6 @@ class Temperatures:
     networks: tuple[float, ...]
     both: float
     stages: tuple[float, ...] = ()
-
-    @classmethod
-    def from_dict(cls, values: Mapping[str, Any]) -> "Temperatures":
-        """Of the entry of `answers`."""
-        return cls(
-            ensemble=values["ensemble"],
-            networks=tuple(values["networks"]),
-            both=values["both"],
-            stages=tuple(values["stages"]),
-        )
 
     def of_networks(self, mode: str) -> tuple[float, ...] | None:
         """The temperatures by which logits of networks are divided first, under --calibrate `mode`."""

@@ -11,7 +11,7 @@ import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -32,6 +32,8 @@ from utils import launch
 from utils.command_line import OneLineParser
 from utils.errors import Incomplete, RunError, UserError, reason
 from utils.program import program_name, run_program, show
+
+Found = TypeVar("Found")
 
 PROGRAM = program_name("export.py", "export")
 BATCH_SIZES = (1, 2, 7)
@@ -134,6 +136,25 @@ def compare(
     return differences
 
 
+def write_if(out: Path, contents: bytes, judge: Callable[[Path], tuple[Found, bool]]) -> tuple[Found, bool]:
+    """Write a file aside, and give it its name if it is judged to agree; (what the judge found, whether it does).
+
+    Raises:
+        RunError: it cannot be written; nothing is left.
+    """
+    partial = out.with_name(f"{out.stem}{PARTIAL}{out.suffix}")
+    try:
+        partial.write_bytes(contents)
+        found, agrees = judge(partial)
+        if agrees:
+            os.replace(partial, out)
+    except OSError as error:
+        raise RunError(f"--out {out}: cannot be written: {reason(error)}.") from None
+    finally:
+        partial.unlink(missing_ok=True)
+    return found, agrees
+
+
 def export(argv: Sequence[str]) -> dict[str, Any]:
     """Write and compare as a command line says; returns the results, and shows the differences.
 
@@ -179,18 +200,13 @@ def export(argv: Sequence[str]) -> dict[str, Any]:
     crop, metadata = session.info.crop_size, metadata_of(session, dtype)
     prepare = Normalise(metadata["mean"], metadata["std"]) if dtype == "uint8" else None
     program = export_ensemble(session.network, session.rule, (3, crop, crop), prepare)
-    partial = out.with_name(f"{out.stem}{PARTIAL}{out.suffix}")
-    try:
-        partial.write_bytes(WRITERS[out.suffix](program, metadata))
+
+    def judge(partial: Path) -> tuple[list[Difference], bool]:
         images = comparison_images(session, arguments.batch_sizes, dtype)
-        differences = compare(session, partial, images, prepare or torch.nn.Identity())
-        agrees = all(one.relative <= arguments.tolerance for one in differences)  # not so where one is NaN
-        if agrees:
-            os.replace(partial, out)
-    except OSError as error:
-        raise RunError(f"--out {out}: cannot be written: {reason(error)}.") from None
-    finally:
-        partial.unlink(missing_ok=True)
+        found = compare(session, partial, images, prepare or torch.nn.Identity())
+        return found, all(one.relative <= arguments.tolerance for one in found)  # not so where one is NaN
+
+    differences, agrees = write_if(out, WRITERS[out.suffix](program, metadata), judge)
     for one in differences:
         show(f"{one.source}: largest difference {one.absolute:.2e}, {one.relative:.2e} of the largest logit")
     show(f"preprocessing: {json.dumps(metadata['preprocessing'])}")
@@ -235,18 +251,13 @@ def export_by_cascade(session: Session, out: Path, dtype: str, tolerance: float)
         contents = onnx_bytes(program, metadata, CASCADE_OUTPUTS)
     else:
         contents = program_bytes(program, metadata)
-    partial = out.with_name(f"{out.stem}{PARTIAL}{out.suffix}")
-    try:
-        partial.write_bytes(contents)
+
+    def judge(partial: Path) -> tuple[tuple[str, dict[str, Any]], bool]:
         source, images_BCHW = cascade_images(session)
         found = compare_cascade(session, load_cascade(partial), images_BCHW)
-        agrees = found["other_networks"] == 0 and found["largest_relative_difference"] <= tolerance
-        if agrees:
-            os.replace(partial, out)
-    except OSError as error:
-        raise RunError(f"--out {out}: cannot be written: {reason(error)}.") from None
-    finally:
-        partial.unlink(missing_ok=True)
+        return (source, found), found["other_networks"] == 0 and found["largest_relative_difference"] <= tolerance
+
+    (source, found), agrees = write_if(out, contents, judge)
     show(
         f"{source}: {found['other_networks']} of {found['compared']} took another number of networks; largest "
         f"difference {found['largest_relative_difference']:.2e} of the largest score"
@@ -295,8 +306,8 @@ def compare_cascade(session: Session, run: ExportedCascade, images_BCHW: Tensor)
         for bound in bounds:
             close_B |= (stages.confidence_SN[k] - bound).abs() <= CLOSE
     used_B = torch.tensor([count for _, count in found])
-    other_B = (used_B != expected.stage_B + 1) & ~close_B
     same_B = used_B == expected.stage_B + 1
+    other_B = ~same_B & ~close_B
     scores_BK = torch.cat([scores for scores, _ in found]).double()
     largest = float(expected.scores_BK.abs().max())
     apart = float((scores_BK - expected.scores_BK)[same_B].abs().max()) if bool(same_B.any()) else 0.0

@@ -13,7 +13,6 @@ from pathlib import Path
 from dataset import (
     DataSource,
     ImageSet,
-    SourceRequest,
     held_out_digest,
     held_out_names_digest,
     open_source,
@@ -22,7 +21,6 @@ from dataset.class_folders import labelled_folder
 from dataset.holdout import split_indices
 from evaluation.answers import Answers
 from evaluation.session import Session, class_names_and_statistics, open_test_split
-from recipe.datasets import OPEN_ROWS
 from utils.errors import UserError
 from utils.seed import STREAM_SPLIT, numpy_generator
 from utils.text import escaped
@@ -134,21 +132,7 @@ def _chose_on_test(session: Session, source: DataSource) -> bool:
 
 def _of_training(session: Session) -> HeldOut:
     config, info = session.config, session.info
-    source = open_source(
-        SourceRequest(
-            dataset=config.dataset,
-            root=Path(config.data),
-            num_classes=info.num_classes if config.dataset == "synthetic" else None,
-            crop_size=info.crop_size,
-            seed=session.seed,
-            val_fraction=config.val_fraction,
-            test_fraction=session.test_fraction,
-            classes=info.classes,
-            recipe=info.data_recipe if info.data_recipe in OPEN_ROWS else None,
-            on_bad_image=config.on_bad_image,
-            workers=config.workers,
-        )
-    )
+    source = open_source(session.source_request(val_fraction=config.val_fraction))
     if source.val is None or not len(source.val):
         raise UserError(f"--tune_on val: the run of {session.checkpoint} held no images out: {WAYS}.")
     if len(source.classes) != info.num_classes:

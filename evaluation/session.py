@@ -120,6 +120,31 @@ class Session:
         """The recipe by which images of the user's own are cut."""
         return self.info.data_recipe or open_row(self.info.crop_size)
 
+    @property
+    def data_classes(self) -> tuple[str, ...] | None:
+        """The names of the classes as the data has them; None where the checkpoint names none."""
+        return self.info.codes or self.info.classes
+
+    def source_request(self, **changes: Any) -> SourceRequest:
+        """The data set of the flags, as the checkpoint knows it; `changes`: further fields of the request."""
+        config, info = self.config, self.info
+        return SourceRequest(
+            dataset=config.dataset,
+            root=Path(config.data),
+            num_classes=info.num_classes if config.dataset == "synthetic" else None,
+            crop_size=info.crop_size,
+            seed=self.seed,
+            test_fraction=self.test_fraction,
+            image_column=config.image_column,
+            label_column=config.label_column,
+            split_column=config.split_column,
+            classes=self.data_classes,
+            recipe=info.data_recipe if info.data_recipe in OPEN_ROWS else None,
+            on_bad_image=config.on_bad_image,
+            workers=config.workers,
+            **changes,
+        )
+
     def resizing(self, recipe: str) -> tuple[int, str]:
         """(short side in pixels, interpolation) of files: the flags', else the checkpoint's, else the recipe's."""
         stored, given, crop = self.info.preprocessing, self.config.given, self.info.crop_size
@@ -354,25 +379,12 @@ def open_test_split(session: Session, *, download: bool = True) -> DataSource:
         UserError: the data is missing, or its classes are not those of the networks.
     """
     config, info = session.config, session.info
-    known = info.codes or info.classes  # as the data has them
+    known = session.data_classes
     source = open_source(
-        SourceRequest(
-            dataset=config.dataset,
-            root=Path(config.data),
-            num_classes=info.num_classes if config.dataset == "synthetic" else None,
-            crop_size=info.crop_size,
-            seed=session.seed,
+        session.source_request(
             val_fraction=config.val_fraction if session.test_fraction else 0.0,
-            test_fraction=session.test_fraction,
-            image_column=config.image_column,
-            label_column=config.label_column,
-            split_column=config.split_column,
             splits=("test",),
             split=session.options.split,
-            classes=known,
-            recipe=info.data_recipe if info.data_recipe in OPEN_ROWS else None,
-            on_bad_image=config.on_bad_image,
-            workers=config.workers,
             download=download,
         )
     )

@@ -279,8 +279,9 @@ def _choose(
             fit_window(stages.confidence_SN[k], ~right_SN[k], request.point, request.share, options.window_width)
             for k in range(len(order) - 1)
         ]
-        bounds = [(one.low, one.high) for one in windows]
-        stage_N = window_stages(stages.confidence_SN, [(one.low, one.high) for one in windows])
+        edges = [(one.low, one.high) for one in windows]
+        bounds = [*edges]
+        stage_N = window_stages(stages.confidence_SN, edges)
         described = {"name": "window", "window_for": options.window_for, "width": options.window_width}
         chosen = Choice([], walk_of(stage_N, right_SN, ordered))
         curve: Sequence[Choice] = []

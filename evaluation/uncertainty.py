@@ -9,7 +9,6 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from dataset import ImageSet
@@ -134,10 +133,9 @@ def shifted_figures(answers: Answers, mode: str, logits: Logits) -> dict[str, An
     if answers.cascade is not None:
         stages = answers.stages(logits.logits_SNK)
         stage_N = answers.cascade.leave(stages.confidence_SN)
-        cost_S = torch.tensor(answers.cascade.ordered_macs(), dtype=torch.float64).cumsum(0)
         right_N = at_stage(stages.predictions_SN, stage_N) == logits.labels_N
         figures["cascade_acc1"] = 100 * float(right_N.double().mean())
-        figures["cascade_macs"] = float(cost_S[stage_N].mean())
+        figures["cascade_macs"] = answers.cascade.average_macs(stage_N)
     return figures
 
 

@@ -11,7 +11,7 @@ from model.build import build_splitnet
 from model.division.plan import division_plan, usual_request
 from model.division.rechannel import ChannelGraph, trace
 from model.division.solver import solve_widths
-from model.library import divide_rates, rates_of, refuse_a_miss
+from model.library import divide_rates, rates_of, refuse_a_miss, reset_parameters
 from model.registry import DivisionPlan, planned
 from model.splitnet import SplitNet
 from utils.errors import UserError, reason
@@ -137,10 +137,7 @@ def _make_smaller(
                 raise _refusal(name, f"its parameter {path} has no initial values: give its module reset_parameters().")
     graph.resize(network, widths)
     divide_rates(network, split_factor, rates_of(network))
-    for part in network.modules():
-        reset = getattr(part, "reset_parameters", None)
-        if callable(reset):
-            reset()
+    reset_parameters(network)
     if initialise is not None:
         with torch.no_grad():
             initialise(network)

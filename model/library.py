@@ -572,15 +572,20 @@ def fill(network: nn.Module, family: Family | None, device: torch.device) -> Non
         device: where it goes.
     """
     network.to_empty(device=device)
-    for module in network.modules():
-        reset = getattr(module, "reset_parameters", None)
-        if callable(reset):
-            reset()
+    reset_parameters(network)
     with torch.no_grad():
         if family is not None:
             family.initialise(network)
         else:
             _initialise_as_the_class_says(network)
+
+
+def reset_parameters(network: nn.Module) -> None:
+    """Give every module that can do so the initial values that torch gives it."""
+    for module in network.modules():
+        reset = getattr(module, "reset_parameters", None)
+        if callable(reset):
+            reset()
 
 
 def _initialise_as_the_class_says(network: nn.Module) -> None:

@@ -6,7 +6,7 @@ Shapes: M members, B images, V views (M or 1), K classes, C and D channels.
 
 import copy
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -355,43 +355,39 @@ class MCDropoutNet(MemberNet):
     def forward(self, views_VBCHW: Tensor) -> Tensor:
         """Images [B, C, H, W], or one view -> logits [T, B, K]; in training [1, B, K], of one pass."""
         images = views_VBCHW if views_VBCHW.dim() == 4 else views_VBCHW[0]
+        parts, drops = self._parts(), self._drops()
+        shared = self._before(images, parts)
         if self.training:
-            return self._pass(images, self._before(images)).unsqueeze(0)
-        shared = self._before(images)
-        drops = self._drops()
+            return self._pass(shared, parts, drops).unsqueeze(0)
         passes = []
         try:
             for key in self.keys_T:
                 for drop in drops:
                     drop.member_key = key
-                passes.append(self._pass(images, shared))
+                passes.append(self._pass(shared, parts, drops))
         finally:
             for drop in drops:
                 drop.member_key = None
         return torch.stack(passes)
 
-    def _before(self, images: Tensor) -> Tensor:
-        """What all passes share: up to the first stage, up to the embedding, or nothing."""
-        if not self.staged:
+    def _before(self, images: Tensor, parts: Staged | None) -> Tensor:
+        """What all passes share: up to the first stage, up to the embedding, or nothing but the images."""
+        if parts is None:
             return images
-        parts = self._parts()
         if self.form.numbers["place"] == "classifier":
             return parts.forward_features(images)[1]
         found: Tensor = parts.stages[0](parts.stem(images))
         return found
 
-    def _parts(self) -> Staged:
-        parts = staged_parts(self.models[0])
-        assert parts is not None
-        return parts
+    def _parts(self) -> Staged | None:
+        return staged_parts(self.models[0]) if self.staged else None
 
-    def _pass(self, images: Tensor, shared: Tensor) -> Tensor:
+    def _pass(self, shared: Tensor, parts: Staged | None, drops: Sequence[FixedDropout]) -> Tensor:
         """Logits [B, K] of one pass, from what all passes share."""
-        if not self.staged:
-            logits: Tensor = self.models[0](images)
+        if parts is None:
+            logits: Tensor = self.models[0](shared)
             return logits
-        parts = self._parts()
-        *of_stages, of_embedding = self._drops()
+        *of_stages, of_embedding = drops
         if of_stages:
             shared = of_stages[0](shared)
             for stage, drop in zip(parts.stages[1:], of_stages[1:], strict=True):

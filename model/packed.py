@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from model.division.rechannel import ChannelClass, ChannelGraph, Layer, Sizes, trace
+from model.division.rechannel import ChannelClass, ChannelGraph, Layer, Sizes, count_layers, trace
 from model.division.solver import TOLERANCE, solve_widths
 from model.registry import BackboneRequest, build_network, note_request, request_of
 from model.splitnet import SplitNet
@@ -94,16 +94,8 @@ class PackedPlan:
 
     def count(self, widths: Sequence[float]) -> tuple[int, int]:
         """(parameters, multiply-adds for one image) of one member."""
-        params = macs = 0
         channels = self.channels(widths)
-        for layer in self.graph.layers:
-            sizes = self.sizes(layer, channels)
-            if layer.kind != "norm":
-                weights = sizes.inputs // sizes.groups * sizes.outputs * layer.kernel
-                params += weights
-                macs += weights * layer.positions
-            params += sizes.outputs * layer.per_channel
-        return params, macs
+        return count_layers((layer, self.sizes(layer, channels)) for layer in self.graph.layers)
 
 
 def packed_plan(request: BackboneRequest, gamma: int, min_channels: int) -> PackedPlan:

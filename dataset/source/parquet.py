@@ -13,7 +13,7 @@ import torch
 from dataset import DataSource, ImageSet, SourceRequest, sources
 from dataset.columns import Columns, ColumnStore, need_pyarrow
 from dataset.own_images import open_listed
-from dataset.rows import Rows, guessed_column, list_rows, split_of
+from dataset.rows import Rows, guessed_column, list_rows, needed_columns, split_of
 from dataset.shards import common_folder, find_shards, splits_of
 from utils.errors import UserError
 from utils.text import escaped
@@ -44,16 +44,9 @@ def open_parquet(request: SourceRequest) -> DataSource:
     opened = [Columns(file) for file in files]
     first = opened[0]
     columns = {name.lower(): name for name in first.schema.names}
-    image = guessed_column(columns, "image_column", request.image_column, IMAGE_COLUMNS)
-    label = guessed_column(columns, "label_column", request.label_column, LABEL_COLUMNS)
-    for flag, column in (("image_column", image), ("label_column", label)):
-        if column is None:
-            raise UserError(
-                f"--data {request.root}: which column holds the {flag.split('_')[0]}s? Say it by --{flag}: "
-                f"{', '.join(map(escaped, columns.values()))}."
-            )
-    assert image is not None
-    assert label is not None
+    image, label = needed_columns(
+        columns, request, images=IMAGE_COLUMNS, labels=LABEL_COLUMNS, table=request.root, header=[*columns.values()]
+    )
     for file in opened:
         _check(file, image, label)
     largest = max(opened, key=lambda file: file.largest_group)

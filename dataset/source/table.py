@@ -16,7 +16,7 @@ import torch
 from dataset import DataSource, ImageSet, SourceRequest, sources
 from dataset.decode import EXTENSIONS
 from dataset.own_images import open_listed
-from dataset.rows import Rows, guessed_column, list_rows, split_of
+from dataset.rows import Rows, guessed_column, list_rows, needed_columns, split_of
 from utils.errors import UserError, reason
 from utils.text import escaped
 
@@ -108,15 +108,10 @@ def _read(table: Path, request: SourceRequest) -> _Cells:
     asked = (request.image_column, request.label_column, request.split_column)
     has_names = any(asked) or not (_is_path(header[0]) and len(header) >= 2)
     if has_names:
-        image = guessed_column(columns, "image_column", request.image_column, IMAGE_COLUMNS)
-        label = guessed_column(columns, "label_column", request.label_column, LABEL_COLUMNS)
+        image, label = needed_columns(
+            columns, request, images=IMAGE_COLUMNS, labels=LABEL_COLUMNS, table=table, header=header
+        )
         split = guessed_column(columns, "split_column", request.split_column, SPLIT_COLUMNS)
-        for flag, column in (("image_column", image), ("label_column", label)):
-            if column is None:
-                raise UserError(
-                    f"--data {table}: which column holds the {flag.split('_')[0]}s? Say it by --{flag}: "
-                    f"{', '.join(map(escaped, header))}."
-                )
         places = [None if name is None else header.index(name) for name in (image, label, split)]
         records = records[1:]
     else:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -68,6 +68,18 @@ class Sizes:
     groups: int
 
 
+def count_layers(layers: Iterable[tuple[Layer, Sizes]]) -> tuple[int, int]:
+    """(parameters, multiply-adds for one image) of layers with these channels."""
+    params = macs = 0
+    for layer, sizes in layers:
+        if layer.kind != "norm":
+            weights = sizes.inputs // sizes.groups * sizes.outputs * layer.kernel
+            params += weights
+            macs += weights * layer.positions
+        params += sizes.outputs * layer.per_channel
+    return params, macs
+
+
 @dataclass(frozen=True)
 class ChannelGraph:
     """What may be scaled in a network, and what it costs.
@@ -120,15 +132,8 @@ class ChannelGraph:
 
     def count(self, widths: Sequence[int]) -> tuple[int, int]:
         """(parameters, multiply-adds for one image) where the stages have these widths."""
-        params = macs = 0
         channels = self.channels(widths)
-        for layer in self.layers:
-            sizes = self.sizes(layer, channels)
-            if layer.kind != "norm":
-                weights = sizes.inputs // sizes.groups * sizes.outputs * layer.kernel
-                params += weights
-                macs += weights * layer.positions
-            params += sizes.outputs * layer.per_channel
+        params, macs = count_layers((layer, self.sizes(layer, channels)) for layer in self.layers)
         for stage, shape in self.loose.values():
             params += math.prod(_loose_shape(stage, shape, channels))
         return params, macs

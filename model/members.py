@@ -322,15 +322,17 @@ class MCDropoutNet(MemberNet):
         place, rate = str(form.numbers["place"]), float(form.numbers["rate"])
         keys = [fold_in(int(form.numbers["mask_seed"]), STREAM_METHOD, member) for member in range(form.members)]
         self.register_buffer("keys_T", torch.tensor(keys, dtype=torch.int64, device="cpu"), persistent=False)
-        self.staged: bool = place != "own"
         drops: list[FixedDropout] = []
-        if self.staged:
+        # in a tuple, so that it is no part of the state; kept, because a copy of a library's network does not know it
+        self._staged: tuple[Staged, ...] = ()
+        if place != "own":
             parts = staged_parts(network)
             if parts is None:
                 raise UserError(
                     "--method mc_dropout needs a backbone with stages, and --arch has none "
                     f"({type(network).__name__}). Pick another --arch, or --mc_dropout_place own."
                 )
+            self._staged = (parts,)
             count = len(parts.stages) if place == "stages" else 0
             drops = [FixedDropout(rate, by_channel=True) for _ in range(count)] + [FixedDropout(rate, by_channel=False)]
             # beside the network's own parts, so that random layers are told apart; no tensors, so no names in a state
@@ -355,7 +357,8 @@ class MCDropoutNet(MemberNet):
     def forward(self, views_VBCHW: Tensor) -> Tensor:
         """Images [B, C, H, W], or one view -> logits [T, B, K]; in training [1, B, K], of one pass."""
         images = views_VBCHW if views_VBCHW.dim() == 4 else views_VBCHW[0]
-        parts, drops = self._parts(), self._drops()
+        parts = self._staged[0] if self._staged else None
+        drops = self._drops()
         shared = self._before(images, parts)
         if self.training:
             return self._pass(shared, parts, drops).unsqueeze(0)
@@ -378,9 +381,6 @@ class MCDropoutNet(MemberNet):
             return parts.forward_features(images)[1]
         found: Tensor = parts.stages[0](parts.stem(images))
         return found
-
-    def _parts(self) -> Staged | None:
-        return staged_parts(self.models[0]) if self.staged else None
 
     def _pass(self, shared: Tensor, parts: Staged | None, drops: Sequence[FixedDropout]) -> Tensor:
         """Logits [B, K] of one pass, from what all passes share."""

@@ -1,5 +1,6 @@
 """Forms in which members share one network: golden layers, sizes, folding, fixed masks, and checkpoints."""
 
+import copy
 from typing import Any
 
 import pytest
@@ -13,6 +14,7 @@ from model.members import RankOne
 from model.registry import MemberForm
 from model.restore import restore_splitnet
 from model.splitnet import SplitNet
+from model.summary import network_sizes
 from tests.rivals import GOLDEN, assert_number, assert_record, every_precision, fill
 from utils.errors import UserError
 from utils.macs import count_macs, count_params
@@ -275,3 +277,20 @@ def test_one_member_has_the_weights_of_the_plain_network() -> None:
     plain = build_splitnet(request(), seed=0).eval()
     for kind, numbers in (("mimo", {}), ("batch_ensemble", {"init": 0.0}), ("mc_dropout", {"rate": 0.0})):
         torch.testing.assert_close(members(kind, 1, **numbers).eval()(images_of()), plain(images_of()))
+
+
+@pytest.mark.parametrize("arch", ["resnet20", "torchvision/resnet18"])
+def test_a_copy_draws_the_same_masks_and_a_summary_counts_them(arch: str) -> None:
+    crop = 16 if arch == "resnet20" else 64
+    form = MemberForm(kind="mc_dropout", members=3, numbers={"place": "stages", "rate": 0.2, "mask_seed": 5})
+    made = request(arch, form=form, crop_size=crop, shape="small" if crop == 16 else "large")
+    network = build_splitnet(made, seed=0).eval()
+    twin = copy.deepcopy(network)
+    images = torch.randn(2, 3, crop, crop, generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        logits_TBK = network(images)
+        assert torch.equal(twin(images), logits_TBK)
+    assert not torch.equal(logits_TBK[0], logits_TBK[1])
+    sizes = network_sizes([made])
+    assert sizes["macs_total"] == count_macs(network, (3, crop, crop))
+    assert sizes["thop_macs_total"] is None or sizes["thop_macs_total"] > sizes["macs_total"]

@@ -44,8 +44,8 @@ def thop_macs(module: nn.Module, input_shape: Sequence[int]) -> int | None:
         from thop import profile
     except ImportError:
         return None
-    twin = copy.deepcopy(module).eval()
-    image = next(twin.parameters()).new_zeros(1, *input_shape)
+    image = next(module.parameters()).new_zeros(1, *input_shape)
+    twin = copy.deepcopy(module).eval().to(image.device)  # buffers too that keep their values elsewhere
     macs, _ = profile(twin, inputs=(image,), verbose=False)
     return int(macs)
 

@@ -4,6 +4,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from method import methods
 from method.costs import training_macs, training_params
 from model import build_splitnet, network_requests
@@ -44,7 +46,9 @@ def summarise(config: Config) -> dict[str, Any]:
     }
     request = replace(request, arch=names[0])
     requests = network_requests(request, **structure)
-    method = kind(build_splitnet(request, seed=0, **structure), config.method_options)
+    with torch.device("meta"):
+        network = build_splitnet(request, seed=0, **structure)
+    method = kind(network, config.method_options)
     result: dict[str, Any] = {
         "arch": config.arch,
         "dataset": config.dataset,

@@ -4,11 +4,9 @@ import csv
 import functools
 import gzip
 import json
-import logging
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -94,15 +92,6 @@ def one_image(tmp_path: Path) -> Path:
     """A .npy file of one normalised image."""
     np.save(tmp_path / "one.npy", normalised(DIGITS.test.images[:1]).numpy())
     return tmp_path / "one.npy"
-
-
-@pytest.fixture(autouse=True)
-def _logging_as_before() -> Iterator[None]:
-    root = logging.getLogger()
-    handlers, level = list(root.handlers), root.level
-    yield
-    root.handlers[:] = handlers
-    root.setLevel(level)
 
 
 def run(*argv: Any, capsys: pytest.CaptureFixture[str]) -> tuple[int, str, str]:

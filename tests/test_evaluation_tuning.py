@@ -3,11 +3,9 @@
 import csv
 import hashlib
 import json
-import logging
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -23,18 +21,10 @@ from evaluation.held_out import split_test
 from evaluation.options import EvalOptions
 from evaluation.tuning import Request, tuned_path, uniform_of
 from record.checkpoint import load_checkpoint, save_checkpoint
+from tests.runs import train
 from tests.tuned_run import digits, fitted_network, write_run
 
 ROOT = Path(__file__).parent.parent
-
-
-@pytest.fixture(autouse=True)
-def _logging_as_before() -> Iterator[None]:
-    root = logging.getLogger()
-    handlers, level = list(root.handlers), root.level
-    yield
-    root.handlers[:] = handlers
-    root.setLevel(level)
 
 
 def run(*argv: Any) -> int:
@@ -307,3 +297,25 @@ def test_two_processes_write_the_same_answers(tuned: Path, checkpoint: Path, tmp
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "answers.json").read_bytes() == (tuned / "answers.json").read_bytes()
     assert read(tmp_path / "results.json")["cascade"] == read(tuned / "results.json")["cascade"]
+
+
+@pytest.mark.slow
+def test_val_of_a_table_is_found_by_the_columns_and_codes_of_the_run(tmp_path: Path) -> None:
+    generator = torch.Generator().manual_seed(2)
+    rows = ["photo,species"]
+    for i in range(420):
+        pixels = torch.randint(0, 128, (16, 16, 3), generator=generator, dtype=torch.uint8) + 120 * (i % 2)
+        Image.fromarray(pixels.numpy()).save(tmp_path / f"{i}.png")
+        rows.append(f"{i}.png,n{i % 2}")
+    (tmp_path / "labels.csv").write_text("\n".join(rows) + "\n")
+    (tmp_path / "names.csv").write_text("n0,cat\nn1,dog\n")
+    flags = ["--data", tmp_path / "labels.csv", "--image_column", "photo", "--label_column", "species", "--workers", 0]
+    flags += ["--class_map", tmp_path / "names.csv", "--val_fraction", 0.4, "--arch", "resnet20", "--split_factor", 2]
+    flags += ["--epochs", 1, "--no_cuda", "--seed", 1, "--model_dir", tmp_path / "run"]
+    done = train(flags, tmp_path)
+    assert done.code == 0, done.stderr
+    best = tmp_path / "run" / "model_best.pth.tar"
+    assert run("--resume", best, "--tune", "calibration", "--model_dir", tmp_path / "tuned") == 0
+    answers = read(tmp_path / "tuned" / "answers.json")
+    assert answers["tuned_on"]["images"] >= 100
+    assert answers["tuned_on"]["sha256"] == load_checkpoint(best)["held_out_sha256"]

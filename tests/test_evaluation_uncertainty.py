@@ -2,8 +2,6 @@
 
 import csv
 import json
-import logging
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,15 +19,6 @@ from tests.tuned_run import digits, fitted_network, prepared, write_run
 from utils.errors import UserError
 
 CLASSES = tuple(map(str, range(10)))
-
-
-@pytest.fixture(autouse=True)
-def _logging_as_before() -> Iterator[None]:
-    root = logging.getLogger()
-    handlers, level = list(root.handlers), root.level
-    yield
-    root.handlers[:] = handlers
-    root.setLevel(level)
 
 
 def near(value: Any) -> Any:

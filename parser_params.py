@@ -5,32 +5,30 @@ in this order: an override `KEY VALUE` at the end of the line, a flag, `--config
 the data set, backbone and method, the default written here. `Config.origins` keeps where each value came from.
 """
 
+from __future__ import annotations
+
 import argparse
 import dataclasses
 import math
+import pkgutil
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from dataset import sources
-from dataset.detect import kind_of
 from dataset.options import DataOptions
-from method import methods
-from model import BackboneRequest, backbone_request, backbones, split_list
-from model.depth import check_freeze
-from model.execution import EXECUTIONS
-from model.options import ModelOptions
-from model.pretrained import has_layer_norm
+from method import __path__ as methods_path
+from method import method_options
+from model.options import EXECUTIONS, FAMILIES, ModelOptions, check_freeze
+from model.registry import backbones, split_list
 from recipe.cream_yaml import is_published, is_published_key, read_published
 from recipe.datasets import ROWS
 from recipe.fine_tuning import IMAGES_NAME, REPLACED, TRAINING_NAME, fine_tuning
 from recipe.own_images import KINDS, SMALL_DEFAULTS, TABLES
 from recipe.published import recipe_defaults
 from recipe.scaling import scaled_rate
-from training.compiling import COMPILE_MODES
-from training.options import OptimizerOptions
-from utils import launch
+from training.options import COMPILE_MODES, OptimizerOptions
 from utils.command_line import (
     FlagParser,
     add_flags,
@@ -44,6 +42,9 @@ from utils.errors import UserError
 from utils.options import OF_CALL, SAME, TAKES, Flag, Options, flags_of, option
 from utils.registry import nearest_name
 from utils.text import fit_streams
+
+if TYPE_CHECKING:  # torch is imported behind the flags, so that --help and a typo are answered at once
+    from model.registry import BackboneRequest
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -245,6 +246,8 @@ class Config(DeviceOptions, EvaluationOptions, OptimizerOptions, ModelOptions, D
 
     def backbone_request(self, num_classes: int) -> BackboneRequest:
         """What the flags say of the networks, for K classes."""
+        from model.build import backbone_request
+
         return backbone_request(
             self,
             dataset=self.dataset,
@@ -259,6 +262,8 @@ class Config(DeviceOptions, EvaluationOptions, OptimizerOptions, ModelOptions, D
         Raises:
             UserError: an id that is no number or does not exist.
         """
+        from utils import launch
+
         return launch.visible_gpus(no_cuda=self.no_cuda, gpu=self.gpu, gpu_ids=self.gpu_ids)
 
     def start_processes(self, target: Callable[..., None], arguments: tuple[Any, ...]) -> None:
@@ -268,6 +273,8 @@ class Config(DeviceOptions, EvaluationOptions, OptimizerOptions, ModelOptions, D
             UserError: several nodes without a meeting point.
             SystemExit: a process failed and has said why.
         """
+        from utils import launch
+
         launch.spawn(
             target,
             arguments,
@@ -282,11 +289,6 @@ class Config(DeviceOptions, EvaluationOptions, OptimizerOptions, ModelOptions, D
         return split_list(self.arch)
 
 
-def backbone_option_types() -> list[type]:
-    """The distinct option dataclasses of all registered backbone families."""
-    return list(dict.fromkeys(entry.options for _, entry in backbones.items() if entry.options is not None))
-
-
 # ---- the parser ------------------------------------------------------------------------------------------------------
 
 
@@ -294,12 +296,21 @@ def _title(options: type) -> str:
     return (options.__doc__ or options.__name__).strip().splitlines()[0].rstrip(".")
 
 
+def _method_options(method: str) -> type:
+    """The options of a method by name."""
+    if method not in method_options and method in {info.name for info in pkgutil.iter_modules(methods_path)}:
+        from method import methods
+
+        return methods.get(method).Options
+    return method_options.get(method)
+
+
 def _sections(method: str, extra: type | None = None) -> list[tuple[str, Sequence[Flag]]]:
     """(title, flags) of every group: the entry point's own first, the method's and the backbone families' last."""
     sections: list[tuple[str, Sequence[Flag]]] = [(_title(extra), flags_of(extra))] if extra else []
     sections += [(_title(section), flags_of(section)) for section in SECTIONS]
-    sections.append((f"Method: {method}", flags_of(methods.get(method).Options)))
-    sections += [(_title(options), flags_of(options)) for options in backbone_option_types()]
+    sections.append((f"Method: {method}", flags_of(_method_options(method))))
+    sections += [(_title(options), flags_of(options)) for options in FAMILIES]
     return sections
 
 
@@ -310,7 +321,7 @@ def build_parser(method: str, program: str | None = None, extra: type | None = N
         usage="%(prog)s [--flag VALUE ...] [KEY VALUE ...]",
         description="Divide a backbone into S small networks and train them together.",
         epilog=(
-            f"Data sets: {', '.join(sources.names())}. Methods: {', '.join(methods.names())}. "
+            f"Data sets: {', '.join(sources.names())}. Methods: {', '.join(method_options.names())}. "
             f"Backbones: {', '.join(backbones.names())}. Accuracies are in percent. "
             "Exit codes: 2 wrong input, 1 failed run."
         ),
@@ -366,6 +377,8 @@ def parse_config(argv: Sequence[str] | None = None, program: str | None = None, 
     early = last_pairs(arguments)
     published = None
     if is_published(from_yaml):
+        from utils import launch
+
         published = read_published(
             from_yaml,
             where=f"--config {yaml_path}",
@@ -414,15 +427,21 @@ def parse_config(argv: Sequence[str] | None = None, program: str | None = None, 
         origins["pretrained"] = origins["pretrained_dir"]
     if published is not None:
         origins |= dict.fromkeys(published.overridden, "override")
+    _check(_assemble(method, given, origins, extra=extra))
+    from method import methods  # imports torch, and with it takes seconds: behind all that is refused without
+
     implied = methods.get(method).implied_flags(given)
     given |= implied
     origins |= dict.fromkeys(implied, "method")
     config = _assemble(method, given, origins, extra=extra)
+    _check(config)
     if "dataset" not in given and not config.is_summary:
+        from dataset.detect import kind_of
+
         found = kind_of(config.data, is_chosen="data" in given)
         if found is not None:
             config = dataclasses.replace(config, dataset=found, origins={**origins, "dataset": "data"})
-    _check(config)
+    _check_data_and_method(config)
     return config if published is None else dataclasses.replace(config, warnings=tuple(published.warnings))
 
 
@@ -442,13 +461,13 @@ def _assemble(
 ) -> Config:
     """A Config from values by flag name, each put into the section that it belongs to."""
     own = {f.name for f in dataclasses.fields(Config)}
-    backbone_flags = [flag for options in backbone_option_types() for flag in flags_of(options)]
+    backbone_flags = [flag for options in FAMILIES for flag in flags_of(options)]
     backbone_options = {flag.name: values.get(flag.name, flag.default) for flag in backbone_flags}
     for flag in backbone_flags:
         flag.check(backbone_options[flag.name], f"--{flag.name}")
     return Config(
         **{name: value for name, value in values.items() if name in own},
-        method_options=_fill(methods.get(method).Options, values),
+        method_options=_fill(_method_options(method), values),
         extra_options=_fill(extra, values) if extra else None,
         backbone_options=backbone_options,
         given=dict(values) if given is None else dict(given),
@@ -479,6 +498,8 @@ def resolve_config(
         start: for a run that fine-tunes pretrained weights, `recipe.fine_tuning.image_flags` of these, as far as
             somebody says them; None: another run.
     """
+    from method import methods
+
     given = dict(config.given)
     from_method = dict(methods.get(config.method).recipe(data_recipe, given.get("epochs"), given))
     if config.dataset not in ROWS:  # open data sets know their own statistics
@@ -534,6 +555,7 @@ def resolve_config(
     resolved = _assemble(config.method, values, origins, extra=config.extra, given=given)
     resolved = dataclasses.replace(resolved, warnings=(*config.warnings, *filter(None, [line])))
     _check(resolved)
+    _check_data_and_method(resolved)
     return resolved
 
 
@@ -553,6 +575,8 @@ def _images(start: Mapping[str, Any], data_recipe: str) -> dict[str, Any]:
 
 def _has_layer_norm(config: Config, crop_size: int | None) -> bool:
     """Whether the first network normalises by layers, which decides the optimiser that fine-tunes it."""
+    from model.pretrained import has_layer_norm
+
     request = dataclasses.replace(config, crop_size=crop_size or config.crop_size).backbone_request(2)
     return has_layer_norm(dataclasses.replace(request, arch=config.archs()[0]))
 
@@ -576,9 +600,8 @@ def _check(config: Config) -> None:
             raise UserError(message)
 
     need(not config.is_apex_amp, "--is_apex_amp 1: apex is gone; use --is_amp 1 (and --amp_dtype).")
-    for name, why in methods.get(config.method).incompatible.items():
-        need(not getattr(config, name), f"--{name} cannot go with --method {config.method}: {why}. Leave it away.")
-    need(config.dataset in sources, _unknown_name(config.dataset, sources))
+    if config.dataset not in sources:
+        raise sources.unknown(config.dataset)
     names = config.archs()
     need(bool(names), "--arch needs the name of a backbone.")
     if config.freeze is not None:
@@ -607,11 +630,6 @@ def _check(config: Config) -> None:
         config.nproc_per_node is None or config.multiprocessing_distributed,
         "--nproc_per_node needs --multiprocessing_distributed; under torchrun it is torchrun's flag.",
     )
-    for name in ("image_column", "label_column", "split_column"):
-        need(
-            name not in config.given or config.dataset in TABLES,
-            f"--{name} is for tables ({', '.join(TABLES)}), and --dataset is {config.dataset}: leave it away.",
-        )
     need(
         config.class_weights is None or config.class_loss == "ce",
         f"--class_weights is for the cross-entropy, and --class_loss is {config.class_loss}: leave one of them away.",
@@ -622,12 +640,17 @@ def _check(config: Config) -> None:
     )
 
 
-def _unknown_name(name: str, registry: Any) -> str:
-    try:
-        registry.get(name)
-    except UserError as error:
-        return str(error)
-    return ""
+def _check_data_and_method(config: Config) -> None:
+    """Refuse flags that the data set, as it was found, or the method cannot go with; the latter imports torch."""
+    from method import methods
+
+    for name in ("image_column", "label_column", "split_column"):
+        if name in config.given and config.dataset not in TABLES:
+            tables = ", ".join(TABLES)
+            raise UserError(f"--{name} is for tables ({tables}), and --dataset is {config.dataset}: leave it away.")
+    for name, why in methods.get(config.method).incompatible.items():
+        if getattr(config, name):
+            raise UserError(f"--{name} cannot go with --method {config.method}: {why}. Leave it away.")
 
 
 def main() -> None:

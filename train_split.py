@@ -3,6 +3,12 @@
 Progress goes to stderr and train.log; the last line of stdout is one JSON object with the final figures.
 """
 
+if __name__ == "__main__":  # torch takes seconds to import: --help and a wrong flag are answered before
+    from parser_params import parse_config
+    from utils.program import read_flags
+
+    FLAGS = read_flags("train_split.py", parse_config)
+
 import logging
 import sys
 from collections.abc import Mapping
@@ -1011,16 +1017,19 @@ def announce(trainer: Trainer) -> None:
             logger.info("learning rates of %s", line)
 
 
-def train_arguments(argv: list[str]) -> Mapping[str, Any] | None:
+def train_arguments(argv: list[str], config: Config | None = None) -> Mapping[str, Any] | None:
     """What a command line asks for: training, a summary or an evaluation; returns what the JSON line shows.
+
+    Args:
+        argv: the command line.
+        config: what it says, where it has been read already.
 
     Raises:
         UserError, RunError, Stopped: see `Trainer.run`.
         SystemExit: a started process failed and has said why.
     """
-    config = None
     try:
-        config = parse_config(argv, program=PROGRAM)
+        config = config or parse_config(argv, program=PROGRAM)
         set_process_title(config.proc_name)
         if config.is_summary:
             return summarise(config)
@@ -1033,7 +1042,12 @@ def train_arguments(argv: list[str]) -> Mapping[str, Any] | None:
     except Interrupted as interrupted:
         if config is not None and (config.is_summary or config.evaluate):
             raise
-        raise Stopped(interrupted.number, "training was not under way") from None
+        raise before_training(interrupted.number) from None
+
+
+def before_training(number: int) -> Stopped:
+    """What a signal means while training is not under way."""
+    return Stopped(number, "training was not under way")
 
 
 def worker(argv: list[str]) -> None:
@@ -1041,9 +1055,15 @@ def worker(argv: list[str]) -> None:
     raise SystemExit(main(argv))
 
 
-def main(argv: list[str] | None = None) -> int:
-    """The command line; returns the exit code: 0 done, also by SIGTERM, 1 failed, 2 the user's mistake, 130 SIGINT."""
-    return run_program(PROGRAM, train_arguments, argv, saves_memory=SAVES_MEMORY)
+def main(argv: list[str] | None = None, config: Config | None = None) -> int:
+    """The command line; returns the exit code: 0 done, also by SIGTERM, 1 failed, 2 the user's mistake, 130 SIGINT.
+
+    Args:
+        argv: the arguments without the program's name; None takes those of this process.
+        config: what they say, where they have been read already.
+    """
+    work = partial(train_arguments, config=config)
+    return run_program(PROGRAM, work, argv, saves_memory=SAVES_MEMORY, signalled=before_training)
 
 
 def set_process_title(name: str) -> None:
@@ -1056,4 +1076,4 @@ def set_process_title(name: str) -> None:
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    raise SystemExit(main(config=FLAGS))

@@ -18,7 +18,7 @@ from benchmarks.report import Side, failure, measure, row
 from evaluation.contenders import Contender, candidates_of, undivided
 from evaluation.latency import Candidate
 from model import BackboneRequest, build_splitnet
-from model.execution import EXECUTIONS
+from model.options import EXECUTIONS
 from utils.command_line import several_at_least
 from utils.precision import choose_precision, lay_out
 

@@ -11,7 +11,7 @@ import torch
 from dataset import ImageSet
 from dataset.pipeline import build_eval_loader, build_train_loader
 from dataset.views import ViewMaker
-from model.execution import EXECUTIONS
+from model.options import EXECUTIONS
 from parser_params import parse_config, resolve_config
 from train_split import Trainer, open_shared_source, settle_seed
 from utils import launch

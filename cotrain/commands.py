@@ -3,7 +3,9 @@
 import sys
 from collections.abc import Callable, Sequence
 
+from parser_params import parse_config
 from utils.errors import UserError
+from utils.program import program_name, read_flags
 
 HELP = """usage: cotrain COMMAND [...]
 
@@ -17,9 +19,11 @@ MODEL is a run directory (its best checkpoint is taken) or a checkpoint.
 
 
 def _train(arguments: list[str]) -> int:
-    from train_split import main
+    program = program_name("train_split.py", "train")
+    config = read_flags(program, lambda: parse_config(arguments, program=program))
+    from train_split import main  # imports torch, which takes seconds: --help and a wrong flag are answered before
 
-    return main(arguments)
+    return main(arguments, config)
 
 
 def _eval(arguments: list[str]) -> int:

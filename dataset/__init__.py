@@ -1,22 +1,21 @@
 """Data-set registry and what a data set is: two splits of images, class names, statistics."""
 
+from __future__ import annotations
+
 import dataclasses
 import hashlib
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Protocol, Self
+from typing import TYPE_CHECKING, Protocol, Self
 
-import numpy as np
-import torch
-from torch import Tensor
-
-from dataset.holdout import split_indices
 from recipe.datasets import ROWS, Statistic
 from utils.errors import UserError
 from utils.registry import Registry
-from utils.seed import STREAM_SPLIT, numpy_generator
+
+if TYPE_CHECKING:  # the flags are read before torch is imported, and the names of data sets are among them
+    from torch import Tensor
 
 
 class Store(Protocol):
@@ -55,9 +54,11 @@ class ImageSet:
     @classmethod
     def empty(cls) -> Self:
         """A split that was not asked for."""
+        import torch
+
         return cls(targets=torch.empty(0, dtype=torch.int64))
 
-    def subset(self, indices_M: Tensor) -> "ImageSet":
+    def subset(self, indices_M: Tensor) -> ImageSet:
         """The images at `indices_M` (int64 [M]), in that order."""
         return ImageSet(
             targets=self.targets[indices_M],
@@ -83,6 +84,8 @@ def names_hash(paths: Iterable[Path]) -> str:
 
 def held_out_digest(images: int, held_M: Tensor) -> str:
     """SHA-256 of the number of training images and the indices held out of them, int64, least byte first."""
+    import numpy as np
+
     numbers = [images, *held_M.tolist()]
     return hashlib.sha256(np.array(numbers, dtype="<i8").tobytes()).hexdigest()
 
@@ -227,7 +230,23 @@ class SourceRequest:
 
 SourceBuilder = Callable[[SourceRequest], DataSource]
 
-sources: Registry[SourceBuilder] = Registry("data set", "--dataset", f"{__name__}.source")
+sources: Registry[SourceBuilder] = Registry(
+    "data set",
+    "--dataset",
+    f"{__name__}.source",
+    index={
+        "cifar": ("cifar10", "cifar100"),
+        "corrupted": (),
+        "digits": ("digits",),
+        "folder": ("folder",),
+        "imagenet": ("imagenet",),
+        "parquet": ("parquet",),
+        "svhn": ("svhn",),
+        "synthetic": ("synthetic",),
+        "table": ("csv",),
+        "webdataset": ("webdataset",),
+    },
+)
 
 
 def open_source(request: SourceRequest) -> DataSource:
@@ -254,6 +273,9 @@ def open_source(request: SourceRequest) -> DataSource:
             "is chosen on val/. Leave the flag away."
         )
     if request.val_fraction and len(source.train):
+        from dataset.holdout import split_indices
+        from utils.seed import STREAM_SPLIT, numpy_generator
+
         generator = numpy_generator(request.seed, STREAM_SPLIT)
         kept, held = split_indices(source.train.targets, request.val_fraction, generator)
         # beside a part of train/ to choose on, a val/ is what is tested on

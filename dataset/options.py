@@ -2,7 +2,6 @@
 
 from dataclasses import dataclass
 
-from dataset.parts import TEST_FRACTION
 from recipe.preprocessing import INTERPOLATIONS
 from utils.options import BY_RECIPE, OF_CALL, SAME, TAKES, Options, option
 
@@ -11,6 +10,7 @@ PADDING_MODES = ("zero", "reflect")
 ERASE_MODES = ("const", "pixel")
 RANDOM = "random"
 CROP_INTERPOLATIONS = (*INTERPOLATIONS, RANDOM)
+TEST_FRACTION = 0.2  # of images without a split
 OF_DATA = "the data set's, or the method's recipe"
 
 

@@ -13,8 +13,6 @@ from torch import Tensor
 
 from utils.errors import UserError
 
-TEST_FRACTION = 0.2
-
 
 def hash_of(part: str, name: bytes) -> int:
     """64 bits: the first eight bytes, most significant first, of SHA-256 of the part's name, a zero byte, the name."""

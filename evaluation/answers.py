@@ -13,17 +13,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from evaluation.calibration import CALIBRATIONS, COLDEST, HOTTEST, Temperatures, scores_of
+from evaluation.calibration import COLDEST, HOTTEST, Temperatures, scores_of
 from evaluation.cascade import NOBODY, Stages, leave_stages, run_stages, window_stages
 from evaluation.conformal import KINDS, Conformal
 from evaluation.ensemble import RULES
-from evaluation.selective import CONFIDENCES, confidence_of
+from evaluation.options import CALIBRATIONS, CASCADE_KINDS, CONFIDENCES
+from evaluation.selective import confidence_of
 from model.cascade import Cascade
 from utils.errors import UserError, reason
 from utils.plain_json import plain_json
 
 FORMAT_VERSION = 1
-CASCADE_KINDS = ("leave", "window")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -19,7 +19,6 @@ from utils.errors import RunError
 
 logger = logging.getLogger(__name__)
 
-CALIBRATIONS = ("none", "ensemble", "networks", "both", "stages")
 COLDEST, HOTTEST = 0.05, 20.0
 BISECTIONS = 60
 CHUNK = 4096  # images in float64 at once

@@ -19,7 +19,6 @@ from evaluation.selective import confidence_of, operating_point
 from model.cascade import leaves_above, leaves_window
 from utils.errors import UserError
 
-TARGETS = ("no_loss", "budget", "best")
 NOBODY = 2.0  # the threshold that no confidence reaches
 MIDPOINTS = 128
 MOST_STAGES_EACH = 8

@@ -9,8 +9,8 @@ from torch import Tensor, nn
 
 from evaluation.latency import BATCH_SIZES, Candidate, Latency, measure
 from model import BackboneRequest, build_splitnet
-from model.execution import EXECUTIONS
 from model.fold import fold_batch_norm
+from model.options import EXECUTIONS
 from model.splitnet import SplitNet
 from utils.precision import Precision, lay_out
 

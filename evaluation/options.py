@@ -2,13 +2,15 @@
 
 from dataclasses import dataclass
 
-from evaluation.answers import CASCADE_KINDS
-from evaluation.calibration import CALIBRATIONS
-from evaluation.cascade import TARGETS
-from evaluation.selective import CONFIDENCES
-from evaluation.tta import TTA
-from model.restore import WEIGHTS
+from model.options import WEIGHTS
 from utils.options import OF_CALL, Options, option
+
+CALIBRATIONS = ("none", "ensemble", "networks", "both", "stages")
+TARGETS = ("no_loss", "budget", "best")  # of a cascade
+CASCADE_KINDS = ("leave", "window")
+TTA = ("none", "flip")
+CONFIDENCES = ("margin", "max_prob", "entropy")
+SAVES_MEMORY = "a smaller --eval_batch_size or --execution loop"  # flags, for the line of an evaluation without memory
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -23,7 +23,7 @@ from evaluation.files import evaluation_results, write_evaluation, write_latenci
 from evaluation.held_out import open_reported
 from evaluation.latency import Latency, as_plain
 from evaluation.metrics import LogitsMetric, metrics
-from evaluation.options import EvalOptions
+from evaluation.options import SAVES_MEMORY, EvalOptions
 from evaluation.passes import evaluate
 from evaluation.prediction import predict, write_prediction
 from evaluation.session import (
@@ -49,7 +49,6 @@ from utils.text import escaped
 logger = logging.getLogger("eval")
 
 PROGRAM = program_name("eval.py", "eval")
-SAVES_MEMORY = "a smaller --eval_batch_size or --execution loop"  # flags, for the line of an evaluation without memory
 
 
 def run_evaluation(session: Session) -> dict[str, Any]:
@@ -295,14 +294,18 @@ def _run(session: Session) -> dict[str, Any]:
     return run_evaluation(session) if predict is None else run_prediction(session, Path(predict))
 
 
-def evaluate_arguments(argv: list[str]) -> dict[str, Any]:
+def evaluate_arguments(argv: list[str], config: Config | None = None) -> dict[str, Any]:
     """Evaluate as a command line says, starting the processes that it asks for; returns the results.
+
+    Args:
+        argv: the command line, for those processes.
+        config: what it says, where it has been read already.
 
     Raises:
         UserError, RunError: as `run`.
         SystemExit: a started process failed and has said why.
     """
-    config = parse_config(argv, program=PROGRAM, extra=EvalOptions)
+    config = config or parse_config(argv, program=PROGRAM, extra=EvalOptions)
     if not config.multiprocessing_distributed or launch.under_launcher():
         return run(config)
     with tempfile.TemporaryDirectory() as folder:

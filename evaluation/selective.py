@@ -12,7 +12,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-CONFIDENCES = ("margin", "max_prob", "entropy")
+from evaluation.options import CONFIDENCES
+
 RISK = 0.05  # of coverage_at_risk
 COVERAGE = 0.8  # of risk_at_coverage
 SLACK = 1e-9  # images, that a share of N may be off by rounding

@@ -3,8 +3,6 @@
 import torch
 from torch import Tensor, nn
 
-TTA = ("none", "flip")
-
 
 class FlipAveraged(nn.Module):
     """Networks that see an image and its mirror image: the mean of their logits for the two, as timm takes it.

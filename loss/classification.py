@@ -9,8 +9,6 @@ from torch.nn import functional as F
 from loss import at_least_float32
 from utils.targets import Targets
 
-CLASS_LOSSES = ("ce", "bce")
-
 
 def cross_entropy(
     logits_BK: Tensor, labels_B: Tensor, *, label_smoothing: float = 0.0, weights_K: Tensor | None = None
@@ -68,7 +66,7 @@ class ClassLoss:
     """The classification loss of a run: what methods give their predictions to.
 
     Attributes:
-        kind: one of `CLASS_LOSSES`: "ce", `mixed_cross_entropy`, or "bce", `mixed_binary_cross_entropy`.
+        kind: "ce", `mixed_cross_entropy`, or "bce", `mixed_binary_cross_entropy`.
         label_smoothing: ε, in [0, 1).
         weights_K: of the classes, for "ce" only; None: all are 1.
     """

@@ -12,8 +12,6 @@ from loss import at_least_float32
 from utils.targets import Targets
 
 MATCHINGS = ("dense", "top_down", "bottom_up", "none")
-TEACHER_RULES = ("mean_softmax", "mean_logits")
-COLLABORATIVE_TARGETS = ("minlogit", "naive", "mean")
 
 
 def distillation_kl(
@@ -41,7 +39,7 @@ def joint_teacher(logits_SBK: Tensor, *, temperature: float, rule: str) -> Tenso
     Args:
         logits_SBK: of the networks.
         temperature: T.
-        rule: one of TEACHER_RULES: "mean_softmax", the mean of softmax(z_s / T), or "mean_logits", softmax(mean z_s /
+        rule: "mean_softmax", the mean of softmax(z_s / T), or "mean_logits", softmax(mean z_s /
             T).
     """
     logits_SBK = at_least_float32(logits_SBK)
@@ -94,7 +92,7 @@ def collaborative_target(logits_SBK: Tensor, targets: Targets, *, rule: str) -> 
     Args:
         logits_SBK: of the networks.
         targets: labels; of mixed images, the one with the larger part counts.
-        rule: one of COLLABORATIVE_TARGETS: "minlogit", min_i (z_i - z_i[y]) for each class; "naive", for each image the
+        rule: "minlogit", min_i (z_i - z_i[y]) for each class; "naive", for each image the
             z_i of least cross-entropy, the first of equal ones; "mean", the mean of the logits.
     """
     logits_SBK = at_least_float32(logits_SBK)

@@ -1,7 +1,6 @@
 """Be your own teacher (Zhang et al., arXiv:1905.08094): exits behind the stages learn from the network's own head."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -11,28 +10,10 @@ from loss import at_least_float32
 from loss.classification import CROSS_ENTROPY, ClassLoss
 from loss.distillation import distillation_kl
 from method import Method, Progress, StepOutput, Targets, methods
+from method.options.byot import BYOTOptions
 from model.heads import BottleneckExits, require_stages
 from model.splitnet import SplitNet
 from recipe.published import sgd_steps
-from utils.options import TAKES, Options, option
-
-
-@dataclass(frozen=True, kw_only=True)
-class BYOTOptions(Options):
-    """Flags of be your own teacher."""
-
-    byot_alpha: float = option(
-        0.3,
-        "an exit's weight of the deepest head's prediction, 1 minus it that of the labels",
-        least=0,
-        most=1,
-        resume=TAKES,
-    )
-    byot_temperature: float = option(3.0, "temperature of the predictions that are compared", above=0, resume=TAKES)
-    byot_T2: bool = option(False, "multiply that part by the square of the temperature", resume=TAKES)
-    byot_hint_weight: float = option(
-        0.03, "weight of the distance of an exit's embedding from the network's; 0: none", least=0, resume=TAKES
-    )
 
 
 @methods.register("byot")

@@ -4,7 +4,6 @@ Zhao et al., "Towards Better Accuracy-efficiency Trade-offs: Divide and Co-train
 """
 
 import math
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -13,33 +12,10 @@ from loss import at_least_float32
 from loss.agreement import AGREEMENT_LOSSES
 from loss.classification import CROSS_ENTROPY, ClassLoss
 from method import Method, Progress, StepOutput, Targets, methods
+from method.options.co_training import CoTrainingOptions
 from model.splitnet import SplitNet
-from utils.options import TAKES, Options, option
 
 MIN_WARM_UP_WEIGHT = 0.005
-
-
-@dataclass(frozen=True, kw_only=True)
-class CoTrainingOptions(Options):
-    """Flags of the losses that the networks share."""
-
-    is_cot_loss: bool = option(True, "tie the networks by a co-training loss", resume=TAKES)
-    cot_loss_choose: str = option("js_divergence", "co-training loss", choices=tuple(AGREEMENT_LOSSES), resume=TAKES)
-    cot_weight: float = option(0.5, "weight of the co-training loss", aliases=("kl_weight",), least=0, resume=TAKES)
-    is_cot_weight_warm_up: bool = option(
-        True, "raise that weight linearly at first", aliases=("is_kl_weight_warm_up",), resume=TAKES
-    )
-    cot_weight_warm_up_epochs: int | None = option(
-        None,
-        "length of that rise",
-        unit="epochs",
-        aliases=("kl_weight_warm_up_epochs",),
-        default_text="set by the recipe",
-        least=0,
-        resume=TAKES,
-    )
-    is_ensembled_loss: bool = option(False, "also train the ensemble (mean of logits) on the labels", resume=TAKES)
-    ensembled_loss_weight: float = option(0.5, "weight of the ensemble's classification loss", least=0, resume=TAKES)
 
 
 def cot_weight(epoch: int, *, weight: float, warm_up_epochs: int) -> float:

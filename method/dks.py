@@ -1,7 +1,6 @@
 """Deeply-supervised knowledge synergy (Sun et al., arXiv:1906.00675): auxiliary classifiers that teach each other."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -9,37 +8,12 @@ from torch import Tensor, nn
 
 from loss import at_least_float32
 from loss.classification import CROSS_ENTROPY, ClassLoss
-from loss.distillation import MATCHINGS, knowledge_synergy
+from loss.distillation import knowledge_synergy
 from method import Method, Progress, StepOutput, Targets, methods
+from method.options.dks import DKSOptions
 from model.heads import require_stages, synergy_branches
 from model.splitnet import SplitNet
 from recipe.published import scaled_milestones
-from utils.options import BY_RECIPE, SAME, TAKES, Options, option
-
-
-@dataclass(frozen=True, kw_only=True)
-class DKSOptions(Options):
-    """Flags of deeply-supervised knowledge synergy."""
-
-    dks_branches: tuple[int, ...] | None = option(
-        None,
-        "stages that the branches hang behind, counted from 1",
-        default_text="the two before the last",
-        resume=SAME,
-    )
-    dks_matching: str = option(
-        "dense",
-        "which heads teach which: all the others, deeper ones the shallower, the other way round, or nobody "
-        "(deep supervision alone)",
-        choices=MATCHINGS,
-        resume=TAKES,
-    )
-    dks_fresh_optimizer: bool = option(
-        False,
-        "make the optimiser anew at every --lr_milestones epoch, so that momentum starts from nothing",
-        default_text=BY_RECIPE,
-        resume=TAKES,
-    )
 
 
 @methods.register("dks")

@@ -4,7 +4,6 @@ All networks step together, not in turn as in the paper: one backward pass for S
 """
 
 import math
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -13,22 +12,7 @@ from loss import at_least_float32
 from loss.agreement import kl_seperate
 from loss.distillation import distillation_kl
 from method import Method, Progress, StepOutput, Targets, methods
-from utils.options import TAKES, Options, option
-
-
-@dataclass(frozen=True, kw_only=True)
-class DMLOptions(Options):
-    """Flags of deep mutual learning."""
-
-    dml_weight: float = option(1.0, "weight of the peers' predictions beside the labels", least=0, resume=TAKES)
-    dml_temperature: float = option(1.0, "temperature of the predictions that are compared", above=0, resume=TAKES)
-    dml_teacher: str = option(
-        "peers",
-        "what a network fits: each peer's prediction in turn, averaged over the losses, or the mean of the peers' "
-        "predictions (the paper's ensemble variant)",
-        choices=("peers", "ensemble"),
-        resume=TAKES,
-    )
+from method.options.dml import DMLOptions
 
 
 def ensemble_kl(logits_SBK: Tensor) -> Tensor:

@@ -1,7 +1,6 @@
 """Distillation from a trained teacher: KD (Hinton et al., arXiv:1503.02531) and DKD (Zhao et al., arXiv:2203.08679)."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -9,16 +8,16 @@ from torch import Tensor
 
 from loss import at_least_float32
 from loss.classification import CROSS_ENTROPY, ClassLoss
-from loss.distillation import TEACHER_RULES, distillation_kl, joint_teacher, mixed_decoupled_kl
+from loss.distillation import distillation_kl, joint_teacher, mixed_decoupled_kl
 from method import Method, Progress, StepOutput, Targets, TrainingData, methods
 from method.inner import Asleep, EpochNumber
+from method.options.kd import KDOptions
 from model.registry import ARGUMENTS, request_of
 from model.restore import NetworkInfo, restore_splitnet, stored_widths
 from model.splitnet import SplitNet
 from recipe.published import sgd_steps
 from record.checkpoint import load_checkpoint, state_sha256
 from utils.errors import UserError
-from utils.options import BY_RECIPE, OF_CALL, SAME, TAKES, Options, option
 from utils.text import one_line
 
 # Published defaults (the code of arXiv:2203.08679) by kind of data and loss: T, weights a and b, alpha, beta, E.
@@ -28,48 +27,6 @@ _DEFAULTS: Mapping[tuple[bool, str], Mapping[str, Any]] = {
     (False, "dkd"): {"kd_temperature": 4.0, "kd_ce_weight": 1.0, "dkd_beta": 8.0, "dkd_warm_up_epochs": 20},
     (True, "dkd"): {"kd_temperature": 1.0, "kd_ce_weight": 1.0, "dkd_beta": 0.5, "dkd_warm_up_epochs": 1},
 }
-
-
-@dataclass(frozen=True, kw_only=True)
-class KDOptions(Options):
-    """Flags of distillation from a trained teacher."""
-
-    teacher: str | None = option(
-        None,
-        "checkpoint that teaches: of this project, several networks too, or a released file (with --teacher_arch)",
-        metavar="PATH",
-        default_text="none: needed",
-        resume=OF_CALL,
-    )
-    teacher_arch: str | None = option(
-        None,
-        "backbone of a teacher whose file does not say it",
-        metavar="ARCH",
-        default_text="as the file says",
-        resume=OF_CALL,
-    )
-    teacher_rule: str = option(
-        "mean_softmax",
-        "what several teaching networks say together: the mean of their softened probabilities, or of their logits",
-        choices=TEACHER_RULES,
-        resume=TAKES,
-    )
-    student_of: bool = option(
-        False, "the student is one of the teacher's own divided networks, in place of --arch", resume=SAME
-    )
-    kd_loss: str = option(
-        "kd", "what is distilled: all classes at once, or decoupled", choices=("kd", "dkd"), resume=TAKES
-    )
-    kd_temperature: float = option(4.0, "temperature T", default_text=BY_RECIPE, above=0, resume=TAKES)
-    kd_ce_weight: float = option(0.1, "weight a of the labels", default_text=BY_RECIPE, least=0, resume=TAKES)
-    kd_weight: float = option(0.9, "weight b of the teacher (kd)", default_text=BY_RECIPE, least=0, resume=TAKES)
-    dkd_alpha: float = option(1.0, "weight of the labelled class against the others (dkd)", least=0, resume=TAKES)
-    dkd_beta: float = option(
-        8.0, "weight of the other classes among themselves (dkd)", default_text=BY_RECIPE, least=0, resume=TAKES
-    )
-    dkd_warm_up_epochs: int = option(
-        20, "linear rise of the teacher's weight (dkd)", unit="epochs", default_text=BY_RECIPE, least=0, resume=TAKES
-    )
 
 
 @methods.register("kd")

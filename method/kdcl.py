@@ -3,32 +3,15 @@
 There is no official code: the formulas are ours, after the paper.
 """
 
-from dataclasses import dataclass
-
 from torch import Tensor
 
 from loss import at_least_float32
 from loss.classification import CROSS_ENTROPY, ClassLoss
-from loss.distillation import COLLABORATIVE_TARGETS, collaborative_target, distillation_kl
+from loss.distillation import collaborative_target, distillation_kl
 from method import Method, Progress, StepOutput, Targets, methods
+from method.options.kdcl import KDCLOptions
 from model.splitnet import SplitNet
 from utils.errors import UserError
-from utils.options import TAKES, Options, option
-
-
-@dataclass(frozen=True, kw_only=True)
-class KDCLOptions(Options):
-    """Flags of collaborative learning."""
-
-    kdcl_target: str = option(
-        "minlogit",
-        "what all networks fit: the least of each class's logits above the label's, for every image the network that "
-        "knows it best, or the mean of the logits",
-        choices=COLLABORATIVE_TARGETS,
-        resume=TAKES,
-    )
-    kdcl_temperature: float = option(2.0, "temperature of the predictions that are compared", above=0, resume=TAKES)
-    kdcl_weight: float = option(1.0, "weight of that target beside the labels", least=0, resume=TAKES)
 
 
 @methods.register("kdcl")

@@ -1,7 +1,6 @@
 """Monte-Carlo dropout (Gal and Ghahramani, arXiv:1506.02142): the members are dropout masks of one network."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor
@@ -10,35 +9,11 @@ from loss import at_least_float32
 from loss.classification import CROSS_ENTROPY, ClassLoss
 from method import Progress, StepOutput, Targets, methods
 from method.members import MemberMethod
+from method.options.mc_dropout import MCDropoutOptions
 from model import LARGE, BackboneRequest
-from model.members import PLACES, MCDropoutNet
+from model.members import MCDropoutNet
 from model.registry import MemberForm
 from model.splitnet import SplitNet
-from utils.options import SAME, Options, option
-
-
-@dataclass(frozen=True, kw_only=True)
-class MCDropoutOptions(Options):
-    """Flags of Monte-Carlo dropout."""
-
-    num_members: int = option(
-        10, "T: masks, in place of S networks", aliases=("num_estimators",), least=1, most=1000, resume=SAME
-    )
-    mc_dropout_place: str = option(
-        "stages",
-        "where: whole channels behind every stage and numbers before the classifier; there only; or the backbone's own "
-        "dropout layers",
-        choices=PLACES,
-        resume=SAME,
-    )
-    mc_dropout_rate: float | None = option(
-        None,
-        "part that is dropped",
-        default_text="0.1 on small images, 0.05 on large ones",
-        least=0,
-        below=1,
-        resume=SAME,
-    )
 
 
 @methods.register("mc_dropout")

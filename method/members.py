@@ -6,7 +6,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from method import Method, OwnOptions
+from method.contract import Method, OwnOptions
 from utils.errors import UserError
 
 # flags that need networks of their own, for methods whose members share one

@@ -1,7 +1,6 @@
 """Multi-input multi-output networks (Havasi et al., arXiv:2010.06610): M predictions of M images in one pass."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -11,44 +10,13 @@ from loss import at_least_float32
 from loss.classification import CROSS_ENTROPY, ClassLoss
 from method import Progress, StepOutput, Targets, methods
 from method.members import MemberMethod, joined_losses
+from method.options.mimo import MimoOptions
 from model import LARGE, BackboneRequest
 from model.members import MimoNet
 from model.registry import MemberForm, request_of
 from model.splitnet import SplitNet
 from recipe.published import long_steps
-from utils.options import SAME, TAKES, Options, option
 from utils.seed import STREAM_METHOD, torch_generator
-
-
-@dataclass(frozen=True, kw_only=True)
-class MimoOptions(Options):
-    """Flags of multi-input multi-output networks."""
-
-    num_members: int | None = option(
-        None,
-        "M: inputs and outputs, in place of S networks",
-        aliases=("num_estimators",),
-        default_text="3 on small images, 2 on large ones",
-        least=1,
-        most=1000,
-        resume=SAME,
-    )
-    member_loss: str = option("sum", "over the members", choices=("sum", "mean"), resume=TAKES)
-    mimo_batch_repetition: int | None = option(
-        None,
-        "rows of a step for each image of the batch",
-        default_text="4 on small images, 2 on large ones",
-        least=1,
-        resume=TAKES,
-    )
-    mimo_input_repetition: float | None = option(
-        None,
-        "part of the rows that show one image to all members",
-        default_text="0 on small images, 0.6 on large ones",
-        least=0,
-        most=1,
-        resume=TAKES,
-    )
 
 
 def member_orders(rows: int, members: int, shared: float, generator: torch.Generator) -> Tensor:

@@ -1,7 +1,6 @@
 """Online distillation with diverse peers (Chen et al., arXiv:1912.00350): peers attend to each other, one leads."""
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -12,48 +11,12 @@ from loss.classification import CROSS_ENTROPY, ClassLoss
 from loss.distillation import distillation_kl
 from method import Method, Progress, StepOutput, Targets, methods
 from method.inner import TeacherRamp
+from method.options.okddip import OKDDipOptions
 from model.heads import PeerAttention, embedding_size, peer_branches, require_stages
 from model.splitnet import SplitNet
 from model.staged import Staged
 from recipe.published import sgd_steps
 from utils.errors import UserError
-from utils.options import SAME, TAKES, Options, option
-
-
-@dataclass(frozen=True, kw_only=True)
-class OKDDipOptions(Options):
-    """Flags of online distillation with diverse peers."""
-
-    okddip_share: str = option(
-        "branches",
-        "who the peers are: branches behind a shared trunk, the network itself the leader; or networks side by side, "
-        "the last one the leader",
-        choices=("branches", "networks"),
-        resume=SAME,
-    )
-    okddip_branches: int = option(4, "branches, the leader included", least=1, most=64, resume=SAME)
-    okddip_factor: int = option(
-        8, "embeddings are compared in a space of so many times fewer dimensions", least=1, resume=SAME
-    )
-    okddip_temperature: float = option(3.0, "temperature of the predictions that are compared", above=0, resume=TAKES)
-    okddip_weight: float = option(1.0, "weight of the peers' predictions beside the labels", least=0, resume=TAKES)
-    okddip_ramp_epochs: int | None = option(
-        None,
-        "rise of that weight",
-        unit="epochs",
-        default_text="80 of 300, in proportion",
-        least=0,
-        resume=TAKES,
-    )
-    okddip_stop_gradient: bool = option(
-        False, "predictions inside the targets are constant; the attention still learns through them", resume=TAKES
-    )
-    okddip_deploy: str = option(
-        "leader",
-        "with --okddip_share networks, what parameters and MACs are counted of; all networks are kept in any case",
-        choices=("leader", "ensemble"),
-        resume=TAKES,
-    )
 
 
 class Group(nn.Module):

@@ -1,7 +1,6 @@
 """On-the-fly native ensemble (Lan et al., arXiv:1806.04606): branches of one network, taught by their gated mixture."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -12,29 +11,10 @@ from loss.classification import CROSS_ENTROPY, ClassLoss
 from loss.distillation import distillation_kl
 from method import Method, Progress, StepOutput, Targets, methods
 from method.inner import TeacherRamp
+from method.options.one import ONEOptions
 from model.heads import NativeEnsemble, require_stages
 from model.splitnet import SplitNet
 from recipe.published import sgd_steps
-from utils.options import SAME, TAKES, Options, option
-
-
-@dataclass(frozen=True, kw_only=True)
-class ONEOptions(Options):
-    """Flags of the on-the-fly native ensemble."""
-
-    one_branches: int = option(
-        3, "branches: the network's own last stage and copies of it beside it", least=2, most=64, resume=SAME
-    )
-    one_temperature: float = option(3.0, "temperature of the predictions that are compared", above=0, resume=TAKES)
-    one_weight: float = option(1.0, "weight of the gated mixture as a teacher", least=0, resume=TAKES)
-    one_ramp_epochs: int | None = option(
-        None,
-        "rise of that weight",
-        unit="epochs",
-        default_text="80 of 300, in proportion",
-        least=0,
-        resume=TAKES,
-    )
 
 
 @methods.register("one")

@@ -2,7 +2,6 @@
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor
@@ -10,34 +9,12 @@ from torch import Tensor
 from loss import at_least_float32
 from method import Progress, StepOutput, Targets, methods
 from method.members import MemberMethod, joined_losses
+from method.options.packed import PackedOptions
 from model import BackboneRequest
-from model.packed import AUTO
+from model.options import AUTO
 from model.registry import MemberForm
 from recipe.published import sgd_steps
 from utils.errors import UserError
-from utils.options import SAME, TAKES, Options, option
-
-
-@dataclass(frozen=True, kw_only=True)
-class PackedOptions(Options):
-    """Flags of Packed-Ensembles; with gamma 1 they are M independent networks of width alpha / M on one view"""
-
-    num_members: int = option(
-        4, "M: members, in place of S networks", aliases=("num_estimators",), least=1, most=1000, resume=SAME
-    )
-    member_loss: str = option("mean", "over the members", choices=("sum", "mean"), resume=TAKES)
-    packed_alpha: str = option(
-        AUTO,
-        "width of a member: alpha / M of the backbone's, or auto, which solves the stages' widths so that M members "
-        "have the backbone's parameters (--divide_by macs: its MACs)",
-        metavar="auto|X",
-        resume=SAME,
-    )
-    packed_gamma: int = option(
-        1, "into how many groups a member's convolutions are split once more", least=1, resume=SAME
-    )
-    packed_min_channels: int = option(64, "least inputs of a group that --packed_gamma makes", least=1, resume=SAME)
-    packed_views: bool = option(False, "every member has its own view; published: all have one", resume=SAME)
 
 
 def require_alpha(text: str) -> str:

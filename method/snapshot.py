@@ -2,7 +2,6 @@
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor, nn
@@ -11,28 +10,9 @@ from loss import at_least_float32
 from loss.classification import CROSS_ENTROPY, ClassLoss
 from method import Method, Progress, StepOutput, Targets, methods
 from method.members import refuse_several_networks
+from method.options.snapshot import SnapshotOptions
 from model.splitnet import SplitNet
 from utils.errors import UserError
-from utils.options import SAME, Options, option
-
-
-@dataclass(frozen=True, kw_only=True)
-class SnapshotOptions(Options):
-    """Flags of snapshot ensembles."""
-
-    num_members: int = option(
-        4, "M: snapshots, in place of S networks", aliases=("num_estimators",), least=1, most=1000, resume=SAME
-    )
-    snapshot_last: int | None = option(
-        None, "keep so many of them only, the newest", default_text="all", least=1, resume=SAME
-    )
-    snapshot_lr: str = option(
-        "cycles",
-        "learning rate: M cosine cycles, a snapshot at the end of each; or as the other flags say, with snapshots "
-        "after each of the last M epochs",
-        choices=("cycles", "as_given"),
-        resume=SAME,
-    )
 
 
 @methods.register("snapshot")

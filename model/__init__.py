@@ -1,6 +1,7 @@
 """Networks by name: registry, builder and SplitNet under one import; the rooms below have the rest."""
 
-from model.build import backbone_request, build_splitnet, network_requests
+from typing import TYPE_CHECKING
+
 from model.registry import (
     LARGE,
     SMALL,
@@ -18,8 +19,12 @@ from model.registry import (
     solved_request,
     split_list,
 )
-from model.splitnet import SplitNet
-from model.staged import Staged, StagedBackbone, classifier_name, staged_parts
+from utils.lazy import lazily
+
+if TYPE_CHECKING:
+    from model.build import backbone_request, build_splitnet, network_requests
+    from model.splitnet import SplitNet
+    from model.staged import Staged, StagedBackbone, classifier_name, staged_parts
 
 __all__ = [
     "LARGE",
@@ -46,3 +51,4 @@ __all__ = [
     "split_list",
     "staged_parts",
 ]
+__getattr__ = lazily(__name__, "build", "splitnet", "staged")

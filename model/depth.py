@@ -3,20 +3,17 @@
 from __future__ import annotations
 
 import itertools
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from torch import nn
 
 from model.heads import is_sequence, stem_parameters
+from model.options import check_freeze
 from model.registry import backbones, request_of
 from model.splitnet import SplitNet
 from model.staged import Staged, classifier_name, staged_parts
 from utils.errors import UserError
-
-FREEZE = re.compile(r"stem|backbone|stages:([1-9]\d*)")
-EXPECTED = "stem, stages:N (the stem and the first N stages) or backbone (all but the classifier)"
 
 
 @dataclass(frozen=True)
@@ -25,16 +22,6 @@ class Layer:
 
     label: str
     names: tuple[str, ...]
-
-
-def check_freeze(what: str) -> None:
-    """Refuse a --freeze that is none.
-
-    Raises:
-        UserError: it is neither of the three.
-    """
-    if not FREEZE.fullmatch(what):
-        raise UserError(f"--freeze {what}: expected {EXPECTED}.")
 
 
 def freeze(network: SplitNet, what: str) -> int:

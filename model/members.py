@@ -23,7 +23,6 @@ from utils.seed import STREAM_INIT, STREAM_METHOD, fold_in, stream_uniform, torc
 
 logger = logging.getLogger(__name__)
 
-PLACES = ("stages", "classifier", "own")
 _MEMBER_INIT = 2_000_000  # the part of the initialisation stream that members draw their own numbers from
 
 

@@ -19,13 +19,13 @@ from torch import nn
 
 from model.division.rechannel import ChannelClass, ChannelGraph, Layer, Sizes, count_layers, trace
 from model.division.solver import TOLERANCE, solve_widths
+from model.options import AUTO
 from model.registry import BackboneRequest, build_network, note_request, request_of
 from model.splitnet import SplitNet
 from model.staged import staged_parts
 from utils.errors import UserError, reason
 from utils.seed import STREAM_INIT, fold_in
 
-AUTO = "auto"
 _LOCK = threading.Lock()
 
 

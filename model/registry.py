@@ -4,16 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
-from typing import Any, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 from weakref import WeakKeyDictionary
-
-from torch import Tensor, nn
 
 from recipe.datasets import ROWS, row_for
 from recipe.preprocessing import Preprocessing
 from utils.errors import UserError
 from utils.registry import Registry
 
+if TYPE_CHECKING:  # the flags are read before torch is imported, and the names of backbones are among them
+    from torch import Tensor, nn
+
+DIVIDE_BY = ("params", "macs")
 CHANNELS, ARGUMENTS = "channels", "arguments"  # the two ways of dividing a network that is not ours
 FAR = 0.25  # the figure that is not budgeted may differ by this part before a plan's line says so
 
@@ -198,8 +200,64 @@ class Backbone:
     fit: Callable[[BackboneRequest], BackboneRequest] | None = None
 
 
+# file of model/backbone/ -> the architectures that it registers; none for one that has only a resolver
+_NAMES: dict[str, tuple[str, ...]] = {
+    "cifar_resnet": ("resnet20_cifar", "resnet32_cifar", "resnet56_cifar", "resnet110_cifar"),
+    "cream": (
+        "cream",
+        "cream_supernet",
+        "cream_14",
+        "cream_42",
+        "cream_43",
+        "cream_112",
+        "cream_114",
+        "cream_287",
+        "cream_481",
+        "cream_604",
+    ),
+    "densenet": ("densenet190",),
+    "efficientnet": (*(f"efficientnetb{i}" for i in range(9)), "efficientnetl2"),
+    "hcgnet": ("hcgnet_A1_cifar", "hcgnet_A2_cifar"),
+    "imagenet_resnet": tuple(f"resnet{depth}_imagenet" for depth in (18, 34, 50, 101, 152)),
+    "pyramidnet": ("pyramidnet164", "pyramidnet272"),
+    "resnest": ("resnest101", "resnest200", "resnest269"),
+    "resnet": tuple(f"resnet{depth}" for depth in (20, 32, 50, 56, 101, 110, 152, 164, 200)),
+    "resnexst": ("resnexst50_4x16d", "resnexst50_4x32d", "resnexst50_8x16d", "resnexst101_8x32d"),
+    "resnext": ("resnext29_8x64d", "resnext29_16x64d", "resnext50_32x4d", "resnext101_32x4d", "resnext101_64x4d"),
+    "senet": (
+        *(f"se_resnet{depth}" for depth in (50, 101, 110, 152, 164)),
+        "se_resnet50_B",
+        "se_resnext101_64x4d",
+        "se_resnext101_64x4d_B",
+        "senet113",
+        "senet154",
+    ),
+    "shake_resnet": ("shake_resnet26_2x96d",),
+    "shufflenetv2": ("ShuffleNetV2_05x_cifar", "ShuffleNetV2_1x_cifar", "ShuffleNetV2_1x_imagenet"),
+    "timm_nets": (),
+    "torchvision_nets": (),
+    "user_factory": (),
+    "wide_resnet": (
+        "wide_resnet16_4",
+        "wide_resnet16_8",
+        "wide_resnet16_12",
+        "wide_resnet28_10",
+        "wide_resnet40_10",
+        "wide_resnet50_2",
+        "wide_resnet50_3",
+        "wide_resnet52_8",
+        "wide_resnet101_2",
+    ),
+    "wrn": (
+        *(f"wrn_{depth}_{widen}" for depth in (10, 16, 22, 28, 40) for widen in (1, 2, 4, 8, 10)),
+        "wrn_16_2_cifar",
+        "wrn_28_4_cifar",
+        "wrn_40_2_cifar",
+    ),
+}
+
 backbones: Registry[Backbone] = Registry(
-    "backbone", "--arch", f"{__package__}.backbone", also="torchvision/NAME, timm/NAME, FILE.py:FACTORY"
+    "backbone", "--arch", f"{__package__}.backbone", also="torchvision/NAME, timm/NAME, FILE.py:FACTORY", index=_NAMES
 )
 
 

@@ -32,7 +32,6 @@ from utils.text import one_line
 logger = logging.getLogger(__name__)
 
 PUBLISHED_PREFIX = "module."  # of every tensor of a released checkpoint
-WEIGHTS = ("auto", "raw", "ema")
 # Entries of checkpoints like Cream's released ones, whose `arch` is the name of a run or of another library's network.
 FOREIGN = frozenset({"state_dict_ema", "args", "version"})
 _NETWORK_KEY = re.compile(r"^models\.(\d+)\.")

@@ -3,7 +3,8 @@
 import sys
 
 from model import LARGE, BackboneRequest, backbones
-from model.division.plan import DIVIDE_BY, division_plan
+from model.division.plan import division_plan
+from model.registry import DIVIDE_BY
 from utils.command_line import OneLineParser
 from utils.errors import UserError
 from utils.text import fit_streams

@@ -8,7 +8,6 @@ import torch
 from torch import Tensor
 
 from evaluation.calibration import (
-    CALIBRATIONS,
     adaptive_error,
     binned,
     calibrated_log_probs,
@@ -19,6 +18,7 @@ from evaluation.calibration import (
     fit_temperatures,
 )
 from evaluation.cascade import greedy_order
+from evaluation.options import CALIBRATIONS
 from tests.answer_cases import CASES, GOLDEN, make
 from utils.errors import RunError
 

@@ -28,7 +28,8 @@ from evaluation.cascade import (
     walk_of,
     window_stages,
 )
-from evaluation.selective import CONFIDENCES, confidence_of, selective_figures
+from evaluation.options import CONFIDENCES
+from evaluation.selective import confidence_of, selective_figures
 from tests.answer_cases import GOLDEN, make
 from utils.errors import UserError
 

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from loss import at_least_float32
-from loss.classification import CLASS_LOSSES, ClassLoss, cross_entropy, mixed_binary_cross_entropy, mixed_cross_entropy
+from loss.classification import ClassLoss, cross_entropy, mixed_binary_cross_entropy, mixed_cross_entropy
+from training.options import CLASS_LOSSES
 from utils.targets import Targets, plain_targets
 
 LABELS = torch.tensor([2, 0, 1])

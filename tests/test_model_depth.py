@@ -5,7 +5,8 @@ import torch
 from torch import nn
 
 from model import LARGE, SMALL, BackboneRequest, SplitNet, backbones, build_splitnet
-from model.depth import check_freeze, freeze, layer_factors, layer_rates, layers
+from model.depth import freeze, layer_factors, layer_rates, layers
+from model.options import check_freeze
 from model.staged import classifier_name, staged_parts
 from training.optim import build_optimizer, parameter_groups, set_learning_rate
 from training.options import OptimizerOptions

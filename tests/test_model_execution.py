@@ -35,13 +35,13 @@ from model.backbone.senet import SEBottleneck, _drop_block
 from model.backbone.shake_resnet import ShakeResNet
 from model.backbone.shufflenetv2 import ShuffleNetV2
 from model.backbone.wrn import WideResNet
-from model.execution import EXECUTIONS
 from model.execution.stacking import NotStackable, Stacked
 from model.execution.streams import Streams
 from model.execution.threads import Threads
 from model.layers.random import RandomLayer
 from model.layers.resnet_parts import ResNetSkeleton, cifar_stem, deep_stem, make_stage, projection_shortcut
 from model.layers.split_attention import SplitAttentionBottleneck
+from model.options import EXECUTIONS
 from model.splitnet import SplitNet
 from tests.processes import run_processes
 from tests.waits import needs_gpu

@@ -245,7 +245,7 @@ def test_both_budgets_are_reported():
         ("torchvision/googlenet", 1, "auxiliary logits"),
         ("torchvision/densenet121", 65, "--split_factor 65 is not possible"),
         ("timm/resnett50", 1, "Did you mean 'resnet50'"),
-        ("torchvsion/resnet50", 1, "Known: .*torchvision/NAME, timm/NAME, FILE.py:FACTORY"),
+        ("torchvsion/resnet50", 1, "Near: .*torchvision/NAME, timm/NAME, FILE.py:FACTORY"),
     ],
 )
 def test_refusals(arch, split_factor, message):

@@ -1,19 +1,32 @@
 """The command line: every flag documented, precedence kept, every mistake one line that names it."""
 
+import importlib
+import json
+import pkgutil
 import re
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from method import methods
+from dataset import sources
+from loss import distillation
+from loss.agreement import AGREEMENT_LOSSES
+from method import method_options, methods
+from method.options import co_training as method_choices
+from method.options import dks as dks_choices
+from model import backbones
+from model.options import FAMILIES, POOLS
+from model.search import blocks
 from parser_params import Config, build_parser, parse_config, resolve_config
 from recipe.datasets import ROWS
 from utils.errors import UserError
 from utils.options import flags_of
+from utils.registry import Registry
 
 ROOT = Path(__file__).parent.parent
 
@@ -226,6 +239,67 @@ def test_bad_yaml_is_one_line(tmp_path: Path, text: str, message: str) -> None:
     with pytest.raises(UserError, match=message) as caught:
         parse_config(["--config", str(tmp_path / "c.yaml")])
     assert "\n" not in str(caught.value)
+
+
+ANSWERED = """
+import contextlib, io, json, runpy, sys
+
+program, lines = sys.argv[1], json.loads(sys.argv[2])
+for line in lines:
+    sys.argv = [program, *line]
+    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+        try:
+            runpy.run_path(program, run_name="__main__")
+        except SystemExit as end:
+            code = end.code
+    sys.stdout.write(json.dumps([line, code, sorted({"torch", "numpy", "torchvision"} & set(sys.modules))]) + "\\n")
+"""
+
+
+@pytest.mark.parametrize("program", ["train_split.py", "eval.py"])
+def test_help_and_a_typo_are_answered_without_importing_torch(program: str) -> None:
+    """Importing torch takes seconds; a method's and a family's flags lie where they are read without it."""
+    helps = [["--help"], *(["--method", name, "--help"] for name in method_options.names())]
+    typos = [
+        ["--lerning_rate", "1"],
+        ["--epochs", "x"],
+        ["--wrn_dropout", "1"],
+        ["--dataset", "cifr"],
+        ["--method", "dm"],
+        ["--no_cuda", "--gpu", "0"],
+        ["lrr", "1"],
+    ]
+    lines = json.dumps([*helps, *typos])
+    result = subprocess.run(
+        [sys.executable, "-c", ANSWERED, program, lines],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=True,
+        timeout=120,
+    )
+    found = [json.loads(line) for line in result.stdout.splitlines()]
+    assert found == [[line, 0, []] for line in helps] + [[line, 2, []] for line in typos]
+
+
+def test_the_parser_knows_what_the_methods_and_backbones_have() -> None:
+    for name in methods.names():
+        assert name not in method_options or methods.get(name).Options is method_options.get(name), name
+    assert {entry.options for _, entry in backbones.items()} - {None} == set(FAMILIES)
+
+
+@pytest.mark.parametrize("registry", [sources, backbones], ids=lambda registry: registry.kind)
+def test_every_name_is_in_the_index_that_saves_importing(registry: Registry[Any]) -> None:
+    package = importlib.import_module(registry.package)
+    assert sorted(registry.index) == sorted(info.name for info in pkgutil.iter_modules(package.__path__))
+    listed = [name for names in registry.index.values() for name in names]
+    assert sorted(listed) == [name for name, _ in registry.items()]
+
+
+def test_choices_that_stand_in_two_places_are_the_same() -> None:
+    assert tuple(AGREEMENT_LOSSES) == method_choices.AGREEMENTS
+    assert dks_choices.MATCHINGS == distillation.MATCHINGS
+    assert tuple(blocks.POOLS) == POOLS
 
 
 def test_user_mistake_exits_2_without_a_traceback() -> None:

@@ -2,6 +2,7 @@
 
 import functools
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -234,6 +235,30 @@ def test_a_signal_before_training_is_one_line(tmp_path: Path) -> None:
         last = run.stderr.strip().splitlines()[-1]
         assert last == "train_split.py: stopped; training was not under way. Go on with --resume auto."
         assert "Traceback" not in run.stderr
+
+
+AT_TORCH = """
+import os, sys
+
+class Finder:
+    def find_spec(self, name, path=None, target=None):
+        if name == "torch":
+            sys.meta_path.remove(self)
+            os.kill(os.getpid(), {number})
+
+sys.meta_path.insert(0, Finder())
+"""
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 0)])
+def test_a_signal_while_the_script_imports_torch_is_one_line(number: int, code: int, tmp_path: Path) -> None:
+    (tmp_path / "sitecustomize.py").write_text(AT_TORCH.format(number=int(number)))
+    argv = [sys.executable, ROOT / "train_split.py", *TINY, "--model_dir", tmp_path / "m"]
+    environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
+    run = subprocess.run([*map(str, argv)], env=environment, capture_output=True, text=True, timeout=100, check=False)
+    assert run.stderr == "train_split.py: stopped; training was not under way. Go on with --resume auto.\n"
+    assert (run.returncode, run.stdout) == (code, "")
+    assert not (tmp_path / "m").exists()
 
 
 def test_a_small_shared_memory_is_one_line_at_once(folder_with_a_bad_image: Path, tmp_path: Path) -> None:

@@ -76,6 +76,24 @@ def test_signals_that_were_held_come_when_the_program_begins(capsys: pytest.Capt
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
+def test_a_program_may_say_itself_what_a_signal_means_that_breaks_it(capsys: pytest.CaptureFixture[str]) -> None:
+    def broken(argv: list[str]) -> None:
+        try:
+            os.kill(os.getpid(), signal.SIGINT)
+        except Interrupted:  # as the import of a C extension does
+            raise ImportError("initialization failed") from None
+
+    def training(argv: list[str]) -> None:
+        os.kill(os.getpid(), signal.SIGINT)
+
+    def stopped(number: int) -> Stopped:
+        return Stopped(number, "nothing was under way")
+
+    for work, line in ((broken, "stopped; nothing was under way."), (training, "interrupted by SIGINT;")):
+        assert run_program("program.py", work, [], saves_memory="", signalled=stopped) == 130
+        assert capsys.readouterr().err.startswith(f"program.py: {line}")
+
+
 def test_without_a_signal_everything_is_as_before() -> None:
     before = [signal.getsignal(number) for number in NUMBERS]
     assert run(lambda: None) == 0

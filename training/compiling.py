@@ -14,15 +14,13 @@ from torch import nn
 
 from utils.errors import UserError
 
-COMPILE_MODES = ("default", "max-autotune-no-cudagraphs", "aot_eager")
-
 
 def compile_modules(modules: Iterable[nn.Module], mode: str, device: torch.device, execution: str = "loop") -> None:
     """Let torch compile each module at its first call; keys of state dicts and hooks stay as they are.
 
     Args:
         modules: networks, or what holds them.
-        mode: one of COMPILE_MODES; "aot_eager" traces forward and backward and generates no code.
+        mode: one of `training.options.COMPILE_MODES`; "aot_eager" traces forward and backward and generates no code.
         device: where they run.
         execution: how the networks run; those that become one function, or run in threads, cannot be compiled singly.
 

@@ -2,12 +2,13 @@
 
 from dataclasses import dataclass
 
-from loss.classification import CLASS_LOSSES
 from utils.options import BY_RECIPE, OF_CALL, SAME, TAKES, Options, option
 
 OPTIMIZERS = ("SGD", "Adam", "AdamW", "RMSprop", "RMSpropTF")
 ITERATION_MODES = ("cos", "step", "poly", "HTD", "exponential", "linear", "cycles")
+CLASS_LOSSES = ("ce", "bce")  # see loss.classification.ClassLoss
 EPOCH_MODES = ("epoch_cos", "epoch_step")
+COMPILE_MODES = ("default", "max-autotune-no-cudagraphs", "aot_eager")
 MODES = ITERATION_MODES + EPOCH_MODES
 
 

@@ -4,13 +4,14 @@ import json
 import os
 import sys
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, TypeVar
 
 from utils.errors import Incomplete, Interrupted, RunError, Stopped, UserError
-from utils.memory import is_out_of_memory, what_did_not_fit
 from utils.plain_json import plain_json
-from utils.signals import Interruption
+from utils.signals import Interruption, hold
 from utils.text import fit_streams, one_line
+
+T = TypeVar("T")
 
 
 def program_name(script: str, command: str) -> str:
@@ -24,12 +25,33 @@ def show(text: str) -> None:
     sys.stdout.flush()
 
 
+def read_flags(name: str, read: Callable[[], T]) -> T:
+    """What the command line says; wrong flags, and --help, end the program here.
+
+    SIGTERM and SIGINT wait from here until `run_program` releases them: the imports between the two take seconds.
+
+    Args:
+        name: of the program, before its error line.
+        read: parses the arguments of this process.
+
+    Raises:
+        SystemExit: 2 after the line that says what is wrong, 0 after the help.
+    """
+    fit_streams()
+    hold()
+    try:
+        return read()
+    except UserError as error:
+        raise SystemExit(_failed(name, error, error.exit_code)) from None
+
+
 def run_program(
     name: str,
     work: Callable[[list[str]], Mapping[str, Any] | None],
     argv: list[str] | None = None,
     *,
     saves_memory: str,
+    signalled: Callable[[int], Stopped | Interrupted] = Interrupted,
 ) -> int:
     """Do what a command line says; process 0 ends with a JSON object on the last line of stdout.
 
@@ -38,15 +60,18 @@ def run_program(
         work: of the arguments; returns the JSON object, or None where another process prints it.
         argv: the arguments without the program's name; None takes those of this process.
         saves_memory: the flags that make a run need less memory, as the end of a sentence.
+        signalled: what a signal of this number means that came before the work, or broke it.
 
     Returns:
         the exit code: 0 done, or training stopped by SIGTERM; 1 failed while running; 2 the user's mistake; 130 and 143
         interrupted by SIGINT and SIGTERM.
     """
     fit_streams()
+    begun = False
     with Interruption() as signals:
         try:
             signals.release()
+            begun = True
             try:
                 results = work(sys.argv[1:] if argv is None else argv)
             except Incomplete as error:
@@ -55,6 +80,8 @@ def run_program(
             except (UserError, RunError, Stopped) as error:
                 return _failed(name, error, error.exit_code)
             except (MemoryError, OSError, RuntimeError) as error:
+                from utils.memory import is_out_of_memory, what_did_not_fit  # it knows torch's errors
+
                 if signals.number or not is_out_of_memory(error):
                     raise
                 line = f"{what_did_not_fit(error)}. Try {saves_memory}. What was written before is whole."
@@ -64,11 +91,11 @@ def run_program(
             return 0
         except SystemExit:
             raise
-        except BaseException:  # Interrupted, or what broke because of it, here or in another process
+        except BaseException as error:  # Interrupted, or what broke because of it, here or in another process
             if not signals.number:
                 raise
-            interrupted = Interrupted(signals.number)
-            return _failed(name, interrupted, interrupted.exit_code)
+            why = error if begun and isinstance(error, Interrupted) else signalled(signals.number)
+            return _failed(name, why, why.exit_code)
 
 
 def _show_results(results: Mapping[str, Any]) -> None:

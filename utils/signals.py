@@ -68,6 +68,12 @@ class Interruption(SignalNote):
         raise Interrupted(self.number)
 
 
+def hold() -> None:
+    """Signals to this process wait until `Interruption.release`."""
+    if hasattr(signal, "pthread_sigmask"):
+        signal.pthread_sigmask(signal.SIG_BLOCK, NUMBERS)
+
+
 @contextlib.contextmanager
 def held() -> Iterator[None]:
     """Processes started in here do not see SIGTERM and SIGINT until they ask for them; this one does afterwards."""

@@ -11,7 +11,6 @@ rate, the schedule is 1 - step / steps, auxiliary forward passes leave the runni
 import json
 import logging
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
 from typing import Any, ClassVar, NamedTuple
 
 import torch
@@ -27,6 +26,7 @@ from method.cream.board import BoardEntry, PathBoard, PathSampler
 from method.cream.meta import frozen_statistics, match_features, match_gradient, match_scores, probabilities
 from method.cream.plots import plot_board, plot_network
 from method.inner import average_over_processes, finite_sgd_step
+from method.options.cream import CreamSearchOptions
 from model import LARGE, request_of
 from model.search.costs import NetworkPlan
 from model.search.estimates import est_flops, size_supernet
@@ -36,7 +36,6 @@ from model.search.supernet import Supernet
 from model.splitnet import SplitNet
 from utils.distributed import all_reduce_sum, is_alone
 from utils.errors import UserError
-from utils.options import SAME, TAKES, Options, option
 from utils.seed import STREAM_METHOD, fold_in
 
 logger = logging.getLogger(__name__)
@@ -44,44 +43,6 @@ logger = logging.getLogger(__name__)
 META_MOMENTUM = 0.9
 META_CLIP = 1.0
 TOP1_GATE = 0.5
-
-
-@dataclass(frozen=True, kw_only=True)
-class CreamSearchOptions(Options):
-    """Flags of the search; those that shape the supernet are with the Cream backbones."""
-
-    pool_size: int = option(10, "paths on the board", least=1, resume=SAME)
-    acc_gap: float = option(
-        5.0,
-        "lead over the board's worst path that lets a dearer one in",
-        unit="percentage points",
-        least=0,
-        resume=TAKES,
-    )
-    meta_sta_epoch: int = option(
-        20,
-        "last epoch, from 0, without board, teacher and meta update",
-        default_text="20 of 120 epochs, else alike",
-        least=0,
-        resume=TAKES,
-    )
-    update_iter: int = option(200, "batches of an epoch between meta updates", unit="batches", least=1, resume=TAKES)
-    pick_method: str = option("meta", "how the teacher is chosen", choices=("meta", "top1"), resume=TAKES)
-    meta_lr: float = option(1e-4, "learning rate of the meta-network, decayed linearly", least=0, resume=TAKES)
-    how_to_prob: str = option(
-        "pre_prob",
-        "operators drawn uniformly, by --pre_prob, or as on the board",
-        choices=("even", "pre_prob", "teacher"),
-        resume=TAKES,
-    )
-    pre_prob: tuple[float, ...] = option(
-        (0.05, 0.2, 0.05, 0.5, 0.05, 0.15), "probability of every operator", least=0, resume=TAKES
-    )
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if abs(sum(self.pre_prob) - 1) > 1e-6:
-            raise UserError(f"--pre_prob {self.pre_prob}: expected probabilities that add up to 1.")
 
 
 # ---- the method ------------------------------------------------------------------------------------------------------

@@ -4,54 +4,20 @@ Released: state-dict names, blocks and numbers are those of the published weight
 multiples of 8 from the budget solver, dropout over sqrt(S)) and the form for small images (`PUBLISHED_SMALL`).
 """
 
-from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 from torch import nn
 
+from model.options import CreamOptions
 from model.registry import LARGE, SMALL, Backbone, BackboneRequest, backbones, family_options
-from model.search.blocks import POOLS, ConvBnSwish, CreamFrame, DepthwiseSeparable, InvertedResidual, init_cream
+from model.search.blocks import ConvBnSwish, CreamFrame, DepthwiseSeparable, InvertedResidual, init_cream
 from model.search.costs import NetworkPlan
 from model.search.estimates import size_supernet
 from model.search.reading import parse_arch_list, read_space
 from model.search.space import PUBLISHED, PUBLISHED_SMALL, SearchSpace, divided
 from model.search.supernet import Supernet
 from utils.errors import UserError
-from utils.options import SAME, TAKES, Options, option
-
-
-@dataclass(frozen=True, kw_only=True)
-class CreamOptions(Options):
-    """Cream networks and search space"""
-
-    arch_list: str = option(
-        "[[0],[3],[3,3],[3,1,3],[3,3,3,3],[3,3,3],[0]]",
-        "network of --arch cream, as found.yaml of a search has it",
-        resume=SAME,
-    )
-    honour_single_block: bool = option(
-        False, "a stage of one block is what its index says; the released networks ignore that index", resume=SAME
-    )
-    dropout_rate: float = option(
-        0.0, "dropout before the classifier of Cream networks, divided by sqrt(S)", least=0, below=1, resume=TAKES
-    )
-    global_pool: str = option("avg", "pooling before the head of Cream networks", choices=tuple(POOLS), resume=SAME)
-    search_space: str | None = option(
-        None,
-        "YAML file, or YAML text, of a search space",
-        default_text="the published space",
-        metavar="FILE",
-        resume=SAME,
-    )
-    flops_minimum: float = option(
-        0.0, "lower end of the interval that sizes the supernet", unit="million operations", resume=SAME
-    )
-    flops_maximum: float = option(600.0, "upper end of that interval", unit="million operations", resume=SAME)
-    sta_num: tuple[int, ...] = option(
-        (), "blocks of every searchable stage, in place of that sizing", least=1, resume=SAME
-    )
-    slice: int = option(4, "images that an entry of the board keeps", unit="images per process", least=1, resume=SAME)
 
 
 class CreamNet(CreamFrame):

@@ -7,7 +7,6 @@ can apply ShakeDrop to the new features of each layer; "densenet3" has neither. 
 from collections import OrderedDict
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -17,36 +16,12 @@ from torch.utils.checkpoint import checkpoint
 from model.division import ANY_SPLIT, densenet_growth, densenet_shake_drop_rates
 from model.layers.resnet_parts import conv_bn
 from model.layers.shake import ShakeDrop
+from model.options import DenseNetOptions
 from model.registry import SMALL, Backbone, BackboneRequest, backbones, family_options
 from model.staged import StagedBackbone
-from utils.errors import UserError
-from utils.options import SAME, TAKES, Options, option
 
 NUM_BLOCKS = 3
 LAYERS_PER_BLOCK = 31
-
-
-@dataclass(frozen=True, kw_only=True)
-class DenseNetOptions(Options):
-    """Flags of the DenseNets."""
-
-    is_efficient_densenet: bool = option(
-        False, "DenseNet: recompute half of each layer in the backward pass to save memory; same results", resume=TAKES
-    )
-    is_official_densenet: bool = option(
-        True, "DenseNet: 1 the official implementation, 0 the variant densenet3", resume=SAME
-    )
-    densenet_p_shakedrop: float = option(
-        0.0, "DenseNet: ShakeDrop rate of the last layer before division; 0 is off", least=0, most=1, resume=SAME
-    )
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.densenet_p_shakedrop and not self.is_official_densenet:
-            raise UserError(
-                f"--densenet_p_shakedrop {self.densenet_p_shakedrop} exists in the official DenseNet only: "
-                "pass --is_official_densenet 1, or leave the rate at 0."
-            )
 
 
 class DenseLayer(nn.Module):

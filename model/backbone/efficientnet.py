@@ -7,7 +7,6 @@ the residual branches, "lukemelas" (the released ImageNet weights) pads like Ten
 import math
 from collections import OrderedDict
 from collections.abc import Collection
-from dataclasses import dataclass
 from functools import partial
 from typing import NamedTuple
 
@@ -16,27 +15,10 @@ from torch.nn import functional as F
 
 from model.division import EFFICIENTNET_CHANNELS, divided_rate, efficientnet_channels
 from model.layers.squeeze_excitation import squeeze_excite
+from model.options import EfficientNetOptions
 from model.registry import LARGE, SMALL, Backbone, BackboneRequest, backbones, family_options
 from model.staged import StagedBackbone
 from utils.errors import UserError
-from utils.options import SAME, TAKES, Options, option
-
-
-@dataclass(frozen=True, kw_only=True)
-class EfficientNetOptions(Options):
-    """Flags of the EfficientNets."""
-
-    is_lukemelas_efficientnet: bool = option(
-        False, "EfficientNet: 1 the implementation of the released ImageNet weights, 0 LightNet++", resume=SAME
-    )
-    is_memory_efficient_swish: bool = option(
-        True, "EfficientNet: swish that stores only its input for the backward pass", resume=TAKES
-    )
-    is_efficientnet_user_crop: bool = option(
-        False,
-        "EfficientNet on imagenet: 1 keeps --crop_size, 0 takes the size that belongs to the network",
-        resume=SAME,
-    )
 
 
 class Coefficients(NamedTuple):

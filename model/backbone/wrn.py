@@ -5,28 +5,14 @@ One network with two initialisations: `wrn_D_K` as trained for deeply-supervised
 division tables is post-activation.
 """
 
-from dataclasses import dataclass
 from functools import partial
 
 from torch import Tensor, nn
 
 from model.layers.resnet_parts import make_stage
+from model.options import WrnOptions
 from model.registry import SMALL, Backbone, BackboneRequest, backbones, family_options
 from model.staged import StagedBackbone
-from utils.options import TAKES, Options, option
-
-
-@dataclass(frozen=True, kw_only=True)
-class WrnOptions(Options):
-    """Backbone family: wrn"""
-
-    wrn_dropout: float = option(
-        0.0,
-        "dropout rate between the convolutions of a wrn_D_K block (published: 0 and 0.3)",
-        least=0,
-        below=1,
-        resume=TAKES,
-    )
 
 
 class PreActivationBlock(nn.Module):

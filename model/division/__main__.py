@@ -6,7 +6,8 @@ import sys
 from collections.abc import Sequence
 
 from model.division.coverage import LISTS, coverage
-from model.division.plan import DIVIDE_BY, division_plan, usual_request
+from model.division.plan import division_plan, usual_request
+from model.registry import DIVIDE_BY
 from utils.command_line import OneLineParser
 from utils.errors import UserError
 from utils.text import fit_streams

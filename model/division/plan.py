@@ -21,7 +21,6 @@ from model.staged import StagedBackbone
 from utils.errors import UserError
 from utils.macs import count_macs, count_params
 
-DIVIDE_BY = ("params", "macs")
 MOST = 4  # a plan's number is at most so many times the undivided network's
 
 

@@ -19,13 +19,12 @@ from torch.utils._python_dispatch import _get_current_dispatch_mode
 from model.execution.stacking import NotStackable, StackedNetworks
 from model.execution.streams import Streams
 from model.execution.threads import Threads
+from model.options import EXECUTIONS
 from utils.device import wait_for
 from utils.distributed import all_reduce_sum, is_alone
 from utils.errors import reason
 
 logger = logging.getLogger(__name__)
-
-EXECUTIONS = ("loop", "parallel", "stacked", "auto")
 
 TRIAL_IMAGES = 2  # per view, in the trial before a strategy's first use
 TIMED_ROUNDS = 3  # of `auto`, after one to warm up

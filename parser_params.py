@@ -318,8 +318,8 @@ def build_parser(method: str, program: str | None = None, extra: type | None = N
     """The parser of all flags, with those of one method and of one entry point."""
     parser = FlagParser(
         prog=program,
-        usage="%(prog)s [--flag VALUE ...] [KEY VALUE ...]",
-        description="Divide a backbone into S small networks and train them together.",
+        usage=getattr(extra, "usage", "%(prog)s [--flag VALUE ...] [KEY VALUE ...]"),
+        description=getattr(extra, "about", "Divide a backbone into S small networks and train them together."),
         epilog=(
             f"Data sets: {', '.join(sources.names())}. Methods: {', '.join(method_options.names())}. "
             f"Backbones: {', '.join(backbones.names())}. Accuracies are in percent. "

@@ -27,37 +27,23 @@ def _train(arguments: list[str]) -> int:
 
 
 def _eval(arguments: list[str]) -> int:
-    from eval import main
+    from eval import PROGRAM, main, read
 
-    if arguments and not arguments[0].startswith("-"):
-        arguments = ["--resume", _checkpoint(arguments[0]), *arguments[1:]]
-    return main(arguments)
+    return main(arguments, read_flags(PROGRAM, lambda: read(arguments)))
 
 
 def _predict(arguments: list[str]) -> int:
-    from eval import main
-
+    if arguments and arguments[0] in ("-h", "--help"):
+        return _eval(["--help"])
     if len(arguments) < 2 or any(word.startswith("-") for word in arguments[:2]):
-        if arguments and arguments[0] in ("-h", "--help"):
-            return main(["--help"])
         raise UserError("predict: expected MODEL IMAGES, and then flags: a run directory or checkpoint, and images.")
-    return main(["--resume", _checkpoint(arguments[0]), "--predict", *arguments[1:]])
+    return _eval([arguments[0], "--predict", *arguments[1:]])
 
 
 def _export(arguments: list[str]) -> int:
     from evaluation.exporting import main
 
-    if arguments and not arguments[0].startswith("-"):
-        arguments = [_checkpoint(arguments[0]), *arguments[1:]]
     return main(arguments)
-
-
-def _checkpoint(path: str) -> str:
-    from evaluation.loading import EXPORTED, checkpoint_of
-
-    if path.endswith(EXPORTED):
-        raise UserError(f"{path}: is an exported file, and commands take the checkpoint; cotrain.load reads it.")
-    return str(checkpoint_of(path))
 
 
 COMMANDS: dict[str, Callable[[list[str]], int]] = {

@@ -28,6 +28,7 @@ from evaluation.session import Session, class_names_and_statistics, open_inputs,
 from model.splitnet import SplitNet
 from parser_params import parse_config
 from record.checkpoint import PARTIAL
+from record.run_folder import checkpoint_of
 from utils import launch
 from utils.command_line import OneLineParser
 from utils.errors import Incomplete, RunError, UserError, reason
@@ -164,7 +165,7 @@ def export(argv: Sequence[str]) -> dict[str, Any]:
         Incomplete: it differs beyond the tolerance, and is not kept.
     """
     parser = OneLineParser(prog=PROGRAM, description=__doc__, allow_abbrev=False)
-    parser.add_argument("checkpoint", help="checkpoint of train_split.py, or a released one (see eval.py --help)")
+    parser.add_argument("checkpoint", help="a run directory, a checkpoint, or a released one (see eval.py --help)")
     parser.add_argument("--out", type=Path, help="file to write, .pt2 or .onnx [default: CHECKPOINT's name, .pt2]")
     parser.add_argument(
         "--input",
@@ -179,7 +180,7 @@ def export(argv: Sequence[str]) -> dict[str, Any]:
         "--tolerance", type=float, default=TOLERANCE, help="allowed difference by the largest logit [default: 0.001]"
     )
     arguments, flags = parser.parse_known_args(argv)
-    checkpoint, dtype = Path(arguments.checkpoint), arguments.input
+    checkpoint, dtype = checkpoint_of(arguments.checkpoint), arguments.input
     out: Path = arguments.out or checkpoint.with_name(checkpoint.name.split(".")[0] + ".pt2")
     if out.suffix not in WRITERS:
         raise UserError(f"--out {out}: expected a name that ends in {' or '.join(WRITERS)}.")

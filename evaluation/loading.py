@@ -24,12 +24,10 @@ from evaluation.session import class_names_and_statistics, open_session, preproc
 from parser_params import parse_config
 from recipe.datasets import ROWS, open_row
 from recipe.preprocessing import Preprocessing, eval_resize
-from record import safe_tensors
-from record.checkpoint import BEST, list_checkpoints
+from record.run_folder import EXPORTED, checkpoint_of
 from utils.errors import UserError
 from utils.launch import World
 
-EXPORTED = (".pt2", ".onnx")
 CHUNK = 64  # images that go through the networks at a time
 Picture = str | PathLike[str] | Image.Image | np.ndarray
 
@@ -122,7 +120,7 @@ def load(path: str | PathLike[str], *, device: str | torch.device = "cpu", **fla
     if Path(path).suffix in EXPORTED:
         return _load_exported(Path(path), device, flags)
     words = [word for name, value in flags.items() for word in (f"--{name}", _as_word(value))]
-    words += ["--resume", str(checkpoint_of(path)), "--no_cuda"]
+    words += ["--resume", str(checkpoint_of(path, or_newest=True)), "--no_cuda"]
     config = parse_config(words, program="load", extra=EvalOptions)
     session = open_session(config, World(0, 1, 0, 1, device), [])
     if session.info.mean is None and "dataset" not in flags:
@@ -135,21 +133,6 @@ def load(path: str | PathLike[str], *, device: str | torch.device = "cpu", **fla
         steps=preprocessing(session),
         device=device,
     )
-
-
-def checkpoint_of(path: str | PathLike[str]) -> Path:
-    """The checkpoint that a path means: itself, or of a directory the best one, the newest, or model.safetensors.
-
-    Raises:
-        UserError: a directory without checkpoints.
-    """
-    path = Path(path)
-    if not path.is_dir():
-        return path
-    found = [one for one in (path / BEST, *list_checkpoints(path), path / safe_tensors.MODEL) if one.is_file()]
-    if not found:
-        raise UserError(f"{path}: holds no checkpoint: expected a run directory of train_split.py, or a file.")
-    return found[0]
 
 
 def _as_word(value: Any) -> str:

@@ -1,6 +1,7 @@
 """Flags of eval.py beside those of a training run."""
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 from model.options import WEIGHTS
 from utils.options import OF_CALL, Options, option
@@ -16,6 +17,12 @@ SAVES_MEMORY = "a smaller --eval_batch_size or --execution loop"  # flags, for t
 @dataclass(frozen=True, kw_only=True)
 class EvalOptions(Options):
     """Evaluation of a checkpoint"""
+
+    usage: ClassVar[str] = "%(prog)s RUN_DIR|CHECKPOINT [--predict PATH] [--flag VALUE ...] [KEY VALUE ...]"
+    about: ClassVar[str] = (
+        "Evaluate the best checkpoint of a run, or another one: every network, every ensemble rule. With --predict, "
+        "classify images."
+    )
 
     predict: str | None = option(
         None,

@@ -33,12 +33,13 @@ from evaluation.session import (
     open_large,
     open_session,
     output_folder,
+    prediction_folder,
 )
 from evaluation.shift import mean as mean_of_known
 from parser_params import Config, parse_config
 from record.checkpoint import write_file
 from record.logger import set_up_text_log
-from record.run_folder import RESULTS, as_json
+from record.run_folder import PREDICTIONS, RESULTS, as_json
 from utils import distributed, launch
 from utils.cpus import settle_threads
 from utils.errors import RunError, UserError
@@ -203,13 +204,13 @@ def further_metrics(names: str | None) -> list[str]:
 
 
 def run_prediction(session: Session, path: Path) -> dict[str, Any]:
-    """Classify images; process 0 writes predictions.csv and logits.npz (`logits` [S, N, K], `ensemble` [N, K]).
+    """Classify images; process 0 writes predictions.csv, logits.npz and predictions.json, see `prediction_folder`.
 
     Raises:
         UserError: nothing to classify, or an array of another kind.
         RunError: an unreadable image under --on_bad_image fail, no readable image, a full disk.
     """
-    folder = output_folder(session)
+    folder = prediction_folder(session, path)
     info, precision = session.info, session.precision
     classes, mean, std = class_names_and_statistics(session)
     check_flags(session)
@@ -237,6 +238,7 @@ def run_prediction(session: Session, path: Path) -> dict[str, Any]:
     disagreement = prediction.disagreement_N().tolist() if answered is None else answered.disagreement
     results = {
         **session.header(),
+        "input": str(path.resolve()),
         "images": len(prediction.names),
         "skipped": len(inputs.names) - len(prediction.names),
         "rule": session.rule,
@@ -249,7 +251,7 @@ def run_prediction(session: Session, path: Path) -> dict[str, Any]:
     }
     if session.world.is_main:
         show("\n".join(write_prediction(prediction, classes, folder, answered)))
-        write_file(folder / RESULTS, as_json(results))
+        write_file(folder / PREDICTIONS, as_json(results))
     return results
 
 

@@ -1,7 +1,9 @@
 """A session: checkpoint and flags as networks on their device, with their data, its statistics and class names."""
 
 import dataclasses
+import itertools
 import logging
+import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -27,10 +29,11 @@ from recipe.datasets import OPEN_ROWS, ROWS, open_row
 from recipe.own_images import KINDS
 from recipe.preprocessing import Preprocessing, eval_resize
 from record import checkpoint as ckpt
-from record.run_folder import HPARAMS
-from utils import launch
+from record.run_folder import HPARAMS, PREDICTIONS, checkpoint_of, read_results
+from utils import distributed, launch
 from utils.errors import UserError, reason
 from utils.launch import World
+from utils.plain_json import plain_json
 from utils.precision import Precision, choose_precision, lay_out
 
 logger = logging.getLogger("eval")
@@ -284,9 +287,12 @@ def _eval_options(config: Config) -> EvalOptions:
 
 def _read_checkpoint(config: Config, flag: str) -> tuple[dict[str, Any], Path]:
     if config.resume is None:
-        raise UserError("--resume PATH is missing: the checkpoint to evaluate.")
+        raise UserError(
+            "nothing to evaluate: name a run directory or a checkpoint, as in eval.py runs/a (--resume PATH)."
+        )
     if config.resume != "auto":
-        return ckpt.load_checkpoint(config.resume, flag), Path(config.resume)
+        path = checkpoint_of(config.resume)
+        return ckpt.load_checkpoint(path, flag), path
     newest = ckpt.load_newest(Path(config.model_dir))
     if newest is None:
         raise UserError(f"--resume auto: --model_dir {config.model_dir} holds no checkpoint.")
@@ -365,6 +371,40 @@ def output_folder(session: Session) -> Path:
     if "model_dir" in session.config.given:
         given = Path(session.config.model_dir)
         folder = given / "eval" if (given / HPARAMS).exists() else given
+    return _made(folder)
+
+
+def prediction_folder(session: Session, path: Path) -> Path:
+    """Where the results of an input of --predict go: `predict_<its name>` below --model_dir or beside the checkpoint.
+
+    The folder of an earlier prediction of the same input is taken again; another input of that name gets
+    `predict_<name>_2`, and so on. Nothing else is ever written into. Every process takes part.
+
+    Raises:
+        UserError: the folder cannot be made.
+    """
+    below = Path(session.config.model_dir) if "model_dir" in session.config.given else session.checkpoint.parent
+    name = f"predict_{path.resolve().name or 'root'}"
+
+    def first_free() -> Path:
+        numbers = itertools.count(2)
+        folder = below / name
+        while not _may_hold(folder, path):
+            folder = below / f"{name}_{next(numbers)}"
+        return _made(folder)
+
+    return distributed.main_first(session.world, first_free)
+
+
+def _may_hold(folder: Path, path: Path) -> bool:
+    """Whether a folder is new, empty, or holds the predictions of this input."""
+    if not folder.is_dir():
+        return not os.path.lexists(folder)
+    before = read_results(folder, PREDICTIONS)
+    return not any(folder.iterdir()) if before is None else before.get("input") == plain_json(str(path.resolve()))
+
+
+def _made(folder: Path) -> Path:
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:

@@ -8,11 +8,13 @@ import os
 import platform
 import sys
 from collections.abc import Mapping, Sequence
+from os import PathLike
 from pathlib import Path
 from typing import Any, NamedTuple, cast
 
 import torch
 
+from record import safe_tensors
 from record.checkpoint import (
     BEST,
     Checkpoint,
@@ -30,6 +32,8 @@ from utils.plain_json import plain_json
 logger = logging.getLogger(__name__)
 
 RESULTS = "results.json"
+PREDICTIONS = "predictions.json"  # results of a prediction, in a folder of its own
+EXPORTED = (".pt2", ".onnx")  # what script/export.py writes
 HPARAMS = "hparams_train.json"
 SPLIT = "split.csv"  # which part every image is in, where the run drew the parts
 ABANDONED = "abandoned"  # folder for what lies after a place that a run has gone back to
@@ -85,6 +89,36 @@ def open_run(folder: Path, resume: str | None) -> Resumed | None:
             f"--model_dir {folder} already holds a run: go on with --resume auto, or choose another --model_dir."
         )
     return None
+
+
+def checkpoint_of(path: str | PathLike[str], *, or_newest: bool = False) -> Path:
+    """The checkpoint that a path means: itself, or of a run directory the best one, or model.safetensors.
+
+    Args:
+        or_newest: take the newest checkpoint of a run that has no best one yet.
+
+    Raises:
+        UserError: a directory without it, or an exported file.
+    """
+    path = Path(path)
+    if not path.is_dir():
+        if path.suffix in EXPORTED:
+            raise UserError(f"{path}: is an exported file, and commands take the checkpoint; cotrain.load reads it.")
+        return path
+    newest = list_checkpoints(path)
+    for one in (path / BEST, *(newest if or_newest else ()), path / safe_tensors.MODEL):
+        if one.is_file():
+            return one
+    if newest:
+        raise UserError(
+            f"{path}: its run has no {BEST} yet. Go on with train_split.py --resume auto, or name a checkpoint, "
+            f"such as {newest[0]}."
+        )
+    if (path / HPARAMS).exists():
+        raise UserError(f"{path}: its run has written no checkpoint yet. Go on with train_split.py --resume auto.")
+    runs = sorted(one.parent.name for one in path.glob(f"*/{BEST}"))
+    there = f"; it holds the runs {', '.join(runs[:3])}{', …' * (len(runs) > 3)}" if runs else ""
+    raise UserError(f"{path}: holds no run: expected a directory of train_split.py, or a checkpoint{there}.")
 
 
 def is_in(path: Path, folder: Path) -> bool:
@@ -164,10 +198,10 @@ def make_folder(folder: Path) -> None:
         raise UserError(f"--model_dir {folder}: cannot be written.")
 
 
-def read_results(folder: Path) -> dict[str, Any] | None:
-    """results.json of a run that ended, or None where there is none that can be read."""
+def read_results(folder: Path, name: str = RESULTS) -> dict[str, Any] | None:
+    """results.json of a run that ended, or another file of its kind; None where there is none that can be read."""
     try:
-        results = json.loads((folder / RESULTS).read_text(encoding="utf-8"))
+        results = json.loads((folder / name).read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return None
     return results if isinstance(results, dict) else None

@@ -254,8 +254,9 @@ class Campaign:
             argv += ["--predict", str(self.images / "val" / "a")]
             if _forked(go, log):
                 raise SystemExit(log.read_text()[-3000:])
-            logits = {k: plain(torch.from_numpy(v)) for k, v in np.load(out / "logits.npz").items()}
-            self.found["folder predicted"] = {"logits": logits, "csv": (out / "predictions.csv").read_text()}
+            (csv,) = out.rglob("predictions.csv")
+            logits = {k: plain(torch.from_numpy(v)) for k, v in np.load(csv.parent / "logits.npz").items()}
+            self.found["folder predicted"] = {"logits": logits, "csv": csv.read_text()}
 
     def _replayed(self, folder: Path, flags: list[str]) -> None:
         """With --cuda_graph on a recorder of the tests."""

@@ -231,11 +231,87 @@ def test_benchmark_times_every_strategy_beside_the_undivided_network(run_dir, tm
 
 def test_results_of_a_training_run_stay(run_dir, one_image, capsys):
     for arguments in ((), ("--model_dir", run_dir)):
-        command = ("--resume", run_dir / "checkpoint_1.pth.tar", "--predict", one_image, *arguments)
+        command = ("--resume", run_dir / "checkpoint_1.pth.tar", *arguments)
         assert succeed(*command, capsys=capsys)["results_dir"] == str(run_dir / "eval")
+        evaluated = (run_dir / "eval" / "results.json").read_text()
+        assert succeed(*command, "--predict", one_image, capsys=capsys)["results_dir"] == str(
+            run_dir / "predict_one.npy"
+        )
         assert (run_dir / "results.json").read_text() == "of the training run"
+        assert (run_dir / "eval" / "results.json").read_text() == evaluated
     auto = succeed("--resume", "auto", "--model_dir", run_dir, "--predict", one_image, capsys=capsys)
     assert auto["checkpoint"] == str(run_dir / "checkpoint_1.pth.tar")
+
+
+@pytest.fixture
+def best_dir(run_dir: Path, tmp_path: Path) -> Path:
+    """A run directory whose best checkpoint is not the newest one."""
+    folder = tmp_path / "best"
+    folder.mkdir()
+    (folder / "model_best.pth.tar").hardlink_to(run_dir / "checkpoint_1.pth.tar")
+    (folder / "checkpoint_2.pth.tar").write_text("not the best one")
+    return folder
+
+
+def test_a_run_directory_means_its_best_checkpoint(best_dir, one_image, tmp_path, capsys):
+    best = best_dir / "model_best.pth.tar"
+    expected = succeed("--resume", best, "--predict", one_image, "--model_dir", tmp_path / "a", capsys=capsys)
+    for argv in ((best_dir,), (best,), ("--resume", best_dir)):
+        code = program.main([*map(str, argv), "--no_cuda", "--predict", str(one_image)])
+        out, err = capsys.readouterr()
+        assert code == 0, err
+        found = json.loads(out.splitlines()[-1])
+        assert found["checkpoint"] == str(best)
+        assert found["disagreement"] == expected["disagreement"]
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (("empty",), "eval.py: empty: holds no run: expected a directory of train_split.py, or a checkpoint."),
+        (("begun",), "its run has no model_best.pth.tar yet"),
+        (("nowhere",), "nowhere: does not exist"),
+        (("empty", "new_photos"), "new_photos: unexpected behind empty; to classify images: --predict new_photos."),
+        (("empty", "--resume", "x.pth.tar"), "stands for --resume empty, and --resume is there too"),
+        (("empty", "--evaluate-checkpoint=x"), "and --evaluate-checkpoint=x is there too"),
+        (("a.pt2",), "is an exported file"),
+    ],
+)
+def test_a_run_that_is_none_is_one_line(argv, message, tmp_path, monkeypatch, capsys):
+    for name in ("empty", "begun"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "begun" / "checkpoint_0_5.pth.tar").touch()
+    monkeypatch.chdir(tmp_path)
+    assert program.main(list(argv)) == 2
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert message in err.splitlines()[-1]
+    assert "Traceback" not in err
+
+
+def test_overrides_alone_are_no_run_directory(best_dir, one_image, capsys):
+    assert program.main(["resume", str(best_dir), "predict", str(one_image), "no_cuda", "1"]) == 0
+    capsys.readouterr()
+    assert program.with_checkpoint_flag(["a", "predict", "b"]) == ["--resume", "a", "predict", "b"]
+
+
+def test_every_input_has_a_folder_of_its_own(best_dir, one_image, tmp_path, capsys):
+    other = tmp_path / "more" / "one.npy"
+    other.parent.mkdir()
+    np.save(other, np.load(one_image) * 2)
+    (best_dir / "predict_one.npy_2").mkdir()
+    (best_dir / "predict_one.npy_2" / "mine.txt").write_text("of the user")
+    places = []
+    for path in (one_image, other, one_image, other):
+        results = succeed("--resume", best_dir, "--predict", path, capsys=capsys)
+        folder = Path(results["results_dir"])
+        assert sorted(os.listdir(folder)) == ["logits.npz", "predictions.csv", "predictions.json"]
+        assert json.loads((folder / "predictions.json").read_text()) == results
+        assert results["input"] == str(path)
+        places.append(folder.name)
+    assert places == ["predict_one.npy", "predict_one.npy_3"] * 2
+    assert os.listdir(best_dir / "predict_one.npy_2") == ["mine.txt"]
+    assert not (best_dir / "eval").exists()
 
 
 @pytest.mark.parametrize("after_softmax", [0, 1])
@@ -243,7 +319,7 @@ def test_reported_rule(after_softmax, run_dir, one_image, tmp_path, capsys):
     flags = ("--is_ensembled_after_softmax", after_softmax, "--is_max_ensemble", 1, "--model_dir", tmp_path)
     results = succeed("--resume", run_dir / "checkpoint_1.pth.tar", "--predict", one_image, *flags, capsys=capsys)
     assert results["rule"] == ("max_softmax" if after_softmax else "max_logits")
-    arrays = np.load(tmp_path / "logits.npz")
+    arrays = np.load(tmp_path / "predict_one.npy" / "logits.npz")
     logits_SNK = torch.from_numpy(arrays["logits"])
     expected_NK = (logits_SNK.log_softmax(-1) if after_softmax else logits_SNK).amax(0)
     np.testing.assert_allclose(arrays["ensemble"], expected_NK, rtol=1e-6)
@@ -257,7 +333,7 @@ def test_moving_average_is_said(run_dir, one_image, tmp_path, capsys):
     for weights, taken in (("auto", "ema"), ("ema", "ema"), ("raw", "raw")):
         command = ("--resume", tmp_path / "both.pth.tar", "--weights", weights, "--predict", one_image)
         assert succeed(*command, capsys=capsys)["weights"] == taken
-        logits[weights] = np.load(tmp_path / "eval" / "logits.npz")["logits"]
+        logits[weights] = np.load(tmp_path / "predict_one.npy" / "logits.npz")["logits"]
     assert (logits["auto"] == logits["ema"]).all()
     assert (logits["auto"] != logits["raw"]).any()
 
@@ -297,7 +373,7 @@ def test_released_checkpoints_give_the_published_logits(name, flags, tmp_path, c
         chosen = ("--amp_dtype", precision) if precision else ()
         results = succeed(*command, *chosen, "--model_dir", tmp_path / "out", capsys=capsys)
         assert (results["arch"], results["split_factor"]) == (golden["arch"], golden["split_factor"])
-        arrays = np.load(tmp_path / "out" / "logits.npz")
+        arrays = np.load(tmp_path / "out" / "predict_images.npy" / "logits.npz")
         scale = tolerance * golden["logits_abs_max_f64"]
         assert arrays["logits"].shape == (golden["split_factor"], len(arrays["ensemble"]), golden["num_classes"])
         assert np.abs(arrays["logits"][..., :10] - np.array(golden[f"logits_{key}"])).max() <= scale
@@ -320,10 +396,10 @@ def test_prediction_of_a_folder_equals_evaluation(run_dir, test_logits_SNK, tmp_
     resume = ("--resume", run_dir / "checkpoint_1.pth.tar", "--predict", tmp_path / "images")
     results = succeed(*resume, "--model_dir", tmp_path / "out", capsys=capsys)
     order = [0, 2, 4, 1, 3, 5]
-    logits = np.load(tmp_path / "out" / "logits.npz")["logits"]
+    logits = np.load(tmp_path / "out" / "predict_images" / "logits.npz")["logits"]
     np.testing.assert_allclose(logits, test_logits_SNK[:, order].numpy(), rtol=1e-4, atol=1e-5)
     assert results["images"] == 6
-    rows = read_csv(tmp_path / "out" / "predictions.csv")
+    rows = read_csv(tmp_path / "out" / "predict_images" / "predictions.csv")
     assert [row["file"] for row in rows] == ["00.png", "02.png", "04.png", "sub/01.png", "sub/03.png", "sub/05.png"]
     probs_NK = test_logits_SNK[:, order].mean(0).softmax(-1)
     for row, probs_K, choices_S in zip(rows, probs_NK, test_logits_SNK[:, order].argmax(-1).T, strict=True):
@@ -340,8 +416,9 @@ def test_prediction_of_a_folder_equals_evaluation(run_dir, test_logits_SNK, tmp_
     )
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout.splitlines()[-1])["images"] == 6
-    np.testing.assert_allclose(np.load(tmp_path / "two" / "logits.npz")["logits"], logits, rtol=1e-4, atol=1e-4)
-    assert [row["file"] for row in read_csv(tmp_path / "two" / "predictions.csv")] == [row["file"] for row in rows]
+    two = tmp_path / "two" / "predict_images"
+    np.testing.assert_allclose(np.load(two / "logits.npz")["logits"], logits, rtol=1e-4, atol=1e-4)
+    assert [row["file"] for row in read_csv(two / "predictions.csv")] == [row["file"] for row in rows]
 
 
 def test_prediction_of_one_image_of_another_size(run_dir, tmp_path, capsys):
@@ -350,10 +427,11 @@ def test_prediction_of_one_image_of_another_size(run_dir, tmp_path, capsys):
     expected = grey.resize((24, 16), Image.Resampling.BICUBIC).crop((4, 0, 20, 16)).convert("RGB")
     command = ("--resume", run_dir / "checkpoint_1.pth.tar", "--model_dir", tmp_path / "out")
     succeed(*command, "--predict", tmp_path / "wide.png", capsys=capsys)
-    from_file = np.load(tmp_path / "out" / "logits.npz")["logits"]
+    from_file = np.load(tmp_path / "out" / "predict_wide.png" / "logits.npz")["logits"]
     np.save(tmp_path / "wide.npy", normalised(torch.from_numpy(np.array(expected)).permute(2, 0, 1)[None]).numpy())
     succeed(*command, "--predict", tmp_path / "wide.npy", capsys=capsys)
-    np.testing.assert_allclose(np.load(tmp_path / "out" / "logits.npz")["logits"], from_file, rtol=1e-4, atol=1e-2)
+    from_array = np.load(tmp_path / "out" / "predict_wide.npy" / "logits.npz")["logits"]
+    np.testing.assert_allclose(from_array, from_file, rtol=1e-4, atol=1e-2)
 
 
 def test_unreadable_images(run_dir, tmp_path, capsys):
@@ -370,7 +448,7 @@ def test_unreadable_images(run_dir, tmp_path, capsys):
     assert "01broken.png" in refuse(*command, capsys=capsys, code=1)
     results = succeed(*command, "--on_bad_image", "skip", capsys=capsys)
     assert (results["images"], results["skipped"]) == (3, 1)
-    rows = read_csv(tmp_path / "out" / "predictions.csv")
+    rows = read_csv(tmp_path / "out" / "predict_images" / "predictions.csv")
     assert [row["file"] for row in rows] == ["00.png", "02.png", "sub/01.png"]
     for file in (tmp_path / "images").rglob("*.png"):
         file.write_bytes(b"")
@@ -395,7 +473,7 @@ def test_few_classes_and_one_network(tmp_path, capsys):
     assert results["ensemble_acc5"] == 100
     np.save(tmp_path / "x.npy", np.zeros((2, 3, 32, 32), dtype=np.float16))
     succeed(*command, "--predict", tmp_path / "x.npy", capsys=capsys)
-    rows = read_csv(tmp_path / "out" / "predictions.csv")
+    rows = read_csv(tmp_path / "out" / "predict_x.npy" / "predictions.csv")
     assert [name for name in rows[0] if name.startswith("name")] == ["name_1", "name_2", "name_3"]
 
 
@@ -408,7 +486,7 @@ def test_names_that_a_method_has_for_several_backbones(one_image, tmp_path, caps
     save_checkpoint(content, tmp_path / "x.pth.tar")
     results = succeed("--resume", tmp_path / "x.pth.tar", "--predict", one_image, capsys=capsys)
     assert results["arch"] == "resnet32_cifar,resnet32_cifar,resnet32_cifar"
-    assert np.load(tmp_path / "eval" / "logits.npz")["logits"].shape == (3, 1, 10)
+    assert np.load(tmp_path / "predict_one.npy" / "logits.npz")["logits"].shape == (3, 1, 10)
 
 
 # ---- what is refused -------------------------------------------------------------------------------------------------
@@ -442,7 +520,7 @@ def test_wrong_input(run_dir, tmp_path, capsys):
     (tmp_path / "empty").mkdir()
     (tmp_path / "text.pth.tar").write_text("no checkpoint")
     cases = {
-        (): "--resume PATH is missing",
+        (): "nothing to evaluate: name a run directory or a checkpoint",
         ("--resume", tmp_path / "none.pth.tar"): "does not exist",
         ("--resume", tmp_path / "text.pth.tar"): "text.pth.tar",
         ("--resume", "auto", "--model_dir", tmp_path / "empty"): "holds no checkpoint",
@@ -580,7 +658,7 @@ def test_how_evaluation_resizes_files_is_that_of_the_training_run(
     ):
         words = ("--resume", path / "checkpoint_1.pth.tar", "--predict", tmp_path / "i.png", *flags)
         assert run(*words, "--model_dir", tmp_path / "out", capsys=capsys)[0] == 0
-        logits[(path == run_dir, *flags[1:])] = np.load(tmp_path / "out" / "logits.npz")["logits"]
+        logits[(path == run_dir, *flags[1:])] = np.load(tmp_path / "out" / "predict_i.png" / "logits.npz")["logits"]
     assert (logits[False, "bicubic"] == logits[(True,)]).all()
     assert (logits[(False,)] == logits[True, "bilinear"]).all()
     assert (logits[(False,)] != logits[(True,)]).any()

@@ -199,7 +199,7 @@ def test_the_file_predicts_as_eval_does(suffix, flags, weights, checkpoint, tmp_
     command = ["--resume", checkpoint, "--predict", tmp_path / "images.npy", "--model_dir", tmp_path / "eval", *flags]
     done = runs.Run([*command, "--no_cuda"], tmp_path / "streams", module="eval").wait()
     assert done.code == 0, done.stderr
-    expected = np.load(tmp_path / "eval" / "logits.npz")
+    expected = np.load(tmp_path / "eval" / "predict_images.npy" / "logits.npz")
     run, metadata = load_exported(out)
     ensemble_BK, logits_SBK = run(torch.from_numpy(array))
     np.testing.assert_allclose(logits_SBK.numpy(), expected["logits"], rtol=1e-4, atol=1e-6)

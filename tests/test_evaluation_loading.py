@@ -10,7 +10,7 @@ from sklearn.datasets import load_sample_image
 
 from dataset.decode import BadImage
 from evaluation import exporting
-from evaluation.loading import Loaded, checkpoint_of, load
+from evaluation.loading import Loaded, load
 from model import BackboneRequest, build_splitnet
 from model.restore import published_keys
 from recipe.preprocessing import Preprocessing
@@ -113,7 +113,7 @@ def test_mistakes_are_one_line(run, tmp_path):
     (tmp_path / "a.pt2").write_bytes(b"no program")
     (tmp_path / "text.jpg").write_text(json.dumps("no image"))
     for call, message in (
-        (lambda: load(tmp_path), "holds no checkpoint"),
+        (lambda: load(tmp_path), "holds no run"),
         (lambda: load(tmp_path / "none.pth.tar"), "does not exist"),
         (lambda: load(tmp_path / "none.pt2"), "does not exist"),
         (lambda: load(tmp_path / "a.pt2"), "is damaged, or not written by"),
@@ -127,15 +127,6 @@ def test_mistakes_are_one_line(run, tmp_path):
         assert "\n" not in str(error.value)
     with pytest.raises(BadImage, match="not an image"):
         loaded.predict(tmp_path / "text.jpg")
-
-
-def test_a_run_directory_means_its_best_checkpoint_else_its_newest(tmp_path):
-    for name in ("checkpoint_1.pth.tar", "checkpoint_10.pth.tar", "checkpoint_9.pth.tar"):
-        (tmp_path / name).touch()
-    assert checkpoint_of(tmp_path).name == "checkpoint_10.pth.tar"
-    (tmp_path / "model_best.pth.tar").touch()
-    assert checkpoint_of(tmp_path).name == "model_best.pth.tar"
-    assert checkpoint_of("some/file.pth.tar").name == "file.pth.tar"
 
 
 class _Says(torch.nn.Module):

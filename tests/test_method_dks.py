@@ -139,7 +139,7 @@ def test_the_deployed_network_is_the_plain_backbone_through_eval(tmp_path, capsy
     argv = ["--resume", str(tmp_path / "exported.pth.tar"), "--predict", str(tmp_path / "images.npy"), "--no_cuda"]
     assert evaluation.main([*argv, "--amp_dtype", "fp32", "--workers", "0", "--model_dir", str(tmp_path / "out")]) == 0
     capsys.readouterr()
-    logits = torch.from_numpy(np.load(tmp_path / "out" / "logits.npz")["logits"])
+    logits = torch.from_numpy(np.load(tmp_path / "out" / "predict_images.npy" / "logits.npz")["logits"])
     with torch.no_grad():
         torch.testing.assert_close(logits[0], plain(images), rtol=1e-5, atol=1e-5)
 

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from evaluation.options import EvalOptions
+import eval as eval_program
 from method import methods
 from parser_params import parse_config, resolve_config
 from tests.kills import library_weights_at_hand
@@ -59,8 +59,10 @@ def test_commands_parse(document: str, command: str, monkeypatch: pytest.MonkeyP
     monkeypatch.chdir(ROOT)  # --config script/cream/...
     if "found.yaml" in command:  # what a search writes
         command = command.replace("./runs/cream/search/found.yaml", "script/cream/retrain_14.yaml")
-    extra = EvalOptions if re.search(r"\beval\.py\b", command) else None
-    parse_config(arguments(command), extra=extra)
+    if re.search(r"\beval\.py\b", command):
+        eval_program.read(arguments(command))
+    else:
+        parse_config(arguments(command))
 
 
 def test_there_are_commands() -> None:
@@ -227,5 +229,5 @@ def test_the_first_screens_commands_run_as_they_stand(photos: Path) -> None:
         done = Run(argv, photos / "streams", module=program.removesuffix(".py"), before=patched).wait()
         assert done.code == 0, f"{command}\n{done.stderr}"
     assert json.loads((photos / "runs/photos/results.json").read_text())["ensemble_acc1"] > 75
-    for name in ("curves.png", "split.csv", "eval/predictions.csv", "eval/confusion.png"):
+    for name in ("curves.png", "split.csv", "predict_new_photos/predictions.csv", "eval/confusion.png"):
         assert (photos / "runs/photos" / name).is_file(), name

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from record import checkpoint as ckpt
-from record.run_folder import make_folder, open_run, read_results
+from record.run_folder import checkpoint_of, make_folder, open_run, read_results
 from utils.errors import UserError
 
 
@@ -51,3 +51,38 @@ def test_a_folder_that_cannot_be_made(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match=r"--model_dir .*cannot be made"):
         make_folder(tmp_path / "file" / "x")
+
+
+def test_a_run_directory_means_its_best_checkpoint(tmp_path: Path) -> None:
+    for name in ("checkpoint_1.pth.tar", "checkpoint_10.pth.tar", "checkpoint_9.pth.tar"):
+        (tmp_path / name).touch()
+    assert checkpoint_of(tmp_path, or_newest=True).name == "checkpoint_10.pth.tar"
+    with pytest.raises(UserError, match=r"no model_best.pth.tar yet.* such as .*checkpoint_10.pth.tar\.$"):
+        checkpoint_of(tmp_path)
+    (tmp_path / "model_best.pth.tar").touch()
+    assert checkpoint_of(tmp_path).name == checkpoint_of(tmp_path, or_newest=True).name == "model_best.pth.tar"
+    assert checkpoint_of("some/file.pth.tar") == Path("some/file.pth.tar")
+
+
+def test_a_folder_of_the_hubs_layout_is_its_safetensors(tmp_path: Path) -> None:
+    (tmp_path / "model.safetensors").touch()
+    assert checkpoint_of(tmp_path).name == "model.safetensors"
+
+
+def test_directories_without_a_best_checkpoint_say_what_they_are(tmp_path: Path) -> None:
+    runs = tmp_path / "runs"
+    for name in ("a", "b"):
+        (runs / name).mkdir(parents=True)
+        (runs / name / "model_best.pth.tar").touch()
+    (tmp_path / "begun").mkdir()
+    (tmp_path / "begun" / "hparams_train.json").touch()
+    (tmp_path / "empty").mkdir()
+    for path, message in (
+        (runs, r"runs: holds no run: expected .*; it holds the runs a, b\.$"),
+        (tmp_path / "begun", "its run has written no checkpoint yet"),
+        (tmp_path / "empty", r"empty: holds no run: expected a directory of train_split.py, or a checkpoint\.$"),
+        (tmp_path / "a.onnx", "is an exported file, and commands take the checkpoint"),
+    ):
+        with pytest.raises(UserError, match=message) as error:
+            checkpoint_of(path)
+        assert "\n" not in str(error.value)

@@ -164,7 +164,7 @@ def test_whatever_is_written_or_printed_takes_every_name(
     out = base / os.fsdecode(b"\xf6ut")
     predict = ["--predict", data / "test", "--model_dir", out]
     program([*launcher, "eval.py", "--resume", best, *predict, *readers], encoding)
-    with (out / "predictions.csv").open(encoding="utf-8", newline="") as file:
+    with (out / "predict_test" / "predictions.csv").open(encoding="utf-8", newline="") as file:
         rows = list(csv.DictReader(file))
     assert sorted(row["file"] for row in rows) == sorted(
         f"{escaped(f'{name}/{i}.png')}" for name in NAMES for i in range(2)

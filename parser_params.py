@@ -10,7 +10,6 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import math
-import pkgutil
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -18,8 +17,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from dataset import sources
 from dataset.options import DataOptions
-from method import __path__ as methods_path
-from method import method_options
+from method import method_options, options_of
 from model.options import EXECUTIONS, FAMILIES, ModelOptions, check_freeze
 from model.registry import backbones, split_list
 from recipe.cream_yaml import is_published, is_published_key, read_published
@@ -296,20 +294,11 @@ def _title(options: type) -> str:
     return (options.__doc__ or options.__name__).strip().splitlines()[0].rstrip(".")
 
 
-def _method_options(method: str) -> type:
-    """The options of a method by name."""
-    if method not in method_options and method in {info.name for info in pkgutil.iter_modules(methods_path)}:
-        from method import methods
-
-        return methods.get(method).Options
-    return method_options.get(method)
-
-
 def _sections(method: str, extra: type | None = None) -> list[tuple[str, Sequence[Flag]]]:
     """(title, flags) of every group: the entry point's own first, the method's and the backbone families' last."""
     sections: list[tuple[str, Sequence[Flag]]] = [(_title(extra), flags_of(extra))] if extra else []
     sections += [(_title(section), flags_of(section)) for section in SECTIONS]
-    sections.append((f"Method: {method}", flags_of(_method_options(method))))
+    sections.append((f"Method: {method}", flags_of(options_of(method))))
     sections += [(_title(options), flags_of(options)) for options in FAMILIES]
     return sections
 
@@ -467,7 +456,7 @@ def _assemble(
         flag.check(backbone_options[flag.name], f"--{flag.name}")
     return Config(
         **{name: value for name, value in values.items() if name in own},
-        method_options=_fill(_method_options(method), values),
+        method_options=_fill(options_of(method), values),
         extra_options=_fill(extra, values) if extra else None,
         backbone_options=backbone_options,
         given=dict(values) if given is None else dict(given),

@@ -11,7 +11,7 @@ import torch
 from model.members import FORMS, build_members
 from model.options import ModelOptions
 from model.packed import build_packed
-from model.registry import BackboneRequest, build_network, check_request, image_shape, solved_request
+from model.registry import ASKED, BackboneRequest, build_network, check_request, image_shape, solved_request
 from model.splitnet import SplitNet
 from utils.errors import UserError
 from utils.seed import STREAM_INIT, fold_in
@@ -38,8 +38,12 @@ def network_requests(
         )
     if train_separately:
         raise UserError("--is_train_sep needs one divided network: give --arch one name, with a --split_factor.")
+    if request.widths is not None and len(set(archs)) > 1:
+        raise UserError(f"--stage_widths are those of one backbone, and --arch names {','.join(archs)}.")
     return [
-        replace(request, arch=arch, split_factor=1, widths=None, way="", width_names=(), fits_images=True)
+        replace(request, arch=arch, split_factor=1, fits_images=True)
+        if request.widths is not None
+        else replace(request, arch=arch, split_factor=1, way="", width_names=(), fits_images=True)
         for arch in archs
     ]
 
@@ -104,4 +108,5 @@ def backbone_request(
         options={**of_families, "output_stride": options.output_stride},
         divide_by=options.divide_by,
         widths=options.stage_widths or None,
+        way=ASKED if options.stage_widths else "",
     )

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from model.registry import check_request, known_request, note_request
+from model.registry import build_network, check_request, known_request, note_request
 from model.staged import Staged, staged_parts
 from utils.errors import UserError
 
@@ -173,11 +173,18 @@ def fresh_network(network: Staged, *, wide: bool = False) -> Staged:
     """
     if network.request is None:
         raise ValueError("a network needs a `request`, as model.build_network sets it, to be built again")
-    entry = check_request(network.request)
-    build = entry.build_wide if wide and entry.build_wide is not None else entry.build
-    built = build(network.request)
-    if not isinstance(built, Staged):
-        note_request(built, network.request)
+    request, entry = network.request, check_request(network.request)
+    if wide and entry.build_wide is not None:
+        if request.widths is not None:
+            raise UserError(
+                f"--stage_widths: a branch of --method dks has a last stage of twice the width that the table of "
+                f"--arch {request.arch} gives, which other widths do not have. Leave the flag away."
+            )
+        built = entry.build_wide(request)
+        if not isinstance(built, Staged):
+            note_request(built, request)
+    else:
+        built = build_network(request)
     fresh = staged_parts(built)
     assert fresh is not None
     return fresh

@@ -18,9 +18,10 @@ from torch import Tensor, nn
 from model.division import ANY_SPLIT, divided_rate
 from model.division.arguments import Arguments, divide
 from model.division.fitting import fitted_arguments, image_arguments, sizes_around
-from model.division.plan import MOST, checked_arguments
+from model.division.plan import checked_arguments
 from model.division.rechannel import ChannelGraph, trace
 from model.division.recording import NotRecorded, Recording, build_on_meta
+from model.division.resizing import check_widths
 from model.division.solver import TOLERANCE, solve_widths
 from model.registry import ARGUMENTS, CHANNELS, LARGE, SMALL, Backbone, BackboneRequest, DivisionPlan, planned
 from model.staged import Staged, classifier_name
@@ -317,16 +318,7 @@ class Library:
         self, arch: str, num_classes: int, crop_size: int, widths: tuple[int, ...]
     ) -> tuple[nn.Module, Family | None]:
         graph = self.graph(arch, num_classes, crop_size)
-        if len(widths) != len(graph.widths):
-            raise UserError(
-                f"--arch {arch} has {len(graph.widths)} stage widths, and the checkpoint or --stage_widths names "
-                f"{len(widths)}: see python -m model.division {arch}."
-            )
-        if any(not 1 <= width <= MOST * full for width, full in zip(widths, graph.widths, strict=True)):
-            raise UserError(
-                f"--arch {arch}: widths of {' '.join(map(str, widths))[:60]} cannot be (undivided "
-                f"{' '.join(map(str, graph.widths))}): the file is damaged, or --stage_widths is."
-            )
+        check_widths(arch, graph, widths)
         network = self._on_meta(arch, num_classes)
         graph.resize(network, widths)
         return network, self._family(network)

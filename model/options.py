@@ -36,10 +36,10 @@ class ModelOptions(Options):
     )
     stage_widths: tuple[float, ...] = option(
         (),
-        "width of every stage of one network, in the order and number of `python -m model.division ARCH`, in place of "
-        "what the solver finds",
+        "width of every stage of one network, in the order and number of `python -m model.division ARCH`, for networks "
+        "of ours with --by_channels, in place of the family's table or what the solver finds",
         above=0,
-        default_text="solved",
+        default_text="as divided",
         resume=SAME,
     )
     norm_mode: str = option("batch", "normalisation", choices=("batch",), resume=SAME)

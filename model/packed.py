@@ -8,25 +8,21 @@ once more.
 from __future__ import annotations
 
 import math
-import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
 import torch
 from torch import nn
 
-from model.division.rechannel import ChannelClass, ChannelGraph, Layer, Sizes, count_layers, trace
+from model.division.rechannel import ChannelClass, ChannelGraph, Layer, Sizes, count_layers
+from model.division.resizing import build_resized, check_widths, followed, undivided_request
 from model.division.solver import TOLERANCE, solve_widths
 from model.options import AUTO
-from model.registry import BackboneRequest, build_network, note_request, request_of
+from model.registry import BackboneRequest, note_request, request_of
 from model.splitnet import SplitNet
 from model.staged import staged_parts
-from utils.errors import UserError, reason
+from utils.errors import UserError
 from utils.seed import STREAM_INIT, fold_in
-
-_LOCK = threading.Lock()
 
 
 def member_channels(channels: int, factor: float, groups: int) -> int:
@@ -44,11 +40,6 @@ def further_groups(inputs: int, outputs: int, groups: int, gamma: int, min_chann
         if inputs % whole == 0 and outputs % whole == 0 and inputs // whole >= min_channels:
             return split
     return 1
-
-
-def _plain(request: BackboneRequest) -> BackboneRequest:
-    """The request of the base network."""
-    return replace(request, form=None, widths=None, way="", width_names=(), divide_by=None)
 
 
 @dataclass(frozen=True)
@@ -104,9 +95,7 @@ def packed_plan(request: BackboneRequest, gamma: int, min_channels: int) -> Pack
     Raises:
         UserError: a network whose channels cannot be followed.
     """
-    with torch.device("meta"):
-        network = build_network(_plain(request))
-    graph = trace(network, (3, request.crop_size, request.crop_size), request.arch)
+    network, graph = followed(request)
     if graph.loose:
         raise UserError(
             f"--method packed: the parameter {next(iter(graph.loose))} of --arch {request.arch} belongs to no layer, "
@@ -188,115 +177,14 @@ def build_packed(request: BackboneRequest, *, seed: int) -> SplitNet:
         request, members=form.members, alpha=str(form.numbers["alpha"]), gamma=gamma, min_channels=min_channels
     )
     plan = packed_plan(request, gamma, min_channels)
-    if len(widths) != len(plan.graph.widths):
-        raise UserError(
-            f"--arch {request.arch} has {len(plan.graph.widths)} stage widths, and the checkpoint or --stage_widths "
-            f"names {len(widths)}."
-        )
+    check_widths(request.arch, plan.graph, widths)
     channels = plan.channels(widths)
     sizes = {layer.name: plan.sizes(layer, channels) for layer in plan.graph.layers}
     networks = []
     for member in range(form.members):
         with torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(fold_in(seed, STREAM_INIT, member))
-            network = build_resized(_plain(request), sizes)
+            network = build_resized(undivided_request(request), sizes, f"--method packed: --arch {request.arch}")
         note_request(network, replace(request_of(network), form=form, widths=tuple(map(float, widths))))
         networks.append(network)
     return SplitNet(networks)
-
-
-def build_resized(request: BackboneRequest, sizes: Mapping[str, Sizes]) -> nn.Module:
-    """The network of a request with other channels in its layers, initialised by its own code.
-
-    It is built twice: once without storage, to see which layer is made when, and once more with other numbers handed to
-    the constructors of the layers. So everything that its code computes after that, initial values above all, is right.
-
-    Args:
-        request: of the network as it is.
-        sizes: channels and groups of layers by name; others stay.
-
-    Raises:
-        UserError: its code computes with channels that it does not read off its layers.
-    """
-    with torch.device("meta"), _LOCK, _constructing(lambda number, given: given) as order:
-        network = build_network(request)
-    names = {id(module): name for name, module in network.named_modules()}
-    wanted = {number: sizes[names[key]] for number, key in enumerate(order) if names.get(key) in sizes}
-
-    def change(number: int, given: dict[str, Any]) -> dict[str, Any]:
-        return _resized(given, wanted[number]) if number in wanted else given
-
-    with _LOCK, _constructing(change):
-        resized = build_network(request)
-    found = {name: resized.get_submodule(name) for name in sizes}
-    wrong = [name for name, module in found.items() if not _has_sizes(module, sizes[name])]
-    try:
-        if wrong:
-            raise ValueError(f"its layer {wrong[0]} is made in another way")
-        with torch.no_grad():
-            probe = torch.empty(1, 3, request.crop_size, request.crop_size, device="meta")
-            state = {n: v.to("meta") for n, v in (*resized.named_parameters(), *resized.named_buffers())}
-            torch.func.functional_call(resized.eval(), state, probe)
-            resized.train()
-    except (RuntimeError, ValueError, TypeError) as error:
-        raise UserError(
-            f"--method packed: --arch {request.arch} does not run with fewer channels: {reason(error)[:150]}. Pick "
-            "another --arch."
-        ) from None
-    return resized
-
-
-_KINDS: tuple[type[nn.Module], ...] = (nn.Conv2d, nn.Linear, nn.BatchNorm2d, nn.LayerNorm)
-_NUMBERS = {
-    nn.Conv2d: ("in_channels", "out_channels", "kernel_size", "stride", "padding", "dilation", "groups"),
-    nn.Linear: ("in_features", "out_features"),
-    nn.BatchNorm2d: ("num_features",),
-    nn.LayerNorm: ("normalized_shape",),
-}
-
-
-@contextmanager
-def _constructing(change: Callable[[int, dict[str, Any]], dict[str, Any]]) -> Iterator[list[int]]:
-    """For the time of a block, layers are made with changed numbers; yields their ids in the order of construction."""
-    order: list[int] = []
-    kept: list[nn.Module] = []  # so that no id is used twice
-    originals = {kind: kind.__init__ for kind in _KINDS}
-
-    def wrapped(kind: type[nn.Module]) -> Callable[..., None]:
-        def construct(self: nn.Module, *args: Any, **kwargs: Any) -> None:
-            given = {**dict(zip(_NUMBERS[kind], args, strict=False)), **kwargs}
-            rest = args[len(_NUMBERS[kind]) :]
-            number = len(order)
-            order.append(id(self))
-            kept.append(self)
-            changed = change(number, given)
-            originals[kind](self, *(changed.pop(name) for name in _NUMBERS[kind][: len(args)]), *rest, **changed)
-
-        return construct
-
-    try:
-        for kind in _KINDS:
-            kind.__init__ = wrapped(kind)  # type: ignore[method-assign]
-        yield order
-    finally:
-        for kind, original in originals.items():
-            kind.__init__ = original  # type: ignore[method-assign]
-
-
-def _resized(given: dict[str, Any], sizes: Sizes) -> dict[str, Any]:
-    """The constructor's arguments with other channels."""
-    if "in_channels" in given:
-        return {**given, "in_channels": sizes.inputs, "out_channels": sizes.outputs} | (
-            {"groups": sizes.groups} if sizes.groups != given.get("groups", 1) else {}
-        )
-    if "in_features" in given:
-        return {**given, "in_features": sizes.inputs, "out_features": sizes.outputs}
-    return {**given, next(name for name in ("num_features", "normalized_shape") if name in given): sizes.outputs}
-
-
-def _has_sizes(module: nn.Module, sizes: Sizes) -> bool:
-    if isinstance(module, nn.Conv2d):
-        return (module.in_channels, module.out_channels, module.groups) == (sizes.inputs, sizes.outputs, sizes.groups)
-    if isinstance(module, nn.Linear):
-        return (module.in_features, module.out_features) == (sizes.inputs, sizes.outputs)
-    return True

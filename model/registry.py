@@ -17,6 +17,7 @@ if TYPE_CHECKING:  # the flags are read before torch is imported, and the names 
 
 DIVIDE_BY = ("params", "macs")
 CHANNELS, ARGUMENTS = "channels", "arguments"  # the two ways of dividing a network that is not ours
+ASKED = "asked"  # widths that somebody gave, by whichever of the two ways the network goes
 FAR = 0.25  # the figure that is not budgeted may differ by this part before a plan's line says so
 
 
@@ -125,7 +126,8 @@ class BackboneRequest:
         divide_by: what the solver matches, "params" or "macs"; None: parameters. Not for families with a table.
         widths: what the solver found before, as a checkpoint keeps it; None: it solves.
         form: M members in one network, in place of one of S; None: none.
-        way: how the network is divided, "channels" or "arguments"; "": channels, as all checkpoints without it.
+        way: how the network is divided, "channels" or "arguments"; "": channels, as all checkpoints without it;
+            "asked", until `solved_request` has settled it.
         width_names: of the widths: constructor arguments, where the way is theirs.
         library: the package and version that the plan was made with.
         fits_images: whether patches and windows are fitted to small images.
@@ -238,6 +240,7 @@ _NAMES: dict[str, tuple[str, ...]] = {
     "torchvision_nets": (),
     "user_factory": (),
     "wide_resnet": (
+        "wide_resnet16_2",
         "wide_resnet16_4",
         "wide_resnet16_8",
         "wide_resnet16_12",
@@ -260,6 +263,12 @@ backbones: Registry[Backbone] = Registry(
     "backbone", "--arch", f"{__package__}.backbone", also="torchvision/NAME, timm/NAME, FILE.py:FACTORY", index=_NAMES
 )
 
+# ways of giving a network of ours other widths than its family's table has. They build networks, and so stand above
+# what builds networks: this table is how it reaches them.
+ways: Registry[BackboneBuilder] = Registry(
+    "way of dividing", "--stage_widths", f"{__package__}.division", index={"resizing": (CHANNELS,)}
+)
+
 
 def image_shape(dataset: str, crop_size: int) -> str:
     """SMALL or LARGE: which form of a network a data set takes; open data sets go by their size."""
@@ -280,7 +289,8 @@ def check_request(request: BackboneRequest) -> Backbone:
             f"(--crop_size {request.crop_size}) has {request.shape} ones. Pick another --arch or data set."
         )
     legal = entry.split_factors[request.shape]
-    if request.split_factor not in legal:
+    has_own_widths = entry.plan is None and request.widths is not None  # so no table has to know S
+    if request.split_factor not in legal and not has_own_widths:
         shown = ", ".join(map(str, legal)) if len(legal) <= 20 else f"{legal[0]} to {legal[-1]}"
         raise UserError(
             f"--split_factor {request.split_factor} is not possible for --arch {request.arch} "
@@ -290,11 +300,6 @@ def check_request(request: BackboneRequest) -> Backbone:
         raise UserError(
             f"--divide_by {request.divide_by}: --arch {request.arch} is divided by the paper's table, and the flag is "
             "for torchvision/NAME, timm/NAME and FILE.py:FACTORY. Leave it away."
-        )
-    if request.widths is not None and request.form is None and entry.plan is None:
-        raise UserError(
-            f"--stage_widths: --arch {request.arch} has the widths of the paper's table, and the flag is for "
-            "torchvision/NAME, timm/NAME and FILE.py:FACTORY. Leave it away."
         )
     return entry
 
@@ -312,11 +317,30 @@ def solved_request(request: BackboneRequest) -> BackboneRequest:
         UserError: as `check_request`, or a network that cannot be divided.
     """
     entry = check_request(request)
+    if request.way == ASKED:
+        return _settled(request, entry)
     if entry.plan is None or request.widths is not None:
         return request
     if request.split_factor == 1:
         return request if entry.fit is None else entry.fit(request)
     return planned(request, entry.plan(request))
+
+
+def _settled(request: BackboneRequest, entry: Backbone) -> BackboneRequest:
+    """The request with the way by which the widths that somebody gave are meant."""
+    assert request.widths is not None
+    by_channels = replace(request, way="")
+    if entry.plan is None or request.split_factor == 1:
+        return by_channels
+    plan = entry.plan(replace(by_channels, widths=None))
+    if plan.way != ARGUMENTS:
+        return by_channels
+    if len(request.widths) != len(plan.stages):
+        raise UserError(
+            f"--arch {request.arch} is divided by {len(plan.stages)} numbers ({', '.join(plan.stages)}), and "
+            f"--stage_widths names {len(request.widths)}: see python -m model.division {request.arch}."
+        )
+    return replace(request, way=ARGUMENTS, width_names=plan.stages, library=plan.library)
 
 
 def planned(request: BackboneRequest, plan: DivisionPlan) -> BackboneRequest:
@@ -334,7 +358,9 @@ def build_network(request: BackboneRequest) -> nn.Module:
     """
     request = solved_request(request)
     entry = check_request(request)
-    network = entry.build(request)
+    has_own_widths = entry.plan is None and request.widths is not None and request.form is None
+    build = ways.get(CHANNELS) if has_own_widths else entry.build
+    network = build(request)
     note_request(network, request)
     return network
 

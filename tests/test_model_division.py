@@ -293,8 +293,8 @@ def test_every_block_count_of_the_table():
     counts = {
         "resnet20": 9, "resnet32": 15, "resnet56": 27, "resnet110": 36, "resnet164": 54,
         "resnet50": 16, "resnet101": 33, "resnet152": 50, "resnet200": 66,
-        "wide_resnet16_4": 6, "wide_resnet16_8": 6, "wide_resnet16_12": 6, "wide_resnet28_10": 12,
-        "wide_resnet40_10": 18, "wide_resnet52_8": 24,
+        "wide_resnet16_2": 6, "wide_resnet16_4": 6, "wide_resnet16_8": 6, "wide_resnet16_12": 6,
+        "wide_resnet28_10": 12, "wide_resnet40_10": 18, "wide_resnet52_8": 24,
         "wide_resnet50_2": 16, "wide_resnet50_3": 16, "wide_resnet101_2": 33,
         "resnext29_8x64d": 9, "resnext29_16x64d": 9,
         "resnext50_32x4d": 16, "resnext101_32x4d": 33, "resnext101_64x4d": 33,

@@ -42,6 +42,7 @@ FLOORS_OF_MODEL = (
     "splitnet",
     "members",
     "packed",
+    "budget",
     "depth",
     "build",
     "divide",

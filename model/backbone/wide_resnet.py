@@ -29,6 +29,7 @@ def _build_large(depths: Sequence[int], base_width: int, request: BackboneReques
 
 # name: blocks per stage, widening factor k, classifier dropout (none on svhn).
 for _name, _depth, _widen_factor, _dropout in (
+    ("wide_resnet16_2", 2, 2, 0.0),
     ("wide_resnet16_4", 2, 4, 0.0),
     ("wide_resnet16_8", 2, 8, 0.0),
     ("wide_resnet16_12", 2, 12, 0.0),

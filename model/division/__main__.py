@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 from model.division.coverage import LISTS, coverage
 from model.division.plan import division_plan, usual_request
+from model.division.resizing import plan_by_channels
 from model.registry import DIVIDE_BY
 from utils.command_line import OneLineParser
 from utils.errors import UserError
@@ -23,7 +24,16 @@ def main(argv: Sequence[str] | None = None) -> int:
         "arch", nargs="?", help="backbone: a name of ours, torchvision/NAME, timm/NAME or FILE.py:FACTORY"
     )
     parser.add_argument("--split_factor", type=int, default=2, metavar="S", help="number of copies [default: 2]")
-    parser.add_argument("--divide_by", choices=DIVIDE_BY, help="what the copies together match [default: params]")
+    parser.add_argument(
+        "--divide_by",
+        choices=("both", *DIVIDE_BY),
+        help="what the copies together match; both needs --by_channels [default: params, with --by_channels both]",
+    )
+    parser.add_argument(
+        "--by_channels",
+        action="store_true",
+        help="solve the widths also of a network of ours, in place of its family's table: what --stage_widths takes",
+    )
     parser.add_argument("--num_classes", type=int, default=1000, metavar="K", help="[default: 1000]")
     parser.add_argument("--crop_size", type=int, metavar="PIXELS", help="[default: the network's own, else 224 or 32]")
     parser.add_argument(
@@ -47,9 +57,11 @@ def main(argv: Sequence[str] | None = None) -> int:
             given.split_factor,
             num_classes=given.num_classes,
             crop_size=given.crop_size,
-            divide_by=given.divide_by,
+            divide_by=None if given.by_channels else given.divide_by,
         )
-        plan = division_plan(request)
+        if given.divide_by == "both" and not given.by_channels:
+            raise UserError("--divide_by both needs --by_channels.")
+        plan = plan_by_channels(request, given.divide_by or "both") if given.by_channels else division_plan(request)
     except UserError as error:
         sys.stderr.write(f"{__package__}: {error}\n")
         return error.exit_code

@@ -493,7 +493,7 @@ def _by_widths(arguments: Arguments, attention: Attention | None, rule: str, flo
         priced = None if spent else arguments.priced(at(widths))
         return 10 * arguments.full if priced is None else priced
 
-    near = at(bisected_widths(full, units, cost, arguments.split_factor))
+    near = at(bisected_widths(full, units, cost, cost(full) / arguments.split_factor))
     if arguments.miss(near) <= AIM:
         yield near
     tuned = with_ratio(arguments, near)

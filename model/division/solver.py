@@ -1,6 +1,7 @@
 """The widths of one of S copies of any network, by the budget. Ours."""
 
 from collections.abc import Callable, Sequence
+from functools import cache
 
 # Ours: the copies may differ from the undivided network by this part of its budget, and the search ends within AIM.
 TOLERANCE = 0.02
@@ -20,13 +21,9 @@ def scaled_width(width: int, factor: float, unit: int) -> int:
 
 
 def bisected_widths(
-    widths: Sequence[int],
-    units: Sequence[int],
-    cost: Callable[[Sequence[int]], int],
-    split_factor: int,
+    widths: Sequence[int], units: Sequence[int], cost: Callable[[Sequence[int]], int], budget: float
 ) -> tuple[int, ...]:
-    """All widths times the one factor that comes nearest to 1 / S of the cost; arguments as `solve_widths`."""
-    budget = cost(widths) / split_factor
+    """All widths times the one factor that comes nearest to a budget; arguments else as `solve_widths`."""
 
     def at(factor: float) -> tuple[int, ...]:
         return tuple(scaled_width(width, factor, unit) for width, unit in zip(widths, units, strict=True))
@@ -46,9 +43,8 @@ def solve_widths(
 ) -> tuple[int, ...]:
     """Stage widths of one of S copies that cost together what the undivided network costs. Ours.
 
-    First all widths shrink by one factor, then single stages move by one unit, whichever comes nearest to the budget;
-    two at once where no single one helps.
-    The result may miss the budget by more than TOLERANCE where no choice of widths meets it.
+    First all widths shrink by one factor, then they move as `nearest_widths` says. The result may miss the budget by
+    more than TOLERANCE where no choice of widths meets it.
 
     Args:
         widths: of the undivided network.
@@ -62,6 +58,43 @@ def solve_widths(
 
     def miss(candidate: Sequence[int]) -> float:
         return abs(cost(candidate) - budget) / budget
+
+    return nearest_widths(widths, units, miss, bisected_widths(widths, units, cost, budget))
+
+
+def solve_both(
+    widths: Sequence[int],
+    units: Sequence[int],
+    costs: Callable[[Sequence[int]], tuple[int, int]],
+    budgets: tuple[int, int],
+) -> tuple[int, ...]:
+    """Stage widths at which two costs are near their budgets at once: the larger deviation is made small. Ours.
+
+    Args:
+        widths, units: as `solve_widths`.
+        costs: widths -> (parameters, multiply-adds) of what is deployed, growing with every width.
+        budgets: of both. The search starts where one factor for all widths meets the first.
+    """
+
+    def miss(candidate: Sequence[int]) -> float:
+        return max(abs(cost / budget - 1) for cost, budget in zip(costs(candidate), budgets, strict=True))
+
+    start = bisected_widths(widths, units, lambda candidate: costs(candidate)[0], budgets[0])
+    return nearest_widths(widths, units, miss, start)
+
+
+def nearest_widths(
+    widths: Sequence[int], units: Sequence[int], miss: Callable[[tuple[int, ...]], float], start: tuple[int, ...]
+) -> tuple[int, ...]:
+    """From `start`, single stages move by one unit as long as that misses less; two at once where no single one helps.
+
+    The search ends within AIM; of moves that arrive there, or of those that help, the one is made that keeps the shape
+    of the network best.
+
+    Args:
+        widths, units: as `solve_widths`.
+        miss: widths -> by which part the budget is missed.
+    """
 
     def stretch(candidate: Sequence[int]) -> float:
         """How far the stages' factors lie apart."""
@@ -77,7 +110,8 @@ def solve_widths(
             if unit <= start[i] + step <= widths[i]
         ]
 
-    best = bisected_widths(widths, units, cost, split_factor)
+    miss = cache(miss)  # one candidate is reached on several ways
+    best = start
     while miss(best) > AIM:
         better = [candidate for candidate in steps(best) if miss(candidate) < miss(best)]
         if not better and miss(best) > TOLERANCE:

@@ -70,7 +70,7 @@ from training.interrupt import PACE, StopRequest
 from training.lone_image import refuse_lone_images
 from training.meters import MeanMeter
 from training.optim import WeightAverage, build_optimizer, parameter_groups, start_anew
-from training.replay import CudaRecorder, Recorder, ReplayedStep, check_replayable
+from training.replay import ReplayedStep, check_replayable
 from training.resume import Pace, Position, changed_flags
 from training.schedule import Schedule
 from training.state import (
@@ -93,6 +93,7 @@ from utils.launch import World
 from utils.macs import count_macs, count_params
 from utils.precision import choose_precision, lay_out
 from utils.program import program_name, run_program
+from utils.recording import CudaRecorder, Recorder
 from utils.seed import STREAM_INIT, draw_seed, fold_in
 from utils.text import escaped, one_line
 

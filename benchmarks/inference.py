@@ -8,6 +8,7 @@ import argparse
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import partial
+from statistics import median
 from typing import Any
 
 import torch
@@ -20,7 +21,7 @@ from evaluation.latency import Candidate
 from model import BackboneRequest, build_splitnet
 from model.options import EXECUTIONS
 from utils.command_line import several_at_least
-from utils.precision import choose_precision, lay_out
+from utils.precision import choose_precision
 
 OWN_LARGE = 0.85  # G9, beside our own large network
 
@@ -47,14 +48,13 @@ def run(options: argparse.Namespace, device: torch.device) -> Iterator[dict[str,
     sizes = options.batch_sizes
     images = torch.randn(max(2, *sizes), 3, 32, 32, generator=torch.Generator().manual_seed(0)).to(device)
     like = precision.memory_format
-    formatted = images.contiguous(memory_format=like)
+    ready = images.to(precision.autocast or precision.weights, memory_format=like)
     found: list[Candidate] = []
     for name, network in (("large", undivided(request)), ("ensemble", build_splitnet(request, seed=0).eval())):
-        lay_out(network.to(device), like)
-        found += candidates_of(Contender(name, network, None), formatted, EXECUTIONS)
+        found += candidates_of(Contender(name, network, None), ready, precision, EXECUTIONS)
     layout = "NHWC" if like is torch.channels_last else "NCHW"
     for size in sizes:
-        batch, batch_like = images[:size], images[:size].contiguous(memory_format=like)
+        batch, batch_like = images[:size], ready[:size].contiguous(memory_format=like)
         builders: dict[str, Callable[[], Callable[[], object]]] = {
             "published": partial(_published, published, batch, device)
         }
@@ -86,7 +86,9 @@ def run(options: argparse.Namespace, device: torch.device) -> Iterator[dict[str,
             continue
         base = replace(sides["published"], name="published large network", dtype=baseline.precision_name(device))
         base = replace(base, layout="NCHW")
-        large = sides.get(_name(found[0]))
+        # the fastest way of ours to run the large network
+        own_large = [sides[_name(one)] for one in found if one.name == "large" and _name(one) in sides]
+        large = min(own_large, key=lambda side: median(side.seconds), default=None)
         commit = 5.0 if size <= 8 else 1.8 if size <= 32 else 1.3
         for one in found:
             if _name(one) not in sides:

@@ -1,18 +1,30 @@
-"""Networks prepared for answering: batch norm folded, one copy for every way of running S of them."""
+"""Networks prepared for answering: batch norm folded, weights cast once, a copy for every way of running S of them."""
 
 import copy
-from collections.abc import Sequence
+import logging
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 
 from evaluation.latency import BATCH_SIZES, Candidate, Latency, measure
 from model import BackboneRequest, build_splitnet
+from model.casting import cast_parameters, only_cast
 from model.fold import fold_batch_norm
 from model.options import EXECUTIONS
 from model.splitnet import SplitNet
+from training.replay import ReplayedStep
+from utils.errors import RunError
 from utils.precision import Precision, lay_out
+from utils.recording import WARM_UP, CudaRecorder, Recorder
+
+logger = logging.getLogger(__name__)
+
+IN_GRAPHS = ("loop", "parallel")  # strategies that are also timed as CUDA graphs
+NO_GRAPH = "its pass cannot be captured as a CUDA graph ({}); it is timed without."
 
 
 def undivided(request: BackboneRequest) -> SplitNet:
@@ -57,36 +69,106 @@ def compare_latencies(
     """
     images_BCHW = torch.randn(
         (max(BATCH_SIZES), 3, crop_size, crop_size), generator=torch.Generator().manual_seed(0)
-    ).to(device, precision.weights, memory_format=precision.memory_format)
-    candidates = [] if large is None else candidates_of(large, images_BCHW, ("loop",))
-    candidates += candidates_of(ensemble, images_BCHW, EXECUTIONS, devices)
+    ).to(device, precision.autocast or precision.weights, memory_format=precision.memory_format)
+    candidates = [] if large is None else candidates_of(large, images_BCHW, precision, ("loop",))
+    candidates += candidates_of(ensemble, images_BCHW, precision, EXECUTIONS, devices)
     return measure(candidates, images_BCHW, autocast_dtype=precision.autocast)
 
 
 def candidates_of(
-    contender: Contender, images_BCHW: Tensor, executions: Sequence[str], devices: Sequence[torch.device] = ()
+    contender: Contender,
+    images_BCHW: Tensor,
+    precision: Precision,
+    executions: Sequence[str],
+    devices: Sequence[torch.device] = (),
+    recorder: Callable[[], Recorder] | None = None,
 ) -> list[Candidate]:
-    """Folded copies of the networks, one for each strategy that can run them ("auto" is one of the others)."""
+    """Folded copies of the networks, one for each strategy that can run them ("auto" is one of the others).
+
+    Their weights are cast once, so a pass under autocast casts none. Networks that run one after another or in parallel
+    on a GPU are candidates twice: as they are, and as one CUDA graph for each batch size.
+
+    Args:
+        images_BCHW: as they will come, in autocast's type where there is one.
+        precision: of the networks.
+        executions: names of strategies.
+        devices: several GPUs to spread the networks over, as a further way.
+        recorder: makes what graphs are recorded by; None: `CudaRecorder` on a GPU, and no graphs on a CPU.
+    """
+    device = images_BCHW.device
     folded = fold_batch_norm(contender.network, tuple(images_BCHW.shape[1:]))
     assert isinstance(folded, SplitNet)
-    several = len(folded.models) > 1
-    like = torch.channels_last if images_BCHW.stride(1) == 1 else torch.contiguous_format
+    prepared = lay_out(folded.to(device, precision.weights), precision.memory_format)
+    few_BCHW = images_BCHW[:2]
+    cast = [] if precision.autocast is None else only_cast(prepared, few_BCHW, precision.autocast)
+    if recorder is None and device.type == "cuda":
+        recorder = partial(CudaRecorder, device, NO_GRAPH)
+    several = len(prepared.models) > 1
     names = [execution for execution in executions if execution != "auto"] if several else ["loop"]
     if several and len(devices) > 1:
         names.append(f"{len(devices)} devices")
     found = []
     for name in names:
-        network = lay_out(copy.deepcopy(folded).to(images_BCHW.device, images_BCHW.dtype), like)
+        network = copy.deepcopy(prepared)
         if name in EXECUTIONS:
             network.execution = name
         else:
             network.spread(devices)
-        with torch.inference_mode():
-            network(images_BCHW[:2])
+        with _answering(device, precision):  # in the weights' own type, in which a strategy is tried
+            network(few_BCHW.to(precision.weights))
         # a strategy that cannot run these networks has given way to the loop, and said why
-        if name not in EXECUTIONS or network.execution == name:
-            strategy = name if several else "one network"
-            found.append(
-                Candidate(name=contender.name, strategy=strategy, forward=network, accuracy=contender.accuracy)
-            )
+        if name in EXECUTIONS and network.execution != name:
+            continue
+        if precision.autocast is not None:
+            cast_parameters(network, cast, precision.autocast)
+        strategy = name if several else "one network"
+        candidate = Candidate(name=contender.name, strategy=strategy, forward=network, accuracy=contender.accuracy)
+        found.append(candidate)
+        if recorder is not None and name in IN_GRAPHS:
+            graphs = Graphs(network, recorder)
+            try:
+                with _answering(device, precision):
+                    graphs(few_BCHW)
+            except RunError as error:
+                logger.info("%s, %s: %s", contender.name, strategy, error)
+            else:
+                found.append(replace(candidate, strategy=f"{strategy} + graph", forward=graphs))
     return found
+
+
+@contextmanager
+def _answering(device: torch.device, precision: Precision) -> Iterator[None]:
+    """Inside, networks compute as they do when they answer."""
+    dtype = precision.autocast
+    with torch.inference_mode(), torch.autocast(device.type, dtype, enabled=dtype is not None):
+        yield
+
+
+class Graphs:
+    """A network as one graph for each form of its images: it repeats its kernels, and the host launches one thing.
+
+    A new form takes some passes that warm up, and the recording. Logits are valid until the next call.
+
+    Args:
+        network: images -> logits.
+        recorder: makes what each graph is recorded by.
+    """
+
+    def __init__(self, network: nn.Module, recorder: Callable[[], Recorder]) -> None:
+        self._network, self._recorder = network, recorder
+        self._passes: dict[object, ReplayedStep] = {}
+
+    def __call__(self, images: Tensor) -> Tensor:
+        """Images -> logits.
+
+        Raises:
+            RunError: the network does what no graph can hold.
+        """
+        form = (images.shape, images.stride(), images.dtype)
+        if form not in self._passes:
+            replayed = ReplayedStep(self._recorder())
+            for _ in range(WARM_UP + 1):
+                replayed(self._network, images)
+            self._passes[form] = replayed
+        logits: Tensor = self._passes[form](self._network, images)
+        return logits

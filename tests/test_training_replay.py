@@ -9,8 +9,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from training.replay import WARM_UP, CudaRecorder, ReplayedStep, check_replayable
+from training.replay import ReplayedStep, check_replayable
 from utils.errors import RunError, UserError
+from utils.recording import WARM_UP, CudaRecorder
 
 
 class Recorder:

@@ -1,7 +1,7 @@
 """A step of training: it waits for nothing, and is the same compiled, replayed and as it is written."""
 
 import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, NamedTuple
@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import unset_fake_temporarily
 from torch.utils import _pytree as pytree
 
+import model.execution
 import record.report
 import train_split
 import training.step
@@ -23,6 +24,7 @@ from dataset.loader import Batch
 from dataset.mixup import Mix
 from evaluation.counts import EvaluationCounts
 from method.l_mcl import LMCL
+from model.splitnet import SplitNet
 from parser_params import parse_config, resolve_config
 from tests.fake_gpu import GPU, fake_gpu
 from tests.processes import run_processes
@@ -32,10 +34,10 @@ from train_split import Trainer
 from training import compiling
 from training.compiling import compile_modules
 from training.meters import MeanMeter
-from training.replay import WARM_UP
 from training.state import RunState
 from utils.errors import UserError
 from utils.launch import World
+from utils.recording import WARM_UP
 from utils.targets import Targets
 
 AUGMENTED = ["--is_autoaugment", "1", "--erase_p", "1"]
@@ -386,6 +388,43 @@ def test_inductor_computes_the_same():
     gradients = ({name: p.grad for name, p in one.named_parameters()} for one in (compiled, eager))
     assert_close(*gradients, 1e-5)
     assert compiled.state_dict().keys() == eager.state_dict().keys()
+
+
+class _InTurns:
+    """Stands for the streams of a GPU."""
+
+    def __init__(self, networks: Sequence[nn.Module]) -> None:
+        self.networks = networks
+
+    def __call__(self, views_SBCHW: torch.Tensor) -> torch.Tensor:
+        return torch.stack(
+            [network(views_BCHW) for network, views_BCHW in zip(self.networks, views_SBCHW, strict=True)]
+        )
+
+
+def test_a_parallel_network_is_compiled_once_for_its_batch(monkeypatch):
+    """Neither for the few images of the trial, nor, after them, for any number of images; a last batch has its own."""
+    batches: list[Any] = []
+
+    def counting(graph: Any, inputs: Sequence[Any]) -> Any:
+        sizes = [value.shape[0] for value in inputs if isinstance(value, torch.Tensor) and value.dim() == 4]
+        # a graph for any number of images takes that number too
+        batches.append("any" if any(isinstance(value, torch.SymInt) for value in inputs) else sizes[0])
+        return graph.forward
+
+    plain = nn.Module.compile
+    monkeypatch.setattr(
+        nn.Module, "compile", lambda module, **how: plain(module, **{**how, "backend": counting}, fullgraph=True)
+    )
+    monkeypatch.setattr(model.execution, "Threads", _InTurns)
+    torch._dynamo.reset()
+    network = SplitNet([nn.Sequential(nn.Flatten(), nn.Linear(12, 3)) for _ in range(2)])
+    network.execution = "parallel"
+    compile_modules(network.models, "aot_eager", torch.device("cuda"), "parallel")
+    for size in (8, 8, 5, 8):
+        network(torch.randn(2, size, 3, 2, 2)).sum().backward()
+    assert network.execution == "parallel"
+    assert batches == [8, 5]
 
 
 @pytest.mark.parametrize(

@@ -43,11 +43,10 @@ def compile_modules(modules: Iterable[nn.Module], mode: str, device: torch.devic
     limits.recompile_limit = max(limits.recompile_limit, 8 * len(modules))
     # DDP exchanges gradients from hooks of the parameters, outside of these modules: no graph has to end at its buckets
     torch._dynamo.config.optimize_ddp = False
+    how = {"backend": mode} if mode == "aot_eager" else {"mode": mode}
     for module in modules:
-        if mode == "aot_eager":
-            module.compile(backend="aot_eager")
-        else:
-            module.compile(mode=mode)
+        # a smaller last batch gets a graph of its own; else all batches would share one for every size
+        module.compile(**how, dynamic=False)
 
 
 def missing_for_triton() -> str | None:

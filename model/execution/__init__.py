@@ -8,7 +8,7 @@ A strategy that cannot run these networks gives way to `loop`, and one line of t
 import logging
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -118,6 +118,16 @@ def _without_tf32() -> Iterator[None]:
         torch.backends.cudnn.allow_tf32 = before
 
 
+def _as_written(networks: Sequence[nn.Module]) -> AbstractContextManager[Any]:
+    """Inside, compiled networks run as they are written: compiled for a few images, their graphs would count for all.
+
+    torch compiles anew for another batch size, and from then on for every one.
+    """
+    is_compiled = any(module._compiled_call_impl is not None for network in networks for module in network.modules())
+    # asking for a stance loads the compiler, which takes seconds
+    return torch.compiler.set_stance("force_eager") if is_compiled else nullcontext()
+
+
 def _tried(name: str, networks: Sequence[nn.Module], views_SBCHW: Tensor) -> Strategy:
     """A strategy that has run a few images and agreed with the loop.
 
@@ -129,6 +139,7 @@ def _tried(name: str, networks: Sequence[nn.Module], views_SBCHW: Tensor) -> Str
     try:
         with (
             _left_as_they_were(networks),
+            _as_written(networks),
             _without_tf32(),
             torch.no_grad(),
             torch.autocast(device.type, enabled=False),

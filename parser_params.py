@@ -37,7 +37,7 @@ from utils.command_line import (
     with_underscores,
 )
 from utils.errors import UserError
-from utils.options import OF_CALL, SAME, TAKES, Flag, Options, flags_of, option
+from utils.options import OF_CALL, SAME, SWITCH, TAKES, Flag, Options, flags_of, option
 from utils.registry import nearest_name
 from utils.text import fit_streams
 
@@ -152,7 +152,13 @@ class DeviceOptions(Options):
         bare="default",
         resume=TAKES,
     )
-    cuda_graph: bool = option(False, "replay forward, backward and update as one CUDA graph (one GPU)", resume=TAKES)
+    cuda_graph: str = option(
+        "0",
+        "replay forward, backward and update as one CUDA graph (one GPU); auto: where a step can be, and as before in "
+        "a run that goes on",
+        choices=SWITCH,
+        resume=TAKES,
+    )
     is_apex_amp: bool = option(False, "refused: apex is gone, use --is_amp", resume=OF_CALL)
     amp_opt_level: str = option("O1", "apex's level; accepted", resume=OF_CALL)
     gpu: int | None = option(None, "the one GPU to use", resume=OF_CALL)
@@ -638,7 +644,7 @@ def _check_data_and_method(config: Config) -> None:
             tables = ", ".join(TABLES)
             raise UserError(f"--{name} is for tables ({tables}), and --dataset is {config.dataset}: leave it away.")
     for name, why in methods.get(config.method).incompatible.items():
-        if getattr(config, name):
+        if getattr(config, name) not in (None, False, "0", "auto"):
             raise UserError(f"--{name} cannot go with --method {config.method}: {why}. Leave it away.")
 
 

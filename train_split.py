@@ -65,6 +65,7 @@ from record.run_folder import (
 )
 from record.saving import Saver
 from training.compiling import as_written, compile_modules
+from training.copies import WeightCopies
 from training.guard import NonfiniteGuard, judge_nonfinite
 from training.interrupt import PACE, StopRequest
 from training.lone_image import refuse_lone_images
@@ -79,6 +80,7 @@ from training.state import (
     has_ended,
     heads_before,
     is_out_of_patience,
+    replayed_before,
     seed_before,
     steps_before,
 )
@@ -161,10 +163,11 @@ class Trainer:
         self.macs_total = count_macs(deployed, (3, config.crop_size, config.crop_size))
         self.params_training = training_params(self.method)
         self.macs_training = training_macs(self.method, config.crop_size)
-        recorder = self._recorder()
+        recorder = self._recorder(before)
+        self.is_replayed = recorder is not None
         start = None if before is not None else start or open_start(config)
         new_heads = heads_before(before) if before is not None else self._load_pretrained(start)
-        self._place(before)
+        self._place(before, recorder)
         self.params_frozen = freeze(self.network, config.freeze) if config.freeze else 0
 
         # data, and how long the run is
@@ -252,6 +255,7 @@ class Trainer:
             report=self.report,
             precision=self.precision,
             world=world,
+            is_replayed=self.is_replayed,
         )
         self._begin(resumed)
 
@@ -273,6 +277,7 @@ class Trainer:
             seed=self.seed,
             world=world,
             replayed=None if recorder is None else ReplayedStep(recorder),
+            copies=self._copies(),
         )
 
     # ---- building ----------------------------------------------------------------------------------------------------
@@ -316,18 +321,54 @@ class Trainer:
         stored = stored_plan(resumed, "--resume")
         return stored | {"widths": stored["widths"] or request.widths}
 
-    def _recorder(self) -> Recorder | None:
-        """What replayed steps are recorded by, where --cuda_graph asks for them."""
-        if not self.config.cuda_graph:
+    def _recorder(self, resumed: Checkpoint | None) -> Recorder | None:
+        """What replayed steps are recorded by, where --cuda_graph asks for them.
+
+        `auto` asks where a step can be replayed, and does as the resumed run did. With 0, a line tells what it would do
+        on a GPU.
+
+        Raises:
+            UserError: a step cannot be replayed, and shall be.
+        """
+        asked, device = self.config.cuda_graph, self.world.device
+        if asked == "0" and device.type != "cuda":
             return None
-        check_replayable(
-            device=self.world.device,
-            world_size=self.world.world_size,
-            scaler=self.precision.scaler,
-            iters_to_accumulate=self.config.iters_to_accumulate,
-            decides_on_host=self.method.decides_on_host,
-        )
-        return CudaRecorder(self.world.device)
+        try:
+            if why := self.method.incompatible.get("cuda_graph"):
+                raise UserError(f"--cuda_graph cannot go with --method {self.config.method}: {why}.")
+            check_replayable(
+                device=device,
+                world_size=self.world.world_size,
+                scaler=self.precision.scaler,
+                iters_to_accumulate=self.config.iters_to_accumulate,
+                decides_on_host=self.method.decides_on_host,
+            )
+        except UserError as error:
+            if asked == "1":
+                raise
+            logger.info("--cuda_graph %s: steps are not replayed. %s", asked, error)
+            return None
+        if asked == "0":
+            logger.info("--cuda_graph 0: steps are not replayed; with auto, or 1, they would be, as one CUDA graph.")
+            return None
+        before = None if resumed is None else replayed_before(resumed)
+        if asked == "auto":
+            is_wanted = before is None or before
+            as_before = "" if before is None else ", as the run before did"
+            logger.info(
+                "--cuda_graph auto: steps are %s%s.",
+                "replayed as one CUDA graph" if is_wanted else "not replayed",
+                as_before,
+            )
+            if not is_wanted:
+                return None
+        return CudaRecorder(device)
+
+    def _copies(self) -> WeightCopies | None:
+        """Copies of the weights that replayed steps would cast; compiled networks cast within their own kernels."""
+        if not self.is_replayed or self.precision.autocast is None or self.config.compile is not None:
+            return None
+        return WeightCopies(self.method, self.network, self.precision.autocast)
 
     def _load_pretrained(self, start: Start | None) -> tuple[str, ...]:
         """Take the weights of --pretrained, if any; returns the names of the heads that stay new, as prefixes."""
@@ -349,13 +390,14 @@ class Trainer:
         if count:
             logger.info("running statistics made anew from %d batches", count)
 
-    def _place(self, resumed: Checkpoint | None) -> None:
+    def _place(self, resumed: Checkpoint | None, recorder: Recorder | None) -> None:
         """Bring the method to its device, in its precision and layout, and decide how its networks are run."""
         self.method.to(self.world.device, self.precision.weights)
         lay_out(self.method, self.precision.memory_format)
         if self.is_synchronised:
             synchronise_batchnorm(self.method, self.world.device)
         self.network.execution = self._choose_execution(resumed)
+        self.network.recorder = recorder
         if self.is_synchronised and self.network.execution == "parallel" and self.world.device.type == "cuda":
             logger.info("--execution parallel: with --is_syncbn 1 every exchange waits for the one before, as in loop.")
 
@@ -399,7 +441,7 @@ class Trainer:
         return WeightUpdate(
             network=self.network,
             parameters=[parameter for _, parameter in trained],
-            optimizer=build_optimizer(config, groups, capturable=config.cuda_graph),
+            optimizer=build_optimizer(config, groups, capturable=self.is_replayed),
             scaler=torch.amp.GradScaler(device.type, enabled=self.precision.scaler),
             guard=NonfiniteGuard(self.num_networks, device, sticky=config.on_nonfinite == "stop"),
             average=WeightAverage(self.network, config.ema_decay) if config.ema_decay > 0 else None,

@@ -10,6 +10,7 @@ from model.execution import Execution
 from model.layers.dilated import mend_dilated_convolutions
 from model.layers.narrow_norm import widen_narrow_norms
 from model.layers.random import RandomLayer, follow, replace_dropout
+from utils.recording import Recorder
 from utils.seed import fold_in
 
 
@@ -61,6 +62,15 @@ class SplitNet(nn.Module):
     @execution.setter
     def execution(self, name: str) -> None:
         self._execution = Execution(name)
+
+    @property
+    def recorder(self) -> Recorder | None:
+        """What training passes are recorded by, so that `auto` times replays; None: it times the passes themselves."""
+        return self._execution.recorder
+
+    @recorder.setter
+    def recorder(self, recorder: Recorder | None) -> None:
+        self._execution.recorder = recorder
 
     def train(self, mode: bool = True) -> Self:
         """Training or evaluation mode of everything but what is asleep, which is in evaluation mode."""

@@ -29,6 +29,7 @@ from record.checkpoint import load_checkpoint, save_checkpoint
 from record.run_folder import read_results
 from tests.processes import run_processes
 from tests.spaces import SPACE
+from training.copies import WeightCopies
 from training.optim import build_optimizer, parameter_groups
 from training.options import OptimizerOptions
 from training.step import forward_backward
@@ -104,6 +105,7 @@ def step(
     model: nn.Module | None = None,
     rank: int = 0,
     precision: Any = FP32,
+    copies: WeightCopies | None = None,
     **size: int,
 ) -> StepOutput:
     """One step as the trainer makes it."""
@@ -113,12 +115,32 @@ def step(
     method.before_step(views, targets, progress)
     optimizer.zero_grad(set_to_none=True)
     scaler = torch.amp.GradScaler("cpu", enabled=False)
-    output = forward_backward(model or method, views, targets, progress, precision=precision, scaler=scaler, scale=1.0)
+    output = forward_backward(
+        model or method, views, targets, progress, precision=precision, scaler=scaler, scale=1.0, copies=copies
+    )
     if method.reduces_own_gradients:
         method.reduce_gradients()
     optimizer.step()
     method.after_step(views, targets, output, progress)
     return output
+
+
+@every_method
+def test_copies_of_the_weights_change_no_bit(name: str) -> None:
+    """What replayed steps compute with in bf16, wherever a method uses weights otherwise, shares or replaces them."""
+    states = []
+    for has_copies in (False, True):
+        method = make(name)
+        if method.decides_on_host or "cuda_graph" in method.incompatible:
+            pytest.skip("its steps are not replayed")
+        optimizer = optimizer_of(method)
+        copies = WeightCopies(method, method.network, torch.bfloat16) if has_copies else None
+        for number in range(4):
+            step(method, number, optimizer, precision=BF16, copies=copies)
+        states.append(method.state_dict())
+    assert states[0].keys() == states[1].keys()
+    for key, value in states[0].items():
+        assert torch.equal(states[1][key], value), key
 
 
 @every_method

@@ -3,7 +3,7 @@
 import copy
 import itertools
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
@@ -45,6 +45,7 @@ from model.options import EXECUTIONS
 from model.splitnet import SplitNet
 from tests.processes import run_processes
 from tests.waits import needs_gpu
+from utils.errors import RunError
 from utils.macs import count_macs
 
 K = 5
@@ -330,6 +331,50 @@ def test_auto_times_the_strategies_and_leaves_nothing_behind(caplog: pytest.LogC
     torch.testing.assert_close(logits_SBK, expected["logits 0"], rtol=0, atol=1e-12)
     assert all(int(n.num_batches_tracked) == 1 for n in network.modules() if isinstance(n, nn.BatchNorm2d))
     assert all(p.grad is None for p in network.parameters())
+
+
+class Clocked:
+    """A recorder whose replays take seconds of a clock of its own, one after another of those given."""
+
+    def __init__(self, seconds: Sequence[float], refuses: Sequence[int] = ()) -> None:
+        self.now, self.recorded, self.seconds, self.refuses = 0.0, 0, seconds, refuses
+
+    def warm_up(self, function: Callable[[], Any]) -> Any:
+        self.now += 1 - 0.1 * self.recorded  # as it is, the last one is the fastest
+        return function()
+
+    def record(self, function: Callable[[], Any]) -> tuple[Any, Callable[[], None]]:
+        number, self.recorded = self.recorded, self.recorded + 1
+        if number in self.refuses:
+            raise RunError("it cannot be captured.")
+
+        def replay() -> None:
+            self.now += self.seconds[number]
+
+        return function(), replay
+
+
+@pytest.mark.parametrize(("refuses", "chosen"), [((), "parallel"), ((1,), "loop")])
+def test_auto_times_replays_where_steps_are_replayed(
+    refuses: tuple[int, ...], chosen: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    recorder = Clocked((0.2, 0.1, 0.3), refuses)
+    monkeypatch.setattr("model.execution.time.perf_counter", lambda: recorder.now)
+    network = split_net(FAMILIES["wrn"], 2)
+    network.begin_step(3)
+    network.execution = "auto"
+    network.recorder = recorder
+    with caplog.at_level(logging.INFO):
+        network(some_views(network, 0))
+    times = ["loop 200.0 ms", "parallel 100.0 ms", "stacked 300.0 ms"]
+    shown = ", ".join(text for number, text in enumerate(times) if number not in refuses)
+    assert caplog.messages[-1] == f"execution auto: {shown} for a replayed training pass: {chosen}."
+    assert caplog.messages[:-1] == ["execution auto leaves parallel out: it cannot be captured."] * len(refuses)
+    assert (network.execution, recorder.recorded) == (chosen, 3)
+    assert all(int(n.num_batches_tracked) == 1 for n in network.modules() if isinstance(n, nn.BatchNorm2d))
+    assert all(p.grad is None for p in network.parameters())
+    assert network._execution.recorder is recorder
+    assert copy.deepcopy(network)._execution.recorder is None
 
 
 def test_masks_depend_on_step_network_and_layer_only() -> None:

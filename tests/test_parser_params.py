@@ -52,6 +52,17 @@ DIGITS = ["--dataset", "digits", "--arch", "resnet20"]
 
 
 @pytest.mark.parametrize(
+    ("text", "value"), [("0", "0"), ("1", "1"), ("true", "1"), ("No", "0"), ("auto", "auto"), ("2", None), ("", None)]
+)
+def test_a_switch_that_may_decide_by_itself_takes_what_switches_take(text: str, value: str | None) -> None:
+    if value is None:
+        with pytest.raises(UserError, match=r"--cuda_graph: .* is not one of 0, 1, auto"):
+            parse_config([*DIGITS, "--cuda_graph", text])
+    else:
+        assert parse_config([*DIGITS, "--cuda_graph", text]).cuda_graph == value
+
+
+@pytest.mark.parametrize(
     "spelling", [["--local-rank=1"], ["--local_rank=1"], ["--local-rank", "1"], ["--local_rank", "1"]]
 )
 def test_what_launchers_pass_is_accepted(spelling: list[str]) -> None:

@@ -46,6 +46,7 @@ FLOORS_OF_MODEL = (
     "depth",
     "build",
     "divide",
+    "casting",
     "fold",
     "cascade",
     "summary",

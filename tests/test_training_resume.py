@@ -8,11 +8,16 @@ from hypothesis import strategies as st
 
 from training.resume import Pace, Position, changed_flags, check_classes, position_now
 from utils.errors import UserError
-from utils.options import SAME
+from utils.options import SAME, TAKES
 
 
 def test_flags_that_one_run_does_not_know_are_passed_over() -> None:
     assert changed_flags({"old": 1}, {"new": 2}, {"new": SAME}, {}) == []
+
+
+@pytest.mark.parametrize(("before", "now", "is_change"), [(True, "1", False), (False, "0", False), (False, "1", True)])
+def test_a_switch_that_takes_auto_today_means_what_it_meant(before: bool, now: str, is_change: bool) -> None:
+    assert len(changed_flags({"graph": before}, {"graph": now}, {"graph": TAKES}, {})) == is_change
 
 
 PLACES = st.fixed_dictionaries({"epoch": st.integers(0, 50), "batch": st.integers(0, 40)})

@@ -514,15 +514,17 @@ def state_of(trainer: Trainer) -> list[torch.Tensor]:
     return [*tensors, *trainer.average.state_dict().values()]
 
 
-@pytest.mark.parametrize("optimizer", ["SGD", "AdamW"])
-def test_a_replayed_step_is_the_step(trainer_of, monkeypatch, optimizer):
+@pytest.mark.parametrize(("optimizer", "precision"), [("SGD", "fp32"), ("AdamW", "fp32"), ("SGD", "bf16")])
+def test_a_replayed_step_is_the_step(trainer_of, monkeypatch, optimizer, precision):
+    """In bf16 with copies of the weights, where the step as it is written casts them."""
     flags = [*AUGMENTED, "--split_factor", 2, "--ema_decay", 0.9, "--clip_grad", 1, "--on_nonfinite", "skip"]
-    flags += ["--optimizer", optimizer, "--lr_mode", "epoch_cos", "--amp_dtype", "fp32", "--lr", 0.01]
+    flags += ["--optimizer", optimizer, "--lr_mode", "epoch_cos", "--amp_dtype", precision, "--lr", 0.01]
     flags += ["--cot_weight_warm_up_epochs", 3, "--decay_epochs", 5]
     monkeypatch.setattr(train_split, "check_replayable", lambda **_: None)
     monkeypatch.setattr(train_split, "CudaRecorder", lambda _: Rerun(lambda: trainer))
     plain, trainer = (trainer_of(*flags, "--cuda_graph", 1) for _ in range(2))
-    plain.training_step.replayed = None
+    assert (trainer.training_step.copies is not None) == (precision == "bf16")
+    plain.training_step.replayed = plain.training_step.copies = None
     plain_state = trained(plain, epochs=3)
     assert_close(trained(trainer, epochs=3), plain_state, 0)
     assert_close(trainer.average.state_dict(), plain.average.state_dict(), 0)
@@ -553,3 +555,41 @@ def test_a_cuda_graph_is_the_step(trainer_of, monkeypatch, flags, execution):
 def test_what_cannot_be_replayed_is_refused(trainer_of, flags, line):
     with pytest.raises(UserError, match=line):
         trainer_of(*flags, "--cuda_graph", 1)
+
+
+@pytest.mark.parametrize(
+    ("asked", "change", "before", "is_replayed", "line"),
+    [
+        ("auto", {}, None, True, "auto: steps are replayed as one CUDA graph."),
+        ("auto", {}, False, False, "auto: steps are not replayed, as the run before did."),
+        ("auto", {}, True, True, "auto: steps are replayed as one CUDA graph, as the run before did."),
+        (
+            "auto",
+            {"world_size": 2},
+            True,
+            False,
+            "auto: steps are not replayed. --cuda_graph 1 is for a single process",
+        ),
+        ("auto", {"why": "it cannot"}, None, False, "auto: steps are not replayed. --cuda_graph cannot go with"),
+        ("auto", {"device": "cpu"}, None, False, "auto: steps are not replayed. --cuda_graph 1 needs a GPU"),
+        ("0", {}, None, False, "0: steps are not replayed; with auto, or 1, they would be"),
+        ("0", {"scaler": True}, None, False, "0: steps are not replayed. --cuda_graph 1 does not go with fp16"),
+        ("0", {"device": "cpu"}, None, False, ""),
+        ("1", {}, False, True, ""),
+    ],
+)
+def test_a_line_says_whether_steps_are_replayed(monkeypatch, caplog, asked, change, before, is_replayed, line):
+    monkeypatch.setattr(train_split, "CudaRecorder", lambda device: device)
+    why, device = change.get("why"), torch.device(change.get("device", "cuda"))
+    trainer: Any = SimpleNamespace(
+        config=SimpleNamespace(cuda_graph=asked, method="some", iters_to_accumulate=1),
+        world=SimpleNamespace(device=device, world_size=change.get("world_size", 1)),
+        precision=SimpleNamespace(scaler=change.get("scaler", False)),
+        method=SimpleNamespace(decides_on_host=False, incompatible={} if why is None else {"cuda_graph": why}),
+    )
+    resumed: Any = None if before is None else {"environment": {"cuda_graph": before}}
+    with caplog.at_level("INFO"):
+        recorder = Trainer._recorder(trainer, resumed)
+    assert (recorder is not None) == is_replayed
+    assert len(caplog.messages) == bool(line)
+    assert all(found.startswith(f"--cuda_graph {line}") for found in caplog.messages)

@@ -93,7 +93,7 @@ def changed_flags(
     changed = []
     for name in now:
         choice = choices.get(name)
-        if name not in before or before[name] == now[name] or choice == OF_CALL:
+        if name not in before or choice == OF_CALL or _are_alike(before[name], now[name]):
             continue
         if choice == SAME:
             raise UserError(
@@ -104,6 +104,11 @@ def changed_flags(
         happens = "" if choice in (None, TAKES) else f": {choice}"
         changed.append(f"{name} {_shown(before[name])} → {_shown(now[name])} ({origins.get(name, 'default')}{happens})")
     return changed
+
+
+def _are_alike(before: Any, now: Any) -> bool:
+    """Whether two values of a flag mean the same; one that takes `auto` today may have been 0 or 1 alone."""
+    return bool(before == now or (isinstance(before, bool) and isinstance(now, str) and _shown(before) == now))
 
 
 def _shown(value: Any) -> str:

@@ -50,6 +50,7 @@ class RunState:
         meter, epoch_meter: means over the print interval and over the epoch.
         clock, report: time, and the figures so far.
         precision, world: how and where the run computes.
+        is_replayed: whether steps are replayed as a CUDA graph.
     """
 
     flags: Mapping[str, Any]
@@ -72,9 +73,11 @@ class RunState:
     report: Reporter
     precision: Precision
     world: World
+    is_replayed: bool = False
 
     def environment(self) -> dict[str, Any]:
         """What must stay the same for a resumed run to be the same bit for bit."""
+        of_gpus = {"cuda_graph": self.is_replayed} if self.world.device.type == "cuda" else {}
         return {
             "threads": torch.get_num_threads(),
             "execution": self.method.network.execution,
@@ -82,6 +85,7 @@ class RunState:
             "precision": self.precision.name,
             "device": self.world.device.type,
             **gpu_facts(self.world.device),
+            **of_gpus,
         }
 
     def _division(self) -> Checkpoint:
@@ -253,6 +257,11 @@ class RunState:
 def execution_before(resumed: Checkpoint) -> str | None:
     """How the networks of the run before were run, where its checkpoint says so."""
     return resumed.get("environment", {}).get("execution")
+
+
+def replayed_before(resumed: Checkpoint) -> bool | None:
+    """Whether the run before replayed its steps, where its checkpoint says so."""
+    return resumed.get("environment", {}).get("cuda_graph")
 
 
 def seed_before(resumed: Checkpoint) -> int | None:

@@ -15,6 +15,7 @@ from dataset.options import DataOptions
 from dataset.sampler import shard
 from dataset.views import ViewMaker
 from method import Method, Progress, StepOutput
+from training.copies import WeightCopies
 from training.lone_image import is_lone_image
 from training.optim import set_learning_rate
 from training.replay import ReplayedStep
@@ -36,6 +37,7 @@ def forward_backward(
     precision: Precision,
     scaler: torch.amp.GradScaler,
     scale: float,
+    copies: WeightCopies | None = None,
 ) -> StepOutput:
     """Forward and backward of one batch; gradients add up in the parameters.
 
@@ -44,11 +46,13 @@ def forward_backward(
         views_VBCHW: V views, S or 1, of B images.
         scale: factor of the loss before the backward pass: 1 / --iters_to_accumulate, times this process's share of
             the images where shards are uneven.
+        copies: of weights that are cast; None: autocast casts them.
     """
     device = views_VBCHW.device.type
-    with torch.autocast(device, precision.autocast, enabled=precision.autocast is not None):
-        output: StepOutput = model(views_VBCHW, targets, progress)
-    scaler.scale(output.loss * scale).backward()
+    with copies or nullcontext():
+        with torch.autocast(device, precision.autocast, enabled=precision.autocast is not None):
+            output: StepOutput = model(views_VBCHW, targets, progress)
+        scaler.scale(output.loss * scale).backward()
     return output
 
 
@@ -70,6 +74,7 @@ class TrainingStep:
         seed: of the run.
         world: this process's place among all.
         replayed: replays the part of a step that a CUDA graph can hold; None: every step is computed as it is written.
+        copies: of the weights that autocast casts, for replayed steps; None: it casts them.
     """
 
     def __init__(
@@ -85,10 +90,12 @@ class TrainingStep:
         seed: int,
         world: World,
         replayed: ReplayedStep | None = None,
+        copies: WeightCopies | None = None,
     ) -> None:
         self.method, self.views, self.update, self.options = method, views, update, options
         self.num_views, self.iters_to_accumulate = num_views, iters_to_accumulate
         self.precision, self.seed, self.world, self.replayed = precision, seed, world, replayed
+        self.copies = copies
         # last, because DDP copies process 0's weights to the others
         self.model: nn.Module = method
         if world.world_size > 1 and not method.reduces_own_gradients:
@@ -191,6 +198,7 @@ class TrainingStep:
                 precision=self.precision,
                 scaler=self.update.scaler,
                 scale=scale,
+                copies=self.copies,
             )
         if progress.updates:
             if self.method.reduces_own_gradients and self.world.world_size > 1:

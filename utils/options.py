@@ -17,6 +17,7 @@ BY_RECIPE = "set by the recipe"  # default_text of what the published recipes de
 # What a resumed run does with another value than the run before had.
 SAME = "refused"  # it would not be the same run
 TAKES = "takes effect"  # and is said
+SWITCH = ("0", "1", "auto")  # choices of a flag that may decide by itself
 OF_CALL = "of this call"  # where and how a program runs; the run is the same
 
 
@@ -152,13 +153,22 @@ class Options:
             flag.check(getattr(self, flag.name), f"--{flag.name}")
 
 
+_TRUE, _FALSE = ("1", "true", "yes", "on"), ("0", "false", "no", "off")
+
+
 def _to_bool(text: str) -> bool:
     lowered = text.strip().lower()
-    if lowered in ("1", "true", "yes", "on"):
+    if lowered in _TRUE:
         return True
-    if lowered in ("0", "false", "no", "off"):
+    if lowered in _FALSE:
         return False
     raise ValueError("expected 0 or 1")
+
+
+def _as_switch(text: str) -> str:
+    """A choice of SWITCH, which may be written as a bool is; another text stays as it is."""
+    lowered = text.strip().lower()
+    return "1" if lowered in _TRUE else "0" if lowered in _FALSE else lowered
 
 
 def _value_type(annotation: Any) -> tuple[type, bool, bool]:
@@ -233,6 +243,8 @@ class Flag:
                 converted = _convert_one(self.element, str(value))
         except ValueError as error:
             raise UserError(f"{where}: {value!r} is not usable: {error}.") from None
+        if self.choices == SWITCH:
+            converted = _as_switch(converted)
         self.check(converted, where)
         return converted
 

@@ -7,8 +7,9 @@ A strategy that cannot run these networks gives way to `loop`, and one line of t
 
 import logging
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import partial
 from typing import Any
 
 import torch
@@ -22,7 +23,8 @@ from model.execution.threads import Threads
 from model.options import EXECUTIONS
 from utils.device import wait_for
 from utils.distributed import all_reduce_sum, is_alone
-from utils.errors import reason
+from utils.errors import RunError, reason
+from utils.recording import WARM_UP, Recorder
 
 logger = logging.getLogger(__name__)
 
@@ -38,6 +40,9 @@ class Execution:
     Args:
         name: one of EXECUTIONS.
         devices: spread the networks over these GPUs; None: they stay where they are.
+
+    Attributes:
+        recorder: records what `auto` times in training; None: it times the passes as they are.
     """
 
     def __init__(self, name: str = "loop", devices: Sequence[torch.device] | None = None) -> None:
@@ -45,10 +50,11 @@ class Execution:
             raise ValueError(f"execution {name!r} is not known: use {', '.join(EXECUTIONS)}.")
         self.name = name
         self.devices = devices
+        self.recorder: Recorder | None = None
         self._strategy: Strategy | None = None
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "Execution":
-        return Execution(self.name, self.devices)  # threads and streams stay with the original
+        return Execution(self.name, self.devices)  # threads, streams and a recorder stay with the original
 
     def __call__(self, networks: Sequence[nn.Module], views_SBCHW: Tensor) -> Tensor:
         """Views [S, B, C, H, W] -> logits [S, B, K]."""
@@ -77,7 +83,7 @@ class Execution:
         if networks[0].training:  # every process has images then, and an evaluation exchanges nothing
             usable = _usable_everywhere(usable, candidates, views_SBCHW.device)
         if self.name == "auto" and usable:
-            self.name = _fastest(usable, networks, views_SBCHW)
+            self.name = _fastest(usable, networks, views_SBCHW, self.recorder if networks[0].training else None)
         elif not usable:
             self.name = "loop"
         self._strategy = usable.get(self.name)
@@ -200,28 +206,82 @@ def _left_as_they_were(networks: Sequence[nn.Module]) -> Iterator[None]:
                 buffer.copy_(value)
 
 
-def _fastest(usable: dict[str, Strategy], networks: Sequence[nn.Module], views_SBCHW: Tensor) -> str:
-    """Name of the strategy whose forward pass, with the backward pass in training, takes the least time here."""
+def _fastest(
+    usable: dict[str, Strategy], networks: Sequence[nn.Module], views_SBCHW: Tensor, recorder: Recorder | None
+) -> str:
+    """Name of the strategy whose forward pass, with the backward pass in training, takes the least time here.
+
+    Args:
+        recorder: times the replay of a recorded pass, in place of the pass itself.
+    """
     device = views_SBCHW.device
     parameters = [p for network in networks for p in network.parameters() if p.requires_grad]
     strategies: dict[str, Strategy] = {"loop": lambda views: run_loop(networks, views), **usable}
     learns = torch.is_grad_enabled() and bool(parameters)
-    times: dict[str, list[float]] = {name: [] for name in strategies}
 
+    def pass_by(strategy: Strategy) -> Tensor:
+        logits_SBK = strategy(views_SBCHW)
+        if learns:
+            torch.autograd.grad(logits_SBK.float().square().mean(), parameters, allow_unused=True)
+        return logits_SBK.detach()
+
+    passes = {name: partial(pass_by, strategy) for name, strategy in strategies.items()}
     with _left_as_they_were(networks):
-        for number in range(1 + TIMED_ROUNDS):
-            for name, strategy in strategies.items():
-                wait_for(device)
-                began = time.perf_counter()
-                logits_SBK = strategy(views_SBCHW)
-                if learns:
-                    torch.autograd.grad(logits_SBK.float().square().mean(), parameters, allow_unused=True)
-                wait_for(device)
-                if number:
-                    times[name].append(time.perf_counter() - began)
-    seconds = torch.tensor([sorted(times[name])[TIMED_ROUNDS // 2] for name in strategies], device=device)
+        times = _timed_in_turns(passes, device) if recorder is None else _timed_replays(passes, device, recorder)
+    seconds = torch.tensor([sorted(own)[TIMED_ROUNDS // 2] for own in times.values()], device=device)
     shares = all_reduce_sum(seconds).tolist()  # every process must choose the same
-    chosen = min(zip(shares, strategies, strict=True))[1]
-    shown = ", ".join(f"{name} {1e3 * share:.1f} ms" for name, share in zip(strategies, shares, strict=True))
-    logger.info("execution auto: %s for a %s pass: %s.", shown, "training" if learns else "forward", chosen)
+    chosen = min(zip(shares, times, strict=True))[1]
+    shown = ", ".join(f"{name} {1e3 * share:.1f} ms" for name, share in zip(times, shares, strict=True))
+    kind = "training" if learns else "forward"
+    logger.info("execution auto: %s for a %s%s pass: %s.", shown, "replayed " * (recorder is not None), kind, chosen)
     return chosen
+
+
+def _timed_in_turns(passes: Mapping[str, Callable[[], object]], device: torch.device) -> dict[str, list[float]]:
+    """Seconds of the rounds of each pass, by name."""
+    times: dict[str, list[float]] = {name: [] for name in passes}
+    for number in range(1 + TIMED_ROUNDS):
+        for name, one in passes.items():
+            seconds = _seconds(one, device)
+            if number:
+                times[name].append(seconds)
+    return times
+
+
+def _timed_replays(
+    passes: Mapping[str, Callable[[], object]], device: torch.device, recorder: Recorder
+) -> dict[str, list[float]]:
+    """`_timed_in_turns` of recorded passes: one recording lives at a time, because each has memory of its own.
+
+    Raises:
+        RunError: none of the passes can be recorded.
+    """
+    times: dict[str, list[float]] = {}
+    refused: list[RunError] = []
+    kind = device.type
+    dtype, is_cast = torch.get_autocast_dtype(kind), torch.is_autocast_enabled(kind)
+    for name, one in passes.items():
+        try:
+            # a cast that autocast keeps would be the recording's, or be missing in it
+            with torch.autocast(kind, dtype, is_cast, cache_enabled=False):
+                for _ in range(WARM_UP):
+                    recorder.warm_up(one)
+                _, replay = recorder.record(one)
+        except RunError as error:
+            logger.info("execution auto leaves %s out: %s", name, error)
+            refused.append(error)
+            continue
+        times[name] = [_seconds(replay, device) for _ in range(1 + TIMED_ROUNDS)][1:]
+        del replay
+    if not times:
+        raise refused[0]
+    return times
+
+
+def _seconds(work: Callable[[], object], device: torch.device) -> float:
+    """Seconds until the device has done it."""
+    wait_for(device)
+    began = time.perf_counter()
+    work()
+    wait_for(device)
+    return time.perf_counter() - began

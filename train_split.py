@@ -11,7 +11,7 @@ if __name__ == "__main__":  # torch takes seconds to import: --help and a wrong 
 
 import logging
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
@@ -43,9 +43,10 @@ from model.restore import published_keys, stored_plan
 from parser_params import Config, parse_config, resolve_config
 from recipe.fine_tuning import flags_before, image_flags
 from record import checkpoint as ckpt
+from record.allowance import Allowance
 from record.checkpoint import Checkpoint
 from record.logger import RunLog, set_up_text_log
-from record.plots import plot_curves
+from record.plots import curves_png
 from record.report import Reporter, RunClock
 from record.run_folder import (
     ABANDONED,
@@ -64,6 +65,7 @@ from record.run_folder import (
     split_table,
 )
 from record.saving import Saver
+from record.screen import watched
 from training.compiling import as_written, compile_modules
 from training.copies import WeightCopies
 from training.guard import NonfiniteGuard, judge_nonfinite
@@ -90,7 +92,7 @@ from training.update import WeightUpdate
 from utils import distributed, launch
 from utils.cpus import settle_threads
 from utils.device import ask_for_determinism, wait_for
-from utils.errors import Incomplete, Interrupted, RunError, Stopped, UserError, WriteError, reason
+from utils.errors import Incomplete, Interrupted, RunError, Stopped, UserError
 from utils.launch import World
 from utils.macs import count_macs, count_params
 from utils.precision import choose_precision, lay_out
@@ -106,6 +108,9 @@ STATISTICS_BATCHES = 100  # that slices of a parent get their running statistics
 PROGRAM = program_name("train_split.py", "train")
 
 LABEL_SMOOTHING = 0.1
+CURVES = "curves.png"
+DRAWING_SHARE = 0.02  # of the run's time that its curves may take while it goes on
+DRAWING_SECONDS = 1.0  # that drawing is thought to take before it was done
 GRACE = 20.0  # seconds after a signal in which images may still come, so that an accumulation group gets whole
 # flags, for the line of a run without memory
 SAVES_MEMORY = (
@@ -220,19 +225,25 @@ class Trainer:
         self.meter, self.epoch_meter = MeanMeter(world.device), MeanMeter(world.device)
         self.bad_images: dict[Path, str] = {}
         self.newest = ""  # name of the checkpoint that was saved last, the best one aside
+        self.drawing = Allowance(DRAWING_SHARE, DRAWING_SECONDS)
         self.stop = StopRequest(PACE if world.world_size > 1 and world.device.type == "cuda" else 0.0)
         self.loaders: list[TrainLoader | EvalLoader] = [self.loader, *self.eval_loaders.values()]
         for loader in self.loaders:
             loader.on_wait(self.while_waiting)
         self.saver = Saver(self.folder, keep=config.max_ckpt_nums, stops=config.on_save_error == "stop")
-        figures = [f"ensemble_{name}" if metric.of_rows else name for name, metric in counted().items()]
-        self.log = RunLog(self.folder, self.num_networks, active=world.is_main, figures=figures)
+        self.log = RunLog(
+            self.folder,
+            self.num_networks,
+            active=world.is_main,
+            figures=figure_names([*self.eval_loaders], source.reported),
+        )
         self.report = Reporter(
             self.log,
             epochs=config.epochs,
             steps_per_epoch=self.steps_per_epoch,
             visible=world.is_main,
             reported=source.reported,
+            losses=self.method.losses_in_sum(),
         )
         self.state = RunState(
             flags=config.values(),
@@ -547,6 +558,11 @@ class Trainer:
             return True
         return ahead == 0 and self.is_out_of_patience()
 
+    def steps_left(self) -> int:
+        """How many batches are still to be done, if patience lasts."""
+        left = self.total_steps - self.position.step
+        return left if self.config.max_steps is None else min(left, self.config.max_steps - self.position.done)
+
     def is_out_of_patience(self) -> bool:
         """Whether the figure on held-out images has not risen for --patience epochs."""
         return is_out_of_patience(self.report.last, self.report.best, self.config.patience)
@@ -557,7 +573,9 @@ class Trainer:
         self.position.step += 1
         self.position.done += 1
         self.clock.images += batch.global_batch_size
-        self.report.step()
+        self.report.step(
+            epoch=self.position.epoch, batch=self.position.batch, done=self.position.step, left=self.steps_left()
+        )
         for meter in (self.meter, self.epoch_meter):
             meter.update(metrics, len(batch.labels_B))
 
@@ -690,6 +708,12 @@ class Trainer:
         if is_best:
             self.save(ckpt.BEST)
 
+    def say_epoch(self) -> None:
+        """The line of an epoch that is not evaluated; every process takes part."""
+        rate = self.schedule(max(self.position.step - 1, 0))
+        train = self.epoch_meter.read(distributed.all_reduce_sum)
+        self.report.epoch_ended(epoch=self.position.epoch, rate=rate, train=train)
+
     def evaluate_split(self, name: str) -> dict[str, Any]:
         """Figures of the networks, which are in evaluation mode, on "val" or "test".
 
@@ -704,7 +728,12 @@ class Trainer:
             distributed.broadcast_buffers(self.network)  # an average's are each process's own until here
             evaluation = evaluate(
                 self.network,
-                self.stop.until_stopped(loader, rounds=loader.rounds, device=self.world.device),
+                watched(
+                    self.stop.until_stopped(loader, rounds=loader.rounds, device=self.world.device),
+                    loader.rounds,
+                    f"evaluating {name}",
+                    visible=self.world.is_main,
+                ),
                 prepare=lambda images: views.evaluate(images, dtype=precision.weights),
                 num_networks=self.num_networks,
                 device=self.world.device,
@@ -730,7 +759,7 @@ class Trainer:
         """
         with self.stop:
             try:
-                with launch.naming_lost_processes(self.world):
+                with launch.naming_lost_processes(self.world), self.report.running(left=self.steps_left()):
                     self._train_and_evaluate()
                     return self.finish()
             finally:
@@ -742,8 +771,7 @@ class Trainer:
         position, config = self.position, self.config
         while not self.has_ended() or position.batch == self.steps_per_epoch:
             if position.batch < self.steps_per_epoch:  # a run stopped within its evaluation begins with that
-                with self.report.epoch(position.epoch, position.batch):
-                    self.train_epoch()
+                self.train_epoch()
             is_whole = position.batch == self.steps_per_epoch
             if is_whole:
                 position.epoch, position.batch = position.epoch + 1, 0
@@ -754,9 +782,12 @@ class Trainer:
                     if is_whole:
                         position.epoch, position.batch = position.epoch - 1, self.steps_per_epoch
                     self.save_and_stop()
+            else:
+                self.say_epoch()
             within = "" if is_whole else f"_{position.done}"
             self.save(f"checkpoint_{position.epoch}{within}.pth.tar")
             self._write_method_files(final=False)
+            self._draw_curves()
             self._list_bad_images()
         if self.is_out_of_patience() and position.step < self.total_steps:
             assert self.report.best is not None
@@ -781,6 +812,12 @@ class Trainer:
             name = "bad_images.txt" if self.world.is_main else f"bad_images_{self.world.rank}.txt"
             lines = (f"{escaped(path)}: {one_line(why)}\n" for path, why in sorted(self.bad_images.items()))
             self.saver.file(name, "".join(lines))
+
+    def _draw_curves(self) -> None:
+        """curves.png so far, unless that would take more than its share of the run's time."""
+        if self.world.is_main and self.drawing.allows():
+            with self.drawing.spending():
+                self.saver.file(CURVES, curves_png(self.folder))
 
     def _write_method_files(self, *, final: bool) -> None:
         """What the method wants to have in the run directory, such as an architecture that it found."""
@@ -810,10 +847,7 @@ class Trainer:
                 {f"final/{name}": results[name] for name in ("ensemble_acc1", "best_ensemble_acc1")},
             )
             self.log.close()
-            try:
-                plot_curves([("", self.folder)], self.folder / "curves.png")
-            except OSError as error:
-                self.saver.failed(WriteError(f"{self.folder / 'curves.png'}: could not be written: {reason(error)}."))
+            self.saver.file(CURVES, curves_png(self.folder))
             if lost := self.saver.lost(ckpt.BEST, self.newest, RESULTS):
                 raise Incomplete(
                     f"trained to the end, but {' and '.join(lost)} could not be written: {self.saver.on_disk()}. Make "
@@ -943,6 +977,14 @@ def finished_results(folder: Path, config: Config, resumed: Resumed | None) -> d
     if not (folder / ckpt.BEST).exists():
         logger.warning("%s is not there any more; %s is the newest checkpoint", ckpt.BEST, resumed.path.name)
     return results
+
+
+def figure_names(splits: Sequence[str], reported: str) -> list[str]:
+    """Names of the figures of an evaluation, as `record.report.flat_figures` has them."""
+    rows = [f"ensemble_{name}" for name, metric in counted().items() if metric.of_rows]
+    together = [name for name, metric in counted().items() if not metric.of_rows]
+    others = [f"{split}_{name}" for split in splits if split != reported for name in (*rows, "loss")]
+    return [*rows, *together, "loss", *others]
 
 
 def warn_of_unused_flags(config: Config) -> None:

@@ -1,16 +1,16 @@
 """The logits of all images of a set: one pass, with a bar where somebody watches."""
 
 import logging
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from torch import Tensor, nn
 
 from dataset import ImageSet
-from evaluation.passes import LabelledImages, evaluate
+from evaluation.passes import evaluate
 from evaluation.session import Session
-from record.logger import stderr_is_terminal
+from record.screen import watched
 from utils import distributed
 from utils.errors import RunError
 from utils.text import escaped
@@ -80,13 +80,3 @@ def tell_bad_images(bad_images: dict[Path, str]) -> None:
     """Name the files that were left out."""
     for path, why in bad_images.items():
         logger.warning("left out: %s: %s", escaped(path), why)
-
-
-def watched(batches: Iterable[LabelledImages], count: int, what: str, *, visible: bool) -> Iterator[LabelledImages]:
-    """The batches, with a bar where somebody watches."""
-    if not visible or not stderr_is_terminal():
-        yield from batches
-        return
-    from tqdm import tqdm
-
-    yield from tqdm(batches, total=count, desc=what, unit="batch", leave=False)

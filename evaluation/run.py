@@ -40,6 +40,7 @@ from parser_params import Config, parse_config
 from record.checkpoint import write_file
 from record.logger import set_up_text_log
 from record.run_folder import PREDICTIONS, RESULTS, as_json
+from record.screen import watched
 from utils import distributed, launch
 from utils.cpus import settle_threads
 from utils.errors import RunError, UserError
@@ -155,7 +156,7 @@ def evaluate_session(
     began = time.perf_counter()
     evaluation = evaluate(
         session.classifier,
-        loader,
+        watched(loader, len(loader), f"evaluating {source.reported}", visible=session.world.is_main),
         prepare=session.prepare(mean, std),
         num_networks=info.num_networks,
         num_classes=info.num_classes,

@@ -189,6 +189,10 @@ class Method(nn.Module, Generic[OwnOptions]):
         """Mean of `class_loss` over the batch, summed over the networks: S logits [B, K] -> scalar."""
         return torch.stack([self.class_loss(logits_BK, targets).mean() for logits_BK in logits_SBK]).sum()
 
+    def losses_in_sum(self) -> int:
+        """How many networks' losses the loss of `forward` is the sum of: divided by it, numbers of networks compare."""
+        return self.network.num_members
+
     def row_prefix(self, i: int) -> str:
         """What the names of further rows of network i begin with: its number, where there are several networks."""
         return f"{i + 1}_" if self.network.split_factor > 1 else ""

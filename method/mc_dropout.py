@@ -54,6 +54,10 @@ class MCDropout(MemberMethod[MCDropoutOptions]):
         numbers: dict[str, float | int | str] = {"place": options.mc_dropout_place, "rate": rate, "mask_seed": seed}
         return MemberForm(kind="mc_dropout", members=options.num_members, numbers=numbers)
 
+    def losses_in_sum(self) -> int:
+        """One: a step is one pass, with one mask."""
+        return 1
+
     def forward(self, views_SBCHW: Tensor, targets: Targets, progress: Progress) -> StepOutput:
         """Views [1, B, C, H, W] -> loss, metrics (loss_ce), the pass's logits in every member's place [T, B, K]."""
         logits_BK = at_least_float32(self.network(views_SBCHW)[0])

@@ -52,6 +52,10 @@ class MemberMethod(Method[OwnOptions]):
         refuse_several_networks(cls.name, given)
         return {}
 
+    def losses_in_sum(self) -> int:
+        """One where the members' losses are averaged (--member_loss mean)."""
+        return 1 if getattr(self.options, "member_loss", "sum") == "mean" else super().losses_in_sum()
+
 
 def joined_losses(losses_M: Sequence[Tensor], how: str) -> Tensor:
     """The members' losses as one scalar, by --member_loss: their "sum" or their "mean"."""

@@ -116,6 +116,10 @@ class Snapshot(Method[SnapshotOptions]):
         for one in self.network.models[first_empty:-1]:
             one.load_state_dict(self.live.state_dict())
 
+    def losses_in_sum(self) -> int:
+        """One: one network trains."""
+        return 1
+
     def compiled_parts(self) -> list[nn.Module]:
         """The network that trains."""
         return [self.live]

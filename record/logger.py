@@ -11,7 +11,6 @@ import io
 import itertools
 import json
 import logging
-import os
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
@@ -20,6 +19,7 @@ from typing import Any
 from torch import Tensor
 
 from record.append import append_whole
+from record.screen import Screen
 from utils.errors import reason
 from utils.plain_json import plain_json
 from utils.text import ESCAPE, escaped, fit_streams
@@ -45,9 +45,8 @@ def set_up_text_log(folder: Path | None, *, rank: int) -> None:
     for handler in list(root.handlers):
         root.removeHandler(handler)
         handler.close()
-    plain = logging.Formatter("%(message)s" if rank == 0 else f"[process {rank}] %(message)s")
-    screen = logging.StreamHandler(sys.stderr)
-    screen.setFormatter(plain)
+    screen = Screen(shared=rank > 0)
+    screen.setFormatter(logging.Formatter("%(message)s" if rank == 0 else f"[process {rank}] %(message)s"))
     root.addHandler(screen)
     root.setLevel(logging.INFO if rank == 0 else logging.WARNING)
     if folder is not None and rank == 0:
@@ -113,10 +112,23 @@ class LineFile:
             self._file = None
 
 
-def _trained_later(epoch: int, line: str) -> bool:
-    """Whether a line of metrics.jsonl lies after so many whole epochs."""
+def _trained_later(epoch: int, first: int, line: str) -> bool:
+    """Whether a line of metrics.jsonl lies after so many whole epochs; `first` is the number of the first one."""
     record = json.loads(line)
-    return bool(record["epoch"] > epoch if record["kind"] == "eval" else record["epoch"] >= epoch)
+    return bool(record["epoch"] > epoch if record["kind"] == "eval" else record["epoch"] - first >= epoch)
+
+
+def _first_epoch(metrics: Path) -> int:
+    """By which number metrics.jsonl calls the epoch that trains first: 1; 0 in one of an earlier version.
+
+    Those had no loss per network.
+    """
+    try:
+        with metrics.open(encoding="utf-8") as file:
+            records = map(json.loads, file)
+            return next((int("loss_per_network" in one) for one in records if one.get("kind") == "train"), 1)
+    except (OSError, ValueError):
+        return 1
 
 
 def _evaluated_later(epoch: int, line: str) -> bool:
@@ -133,6 +145,10 @@ class RunLog:
         num_networks: S, for the columns of summary.csv.
         figures: further columns of it, figures of an evaluation by name.
         active: False in all processes but one; then nothing is written.
+
+    Attributes:
+        columns: of summary.csv.
+        first_epoch: the number of the first epoch in the records of metrics.jsonl that training writes.
     """
 
     def __init__(self, folder: Path, num_networks: int, *, active: bool, figures: Sequence[str] = ()) -> None:
@@ -147,10 +163,12 @@ class RunLog:
             *(f"acc1_{i + 1}" for i in range(num_networks)),
             "best_acc1",
             "train_loss",
+            "train_loss_per_network",
             "train_acc1",
         ]
         self.columns += [name for name in figures if name not in self.columns]
         self.columns.append("seconds")
+        self.first_epoch = 1
         self.metrics = LineFile(folder / "metrics.jsonl")
         self.summary = LineFile(folder / "summary.csv", header=",".join(self.columns))
         self._boards: dict[str, Any] = {}
@@ -167,7 +185,9 @@ class RunLog:
             return
         self.metrics.rewind(int(positions.get("metrics", 0)))
         self.summary.rewind(int(positions.get("summary", 0)))
-        if self.summary.lines:  # a run that began with other columns keeps them
+        # a run that began with other columns, or with another count, keeps them
+        self.first_epoch = _first_epoch(self.metrics.path)
+        if self.summary.lines:
             with self.summary.path.open(encoding="utf-8") as file:
                 self.columns = file.readline().rstrip("\n").split(",")
         self._purge_boards(epoch, step)
@@ -176,8 +196,8 @@ class RunLog:
         """Leave out what was logged after `epoch` whole epochs and `step` steps: a run goes back there."""
         if not self.active:
             return
-        for file, is_later in ((self.metrics, _trained_later), (self.summary, _evaluated_later)):
-            file.rewind(file.lines_before(functools.partial(is_later, epoch)))
+        self.metrics.rewind(self.metrics.lines_before(functools.partial(_trained_later, epoch, self.first_epoch)))
+        self.summary.rewind(self.summary.lines_before(functools.partial(_evaluated_later, epoch)))
         self._purge_boards(epoch, step)
 
     def _purge_boards(self, epoch: int, step: int) -> None:
@@ -272,8 +292,3 @@ class RunLog:
         for board in self._boards.values():
             board.close()
         self._boards = {}
-
-
-def stderr_is_terminal() -> bool:
-    """True where stderr is a terminal, so that a progress bar can redraw itself."""
-    return sys.stderr.isatty() and os.environ.get("TERM", "") != "dumb"

@@ -1,6 +1,7 @@
 """Pictures of runs: curves over training and confusion matrices. matplotlib is imported where it is used."""
 
 import csv
+import io
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -9,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from record.checkpoint import write_file
 from utils.text import escaped, one_line
 
 COLOURS = ("#1f5fa8", "#d1571b", "#2c8a4b", "#8a3fa0", "#b8860b", "#c2185b", "#008b9a", "#6b5b4b")
@@ -22,14 +24,19 @@ class RunCurves:
     """What a run directory recorded.
 
     Attributes:
-        epochs: [E] of each evaluation. ensemble: [E] top-1 in percent. networks: [E, S].
-        steps: [T] of each progress line. losses: name -> [T]; "loss" is the total. learning_rate: [T].
+        epochs: [E] of each evaluation, the first is 1. figures: name -> [E], what summary.csv has of them.
+        ensemble: [E] top-1 in percent. networks: [E, S].
+        steps: [T] of each progress line. trained: [T] the same place in epochs; the end of the first is 1.
+        losses: name -> [T]; "loss" is the total, "loss_per_network" the mean of the networks.
+        learning_rate: [T].
     """
 
     epochs: np.ndarray
+    figures: dict[str, np.ndarray]
     ensemble: np.ndarray
     networks: np.ndarray
     steps: np.ndarray
+    trained: np.ndarray
     losses: dict[str, np.ndarray]
     learning_rate: np.ndarray
 
@@ -47,82 +54,163 @@ def read_curves(run_dir: Path) -> RunCurves:
         records = [record for record in map(json.loads, lines) if record["kind"] == "train"]
     columns = [name for name in (rows[0] if rows else ()) if name.startswith("acc1_")]
     names = sorted({name for record in records for name in record if name == "loss" or name.startswith("loss_")})
+    steps = _numbers(record["step"] for record in records)
+    losses = {name: _numbers(record.get(name) for record in records) for name in names}
+    if "loss" in losses and "loss_per_network" not in losses:  # a run of an earlier version
+        losses["loss_per_network"] = losses["loss"] / max(len(columns), 1)
+    epochs = _numbers(row["epoch"] for row in rows)
     return RunCurves(
-        epochs=_numbers(row["epoch"] for row in rows),
+        epochs=epochs,
+        figures={name: _numbers(row[name] for row in rows) for name in (rows[0] if rows else ())},
         ensemble=_numbers(row["ensemble_acc1"] for row in rows),
         networks=np.array([_numbers(row[name] for name in columns) for row in rows]).reshape(len(rows), len(columns)),
-        steps=_numbers(record["step"] for record in records),
-        losses={name: _numbers(record.get(name) for record in records) for name in names},
+        steps=steps,
+        trained=_in_epochs(steps + 1, epochs, _numbers(row["step"] for row in rows)),
+        losses=losses,
         learning_rate=_numbers(record.get("learning_rate") for record in records),
     )
 
 
+def _in_epochs(done_T: np.ndarray, epochs_E: np.ndarray, done_E: np.ndarray) -> np.ndarray:
+    """Steps that were done, in epochs; between evaluations, and beyond the last one, as if all steps were alike."""
+    whole = epochs_E > 0
+    epochs_E, done_E = np.append(0.0, epochs_E[whole]), np.append(0.0, done_E[whole])
+    if len(epochs_E) == 1:  # no epoch has ended: what was done is called one
+        return done_T / max(done_T.max(initial=1.0), 1.0)
+    a_step = (epochs_E[-1] - epochs_E[-2]) / max(done_E[-1] - done_E[-2], 1.0)
+    beyond = np.maximum(done_T - done_E[-1], 0.0) * a_step
+    return np.asarray(np.interp(done_T, done_E, epochs_E) + beyond)
+
+
 def plot_curves(runs: Path | Sequence[tuple[str, Path]], path: Path | None = None) -> Path:
-    """Accuracy of the ensemble and of every network, losses and learning rate; returns the picture's path.
+    """Draw `curves_png` into a file; returns its path.
+
+    Args:
+        runs: see there.
+        path: the PNG to write; by default curves.png in the (first) run directory.
+
+    Raises:
+        WriteError: it cannot be written.
+    """
+    path = path or (runs if isinstance(runs, Path) else runs[0][1]) / "curves.png"
+    write_file(path, curves_png(runs))
+    return path
+
+
+def curves_png(runs: Path | Sequence[tuple[str, Path]]) -> bytes:
+    """Accuracy, losses, calibration and learning rate over the epochs, as a PNG.
 
     Args:
         runs: one run directory, or (label, run directory) pairs to compare in one picture.
-        path: the PNG to write; by default curves.png in the (first) run directory.
     """
     from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
 
     pairs = [("", runs)] if isinstance(runs, Path) else [(escaped(label), run) for label, run in runs]
-    path = path or pairs[0][1] / "curves.png"
-    shown_runs = [read_curves(run_dir) for _, run_dir in pairs]
-    figure = Figure(figsize=(14, 4.2), layout="constrained")
-    accuracy, loss, rate = figure.subplots(1, 3, width_ratios=(1.25, 1, 1))
+    figure = Figure(figsize=(13, 8), layout="constrained")
+    panels = figure.subplots(2, 2)
+    accuracy, loss, calibration, rate = panels.flat
     alone = len(pairs) == 1
-    for number, ((label, _), curves) in enumerate(zip(pairs, shown_runs, strict=True)):
+    last = 1.0
+    for number, (label, run_dir) in enumerate(pairs):
+        curves = read_curves(run_dir)
         colour = COLOURS[number % len(COLOURS)]
-        marker = "o" if len(curves.epochs) < 3 else None
+        last = max(last, *curves.epochs, *curves.trained)
         several = curves.networks.shape[1] > 1
-        for i in range(curves.networks.shape[1] if several else 0):
-            accuracy.plot(
-                curves.epochs,
-                curves.networks[:, i],
-                color=COLOURS[(i + 1) % len(COLOURS)] if alone else colour,
-                alpha=0.9 if alone else 0.4,
-                linewidth=1.0,
-                marker=marker,
-                label=f"network {i + 1}" if alone else f"{label}: single networks" if i == 0 else None,
-            )
-        whole = "ensemble" if several else "network"
-        accuracy.plot(
-            curves.epochs,
-            curves.ensemble,
-            color=colour,
-            linewidth=2.2,
-            marker=marker,
-            label=whole if alone else f"{label}: {whole}",
-        )
-        # the parts of a loss are told apart only where one run has the panel to itself
-        shown = {name: values for name, values in curves.losses.items() if alone or name == "loss"}
-        marker = "o" if len(curves.steps) < 3 else None
-        for i, (name, values) in enumerate(shown.items()):
-            title = ("total" if name == "loss" else name.removeprefix("loss_")) if alone else label
-            loss.plot(
-                curves.steps,
-                values,
-                color=COLOURS[i % len(COLOURS)] if alone else colour,
-                linewidth=1.4,
-                marker=marker,
-                label=title,
-            )
-        rate.plot(curves.steps, curves.learning_rate, color=colour, linewidth=1.4, marker=marker, label=label or None)
-    accuracy.set_ylim(*_accuracy_range(shown_runs))
-    accuracy.set(title="Accuracy on the evaluation images", xlabel="epoch", ylabel="top-1 in %")
-    loss.set(title="Training loss", xlabel="step", ylabel="loss")
-    rate.set(title="Learning rate", xlabel="step", ylabel="learning rate")
-    rate.set_ylim(bottom=0)
-    for axes in (accuracy, loss, rate):
+        if alone:
+            _plot_accuracies(accuracy, curves)
+            _plot_losses(loss, curves)
+        else:
+            title = f"{label}: {'ensemble' if several else 'network'}"
+            _line(accuracy, curves.epochs, curves.ensemble, title, colour, width=2.2)
+            for i in range(curves.networks.shape[1] if several else 0):
+                one = f"{label}: single networks" if i == 0 else None
+                _line(accuracy, curves.epochs, curves.networks[:, i], one, colour, alpha=0.4)
+            _line(loss, curves.trained, curves.losses.get("loss_per_network"), f"{label}: training", colour, alpha=0.6)
+            _line(loss, curves.epochs, curves.figures.get("ensemble_nll"), f"{label}: NLL", colour, style="--")
+        name = label or ("ensemble" if several else "network")
+        _line(calibration, curves.epochs, curves.figures.get("ensemble_ece"), name, colour)
+        if alone:
+            held_out = curves.figures.get("val_ensemble_ece")
+            _line(calibration, curves.epochs, held_out, f"{name}, held-out images", colour, style="--")
+        _line(rate, curves.trained, curves.learning_rate, label or None, colour)
+    accuracy.set(title="Accuracy on the evaluation images", ylabel="top-1 in %")
+    loss.set(title="Loss per network", ylabel="nats")
+    calibration.set(title="Calibration on the evaluation images", ylabel="expected calibration error")
+    rate.set(title="Learning rate", ylabel="learning rate")
+    for axes in (calibration, rate):
+        axes.set_ylim(bottom=0)
+    for axes in panels.flat:
+        axes.set(xlabel="epoch", xlim=(0, 1.02 * last))
+        axes.xaxis.set_major_locator(MaxNLocator(10, integer=True))
         axes.grid(color="#dddddd", linewidth=0.6)
         axes.set_axisbelow(True)
         axes.spines[["top", "right"]].set_visible(False)
         if axes.get_legend_handles_labels()[1]:
             for text in axes.legend(frameon=False, fontsize=9).get_texts():
                 text.set_parse_math(False)
-    figure.savefig(path, dpi=130)
-    return path
+    picture = io.BytesIO()
+    figure.savefig(picture, dpi=100)
+    return picture.getvalue()
+
+
+def _plot_accuracies(axes: Any, curves: RunCurves) -> None:
+    """One run: every network, their ensemble, and the ensemble on held-out images where there are some."""
+    several = curves.networks.shape[1] > 1
+    for i in range(curves.networks.shape[1] if several else 0):
+        colour = COLOURS[(i + 1) % len(COLOURS)]
+        _line(axes, curves.epochs, curves.networks[:, i], f"network {i + 1}", colour, alpha=0.9, width=1.0)
+    whole = "ensemble" if several else "network"
+    _line(axes, curves.epochs, curves.ensemble, whole, COLOURS[0], width=2.2)
+    _line(
+        axes,
+        curves.epochs,
+        curves.figures.get("val_ensemble_acc1"),
+        f"{whole}, held-out images",
+        COLOURS[0],
+        style="--",
+    )
+
+
+def _plot_losses(axes: Any, curves: RunCurves) -> None:
+    """One run: the training loss and its parts, and what the evaluations found, all per network."""
+    several = curves.networks.shape[1] > 1
+    mean = curves.losses.get("loss_per_network")
+    if mean is not None:
+        _line(axes, curves.trained, mean, "training", COLOURS[0])
+        with np.errstate(all="ignore"):
+            scale = mean / curves.losses["loss"]
+        parts = [name for name in curves.losses if name not in ("loss", "loss_per_network")]
+        for i, name in enumerate(parts if len(parts) > 1 else ()):
+            colour = COLOURS[(i + 3) % len(COLOURS)]
+            title = f"training: {name.removeprefix('loss_')}"
+            _line(axes, curves.trained, scale * curves.losses[name], title, colour, width=1.0)
+    images = "evaluation images"
+    if several:
+        _line(axes, curves.epochs, curves.figures.get("loss"), f"NLL of the networks, {images}", COLOURS[1])
+    whole = "ensemble" if several else "network"
+    _line(axes, curves.epochs, curves.figures.get("ensemble_nll"), f"NLL of the {whole}, {images}", COLOURS[2])
+    held_out = curves.figures.get("val_ensemble_nll")
+    _line(axes, curves.epochs, held_out, f"NLL of the {whole}, held-out images", COLOURS[2], style="--")
+
+
+def _line(
+    axes: Any,
+    places: np.ndarray,
+    values: np.ndarray | None,
+    label: str | None,
+    colour: str,
+    *,
+    style: str = "-",
+    width: float = 1.4,
+    alpha: float = 1.0,
+) -> None:
+    """A curve, with points where it has few; none where there are no values."""
+    if values is not None:
+        marker = "o" if len(places) < 3 else None
+        axes.plot(
+            places, values, color=colour, linestyle=style, linewidth=width, marker=marker, alpha=alpha, label=label
+        )
 
 
 def plot_confusion(matrix_KK: np.ndarray, classes: Sequence[str], path: Path) -> Path:
@@ -189,17 +277,6 @@ def _most_confused(counts: np.ndarray, names: Sequence[str]) -> str:
     pairs = [(int(wrong.flat[i]), *divmod(int(i), len(names))) for i in order if wrong.flat[i] > 0]
     lines = [f"{count:5d}  {names[true]} → {names[predicted]}" for count, true, predicted in pairs]
     return "\n".join(["most confused (images, true → predicted)", "", *lines])
-
-
-def _accuracy_range(runs: Sequence[RunCurves]) -> tuple[float, float]:
-    """From below the second half's lowest to the highest: the end matters, the climb at the start does not."""
-    ends = [np.column_stack([run.ensemble, run.networks])[len(run.epochs) // 2 :].ravel() for run in runs]
-    values = np.concatenate(ends)
-    values = values[np.isfinite(values)]
-    if not len(values):
-        return 0.0, 100.0
-    low = max(0.0, 5.0 * np.floor(values.min() / 5.0) - 5.0)
-    return low, values.max() + max(0.05 * (values.max() - low), 0.5)
 
 
 def _shorten(name: str) -> str:

@@ -7,9 +7,9 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
-from tqdm import tqdm
-
-from record.logger import RunLog, stderr_is_terminal
+from record.epoch_line import EpochLine, TimeLeft, duration
+from record.logger import RunLog
+from record.screen import Bar
 
 logger = logging.getLogger(__name__)
 
@@ -91,45 +91,59 @@ class Reporter:
         epochs, steps_per_epoch: length of the run.
         visible: False in all processes but one.
         reported: the split whose figures are reported, "test" or "val".
+        losses: how many networks' losses the training loss is the sum of.
     """
 
     def __init__(
-        self, log: RunLog, *, epochs: int, steps_per_epoch: int, visible: bool, reported: str = "test"
+        self,
+        log: RunLog,
+        *,
+        epochs: int,
+        steps_per_epoch: int,
+        visible: bool,
+        reported: str = "test",
+        losses: int = 1,
     ) -> None:
         self.log = log
         self.epochs = epochs
         self.steps_per_epoch = steps_per_epoch
         self.visible = visible
+        self.losses = losses
         self.last: dict[str, Any] | None = None
         self.best: dict[str, Any] | None = None
         self.own_best: dict[str, dict[str, Any]] = {}
         self.reported = self.chosen_on = reported
-        self._bar: tqdm[Any] | None = None
+        self._bar = Bar(visible=False)
+        self._note = ""
+        self._time = TimeLeft()
+        self._batch = 0
 
     # ---- training ----------------------------------------------------------------------------------------------------
 
     @contextmanager
-    def epoch(self, epoch: int, batch: int) -> Iterator[None]:
-        """A progress bar for one epoch, where somebody watches; `epoch` and `batch` count from 0."""
-        if self.visible and stderr_is_terminal():
-            self._bar = tqdm(
-                total=self.steps_per_epoch,
-                initial=batch,
-                desc=f"epoch {epoch + 1}/{self.epochs}",
-                unit="step",
-                leave=False,
-            )
+    def running(self, *, left: int) -> Iterator[None]:
+        """A bar for the whole run, where somebody watches; `left`: steps that are still to be done."""
+        self._bar = Bar(visible=self.visible)
+        self._time = TimeLeft(left)
         try:
             yield
         finally:
-            if self._bar is not None:
-                self._bar.close()
-                self._bar = None
+            self._bar.close()
+            self._bar = Bar(visible=False)
 
-    def step(self) -> None:
-        """One batch is done."""
-        if self._bar is not None:
-            self._bar.update()
+    def step(self, *, epoch: int, batch: int, done: int, left: int) -> None:
+        """One batch is done.
+
+        Args:
+            epoch: counted from 0.
+            batch: batches done of it.
+            done, left: batches of the run that are done, and that are to be done.
+        """
+        self._batch = batch
+        self._time.left = left
+        if self._bar.is_due():
+            note = ", ".join(filter(None, (self._note, self._time.text())))
+            self._bar.draw(f"epoch {epoch + 1}/{self.epochs}", done / max(done + left, 1), note)
 
     def interval(self, *, epoch: int, step: int, batch: int, rate: float, means: Means, speed: Means) -> None:
         """The means over a print interval.
@@ -140,27 +154,66 @@ class Reporter:
             means: losses and accuracies by name; `acc1` is a list over the networks.
             speed: images_per_second, and data_wait: share of the time spent waiting for data.
         """
-        numbers = {"learning_rate": rate, **means, **speed}
-        self.log.write_metrics({"kind": "train", "epoch": epoch, "step": step, **numbers})
+        numbers = {"learning_rate": rate, **means, "loss_per_network": self._per_network(means), **speed}
+        self.log.write_metrics({"kind": "train", "epoch": epoch + self.log.first_epoch, "step": step, **numbers})
         self.log.scalars("train", numbers, step)
-        losses = " ".join(f"{k} {v:.4f}" for k, v in means.items() if k.startswith("loss") and isinstance(v, float))
         accuracies = means["acc1"]
         assert isinstance(accuracies, list)
-        figures = f"{losses} acc1 {' '.join(f'{value:.2f}' for value in accuracies)}"
-        if self._bar is not None:
-            self._bar.set_postfix_str(figures, refresh=False)
-            return
+        loss, total = f"loss {numbers['loss_per_network']:.4f}", ""
+        if self.losses > 1:
+            loss, total = f"{loss} (per network)", f"sum {means['loss']:.4f}"
+        parts = [f"{k} {v:.4f}" for k, v in means.items() if k.startswith("loss_") and isinstance(v, float)]
+        top1 = f"top-1 {' '.join(f'{value:.2f}' for value in accuracies)} %"
+        images = f"{speed['images_per_second']:.0f} images/s"
+        self._note = f"{loss}, {images}"
         logger.info(
-            "epoch %d/%d step %d/%d %s lr %.5f | %.0f images/s, waiting for data %.0f %%",
+            "epoch %d/%d step %d/%d  %s  %s  lr %.5f | %s, waiting for data %.0f %%",
             epoch + 1,
             self.epochs,
             batch + 1,
             self.steps_per_epoch,
-            figures,
+            "  ".join(filter(None, (loss, total, *parts))),
+            top1,
             rate,
-            speed["images_per_second"],
+            images,
             100 * float(speed["data_wait"]),  # type: ignore[arg-type]
+            extra={"in_bar": True},
         )
+
+    def _per_network(self, means: Means) -> float:
+        """The training loss of one network, their mean; NaN where no batch was trained on."""
+        loss = means.get("loss", math.nan)
+        assert isinstance(loss, float)
+        return loss / self.losses
+
+    def epoch_ended(self, *, epoch: int, rate: float, train: Means, evaluated: bool = False) -> None:
+        """The one line of an epoch.
+
+        Args:
+            epoch: whole epochs that are done.
+            rate: learning rate of the last step.
+            train: means over the epoch's training batches.
+            evaluated: the last evaluation belongs to it.
+        """
+        self._note = ""
+        partly = self._batch % self.steps_per_epoch
+        title = f"epoch {epoch}/{self.epochs}"
+        if partly:
+            title = f"epoch {epoch + 1}/{self.epochs} ({partly} of {self.steps_per_epoch} steps)"
+        line = EpochLine(
+            title=title,
+            loss=self._per_network(train),
+            several=self.losses > 1,
+            rate=rate,
+            evaluated=self.last if evaluated else None,
+            best=self.best,
+            reported=self.reported,
+            chosen_on=self.chosen_on,
+            seconds=duration(self._time.lap()),
+            left=self._time.text(),
+        )
+        forms = line.forms()
+        logger.info("%s", forms[0], extra={"forms": forms})
 
     # ---- evaluation --------------------------------------------------------------------------------------------------
 
@@ -186,11 +239,13 @@ class Reporter:
         """
         test = figures[self.reported]
         self.chosen_on = "val" if "val" in figures else self.reported
+        trained = {"train_loss": train.get("loss", math.nan), "train_loss_per_network": self._per_network(train)}
+        evaluated = flat_figures(figures, self.reported)
         self.last = {
+            **evaluated,
+            **trained,
             "epoch": epoch,
             "step": step,
-            "ensemble_acc1": test["ensemble_acc1"],
-            "ensemble_acc5": test["ensemble_acc5"],
             "acc1": test["acc1"],
             "extra": dict(test.get("extra", {})),
             "criterion": figures[self.chosen_on]["ensemble_acc1"],
@@ -203,18 +258,17 @@ class Reporter:
         if is_best or self.best is None:
             self.best = self.last
         best_acc1 = self.best["ensemble_acc1"]
-        self.log.write_metrics({"kind": "eval", "epoch": epoch, "step": step, "best_acc1": best_acc1, **figures})
+        splits = {name: {**split, **_networks_loss(split)} for name, split in figures.items()}
+        record = {"kind": "eval", "epoch": epoch, "step": step, "best_acc1": best_acc1}
+        self.log.write_metrics({**record, **trained, **splits})
         train_acc1 = train.get("acc1", [])
         assert isinstance(train_acc1, list)
-        figures_of_all = {name: value for name, value in test.items() if isinstance(value, float)}
         self.log.write_summary(
             {
-                **figures_of_all,
                 **self.last,
                 "learning_rate": rate,
                 **{f"acc1_{i + 1}": value for i, value in enumerate(test["acc1"])},
                 "best_acc1": best_acc1,
-                "train_loss": train.get("loss", math.nan),
                 "train_acc1": sum(train_acc1) / len(train_acc1) if train_acc1 else math.nan,
                 "seconds": seconds,
             }
@@ -222,26 +276,19 @@ class Reporter:
         self.log.scalars(
             "val",
             {
-                **figures_of_all,
+                **{f"eval/{name}": value for name, value in evaluated.items()},
+                # the published tags
                 "avg_acc1": test["ensemble_acc1"],
                 "avg_acc5": test["ensemble_acc5"],
                 "acc1": test["acc1"],
                 "best_acc1": best_acc1,
                 "learning_rate": rate,
+                "train_loss_per_network": trained["train_loss_per_network"],
                 **{f"train_{name}": value for name, value in train.items() if isinstance(value, float)},
             },
             epoch,
         )
-        extra = "".join(f", {name} {value:.2f}" for name, value in test.get("extra", {}).items())
-        logger.info(
-            "epoch %d evaluated: ensemble %.2f %%, networks %s%s; best ensemble %.2f %% (epoch %d)",
-            epoch,
-            test["ensemble_acc1"],
-            " ".join(f"{value:.2f}" for value in test["acc1"]),
-            extra,
-            best_acc1,
-            self.best["epoch"],
-        )
+        self.epoch_ended(epoch=epoch, rate=rate, train=train, evaluated=True)
         return is_best
 
     def state_dict(self) -> dict[str, Any]:
@@ -271,10 +318,9 @@ class Reporter:
         """
         assert self.last is not None
         assert self.best is not None
+        own = {name: value for name, value in self.last.items() if name not in ("epoch", "step", "extra", "criterion")}
         return {
-            "ensemble_acc1": self.last["ensemble_acc1"],
-            "ensemble_acc5": self.last["ensemble_acc5"],
-            "acc1": self.last["acc1"],
+            **own,
             "best_ensemble_acc1": self.best["ensemble_acc1"],
             "best_acc1": self.best["acc1"],
             "best_epoch": self.best["epoch"],
@@ -289,3 +335,30 @@ class Reporter:
 def _by_classifier(figures: Mapping[str, Any]) -> dict[str, float | None]:
     """Top-1 of network "1" ... "S", and by name of the classifiers beside them."""
     return {str(i): value for i, value in enumerate(figures["acc1"], 1)} | dict(figures.get("extra", {}))
+
+
+def flat_figures(figures: Mapping[str, Mapping[str, Any]], reported: str) -> dict[str, float | None]:
+    """The figures of an evaluation by the names that they have everywhere: in results.json, logs and pictures.
+
+    Those of the reported split have the names of `Evaluation.figures`, and `loss`: the networks' mean NLL. Those of the
+    ensemble on a second split have its name in front: `val_ensemble_acc1`.
+    """
+    found = {**_single(figures[reported]), **_networks_loss(figures[reported])}
+    for name, split in figures.items():
+        if name != reported:
+            ensemble = {k: value for k, value in _single(split).items() if k.startswith("ensemble_")}
+            found |= {f"{name}_{k}": value for k, value in {**ensemble, **_networks_loss(split)}.items()}
+    return found
+
+
+def _single(split: Mapping[str, Any]) -> dict[str, float | None]:
+    """Figures that are one number; None is one that is not finite."""
+    return {name: value for name, value in split.items() if value is None or isinstance(value, float)}
+
+
+def _networks_loss(split: Mapping[str, Any]) -> dict[str, float | None]:
+    """`loss`: the mean of the networks' NLL, beside which a training loss per network stands."""
+    losses = split.get("nll")
+    if not losses:
+        return {}
+    return {"loss": None if None in losses else math.fsum(losses) / len(losses)}

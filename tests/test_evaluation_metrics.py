@@ -148,7 +148,7 @@ def test_a_new_metric_appears_everywhere_without_an_edit(
     assert float(row["ensemble_test_f1"]) == pytest.approx(line["test"]["ensemble_test_f1"], rel=1e-5)
     events = EventAccumulator(str(run / "val"))
     events.Reload()
-    assert events.Scalars("ensemble_test_f1")[0].value == pytest.approx(line["test"]["ensemble_test_f1"])
+    assert events.Scalars("eval/ensemble_test_f1")[0].value == pytest.approx(line["test"]["ensemble_test_f1"])
     capsys.readouterr()
 
     argv = ["--resume", str(run / "model_best.pth.tar"), "--no_cuda", "--metrics", "aurc,largest"]

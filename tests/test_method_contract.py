@@ -176,6 +176,19 @@ def test_a_step_trains_and_says_what_it_did(name: str) -> None:
     assert not torch.equal(rough.logits_SBK.float(), output.logits_SBK)
 
 
+@pytest.mark.parametrize(
+    "name", ["independent", "co_training", "dml", "kdcl", "packed", "batch_ensemble", "mc_dropout", "snapshot"]
+)
+def test_the_loss_is_the_sum_of_so_many_networks(name: str) -> None:
+    """Of methods that have no classifiers beside the networks: divided, it is the loss of one network."""
+    method = make(name)
+    assert method.network.num_members > 1
+    output = step(method, 1, optimizer_of(method))
+    _, targets = batch(method, 1, 0)
+    one = torch.stack([cross_entropy(logits_BK, targets.labels_B).mean() for logits_BK in output.logits_SBK]).mean()
+    torch.testing.assert_close(output.metrics["loss_ce"] / method.losses_in_sum(), one)
+
+
 @every_method
 def test_an_optimiser_made_anew_is_asked_for_at_milestones_only(name: str) -> None:
     assert set(make(name).fresh_optimizer_at((3, 5))) <= {3, 5}

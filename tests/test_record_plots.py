@@ -42,6 +42,19 @@ def test_curves_are_read_as_written(tmp_path):
     assert sorted(curves.losses) == ["loss", "loss_ce"]
     assert curves.losses["loss"][1] == pytest.approx(2 / 6)
     assert curves.learning_rate.tolist() == [0.1] * 6
+    assert curves.losses["loss_per_network"].tolist() == (curves.losses["loss"] / 2).tolist()  # it has none of its own
+
+
+def test_steps_are_shown_in_epochs_also_where_the_batch_size_changed(tmp_path):
+    log = RunLog(tmp_path, 1, active=True)
+    for epoch, done in ((1, 10), (2, 20), (3, 40)):
+        log.write_summary({"epoch": epoch, "step": done, "ensemble_acc1": 1.0})
+    for step in (4, 9, 29, 39, 49):
+        log.write_metrics({"kind": "train", "epoch": 1, "step": step, "loss": 4.0, "loss_per_network": 2.0})
+    log.close()
+    curves = read_curves(tmp_path)
+    assert curves.trained.tolist() == [0.5, 1.0, 2.5, 3.0, 3.5]
+    assert curves.losses["loss_per_network"].tolist() == [2.0] * 5
 
 
 @pytest.mark.parametrize(("networks", "epochs"), [(1, 5), (4, 5), (2, 1), (2, 0)])

@@ -2,6 +2,7 @@
 
 import csv
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +14,8 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 import train_split
 from model.restore import published_keys
 from parser_params import parse_config
-from record.checkpoint import load_checkpoint, state_sha256
+from record.checkpoint import load_checkpoint, save_checkpoint, state_sha256
+from record.plots import read_curves
 from tests.runs import TINY, Finished, train
 
 
@@ -105,6 +107,24 @@ def test_tensorboard_has_the_published_tags(finished: tuple[Path, Finished]) -> 
     assert board.Scalars("avg_acc1")[1].value == pytest.approx(run.result["ensemble_acc1"], rel=1e-5)
 
 
+def test_the_logs_have_the_names_of_results_json(finished: tuple[Path, Finished]) -> None:
+    folder, run = finished
+    records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    assert [r["epoch"] for r in records if r["kind"] == "train"] == [1] * 4 + [2] * 4  # as every other count of epochs
+    assert all(r["loss_per_network"] == r["loss"] / 2 for r in records if r["kind"] == "train")
+    board = EventAccumulator(str(folder / "val"))
+    board.Reload()
+    row = list(csv.DictReader((folder / "summary.csv").read_text().splitlines()))[-1]
+    for name in ("ensemble_acc1", "ensemble_nll", "ensemble_ece", "disagreement", "loss"):
+        found = [records[-1]["test"][name], float(row[name]), board.Scalars(f"eval/{name}")[-1].value]
+        assert found == pytest.approx([run.result[name]] * 3, rel=1e-5), name
+    for name in ("train_loss", "train_loss_per_network"):
+        found = [records[-1][name], float(row[name]), board.Scalars(name)[-1].value]
+        assert found == pytest.approx([run.result[name]] * 3, rel=1e-5), name
+    assert run.result["train_loss"] == 2 * run.result["train_loss_per_network"]
+    assert run.result["loss"] == pytest.approx(sum(records[-1]["test"]["nll"]) / 2)
+
+
 def test_the_same_seed_gives_the_same_weights_and_another_does_not(
     finished: tuple[Path, Finished], tmp_path: Path
 ) -> None:
@@ -130,6 +150,48 @@ def test_resume_auto_of_a_finished_run_prints_its_results(finished: tuple[Path, 
     argv = [*TINY, "--split_factor", 2, "--epochs", 2, "--model_dir", folder, "--print_freq", 4, "--resume", "auto"]
     again = train(argv, folder.parent)
     assert (again.code, again.result) == (0, run.result)
+
+
+OLDER_COLUMNS = "epoch step learning_rate ensemble_acc1 ensemble_acc5 acc1_1 acc1_2 best_acc1 train_loss train_acc1"
+
+
+def as_an_earlier_version(folder: Path) -> None:
+    """Make of a run directory what a version left that counted epochs from 0 and knew no loss per network."""
+    metrics, summary = folder / "metrics.jsonl", folder / "summary.csv"
+    lines = [json.loads(line) for line in metrics.read_text().splitlines()]
+    for line in lines:
+        if line["kind"] == "train":
+            line["epoch"] -= 1
+            del line["loss_per_network"]
+    metrics.write_text("".join(f"{json.dumps(line)}\n" for line in lines))
+    rows = list(csv.DictReader(summary.read_text().splitlines()))
+    columns = [*OLDER_COLUMNS.split(), "seconds"]
+    table = [columns, *([row[name] for name in columns] for row in rows)]
+    summary.write_text("".join(f"{','.join(row)}\n" for row in table))
+    for path in folder.glob("*.pth.tar"):
+        content = load_checkpoint(path)
+        for which in ("last", "best"):
+            known = ("epoch", "step", "ensemble_acc1", "ensemble_acc5", "acc1", "extra", "criterion")
+            content["report"][which] = {name: content["report"][which][name] for name in known}
+        save_checkpoint(content, path)
+
+
+def test_a_folder_of_an_earlier_version_goes_on_with_its_columns_and_its_count(
+    finished: tuple[Path, Finished], tmp_path: Path
+) -> None:
+    folder = Path(shutil.copytree(finished[0], tmp_path / "m"))
+    as_an_earlier_version(folder)
+    argv = [*TINY, "--split_factor", 2, "--epochs", 3, "--model_dir", folder, "--print_freq", 9, "--resume", "auto"]
+    run = train(argv, tmp_path)
+    assert run.code == 0, run.stderr
+    rows = list(csv.DictReader((folder / "summary.csv").read_text().splitlines()))
+    assert [(row["epoch"], len(row), None in row) for row in rows] == [(str(i), 11, False) for i in (1, 2, 3)]
+    assert float(rows[2]["train_loss"]) == pytest.approx(run.result["train_loss"], rel=1e-5)
+    records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    assert [r["epoch"] for r in records if r["kind"] == "train"] == [0] * 4 + [1] * 4 + [2] * 2
+    curves = read_curves(folder)
+    assert (curves.trained[-1], len(curves.losses["loss_per_network"])) == (3.0, 10)
+    assert run.result["ensemble_nll"] == records[-1]["test"]["ensemble_nll"]
 
 
 def test_pretrained_with_a_head_of_another_size(finished: tuple[Path, Finished], tmp_path: Path) -> None:

@@ -10,13 +10,12 @@ import sys
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 from evaluation.options import SAVES_MEMORY, EvalOptions
 from parser_params import Config, parse_config
 from utils.command_line import with_underscores
 from utils.errors import UserError
-from utils.program import program_name, read_flags, run_program
+from utils.program import Output, program_name, read_flags, run_program
 
 PROGRAM = program_name("eval.py", "eval")
 CHECKPOINT_FLAGS = ("--resume", "--resume_checkpoint", "--evaluate_checkpoint")
@@ -51,8 +50,8 @@ def read(argv: Sequence[str] | None = None, program: str = PROGRAM) -> Config:
     return parse_config(words, program=program, extra=EvalOptions)
 
 
-def evaluate_arguments(argv: list[str], config: Config | None = None) -> dict[str, Any]:
-    """Evaluate as a command line says; returns what the JSON line shows.
+def evaluate_arguments(argv: list[str], config: Config | None = None) -> Output:
+    """Evaluate as a command line says; returns what the program ends with.
 
     Args:
         argv: the command line.
@@ -64,7 +63,8 @@ def evaluate_arguments(argv: list[str], config: Config | None = None) -> dict[st
     config = config or read(argv)
     from evaluation import run  # imports torch, which takes seconds: --help and a wrong flag are answered before
 
-    return run.evaluate_arguments(with_checkpoint_flag(argv), config)
+    results = run.evaluate_arguments(with_checkpoint_flag(argv), config)
+    return run.output(results, as_json=config.json)
 
 
 def main(argv: list[str] | None = None, config: Config | None = None) -> int:

@@ -110,6 +110,9 @@ class RunOptions(Options):
     nonfinite_limit: int = option(
         100, "how many steps 'skip' may skip before the run stops", unit="steps", least=1, resume=TAKES
     )
+    json: bool = option(
+        False, "end with the line of JSON at a terminal too, which shows tables else", bare="1", resume=OF_CALL
+    )
     proc_name: str = option("splitnet", "process title (where setproctitle is installed)", resume=OF_CALL)
     config: str | None = option(
         None, "YAML file of flag names and values, or of Cream's published keys", metavar="FILE", resume=OF_CALL

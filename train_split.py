@@ -30,6 +30,7 @@ from evaluation.ensemble import ensemble_rule
 from evaluation.metrics import counted
 from evaluation.passes import evaluate
 from evaluation.run import evaluate_arguments
+from evaluation.run import output as evaluation_output
 from evaluation.sizes import summarise
 from loss.classification import ClassLoss
 from method import Method, Progress, TrainingData, methods
@@ -39,12 +40,14 @@ from model.depth import freeze, layer_factors, layer_rates
 from model.layers.narrow_norm import restore_narrow_norms
 from model.layers.sync_norm import synchronise_batchnorm
 from model.pretrained import Start
+from model.registry import SMALL, has_two_forms, image_shape
 from model.restore import published_keys, stored_plan
 from parser_params import Config, parse_config, resolve_config
 from recipe.fine_tuning import flags_before, image_flags
 from record import checkpoint as ckpt
 from record.allowance import Allowance
 from record.checkpoint import Checkpoint
+from record.ending import format_ending
 from record.logger import RunLog, set_up_text_log
 from record.plots import curves_png
 from record.report import Reporter, RunClock
@@ -96,7 +99,7 @@ from utils.errors import Incomplete, Interrupted, RunError, Stopped, UserError
 from utils.launch import World
 from utils.macs import count_macs, count_params
 from utils.precision import choose_precision, lay_out
-from utils.program import program_name, run_program
+from utils.program import Output, program_name, run_program
 from utils.recording import CudaRecorder, Recorder
 from utils.seed import STREAM_INIT, draw_seed, fold_in
 from utils.text import escaped, one_line
@@ -1092,6 +1095,13 @@ def announce(trainer: Trainer) -> None:
         trainer.seed,
         names[source.reported] if source.val is None else held_out,
     )
+    small = [name for name in dict.fromkeys(config.archs()) if has_two_forms(name)]
+    if small and image_shape(config.dataset, config.crop_size) == SMALL:
+        logger.info(
+            "%s: the CIFAR form, for images of %d pixels (3x3 stem, fewer strides); on ImageNet it is another network",
+            ", ".join(small),
+            config.crop_size,
+        )
     for origin, flags in supplied.items():
         logger.info("from the %s: %s", origin, ", ".join(flags))
     if config.freeze:
@@ -1102,8 +1112,8 @@ def announce(trainer: Trainer) -> None:
             logger.info("learning rates of %s", line)
 
 
-def train_arguments(argv: list[str], config: Config | None = None) -> Mapping[str, Any] | None:
-    """What a command line asks for: training, a summary or an evaluation; returns what the JSON line shows.
+def train_arguments(argv: list[str], config: Config | None = None) -> Output | None:
+    """What a command line asks for: training, a summary or an evaluation; returns what the program ends with.
 
     Args:
         argv: the command line.
@@ -1117,13 +1127,14 @@ def train_arguments(argv: list[str], config: Config | None = None) -> Mapping[st
         config = config or parse_config(argv, program=PROGRAM)
         set_process_title(config.proc_name)
         if config.is_summary:
-            return summarise(config)
+            return Output(summarise(config), "", config.json)
         if config.evaluate:
-            return evaluate_arguments(argv)
+            return evaluation_output(evaluate_arguments(argv), as_json=config.json)
         if config.multiprocessing_distributed and not launch.under_launcher():
             config.start_processes(worker, (argv,))
             return None  # process 0 has printed it
-        return run(config)
+        results = run(config)
+        return Output(results, format_ending(results), config.json)
     except Interrupted as interrupted:
         if config is not None and (config.is_summary or config.evaluate):
             raise

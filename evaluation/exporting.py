@@ -32,7 +32,7 @@ from record.run_folder import checkpoint_of
 from utils import launch
 from utils.command_line import OneLineParser
 from utils.errors import Incomplete, RunError, UserError, reason
-from utils.program import program_name, run_program, show
+from utils.program import Output, program_name, run_program, show
 
 Found = TypeVar("Found")
 
@@ -321,6 +321,13 @@ def compare_cascade(session: Session, run: ExportedCascade, images_BCHW: Tensor)
     }
 
 
+def export_arguments(argv: list[str]) -> Output:
+    """Export as a command line says; returns what the program ends with."""
+    as_json = "--json" in argv
+    results = export([word for word in argv if word != "--json"])
+    return Output(results, f"written: {results['out']}", as_json)
+
+
 def main(argv: list[str] | None = None) -> int:
     """The command line; returns the exit code: 0 done, 1 the file differs or cannot be written, 2 a user's mistake."""
-    return run_program(PROGRAM, export, argv, saves_memory=SAVES_MEMORY)
+    return run_program(PROGRAM, export_arguments, argv, saves_memory=SAVES_MEMORY)

@@ -53,7 +53,12 @@ def evaluation_results(
 
 
 def _rows(results: Mapping[str, Any]) -> list[tuple[str, Mapping[str, Any]]]:
-    """(name, figures) of every network and every ensemble rule; the reported rule is marked."""
+    """(name, figures) of every network and every ensemble rule; the reported rule is marked.
+
+    One network is its own ensemble by every rule, and stands there once.
+    """
+    if len(results["networks"]) == 1:
+        return [("network", results["networks"][0])]
     rows = [(f"network {row['network']}", row) for row in results["networks"]]
     for rule, row in results["ensembles"].items():
         rows.append((f"{rule} (reported)" if rule == results["rule"] else rule, row))

@@ -5,7 +5,7 @@ import logging
 import os
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -45,7 +45,7 @@ from utils import distributed, launch
 from utils.cpus import settle_threads
 from utils.errors import RunError, UserError
 from utils.plain_json import plain_json
-from utils.program import program_name, run_program, show
+from utils.program import Output, program_name, run_program, show
 from utils.text import escaped
 
 logger = logging.getLogger("eval")
@@ -295,6 +295,12 @@ def _run(session: Session) -> dict[str, Any]:
     if predict is not None and session.options.benchmark:
         raise UserError("--benchmark follows an evaluation, and --predict takes its place: use one of them.")
     return run_evaluation(session) if predict is None else run_prediction(session, Path(predict))
+
+
+def output(results: Mapping[str, Any], *, as_json: bool) -> Output:
+    """What an evaluation or a prediction ends with; its tables were shown before."""
+    folder = results.get("results_dir")
+    return Output(results, f"\nwritten: {folder}" if folder else "", as_json)
 
 
 def evaluate_arguments(argv: list[str], config: Config | None = None) -> dict[str, Any]:

@@ -275,6 +275,11 @@ def image_shape(dataset: str, crop_size: int) -> str:
     return LARGE if ROWS[row_for(dataset, crop_size)].is_large else SMALL
 
 
+def has_two_forms(arch: str) -> bool:
+    """Whether a name of ours stands for one network on small images, and for another on large ones."""
+    return arch in backbones and len(backbones.get(arch).split_factors) > 1
+
+
 def check_request(request: BackboneRequest) -> Backbone:
     """The registry entry of a request.
 

@@ -18,7 +18,7 @@ from record.run_folder import HPARAMS, read_results
 from utils.errors import UserError
 
 # flags that say where, on what and how talkatively a run is made, not what comes out
-NOT_COMPARED = {"seed", "model_dir", "resume", "config", "workers", "print_freq", "proc_name", "max_ckpt_nums"}
+NOT_COMPARED = {"seed", "model_dir", "resume", "config", "workers", "print_freq", "proc_name", "json", "max_ckpt_nums"}
 NOT_COMPARED |= {"save_steps", "gpu", "gpu_ids", "rank", "dist_url"}
 NEEDED = {"method", "arch", "seed", "acc1", "ensemble_acc1", "best_acc1", "best_ensemble_acc1", "params_total"}
 NEEDED |= {"macs_total", "seconds", "best_chosen_on"}

@@ -115,7 +115,7 @@ def curves_png(runs: Path | Sequence[tuple[str, Path]]) -> bytes:
     for number, (label, run_dir) in enumerate(pairs):
         curves = read_curves(run_dir)
         colour = COLOURS[number % len(COLOURS)]
-        last = max(last, *curves.epochs, *curves.trained)
+        last = max(last, curves.epochs.max(initial=0.0), curves.trained.max(initial=0.0))
         several = curves.networks.shape[1] > 1
         if alone:
             _plot_accuracies(accuracy, curves)

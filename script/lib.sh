@@ -12,15 +12,20 @@ fail() {
   exit 2
 }
 
-# The Python that runs the project: $PYTHON, the project's own environment, the system's.
+# The Python that runs the project: $PYTHON, the project's own environment, the system's; it must have torch.
 find_python() {
+  local python
   if [ -n "${PYTHON:-}" ]; then
-    command -v "$PYTHON" || fail "PYTHON=$PYTHON is not a program."
+    python=$(command -v "$PYTHON") || fail "PYTHON=$PYTHON is not a program."
   elif [ -x "$PROJECT/.venv/bin/python" ]; then
-    echo "$PROJECT/.venv/bin/python"
+    python=$PROJECT/.venv/bin/python
   else
-    command -v python3 || fail "no python3 on this machine; Python 3.11 or newer is needed."
+    python=$(command -v python3) || fail "no python3 on this machine; Python 3.11 or newer is needed."
   fi
+  "$python" -c 'import sys, importlib.util as i; sys.exit(i.find_spec("torch") is None)' 2>/dev/null || fail \
+    "$python has no torch. Make an environment: python3 -m venv $PROJECT/.venv && $PROJECT/.venv/bin/pip install" \
+    "-r $PROJECT/requirements.txt; or name the Python that has one: PYTHON=/path/to/python."
+  echo "$python"
 }
 
 # make_environment GROUP...: the project's own .venv with requirements.txt and dependency groups of pyproject.toml, made or

@@ -12,7 +12,8 @@ source "$(dirname "${BASH_SOURCE[0]}")/lib.sh"
 for name in NODES RANK HOST; do
   [ -n "${!name:-}" ] || fail "$name is not set. NODES=2 RANK=0 HOST=first-machine $0 --dataset … --model_dir …"
 done
-run "$(find_python)" -m torch.distributed.run --nnodes "$NODES" --node_rank "$RANK" \
+python=$(find_python)
+run "$python" -m torch.distributed.run --nnodes "$NODES" --node_rank "$RANK" \
   --rdzv_backend c10d --rdzv_id splitnet --rdzv_endpoint "$HOST:${PORT:-29400}" \
   --nproc_per_node "${NPROC:-gpu}" --max_restarts "${RESTARTS:-3}" \
   "$PROJECT/train_split.py" "$@" --resume auto

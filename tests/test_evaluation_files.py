@@ -52,7 +52,11 @@ def test_the_table_marks_the_rule_and_says_what_concerns_all_networks() -> None:
 
 def test_one_network_has_nobody_to_disagree_with() -> None:
     results = evaluation_results(evaluation(1), CLASSES, skipped=0, seconds=1.0)
-    assert format_table(results).splitlines()[-1] == "20 images."
+    header, _, row, *_, closing = format_table(results).splitlines()
+    assert header.startswith("| | top-1 %")
+    assert row.startswith("| network | ")
+    assert closing == "20 images."
+    assert format_table(results).count("\n|") == 2  # it is its own ensemble by every rule, and stands there once
 
 
 def test_every_file_is_written_and_a_full_disk_is_named(tmp_path: Path) -> None:

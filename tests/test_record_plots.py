@@ -39,7 +39,7 @@ def test_curves_are_read_as_written(tmp_path):
     assert curves.ensemble.tolist() == [60, 61, 62]
     assert curves.networks.tolist() == [[50, 51], [51, 52], [52, 53]]
     assert curves.steps.tolist() == [0, 5, 10, 15, 20, 25]
-    assert sorted(curves.losses) == ["loss", "loss_ce"]
+    assert sorted(curves.losses) == ["loss", "loss_ce", "loss_per_network"]
     assert curves.losses["loss"][1] == pytest.approx(2 / 6)
     assert curves.learning_rate.tolist() == [0.1] * 6
     assert curves.losses["loss_per_network"].tolist() == (curves.losses["loss"] / 2).tolist()  # it has none of its own

@@ -69,6 +69,12 @@ def test_a_training_at_a_terminal_has_bars_and_lines_of_80_columns(terminal: Ter
     assert [EPOCH.match(line)[1] for line in lines] == ["1", "2"]  # type: ignore[index]
     assert all(len(line) < 80 for line in lines)
 
+    title = next(i for i, line in enumerate(shown) if line.startswith("test images"))
+    assert re.fullmatch(r"test images +last, epoch 2  best, epoch [12]", shown[title])
+    assert re.fullmatch(r"ensemble top-1 % +[\d.]+ +[\d.]+", shown[title + 2])
+    assert {line[:10] for line in shown[title + 3 : title + 5]} == {"network 1 ", "network 2 "}
+    assert not any(line.startswith("{") for line in shown)
+
     log = (folder / "train.log").read_text()
     assert not re.search("[█░\x1b\r]", log)
     whole = re.findall(

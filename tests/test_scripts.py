@@ -258,6 +258,50 @@ def test_mistakes_are_one_line_and_exit_code_2(arguments, variables, message):
     assert done.stderr.count("\n") == 1
 
 
+@pytest.mark.parametrize(
+    ("arguments", "variables"),
+    [
+        (("train_split.sh",), {}),
+        (("eval.sh", "/a/checkpoint.pth.tar"), {}),
+        (("summary.sh", "resnet20"), {}),
+        (("summary.sh", "all"), {}),
+        (("tensorboard.sh", "/"), {}),
+        (("gpu.sh", "--check"), {}),
+        (("multinode.sh",), {"NODES": "2", "RANK": "0", "HOST": "first"}),
+        (("claim.sh", "--dataset", "digits"), {}),
+    ],
+)
+def test_a_python_without_torch_is_one_line_that_says_what_to_do(arguments, variables, tmp_path):
+    bare = tmp_path / "python"
+    bare.write_text(f'#!/bin/sh\nexec {shlex.quote(sys.executable)} -S "$@"\n')  # no packages
+    bare.chmod(0o755)
+    done = call(*arguments, PYTHON=str(bare), OUT=str(tmp_path / "out"), **variables)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.startswith(f"{arguments[0]}: {bare} has no torch. Make an environment: python3 -m venv ")
+    assert done.stderr.count("\n") == 1
+
+
+def test_a_project_without_its_environment_says_so(tmp_path):
+    (tmp_path / "script").mkdir()
+    for name in ("lib.sh", "train_split.sh"):
+        shutil.copy(ROOT / "script" / name, tmp_path / "script")
+    python3 = tmp_path / "bin" / "python3"
+    python3.parent.mkdir()
+    python3.write_text("#!/bin/sh\nexit 1\n")
+    python3.chmod(0o755)
+    done = subprocess.run(
+        [tmp_path / "script" / "train_split.sh"],
+        env={"PATH": f"{python3.parent}:/usr/bin:/bin"},
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 2
+    assert done.stderr.startswith(f"train_split.sh: {python3} has no torch. ")
+    assert f"python3 -m venv {tmp_path}/.venv && {tmp_path}/.venv/bin/pip install -r " in done.stderr
+
+
 def at_a_terminal(script: str, answers: str) -> str:
     """What a script prints at a terminal where `answers` are typed."""
     leader, follower = pty.openpty()

@@ -315,6 +315,18 @@ def test_mistakes_are_one_line_and_exit_2(argv: list[object], message: str, tmp_
     assert run.stdout == ""
 
 
+def test_a_name_with_two_forms_says_that_small_images_have_the_small_one(tmp_path: Path) -> None:
+    argv = ["--dataset", "synthetic", "--num_classes", 3, "--crop_size", 16, "--split_factor", 4, "--no_cuda"]
+    argv += ["--max_steps", 1, "--batch_size", 4, "--seed", 1]
+    lines = []
+    for arch in ("resnet50", "resnet20"):
+        run = train([*argv, "--arch", arch, "--model_dir", tmp_path / arch], tmp_path)
+        assert run.code == 0, run.stderr
+        lines += [line for line in run.stderr.splitlines() if "CIFAR form" in line]
+    assert len(lines) == 1
+    assert lines[0].startswith("resnet50: the CIFAR form, for images of 16 pixels")
+
+
 @pytest.mark.slow
 def test_ablations_and_ensemble_loss_run(tmp_path: Path) -> None:
     common = [*TINY, "--split_factor", 2, "--max_steps", 2, "--seed", 1]

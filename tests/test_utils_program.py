@@ -7,9 +7,10 @@ from collections.abc import Callable, Iterator
 
 import pytest
 
+from script.draw_screens import Terminal, lines_of
 from tests.kills import cpu_out_of_memory
 from utils.errors import Incomplete, Interrupted, RunError, Stopped, UserError
-from utils.program import run_program
+from utils.program import Output, run_program
 
 NUMBERS = (signal.SIGTERM, signal.SIGINT)
 
@@ -34,6 +35,16 @@ def raising(error: BaseException) -> Callable[[], object]:
         raise error
 
     return work
+
+
+def test_the_end_is_json_through_a_pipe_and_text_at_a_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
+    terminal = Terminal()
+    with open(terminal.name, "w") as stream:
+        monkeypatch.setattr("sys.stdout", stream)
+        for output in (Output({"a": 1}, "a table"), Output({"b": 2}, "a table", as_json=True), Output({"c": 3}, "")):
+            assert run_program("program.py", lambda _, output=output: output, [], saves_memory="") == 0  # type: ignore[misc]
+    terminal.close()
+    assert lines_of(terminal.screen()) == ["a table", '{"b": 2}']
 
 
 @pytest.mark.parametrize(

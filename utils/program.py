@@ -4,6 +4,7 @@ import json
 import os
 import sys
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from utils.errors import Incomplete, Interrupted, RunError, Stopped, UserError
@@ -12,6 +13,27 @@ from utils.signals import Interruption, hold
 from utils.text import fit_streams, one_line
 
 T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Output:
+    """What a program ends with, on stdout: one line of JSON, or at a terminal what somebody can read.
+
+    Attributes:
+        results: the JSON object.
+        text: what a terminal shows in its place, besides what was shown before; "": nothing.
+        as_json: the JSON line at a terminal too.
+    """
+
+    results: Mapping[str, Any]
+    text: str
+    as_json: bool = False
+
+    def shown(self) -> str:
+        """What to show."""
+        if self.as_json or not sys.stdout.isatty():
+            return json.dumps(plain_json(self.results))
+        return self.text
 
 
 def program_name(script: str, command: str) -> str:
@@ -47,17 +69,17 @@ def read_flags(name: str, read: Callable[[], T]) -> T:
 
 def run_program(
     name: str,
-    work: Callable[[list[str]], Mapping[str, Any] | None],
+    work: Callable[[list[str]], Output | None],
     argv: list[str] | None = None,
     *,
     saves_memory: str,
     signalled: Callable[[int], Stopped | Interrupted] = Interrupted,
 ) -> int:
-    """Do what a command line says; process 0 ends with a JSON object on the last line of stdout.
+    """Do what a command line says; process 0 ends with a JSON object on the last line of stdout, see `Output`.
 
     Args:
         name: of the program, before its error line.
-        work: of the arguments; returns the JSON object, or None where another process prints it.
+        work: of the arguments; None where another process prints it.
         argv: the arguments without the program's name; None takes those of this process.
         saves_memory: the flags that make a run need less memory, as the end of a sentence.
         signalled: what a signal of this number means that came before the work, or broke it.
@@ -73,9 +95,9 @@ def run_program(
             signals.release()
             begun = True
             try:
-                results = work(sys.argv[1:] if argv is None else argv)
+                output = work(sys.argv[1:] if argv is None else argv)
             except Incomplete as error:
-                _show_results(error.results)
+                _show_output(Output(error.results, ""))
                 return _failed(name, error, error.exit_code)
             except (UserError, RunError, Stopped) as error:
                 return _failed(name, error, error.exit_code)
@@ -86,8 +108,8 @@ def run_program(
                     raise
                 line = f"{what_did_not_fit(error)}. Try {saves_memory}. What was written before is whole."
                 return _failed(name, line, RunError.exit_code)
-            if results is not None:
-                _show_results(results)
+            if output is not None:
+                _show_output(output)
             return 0
         except SystemExit:
             raise
@@ -98,9 +120,9 @@ def run_program(
             return _failed(name, why, why.exit_code)
 
 
-def _show_results(results: Mapping[str, Any]) -> None:
-    if int(os.environ.get("RANK", "0")) == 0:
-        show(json.dumps(plain_json(results)))
+def _show_output(output: Output) -> None:
+    if int(os.environ.get("RANK", "0")) == 0 and (text := output.shown()):
+        show(text)
 
 
 def _failed(name: str, why: BaseException | str, code: int) -> int:

@@ -13,11 +13,13 @@ from torch import Tensor
 from evaluation.latency import Latency, as_plain, format_latencies, plot_accuracy_latency
 from evaluation.metrics import in_order, metrics
 from evaluation.passes import Evaluation
+from evaluation.per_class import PerClass
 from record.checkpoint import write_file
 from record.plots import plot_confusion
 from record.run_folder import RESULTS, as_json
 from utils.errors import WriteError, reason
 
+MEANS = {"balanced_acc": "balanced accuracy", "macro_f1": "macro F1"}  # below the table
 _SPLITS = {"val": "validation ", "test": "test "}
 
 
@@ -32,7 +34,7 @@ def evaluation_results(
         seconds: that the pass took.
     """
     figures, confusion_KK = evaluation.figures, evaluation.confusion
-    per_class_K = 100.0 * confusion_KK.diagonal().double() / confusion_KK.sum(dim=1)
+    per_class = PerClass.of(confusion_KK)
     of_rows = in_order([*figures["rules"][figures["rule"]]])
     together = _of_all_networks(figures)
     return {
@@ -46,7 +48,9 @@ def evaluation_results(
         **{f"ensemble_{name}": figures[f"ensemble_{name}"] for name in of_rows},
         "acc1": figures["acc1"],
         **{name: figures[name] for name in together},
-        "per_class_acc": dict(zip(classes, per_class_K.tolist(), strict=True)),
+        **per_class.summary(),
+        "per_class_acc": dict(zip(classes, per_class.recall_K.tolist(), strict=True)),
+        "per_class": dict(zip(classes, per_class.rows(), strict=True)),
         "seconds": round(seconds, 3),
         "images_per_second": round(figures["seen"] / max(seconds, 1e-9), 1),
     }
@@ -75,6 +79,10 @@ def _of_all_networks(figures: Mapping[str, Any]) -> list[str]:
     return in_order([name for name in figures if name in metrics and not metrics.get(name).of_rows])
 
 
+def _percent(value: float | None) -> str:
+    return "not finite" if value is None else f"{value:.2f} %"
+
+
 def format_table(results: Mapping[str, Any]) -> str:
     """Every network and every ensemble rule as a Markdown table, and what concerns all networks below it."""
     columns = {name: metrics.get(name) for name in _columns(results)}
@@ -83,7 +91,8 @@ def format_table(results: Mapping[str, Any]) -> str:
     for name, row in _rows(results):
         cells = [metric.cell(row[column]) for column, metric in columns.items()]
         lines.append(f"| {name} | {' | '.join(cells)} |")
-    closing = f"{results['images']} {_SPLITS.get(results.get('split', ''), '')}images"
+    shares = (f"{title} {_percent(results[name])}" for name, title in MEANS.items())
+    closing = f"{results['images']} {_SPLITS.get(results.get('split', ''), '')}images; {', '.join(shares)}"
     if len(results["networks"]) > 1:
         sentences = (metrics.get(name).sentence(results[name]) for name in _of_all_networks(results))
         closing += f"; {', '.join(sentences)}"
@@ -98,16 +107,21 @@ def write_evaluation(results: Mapping[str, Any], confusion_KK: Tensor, classes: 
         WriteError: a file cannot be written.
     """
     table = format_table(results)
-    accuracies, counts = results["per_class_acc"], confusion_KK.sum(dim=1).tolist()
-    # a class without images has no accuracy
-    shares = ["" if accuracies[name] is None else f"{accuracies[name]:.4f}" for name in classes]
-    rows = [(i, name, counts[i], shares[i]) for i, name in enumerate(classes)]
+    counts = confusion_KK.sum(dim=1).tolist()
+    rows = []
+    for i, name in enumerate(classes):
+        of_class = results["per_class"][name]
+        shares = [of_class[figure] for figure in ("recall", "precision", "recall", "f1")]
+        # a class without images has none
+        rows.append((i, name, counts[i], *("" if share is None else f"{share:.4f}" for share in shares)))
     write_file(folder / RESULTS, as_json(results))
     write_file(folder / "table.md", table + "\n")
     columns = _columns(results)
     figures = [(name, *(row[column] for column in columns)) for name, row in _rows(results)]
     write_file(folder / "table.csv", csv_text(("row", *columns), figures))
-    write_file(folder / "per_class.csv", csv_text(("class", "name", "images", "acc1"), rows))
+    write_file(
+        folder / "per_class.csv", csv_text(("class", "name", "images", "acc1", "precision", "recall", "f1"), rows)
+    )
     with written(folder / "confusion.png") as path:
         plot_confusion(confusion_KK.numpy(), classes, path)
     return table

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +18,9 @@ class LabelledImages(Protocol):
 
     @property
     def labels_B(self) -> Tensor: ...
+
+
+Images = TypeVar("Images", bound=LabelledImages)
 
 
 @dataclass(frozen=True)
@@ -43,7 +46,7 @@ def _alone(value: Tensor) -> Tensor:
 @torch.inference_mode()
 def evaluate(
     network: nn.Module,
-    batches: Iterable[LabelledImages],
+    batches: Iterable[Images],
     *,
     prepare: Callable[[Tensor], Tensor],
     num_networks: int,
@@ -55,6 +58,7 @@ def evaluate(
     all_reduce: Callable[[Tensor], Tensor] = _alone,
     keep_logits: bool = False,
     gather_rows: Callable[[Tensor], Tensor] = _alone,
+    each: Callable[[Images, Tensor], None] | None = None,
 ) -> Evaluation:
     """Evaluate S networks and their ensembles; nothing inside the loop waits for the device.
 
@@ -70,6 +74,7 @@ def evaluate(
         all_reduce: sum over all processes, in place.
         keep_logits: also return all logits and labels; each batch then waits for the device.
         gather_rows: rows [B_r, ...] of every process one after another, [N, ...].
+        each: is shown every batch and its logits [S, B, K].
     """
     counts = EvaluationCounts(num_networks, num_classes, rule, device)
     correct: dict[str, Tensor] = {}
@@ -81,6 +86,8 @@ def evaluate(
             images = prepare(batch.images)
             logits_SBK = network(images)
             counts.update(logits_SBK, batch.labels_B)
+            if each is not None:
+                each(batch, logits_SBK)
             if keep_logits:
                 exact = torch.promote_types(logits_SBK.dtype, torch.float32)
                 kept_logits.append(logits_SBK.transpose(0, 1).to("cpu", exact))

@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, NamedTuple, Self
 
 import torch
 from torch import Tensor, nn
@@ -25,6 +25,7 @@ from evaluation.latency import Latency, as_plain
 from evaluation.metrics import LogitsMetric, metrics
 from evaluation.options import SAVES_MEMORY, EvalOptions
 from evaluation.passes import evaluate
+from evaluation.per_image import ImageAnswers, image_table
 from evaluation.prediction import predict, write_prediction
 from evaluation.session import (
     Session,
@@ -66,12 +67,14 @@ def run_evaluation(session: Session) -> dict[str, Any]:
     folder = output_folder(session)
     timing = Timing.open(session)
     answers = AnswerReport.open(session, folder)
-    results, confusion_KK, logits = evaluate_session(session, keep_logits=answers is not None)
+    evaluated = evaluate_session(session, keep_logits=answers is not None)
+    results = evaluated.results
     results["results_dir"] = str(folder)
-    more = None if answers is None or logits is None else answers.collect(logits)
+    more = None if answers is None or evaluated.logits is None else answers.collect(evaluated.logits)
     if session.world.is_main:
         classes = tuple(results["per_class_acc"])
-        show(write_evaluation(plain_json(results), confusion_KK, classes, folder))
+        write_file(folder / f"{results['split']}_predictions.csv", evaluated.table)
+        show(write_evaluation(plain_json(results), evaluated.confusion_KK, classes, folder))
         if answers is not None and more is not None:
             found, tables = answers.write(more)
             results |= found
@@ -122,7 +125,7 @@ class Timing:
         large = Contender("undivided", undivided(info.request), None) if divided else None
         if options.large is not None:
             other = open_large(session)
-            accuracy = evaluate_session(other, with_further=False)[0]["ensemble_acc1"]
+            accuracy = evaluate_session(other, with_further=False).results["ensemble_acc1"]
             large = Contender("undivided", other.network, accuracy)
         return cls(session, large, devices)
 
@@ -139,10 +142,24 @@ class Timing:
         )
 
 
-def evaluate_session(
-    session: Session, *, with_further: bool = True, keep_logits: bool = False
-) -> tuple[dict[str, Any], Tensor, Logits | None]:
-    """Figures on the split that --split names, the confusion matrix [K, K], and the logits where they are to be kept.
+class Evaluated(NamedTuple):
+    """What was found on the split that --split names.
+
+    Attributes:
+        results: as results.json has them.
+        confusion_KK: see `evaluation.passes.Evaluation`.
+        table: `test_predictions.csv`, see `evaluation.per_image.image_table`.
+        logits: of all images, where they were to be kept.
+    """
+
+    results: dict[str, Any]
+    confusion_KK: Tensor
+    table: str
+    logits: Logits | None
+
+
+def evaluate_session(session: Session, *, with_further: bool = True, keep_logits: bool = False) -> Evaluated:
+    """Evaluate; every process takes part.
 
     Raises:
         UserError, RunError: as `run_evaluation` and `further_metrics`.
@@ -153,6 +170,7 @@ def evaluate_session(
     # the statistics of a folder are those of its training images, which only the checkpoint knows
     mean, std = info.mean or source.mean, info.std or source.std
     loader = session.loader(source.test, info.data_recipe or source.recipe)
+    images = ImageAnswers(session.rule, session.world.device)
     began = time.perf_counter()
     evaluation = evaluate(
         session.classifier,
@@ -166,7 +184,9 @@ def evaluate_session(
         all_reduce=distributed.all_reduce_sum,
         keep_logits=bool(further) or keep_logits,
         gather_rows=distributed.all_gather_rows,
+        each=images.add,
     )
+    answers_NC = images.gather(distributed.all_gather_rows)
     if further:
         assert evaluation.logits_SNK is not None
         assert evaluation.labels_N is not None
@@ -177,8 +197,9 @@ def evaluate_session(
     figures = evaluation.figures
     if figures["seen"] == 0:
         raise RunError(f"--data {session.config.data}: not one image of the {source.reported} split can be read.")
+    classes = info.classes or source.classes
     results = {**session.header(), "split": source.reported} | evaluation_results(
-        evaluation, info.classes or source.classes, skipped=len(source.test) - figures["seen"], seconds=seconds
+        evaluation, classes, skipped=len(source.test) - figures["seen"], seconds=seconds
     )
     for path, why in loader.bad_images.items():
         logger.warning("left out: %s: %s", escaped(path), why)
@@ -187,7 +208,9 @@ def evaluate_session(
         assert evaluation.logits_SNK is not None
         assert evaluation.labels_N is not None
         logits = Logits(evaluation.logits_SNK, evaluation.labels_N)
-    return results, evaluation.confusion, logits
+    data = Path(session.config.data)
+    table = image_table(answers_NC, source.test, classes, data if data.is_dir() else data.parent)
+    return Evaluated(results, evaluation.confusion, table, logits)
 
 
 def further_metrics(names: str | None) -> list[str]:

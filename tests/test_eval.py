@@ -152,6 +152,16 @@ def test_evaluation(run_dir, test_logits_SNK, tmp_path, capsys):
     assert "network 2" in out
     assert "mean_logits (reported)" in (tmp_path / "table.md").read_text()
     assert sum(int(row["images"]) for row in read_csv(tmp_path / "per_class.csv")) == 359
+    rows = read_csv(tmp_path / "test_predictions.csv")
+    probs_NK = test_logits_SNK.mean(0).softmax(-1)
+    assert [int(row["index"]) for row in rows] == list(range(359))
+    assert [int(row["predicted"]) for row in rows] == probs_NK.argmax(-1).tolist()
+    assert [row["name"] for row in rows] == [DIGITS.classes[k] for k in DIGITS.test.targets.tolist()]
+    assert 100 * sum(int(row["correct"]) for row in rows) / 359 == pytest.approx(results["ensemble_acc1"])
+    best_N2 = probs_NK.topk(2).values
+    assert [float(row["probability"]) for row in rows] == pytest.approx(best_N2[:, 0].tolist(), abs=1e-5)
+    assert [float(row["margin"]) for row in rows] == pytest.approx((best_N2[:, 0] - best_N2[:, 1]).tolist(), abs=1e-5)
+    assert sum(float(row["disagreement"]) for row in rows) / 359 == pytest.approx(results["disagreement"])
     with Image.open(tmp_path / "confusion.png") as confusion:
         assert confusion.size[0] > 300
 
@@ -348,6 +358,8 @@ def test_torchrun_agrees_with_one_process(run_dir, tmp_path, capsys):
     results = json.loads(done.stdout.splitlines()[-1])
     for name in ("acc1", "ensemble_acc1", "images", "disagreement", "per_class_acc"):
         assert results[name] == alone[name]
+    one, two = (read_csv(tmp_path / name / "test_predictions.csv") for name in ("one", "two"))
+    assert [(row["index"], row["predicted"]) for row in two] == [(row["index"], row["predicted"]) for row in one]
     assert results["ensemble_nll"] == pytest.approx(alone["ensemble_nll"], rel=1e-6)
 
 

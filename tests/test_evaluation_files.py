@@ -2,6 +2,7 @@
 
 import csv
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -44,7 +45,7 @@ def test_the_table_marks_the_rule_and_says_what_concerns_all_networks() -> None:
     assert lines[0].startswith("| | top-1 % | top-5 % | NLL | Brier | ECE |")
     assert [line.split(" | ")[0] for line in lines[2:5]] == ["| network 1", "| network 2", "| mean_logits"]
     assert sum("(reported)" in line for line in lines) == 1
-    assert lines[-1].startswith("20 images; two networks disagree on ")
+    assert re.match(r"20 images; balanced accuracy [\d.]+ %, macro F1 [\d.]+ %; two networks disagree on ", lines[-1])
     assert lines[-1].endswith(" nats.")
     results["networks"][0]["nll"] = None
     assert "| not finite |" in format_table(results)
@@ -55,7 +56,7 @@ def test_one_network_has_nobody_to_disagree_with() -> None:
     header, _, row, *_, closing = format_table(results).splitlines()
     assert header.startswith("| | top-1 %")
     assert row.startswith("| network | ")
-    assert closing == "20 images."
+    assert re.fullmatch(r"20 images; balanced accuracy [\d.]+ %, macro F1 [\d.]+ %\.", closing)
     assert format_table(results).count("\n|") == 2  # it is its own ensemble by every rule, and stands there once
 
 
@@ -69,6 +70,10 @@ def test_every_file_is_written_and_a_full_disk_is_named(tmp_path: Path) -> None:
     with (tmp_path / "per_class.csv").open(newline="") as file:
         rows = list(csv.DictReader(file))
     assert [(row["name"], int(row["images"])) for row in rows] == [("cat", 7), ("dog", 7), ("owl", 6)]
+    for row in rows:
+        expected = results["per_class"][row["name"]]
+        assert row["recall"] == row["acc1"] == f"{results['per_class_acc'][row['name']]:.4f}"
+        assert (row["precision"], row["f1"]) == (f"{expected['precision']:.4f}", f"{expected['f1']:.4f}")
     with (tmp_path / "table.csv").open(newline="") as file:
         rows = list(csv.DictReader(file))
     assert float(rows[1]["ece"]) == results["networks"][1]["ece"]

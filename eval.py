@@ -12,10 +12,10 @@ from functools import partial
 from pathlib import Path
 
 from evaluation.options import SAVES_MEMORY, EvalOptions
-from parser_params import Config, parse_config
+from parser_params import Config, answer_at_once, parse_config
 from utils.command_line import with_underscores
 from utils.errors import UserError
-from utils.program import Output, program_name, read_flags, run_program
+from utils.program import Output, program_name, read_flags, run_program, show
 
 PROGRAM = program_name("eval.py", "eval")
 CHECKPOINT_FLAGS = ("--resume", "--resume_checkpoint", "--evaluate_checkpoint")
@@ -50,8 +50,8 @@ def read(argv: Sequence[str] | None = None, program: str = PROGRAM) -> Config:
     return parse_config(words, program=program, extra=EvalOptions)
 
 
-def evaluate_arguments(argv: list[str], config: Config | None = None) -> Output:
-    """Evaluate as a command line says; returns what the program ends with.
+def evaluate_arguments(argv: list[str], config: Config | None = None) -> Output | None:
+    """Evaluate as a command line says; returns what the program ends with, None where there is nothing to evaluate.
 
     Args:
         argv: the command line.
@@ -61,6 +61,9 @@ def evaluate_arguments(argv: list[str], config: Config | None = None) -> Output:
         UserError, RunError: as `evaluation.run.run`.
     """
     config = config or read(argv)
+    if (text := answer_at_once(config)) is not None:
+        show(text)
+        return None
     from evaluation import run  # imports torch, which takes seconds: --help and a wrong flag are answered before
 
     results = run.evaluate_arguments(with_checkpoint_flag(argv), config)

@@ -19,9 +19,9 @@ from dataset import sources
 from dataset.options import DataOptions
 from method import method_options, options_of
 from model.options import EXECUTIONS, FAMILIES, ModelOptions, check_freeze
-from model.registry import backbones, split_list
+from model.registry import archs_matching, backbones, split_list
 from recipe.cream_yaml import is_published, is_published_key, read_published
-from recipe.datasets import ROWS
+from recipe.datasets import ROWS, row_for
 from recipe.fine_tuning import IMAGES_NAME, REPLACED, TRAINING_NAME, fine_tuning
 from recipe.own_images import KINDS, SMALL_DEFAULTS, TABLES
 from recipe.published import recipe_defaults
@@ -97,6 +97,16 @@ class RunOptions(Options):
     )
     is_summary: bool = option(
         False, "print parameters and MACs of the networks and stop; needs no data", resume=OF_CALL
+    )
+    print_config: bool = option(
+        False, "print every value and where it comes from, and stop; needs no data", bare="1", resume=OF_CALL
+    )
+    list_archs: str | None = option(
+        None,
+        "print the names that --arch takes and a pattern fits, such as 'resnet5*' or 'timm/*', and stop; bare: all",
+        metavar="PATTERN",
+        bare="*",
+        resume=OF_CALL,
     )
     on_save_error: str = option(
         "warn", "a checkpoint that cannot be written: warn and go on, or stop", choices=("warn", "stop"), resume=TAKES
@@ -433,7 +443,7 @@ def parse_config(argv: Sequence[str] | None = None, program: str | None = None, 
     origins |= dict.fromkeys(implied, "method")
     config = _assemble(method, given, origins, extra=extra)
     _check(config)
-    if "dataset" not in given and not config.is_summary:
+    if "dataset" not in given and not (config.is_summary or config.list_archs):
         from dataset.detect import kind_of
 
         found = kind_of(config.data, is_chosen="data" in given)
@@ -651,21 +661,68 @@ def _check_data_and_method(config: Config) -> None:
             raise UserError(f"--{name} cannot go with --method {config.method}: {why}. Leave it away.")
 
 
-def main() -> None:
-    """Print the configuration that a command line stands for, one `name = value (origin)` a line.
+def answer_at_once(config: Config) -> str | None:
+    """What --print_config or --list_archs ask for, as lines of text; None where there is a run to be made.
 
-    Recipes are filled in where the data set's is known without opening the data.
+    Raises:
+        UserError: no name matches; as `resolve_config`.
     """
+    if config.list_archs is not None:
+        return "\n".join(archs_matching(config.list_archs))
+    return config_text(config) if config.print_config else None
+
+
+def config_text(config: Config) -> str:
+    """Every value, one `name = value (origin)` a line, with what recipes supply; what was not opened is said by `#`.
+
+    Raises:
+        UserError: as `resolve_config`.
+    """
+    lines = []
+    if config.extra is not None:
+        lines.append("# flags alone: backbone, classes and preprocessing are those of the checkpoint")
+    else:
+        config, lines = _resolved_without_data(config)
+    lines += [f"# {line}" for line in config.warnings]
+    return "\n".join(
+        lines + [f"{name} = {item['value']} ({item['origin']})" for name, item in config.described().items()]
+    )
+
+
+def _resolved_without_data(config: Config) -> tuple[Config, list[str]]:
+    """The configuration with what recipes supply as far as flags tell it, and remarks on the rest."""
+    from method import methods
+
+    remarks = []
+    crop_size = None
+    if config.dataset not in ROWS:
+        crop_size = config.given.get("crop_size", config.crop_size)
+        if "crop_size" not in config.given:
+            remarks.append(f"# for images of {crop_size} pixels: those of --data decide, or --crop_size says it")
+    start: Mapping[str, Any] | None = None
+    if config.pretrained is not None and methods.get(config.method).fine_tunes:
+        start = {}
+        remarks.append(
+            "# mean, std and sizes as on ImageNet: those that the weights of --pretrained know take their place"
+        )
+    resolved = resolve_config(
+        config,
+        data_recipe=row_for(config.dataset, crop_size or config.crop_size),
+        crop_size=crop_size,
+        nodes=config.world_size if config.multiprocessing_distributed else 1,
+        start=start,
+    )
+    return resolved, remarks
+
+
+def main() -> None:
+    """Print the configuration that a command line stands for, see `config_text`."""
     fit_streams()
     try:
-        config = parse_config(program="parser_params.py")
-        if config.dataset in ROWS:
-            config = resolve_config(config, data_recipe=config.dataset)
+        print(config_text(parse_config(program="parser_params.py")))
     except UserError as error:
         print(f"parser_params.py: {error}", file=sys.stderr)
         raise SystemExit(2) from None
-    for name, item in config.described().items():
-        print(f"{name} = {item['value']} ({item['origin']})")
 
 
 if __name__ == "__main__":

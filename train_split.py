@@ -42,7 +42,7 @@ from model.layers.sync_norm import synchronise_batchnorm
 from model.pretrained import Start
 from model.registry import SMALL, has_two_forms, image_shape
 from model.restore import published_keys, stored_plan
-from parser_params import Config, parse_config, resolve_config
+from parser_params import Config, answer_at_once, parse_config, resolve_config
 from recipe.fine_tuning import flags_before, image_flags
 from record import checkpoint as ckpt
 from record.allowance import Allowance
@@ -99,7 +99,7 @@ from utils.errors import Incomplete, Interrupted, RunError, Stopped, UserError
 from utils.launch import World
 from utils.macs import count_macs, count_params
 from utils.precision import choose_precision, lay_out
-from utils.program import Output, program_name, run_program
+from utils.program import Output, program_name, run_program, show
 from utils.recording import CudaRecorder, Recorder
 from utils.seed import STREAM_INIT, draw_seed, fold_in
 from utils.text import escaped, one_line
@@ -1126,6 +1126,9 @@ def train_arguments(argv: list[str], config: Config | None = None) -> Output | N
     try:
         config = config or parse_config(argv, program=PROGRAM)
         set_process_title(config.proc_name)
+        if (text := answer_at_once(config)) is not None:
+            show(text)
+            return None
         if config.is_summary:
             return Output(summarise(config), "", config.json)
         if config.evaluate:

@@ -270,6 +270,20 @@ ways: Registry[BackboneBuilder] = Registry(
 )
 
 
+def archs_matching(pattern: str) -> list[str]:
+    """The names that --arch takes and that a shell's pattern fits: ours, then those of libraries.
+
+    Raises:
+        UserError: there are none; the line names near ones.
+    """
+    found = backbones.matching(pattern)
+    if not found:
+        near = backbones.near(pattern.strip("*?"))
+        shown = f" Near: {', '.join(near)}." if near else ""
+        raise UserError(f"--list_archs {pattern}: no name that --arch takes matches.{shown}")
+    return found
+
+
 def image_shape(dataset: str, crop_size: int) -> str:
     """SMALL or LARGE: which form of a network a data set takes; open data sets go by their size."""
     return LARGE if ROWS[row_for(dataset, crop_size)].is_large else SMALL

@@ -1,6 +1,7 @@
 """Name -> object tables. A new backbone, data set or method registers itself from its own file."""
 
 import difflib
+import fnmatch
 import importlib
 import pkgutil
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -10,6 +11,7 @@ from utils.errors import UserError
 
 T = TypeVar("T")
 Resolver = TypeVar("Resolver", bound=Callable[[str], Any])
+Lister = TypeVar("Lister", bound=Callable[[], Iterable[str]])
 
 
 NEAR = 5  # names that stand for a long list of them
@@ -47,6 +49,7 @@ class Registry(Generic[T]):
         self._home = {name: module for module, names in self.index.items() for name in names}
         self._items: dict[str, T] = {}
         self._resolvers: list[Callable[[str], T | None]] = []
+        self._listers: list[Callable[[], Iterable[str]]] = []
         self._loaded = False
 
     def register(self, *names: str) -> Callable[[T], T]:
@@ -69,6 +72,11 @@ class Registry(Generic[T]):
         """Decorator: `resolve` is asked about names that nobody registered, and gives None for those not its own."""
         self._resolvers.append(resolve)
         return resolve
+
+    def add_lister(self, names: Lister) -> Lister:
+        """Decorator: `names` tells the names that a resolver knows, as far as they can be told; see `matching`."""
+        self._listers.append(names)
+        return names
 
     def _modules(self) -> list[str]:
         package = importlib.import_module(self.package)
@@ -98,6 +106,15 @@ class Registry(Generic[T]):
         self.load()
         for name in sorted(self._items):
             yield name, self._items[name]
+
+    def matching(self, pattern: str) -> list[str]:
+        """Registered names, then those of libraries, that a shell's pattern fits, as a whole or behind the last slash.
+
+        Imports every module of the package, and what the listers ask.
+        """
+        self.load()
+        known = [*self.names(), *(name for names in self._listers for name in sorted(names()))]
+        return [name for name in known if any(fnmatch.fnmatchcase(n, pattern) for n in (name, name.rpartition("/")[2]))]
 
     def __contains__(self, name: object) -> bool:
         return name in self._items or name in self._home or name in self.names()

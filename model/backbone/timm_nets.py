@@ -3,6 +3,7 @@
 Undivided they are timm's own networks; divided, its layers with other channel counts and its initial values.
 """
 
+import logging
 import math
 from collections.abc import Callable, Mapping
 from functools import lru_cache, partial
@@ -16,6 +17,8 @@ from model.registry import Backbone, backbones
 from recipe.preprocessing import INTERPOLATIONS, Preprocessing
 from utils.errors import UserError, reason
 from utils.registry import nearest_name
+
+logger = logging.getLogger(__name__)
 
 PREFIX = "timm/"
 
@@ -187,6 +190,17 @@ def preprocessing(published: Any, file: str) -> Preprocessing:
         mean=tuple(published.mean),
         std=tuple(published.std),
     )
+
+
+@backbones.add_lister
+def timm_names() -> list[str]:
+    """Every `timm/NAME`; none, and a line in the log, where timm is not installed."""
+    try:
+        timm: Any = _import()
+    except UserError as error:
+        logger.warning("%s", error)
+        return []
+    return [f"{PREFIX}{name}" for name in timm.list_models()]
 
 
 @backbones.add_resolver

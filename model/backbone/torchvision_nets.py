@@ -242,6 +242,13 @@ def preprocessing(name: str, file: str) -> Preprocessing:
     )
 
 
+@backbones.add_lister
+def torchvision_names() -> list[str]:
+    """Every `torchvision/NAME` that the resolver knows."""
+    names = list_models(module=torchvision.models)
+    return [f"{PREFIX}{name}" for name in names if name not in WITH_AUXILIARY_LOGITS]
+
+
 @backbones.add_resolver
 @lru_cache
 def torchvision_backbone(arch: str) -> Backbone | None:

@@ -203,6 +203,8 @@ class DeviceOptions(Options):
     )
 
 
+GPU_EVAL_BATCH = 1000  # images
+
 SECTIONS: tuple[type, ...] = (
     RunOptions,
     DataOptions,
@@ -282,6 +284,13 @@ class Config(DeviceOptions, EvaluationOptions, OptimizerOptions, ModelOptions, D
         from utils import launch
 
         return launch.visible_gpus(no_cuda=self.no_cuda, gpu=self.gpu, gpu_ids=self.gpu_ids)
+
+    def evaluation_batch(self, *, in_memory: bool, on_gpu: bool) -> int:
+        """Images of a batch in evaluation: --eval_batch_size, but a GPU takes images in memory by GPU_EVAL_BATCH where
+        nobody has said a number. It is busy with a hundred small images for a shorter time than they take to hand over.
+        """
+        is_free = self.origins.get("eval_batch_size", "default") == "default"
+        return GPU_EVAL_BATCH if is_free and in_memory and on_gpu else self.eval_batch_size
 
     def start_processes(self, target: Callable[..., None], arguments: tuple[Any, ...]) -> None:
         """The published launcher: call `target(*arguments)` in this node's processes, and wait for them.

@@ -11,9 +11,9 @@ if __name__ == "__main__":  # torch takes seconds to import: --help and a wrong 
 
 import logging
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
@@ -71,10 +71,10 @@ from record.saving import Saver
 from record.screen import watched
 from training.compiling import as_written, compile_modules
 from training.copies import WeightCopies
-from training.guard import NonfiniteGuard, judge_nonfinite
+from training.guard import NonfiniteGuard, NonfiniteSteps, judge_nonfinite
 from training.interrupt import PACE, StopRequest
 from training.lone_image import refuse_lone_images
-from training.meters import MeanMeter
+from training.meters import MeanMeter, Means, Reading
 from training.optim import WeightAverage, build_optimizer, parameter_groups, start_anew
 from training.replay import ReplayedStep, check_replayable
 from training.resume import Pace, Position, changed_flags
@@ -91,7 +91,7 @@ from training.state import (
 )
 from training.statistics import renew_statistics
 from training.step import TrainingStep
-from training.update import WeightUpdate
+from training.update import KeptBuffers, WeightUpdate
 from utils import distributed, launch
 from utils.cpus import settle_threads
 from utils.device import ask_for_determinism, wait_for
@@ -129,6 +129,28 @@ class Mark(NamedTuple):
     images: int
     waiting: float
     seconds: float
+
+
+@dataclass(kw_only=True)
+class Interval:
+    """What a line will say of the steps since the one before, once the device has done them.
+
+    Attributes:
+        progress: of its last batch.
+        done: steps of the run at its end.
+        images, waiting: as in `Mark`, at its end.
+        means: of the meter.
+        nonfinite: what the guard has found.
+        seconds: as in `Mark`, when it was seen that the device is done with it.
+    """
+
+    progress: Progress
+    done: int
+    images: int
+    waiting: float
+    means: Reading
+    nonfinite: Callable[[], NonfiniteSteps | None]
+    seconds: float | None = None
 
 
 class Trainer:
@@ -185,7 +207,16 @@ class Trainer:
         )
         splits = {"val": source.val, source.reported: source.test}
         self.eval_loaders = {
-            name: build_eval_loader(split, config, world) for name, split in splits.items() if split is not None
+            name: build_eval_loader(
+                split,
+                config,
+                world,
+                batch_size=config.evaluation_batch(
+                    in_memory=split.images is not None, on_gpu=world.device.type == "cuda"
+                ),
+            )
+            for name, split in splits.items()
+            if split is not None
         }
         if config.patience is not None and "val" not in self.eval_loaders:
             raise UserError(
@@ -226,6 +257,8 @@ class Trainer:
         # what it knows of itself, and what it writes
         self.clock = RunClock(partial(wait_for, world.device))
         self.meter, self.epoch_meter = MeanMeter(world.device), MeanMeter(world.device)
+        self.since = Mark(0, 0.0, 0.0)  # the end of the last interval that was reported
+        self.intervals: list[Interval] = []  # those that were not, and that a GPU may not be done with
         self.bad_images: dict[Path, str] = {}
         self.newest = ""  # name of the checkpoint that was saved last, the best one aside
         self.drawing = Allowance(DRAWING_SHARE, DRAWING_SECONDS)
@@ -460,7 +493,7 @@ class Trainer:
             guard=NonfiniteGuard(self.num_networks, device, sticky=config.on_nonfinite == "stop"),
             average=WeightAverage(self.network, config.ema_decay) if config.ema_decay > 0 else None,
             clip_grad=config.clip_grad,
-            restores_buffers=config.on_nonfinite == "skip",
+            kept=KeptBuffers(self.network) if config.on_nonfinite == "skip" else None,
         )
 
     def _begin(self, resumed: Resumed | None) -> None:
@@ -516,7 +549,7 @@ class Trainer:
                 start_anew(self.training_step.update.optimizer)
             self.meter.reset()
             self.epoch_meter.reset()
-        since = self.mark()
+        self.since = self.mark()
         self.stop.begin()
         with self.clock.training():
             for batch in self.loader.epoch(self.position.epoch, start_batch=self.position.batch):
@@ -526,7 +559,8 @@ class Trainer:
                 metrics = self.training_step(batch, progress)
                 self.advance(batch, metrics)
                 if self.line_is_due(progress):
-                    since = self.report_interval(progress, since)
+                    self.end_interval(progress)
+                self.report_intervals(all_of_them=progress.is_last)
                 if progress.updates and self.asked_to_stop():
                     self.save_and_stop()
                 if progress.updates and self.save_is_due(progress):
@@ -618,35 +652,70 @@ class Trainer:
                 raise RunError(f"stopped; {what}. Go on with --resume auto.")
             raise Stopped(self.stop.number, what)
 
-    def report_interval(self, progress: Progress, since: Mark) -> Mark:
-        """Read the meters (the one host synchronisation of an interval), log them, and look for non-finite steps.
+    def end_interval(self, progress: Progress) -> None:
+        """Begin to read the meters for a line, and begin the next interval.
 
         Args:
             progress: of the interval's last batch.
-            since: the interval's beginning.
-
-        Returns:
-            the beginning of the next one.
         """
-        means = self.meter.read(distributed.all_reduce_sum)  # in the steps' time, which on a GPU passes here
-        with self.clock.paused():
-            here = self.mark()
-            seconds = max(here.seconds - since.seconds, 1e-9)
-            self.meter.reset()
-            self._check_finite()
-            self.saver.check()
-            self.report.interval(
-                epoch=progress.epoch,
-                step=self.position.done - 1,
-                batch=progress.batch,
-                rate=progress.learning_rate,
-                means=means,
-                speed={
-                    "images_per_second": round((here.images - since.images) / seconds, 1),
-                    "data_wait": round((here.waiting - since.waiting) / seconds, 4),
-                },
+        here, everywhere = self.mark(), distributed.all_reduce_sum
+        self.intervals.append(
+            Interval(
+                progress=progress,
+                done=self.position.done,
+                images=here.images,
+                waiting=here.waiting,
+                means=self.meter.reading(everywhere),
+                nonfinite=self.guard.reading(everywhere),
             )
-        return here
+        )
+        self.meter.reset()
+
+    def report_intervals(self, *, all_of_them: bool) -> None:
+        """Log the intervals that the device is done with, and look for non-finite steps.
+
+        A GPU has the next steps to do meanwhile, and no more than an interval of them, so no line makes it idle.
+        Several processes, which must find the same, look at the same step.
+
+        Args:
+            all_of_them: wait for what the device is not done with.
+
+        Raises:
+            RunError: a non-finite step, a full disk under --on_save_error stop.
+        """
+        alone = self.world.world_size == 1 or self.world.device.type == "cpu"
+        while self.intervals:
+            interval = self.intervals[0]
+            is_here = interval.means.is_here()
+            if is_here and interval.seconds is None:
+                self.clock.count()
+                interval.seconds = self.clock.seconds
+            if not (all_of_them or len(self.intervals) > 1 or (is_here and alone)):
+                return
+            means = interval.means.get()  # in the steps' time, which on a GPU passes here
+            del self.intervals[0]
+            is_idle = self.world.device.type == "cpu" or (all_of_them and not self.intervals)
+            # a pause would wait for the next steps too
+            with self.clock.paused() if is_idle else self.clock.counted():
+                self._report(interval, means)
+
+    def _report(self, interval: Interval, means: Means) -> None:
+        ended = self.clock.seconds if interval.seconds is None else interval.seconds
+        since, self.since = self.since, Mark(interval.images, interval.waiting, ended)
+        seconds = max(ended - since.seconds, 1e-9)
+        self._judge(interval.nonfinite())
+        self.saver.check()
+        self.report.interval(
+            epoch=interval.progress.epoch,
+            step=interval.done - 1,
+            batch=interval.progress.batch,
+            rate=interval.progress.learning_rate,
+            means=means,
+            speed={
+                "images_per_second": round((interval.images - since.images) / seconds, 1),
+                "data_wait": round((interval.waiting - since.waiting) / seconds, 4),
+            },
+        )
 
     def mark(self) -> Mark:
         """What the speed of an interval is measured by."""
@@ -658,9 +727,8 @@ class Trainer:
             views_VBCHW = self.training_step.make_views(batch, self.position.epoch)
             self.log.views(views_VBCHW, self.source.mean, self.source.std, 0)
 
-    def _check_finite(self) -> None:
-        """Stop where a step was non-finite; the first read of the guard's device values, so it synchronises."""
-        found = self.guard.read(distributed.all_reduce_sum)
+    def _judge(self, found: NonfiniteSteps | None) -> None:
+        """Stop where a step was non-finite, or say so."""
         if found is None:
             return
         limit = self.config.nonfinite_limit if self.config.on_nonfinite == "skip" else None
@@ -672,10 +740,16 @@ class Trainer:
         """Begin to write a checkpoint of this name (process 0); the oldest ones beyond --max_ckpt_nums go then."""
         if name != ckpt.BEST:
             self.newest = name
+        self.report_intervals(all_of_them=True)  # a checkpoint knows all lines that were written before it
         with self.clock.paused():
             state = self.state.gather()
-            if state is not None:
-                self.saver.checkpoint(name, state)
+
+            def hand_over() -> None:
+                if state is not None:
+                    self.saver.checkpoint(name, state)
+
+            # which waits for the disk where that is slow, and nobody may wait in an exchange for so long
+            distributed.main_alone(self.world, hand_over, what="written its last checkpoints")
 
     def save_and_stop(self) -> NoReturn:
         """The end of a run that a signal asked for.
@@ -684,7 +758,8 @@ class Trainer:
             Stopped: always, unless
             RunError: the checkpoint could not be written.
         """
-        self._check_finite()
+        self.report_intervals(all_of_them=True)
+        self._judge(self.guard.read(distributed.all_reduce_sum))
         self.save(f"checkpoint_{self.position.epoch}_{self.position.done}.pth.tar")
         self.saver.wait()
         if lost := self.saver.lost(self.newest):
@@ -737,7 +812,7 @@ class Trainer:
                     f"evaluating {name}",
                     visible=self.world.is_main,
                 ),
-                prepare=lambda images: views.evaluate(images, dtype=precision.weights),
+                prepare=partial(views.evaluate, dtype=precision.weights, memory_format=precision.memory_format),
                 num_networks=self.num_networks,
                 device=self.world.device,
                 num_classes=len(self.source.classes),

@@ -7,14 +7,15 @@ of all processes, so that a run does not depend on how many there are.
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from dataset.augment.plan import Upload
-from utils.distributed import all_gather_rows
+from utils.distributed import exchange_rows, gather_counts, is_alone
 from utils.seed import STREAM_CUTMIX, STREAM_MIX_KIND, STREAM_MIXUP, numpy_generator
 from utils.targets import Targets
 
@@ -37,18 +38,21 @@ class Mix:
         lam: weight of an image itself, in [0, 1]; in CutMix the part of its pixels that it keeps.
         partners: int64 [B] places in the global batch of what is mixed in.
         box: what the partners fill; None: they are mixed in everywhere (mixup).
+        everyones: int64, the partners of all images of the global batch; None where that is this process's.
     """
 
     lam: float
     partners: np.ndarray
     box: Box | None = None
+    everyones: np.ndarray | None = None
 
 
 def draw_mix(seed: int, step: int, *, alpha: float, global_batch: int, first: int, count: int) -> Mix:
     """lambda ~ Beta(alpha, alpha) and the partners of images first ... first + count - 1 of the global batch."""
     generator = numpy_generator(seed, STREAM_MIXUP, step)
     lam = float(generator.beta(alpha, alpha))
-    return Mix(lam, generator.permutation(global_batch)[first : first + count])
+    everyones = generator.permutation(global_batch)
+    return Mix(lam, everyones[first : first + count], everyones=everyones)
 
 
 def is_cutmix_step(seed: int, step: int, *, switch_prob: float) -> bool:
@@ -69,7 +73,7 @@ def as_cutmix(mix: Mix, seed: int, step: int, image_size: tuple[int, int]) -> Mi
     generator = numpy_generator(seed, STREAM_CUTMIX, step)
     box = cutmix_box(mix.lam, image_size, centre=(int(generator.integers(height)), int(generator.integers(width))))
     kept = 1.0 - (box.bottom - box.top) * (box.right - box.left) / (height * width)
-    return Mix(kept, mix.partners, box)
+    return replace(mix, lam=kept, box=box)
 
 
 def cutmix_box(lam: float, image_size: tuple[int, int], *, centre: tuple[int, int]) -> Box:
@@ -96,16 +100,46 @@ def apply_mix(
     Args:
         counts: images of every process, where they are known; else the host waits to be told.
     """
-    upload = Upload()
-    place = upload.add(mix.partners)
-    partners = upload.send(labels_B.device)[place]
-    pool_BS = all_gather_rows(views_SBCHW.transpose(0, 1), counts)
-    pool_labels = all_gather_rows(labels_B, counts)
     if mix.box is None:
-        mixed = views_SBCHW.lerp(pool_BS[partners].transpose(0, 1), 1.0 - mix.lam)
+        partners_SBCHW, labels_other_B = _partners(views_SBCHW, labels_B, mix, counts)
+        mixed = views_SBCHW.lerp(partners_SBCHW, 1.0 - mix.lam)
     else:
-        rows, columns = slice(mix.box.top, mix.box.bottom), slice(mix.box.left, mix.box.right)
+        box = (..., slice(mix.box.top, mix.box.bottom), slice(mix.box.left, mix.box.right))
+        partners_SBCHW, labels_other_B = _partners(views_SBCHW[box], labels_B, mix, counts)
         mixed = views_SBCHW.clone()
-        mixed[..., rows, columns] = pool_BS[..., rows, columns][partners].transpose(0, 1)
+        mixed[box] = partners_SBCHW
     lam = views_SBCHW.new_full((), mix.lam, dtype=torch.float32)
-    return mixed.to(views_SBCHW.dtype), Targets(labels_B, pool_labels[partners], lam)
+    return mixed.to(views_SBCHW.dtype), Targets(labels_B, labels_other_B, lam)
+
+
+def _partners(views_SBCHW: Tensor, labels_B: Tensor, mix: Mix, counts: Sequence[int] | None) -> tuple[Tensor, Tensor]:
+    """Views, or the same part of each, and labels of what is mixed in."""
+    upload = Upload()
+    if is_alone():
+        place = upload.add(mix.partners)
+        partners = upload.send(labels_B.device)[place]
+        return views_SBCHW.transpose(0, 1)[partners].transpose(0, 1), labels_B[partners]
+    if mix.everyones is None:
+        raise ValueError("every one of several processes must know the partners of all images")
+    counts = gather_counts(len(labels_B), labels_B.device) if counts is None else counts
+    # the permutation is known to all, so each sends what is wanted of it, and knows what comes
+    rank, first_W = dist.get_rank(), np.concatenate([[0], np.cumsum(counts)])
+    wanted_W = np.split(mix.everyones, first_W[1:-1])
+    asked_W = [w[(w >= first_W[rank]) & (w < first_W[rank + 1])] - first_W[rank] for w in wanted_W]
+    owners_B = np.searchsorted(first_W, wanted_W[rank], side="right") - 1
+    in_order_B = np.argsort(np.argsort(owners_B, kind="stable"), kind="stable")
+    places = upload.add(np.concatenate(asked_W)), upload.add(in_order_B)
+    tensors = upload.send(labels_B.device)
+    sent_B, in_order = (tensors[place] for place in places)
+    sizes = {
+        "sent_W": [len(asked) for asked in asked_W],
+        "received_W": np.bincount(owners_B, minlength=len(counts)).tolist(),
+    }
+
+    def exchanged(rows: Tensor) -> Tensor:
+        return exchange_rows(rows.index_select(0, sent_B), **sizes).index_select(0, in_order)
+
+    # the views of an image lie together then, and its channels as they did: rows are copied as they lie
+    is_last = views_SBCHW.stride(2) == 1
+    there, back = ((1, 0, 3, 4, 2), (1, 0, 4, 2, 3)) if is_last else ((1, 0, 2, 3, 4), (1, 0, 2, 3, 4))
+    return exchanged(views_SBCHW.permute(there)).permute(back), exchanged(labels_B)

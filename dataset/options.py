@@ -43,7 +43,14 @@ class DataOptions(Options):
         "leave out the images of an epoch that fill no batch; 0: train on them too",
         resume="the share of training that is done stays",
     )
-    eval_batch_size: int = option(100, "images per process in evaluation", unit="images", least=1, resume=TAKES)
+    eval_batch_size: int = option(
+        100,
+        "images per process in evaluation",
+        unit="images",
+        default_text="100; 1000 on a GPU where images lie in memory",
+        least=1,
+        resume=TAKES,
+    )
     crop_size: int = option(
         32, "side of the network's input", unit="pixels", default_text=BY_RECIPE, least=1, resume=TAKES
     )

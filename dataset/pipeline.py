@@ -91,7 +91,14 @@ def build_train_loader(
     )
 
 
-def build_eval_loader(split: ImageSet, options: DataOptions, world: World, *, resize: int | None = None) -> EvalLoader:
+def build_eval_loader(
+    split: ImageSet,
+    options: DataOptions,
+    world: World,
+    *,
+    resize: int | None = None,
+    batch_size: int | None = None,
+) -> EvalLoader:
     """Every image of a split once, un-augmented; files are resized as `eval_resize` says and cut to their centre.
 
     Args:
@@ -99,11 +106,12 @@ def build_eval_loader(split: ImageSet, options: DataOptions, world: World, *, re
         options: the flags.
         world: which part of the split this process takes, and where it goes.
         resize: short side of files in pixels, in place of what the flags say.
+        batch_size: images of a batch, in place of what the flags say.
     """
     in_memory = split.images is not None
     return EvalLoader(
         split,
-        batch_size=options.eval_batch_size,
+        batch_size=batch_size or options.eval_batch_size,
         rank=world.rank,
         world_size=world.world_size,
         device=world.device,

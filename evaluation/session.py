@@ -116,7 +116,9 @@ class Session:
         """This process's part of a split, cut as the checkpoint or the recipe says."""
         resize, interpolation = self.resizing(recipe)
         options = replace(self.config, crop_size=self.info.crop_size, eval_interpolation=interpolation)
-        return build_eval_loader(split, options, self.world, resize=resize)
+        on_gpu = self.world.device.type == "cuda"
+        batch_size = self.config.evaluation_batch(in_memory=split.images is not None, on_gpu=on_gpu)
+        return build_eval_loader(split, options, self.world, resize=resize, batch_size=batch_size)
 
     @property
     def file_recipe(self) -> str:

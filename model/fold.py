@@ -11,8 +11,10 @@ from torch.nn.utils import fuse_conv_bn_weights
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
+from model.layers.sync_norm import SyncBatchNorm
+
 _META = torch.device("meta")
-_NORMS = (nn.BatchNorm2d, nn.SyncBatchNorm)
+_NORMS = (nn.BatchNorm2d, nn.SyncBatchNorm, SyncBatchNorm)
 _ANSWERS = (bool, int, torch.Size, torch.dtype, torch.device)  # what a call returns that asks a tensor for its form
 
 

@@ -37,7 +37,7 @@ class RunClock:
         try:
             yield
         finally:
-            self._count()
+            self.count()
             self._began = None
 
     @contextmanager
@@ -46,14 +46,21 @@ class RunClock:
         is_training = self._began is not None
         if is_training:
             self.wait()  # or the block would, and what the steps before it take would be nobody's
-        self._count()
+        self.count()
         try:
             yield
         finally:
             if is_training:
                 self._began = time.perf_counter()
 
-    def _count(self) -> None:
+    @contextmanager
+    def counted(self) -> Iterator[None]:
+        """Go on counting in a block; the clock is right at its beginning."""
+        self.count()
+        yield
+
+    def count(self) -> None:
+        """Count what has passed of a block until now; the clock is right then."""
         if self._began is not None:
             passed = time.perf_counter() - self._began
             self.seconds += passed

@@ -1,6 +1,7 @@
 """Mixup and CutMix: one weight and permutation for all views, drawn and mixed alike by any number of processes."""
 
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ def mixed(rank: int, world_size: int) -> dict[str, Any]:
     mine = shard(7, rank, world_size)
     views, labels = torch.arange(2 * 7 * 3 * 4.0).view(2, 7, 3, 2, 2)[:, mine], torch.arange(7)[mine]
     mix = draw_mix(11, 5, alpha=0.2, global_batch=7, first=mine.start, count=counts[rank])
-    cut = Mix(0.75, mix.partners, Box(0, 1, 1, 2))
+    cut = replace(mix, lam=0.75, box=Box(0, 1, 1, 2))
     with SyncAudit(torch.device("cpu")) as asking:
         expected = apply_mix(views, labels, mix)
     with SyncAudit(torch.device("cpu")) as knowing:

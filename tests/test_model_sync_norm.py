@@ -8,15 +8,17 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 import torchvision
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.module import register_module_forward_pre_hook
 
 from dataset.sampler import shard
 from model import BackboneRequest, backbones, build_network
 from model.layers.narrow_norm import widen_narrow_norms
-from model.layers.sync_norm import ProcessSyncBatchNorm, synchronise_batchnorm
+from model.layers.sync_norm import ProcessSyncBatchNorm, SyncBatchNorm, synchronise_batchnorm
 from tests.networks import LIBRARY_NETWORKS, needs_timm
 from tests.processes import run_processes
 from utils import distributed
@@ -191,3 +193,85 @@ def test_a_norm_in_two_places_stays_one_and_a_norm_alone_is_replaced() -> None:
     assert isinstance(net["a"], ProcessSyncBatchNorm)
     assert isinstance(synchronise_batchnorm(norm, CPU), ProcessSyncBatchNorm)
     assert synchronise_batchnorm(net, CPU)["a"] is net["a"]  # again: nothing to do
+
+
+# ---- the norm of GPUs ------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def two_alike(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A job of two processes that have the same images, and what a GPU's kernels compute, in plain operations."""
+
+    def over(value: Tensor) -> list[int]:
+        return [0, *range(2, value.dim())]
+
+    def wide(value_C: Tensor, like: Tensor) -> Tensor:
+        return value_C.view(1, -1, *[1] * (like.dim() - 2))
+
+    def stats(x: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+        return x.mean(over(x)), (x.var(over(x), correction=0) + eps).rsqrt()
+
+    def gathered(x, means_WC, invstds_WC, running_mean, running_var, momentum, eps, counts_W):  # type: ignore[no-untyped-def]
+        share_W1 = (counts_W / counts_W.sum()).unsqueeze(1)
+        mean_C = (share_W1 * means_WC).sum(dim=0)
+        variance_C = (share_W1 * (invstds_WC.pow(-2) - eps + (means_WC - mean_C).square())).sum(dim=0)
+        running_mean.lerp_(mean_C, momentum)
+        running_var.lerp_(variance_C * counts_W.sum() / (counts_W.sum() - 1), momentum)
+        return mean_C, (variance_C + eps).rsqrt()
+
+    def normalised(x, weight, bias, mean_C, invstd_C, eps):  # type: ignore[no-untyped-def]
+        return (x - wide(mean_C, x)) * wide(invstd_C * weight, x) + wide(bias, x)
+
+    def reduced(dy, x, mean_C, invstd_C, weight, *_):  # type: ignore[no-untyped-def]
+        products_C = (dy * (x - wide(mean_C, x))).sum(over(x))
+        return dy.sum(over(x)), products_C, products_C * invstd_C, dy.sum(over(x))
+
+    def of_input(dy, x, mean_C, invstd_C, weight, sum_C, products_C, counts_W):  # type: ignore[no-untyped-def]
+        centred = (x - wide(mean_C, x)) * wide(invstd_C.square() * products_C / counts_W.sum(), x)
+        return (dy - wide(sum_C / counts_W.sum(), x) - centred) * wide(invstd_C * weight, x)
+
+    kernels = {
+        "stats": stats,
+        "gather_stats_with_counts": gathered,
+        "elemt": normalised,
+        "backward_reduce": reduced,
+        "backward_elemt": of_input,
+    }
+    for name, function in kernels.items():
+        monkeypatch.setattr(torch, f"batch_norm_{name}", function)
+    monkeypatch.setattr(dist, "is_initialized", lambda: True)
+    monkeypatch.setattr(dist, "get_world_size", lambda group=None: 2)
+    monkeypatch.setattr(dist, "all_gather_into_tensor", lambda out, own, group: out.copy_(own.repeat(2)))
+    monkeypatch.setattr(dist, "all_reduce", lambda sums, group: sums.mul_(2))
+
+
+def test_the_norm_of_gpus_is_the_norm_of_all_images_together(two_alike: None) -> None:
+    torch.manual_seed(0)
+    plain = nn.BatchNorm2d(5).double()
+    nn.init.uniform_(plain.weight)
+    nn.init.uniform_(plain.bias)
+    synced = synchronise_batchnorm(copy.deepcopy(plain), GPU)
+    x = torch.randn(4, 5, 3, 3, dtype=torch.float64, requires_grad=True)
+    factor = torch.randn_like(x)
+    found = synced(x)
+    (found * factor).sum().backward()
+    gradient, x.grad = x.grad, None
+    expected = plain(torch.cat([x, x]))
+    (expected * torch.cat([factor, factor])).sum().backward()
+    torch.testing.assert_close(found, expected[:4])
+    torch.testing.assert_close(gradient, x.grad / 2)  # its two copies have the same
+    for one, other in zip(synced.parameters(), plain.parameters(), strict=True):
+        torch.testing.assert_close(one.grad, other.grad / 2)  # DDP adds up what each process has
+    for one, other in zip(synced.buffers(), plain.buffers(), strict=True):
+        torch.testing.assert_close(one, other)
+
+
+def test_the_norm_of_gpus_reads_nothing(two_alike: None) -> None:
+    """A fake tensor has no values: who asks for one, or indexes by a mask, fails."""
+    with FakeTensorMode():
+        norm = SyncBatchNorm(5)
+        output = norm(x := torch.randn(4, 5, 3, 3, requires_grad=True))
+        output.sum().backward()
+        assert output.shape == x.grad.shape == x.shape
+        with pytest.raises(DataDependentOutputException):
+            float(output.sum())

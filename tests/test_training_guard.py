@@ -2,9 +2,11 @@
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from tests.counted import CountedOperations
 from training.guard import NonfiniteGuard, NonfiniteSteps, judge_nonfinite
+from training.update import KeptBuffers
 from utils.errors import RunError
 
 CPU = torch.device("cpu")
@@ -54,3 +56,20 @@ def test_what_was_found_ends_the_run_or_is_a_warning() -> None:
         judge_nonfinite(found, 2, 10)
     assert judge_nonfinite(found, 3, 10).startswith("Skipped 3 non-finite steps so far; the first: step 25 (epoch 3)")
     assert "none in its logits" in judge_nonfinite(NonfiniteSteps(1, 0, ()), 3, 10)
+
+
+def test_buffers_of_a_step_that_does_not_count_come_back_in_a_few_operations() -> None:
+    network = nn.Sequential(*(nn.BatchNorm2d(3) for _ in range(20)))
+    kept = KeptBuffers(network)
+    before = {name: value.clone() for name, value in network.named_buffers()}
+    for wanted in (True, False):
+        with CountedOperations() as counted:
+            kept.keep()
+        network(torch.randn(4, 3, 2, 2))
+        network[0].running_mean = torch.full((3,), 7.0)  # a strategy of execution has replaced it
+        after = {name: value.clone() for name, value in network.named_buffers()}
+        with counted:
+            kept.restore(torch.tensor(wanted))
+        for name, value in network.named_buffers():
+            assert torch.equal(value, before[name] if wanted else after[name])
+    assert sum(counted.calls.values()) <= 10  # of two types

@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from tests.counted import CountedOperations
 from training.meters import MeanMeter
 
 CPU = torch.device("cpu")
@@ -48,3 +49,24 @@ def test_a_nonfinite_loss_shows() -> None:
     meter = MeanMeter(CPU)
     meter.update({"loss": torch.tensor(float("nan"))}, 1)
     assert meter.read()["loss"] != meter.read()["loss"]
+
+
+def test_all_means_are_one_sum_and_a_name_that_comes_later_is_counted_too() -> None:
+    meter, first = MeanMeter(CPU), {"loss": torch.tensor(2.0), "acc1": torch.tensor([1.0, 3.0], dtype=torch.float64)}
+    meter.update(first, 2)
+    with CountedOperations() as counted:
+        meter.update(first, 2)
+    assert counted.calls[torch.ops.aten.add_.Tensor] == 1
+    before = meter.state_dict()
+    meter.update({**first, "loss_cot": torch.tensor(8.0)}, 4)
+    assert before["sums"]["loss"] == 8.0  # a state is a copy
+    assert meter.read() == {"loss": 2.0, "acc1": [1.0, 3.0], "loss_cot": 4.0}
+
+
+def test_what_is_begun_to_be_read_does_not_change() -> None:
+    meter = MeanMeter(CPU)
+    meter.update({"loss": torch.tensor(2.0)}, 4)
+    reading = meter.reading()
+    meter.update({"loss": torch.tensor(8.0)}, 4)
+    meter.reset()
+    assert reading.get() == {"loss": 2.0}

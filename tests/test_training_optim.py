@@ -4,7 +4,6 @@ import copy
 import io
 import json
 import math
-from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -16,10 +15,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.utils import parametrize
 from torch.overrides import TorchFunctionMode
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from model import backbones
 from model.backbone import timm_nets, torchvision_nets
+from tests.counted import CountedOperations
 from tests.networks import LIBRARY_NETWORKS, needs_timm
 from tests.waits import nothing_waits
 from training.optim import (
@@ -507,19 +506,76 @@ def test_rmsprop_asks_once_whether_a_step_counts() -> None:
     give_gradients(network, 0)
     with CountedOperations() as counted:
         guarded_step(optimizer, torch.ones(()))
-    assert counted.calls[torch.ops.aten.ne.Scalar] == len(optimizer.param_groups)
+    assert len(optimizer.param_groups) == 2
+    assert counted.calls[torch.ops.aten.ne.Scalar] == 1
 
 
-class CountedOperations(TorchDispatchMode):
-    """How often each operation is called inside."""
+def plain_rmsprop(group: dict[str, Any], parameter: Tensor, state: dict[str, Tensor]) -> None:
+    """One update of one parameter, operation for operation as the class writes it down."""
+    is_tensorflow, gradient = group["tensorflow"], parameter.grad
+    if not state:
+        state["square_avg"] = torch.full_like(parameter, 1.0 if is_tensorflow else 0.0)
+        state["momentum_buffer"] = torch.zeros_like(parameter)
+    if group["weight_decay"] != 0:
+        gradient = gradient.add(parameter, alpha=group["weight_decay"])
+    state["square_avg"].mul_(group["alpha"]).addcmul_(gradient, gradient, value=1 - group["alpha"])
+    squares = state["square_avg"]
+    root = squares.add(group["eps"]).sqrt() if is_tensorflow else squares.sqrt().add(group["eps"])
+    update = gradient / root
+    if is_tensorflow:
+        update = update.mul(group["lr"])
+    state["momentum_buffer"].mul_(group["momentum"]).add_(update)
+    buffer = state["momentum_buffer"]
+    parameter.sub_(buffer if is_tensorflow else buffer.mul(group["lr"]))
 
-    def __init__(self) -> None:
-        super().__init__()
-        self.calls: Counter[Any] = Counter()
 
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        self.calls[func] += 1
-        return func(*args, **(kwargs or {}))
+@pytest.mark.parametrize("name", ["RMSprop", "RMSpropTF"])
+@torch.no_grad()
+def test_rmsprop_side_by_side_is_bit_for_bit_what_it_is_one_by_one(name: str) -> None:
+    """From a state that one by one has written, with parameters that now and then have no gradient."""
+    network = small_network(torch.float32).to(memory_format=torch.channels_last)
+    plain = copy.deepcopy(network)
+    optimizer, reference = build(network, name), build(plain, name)
+    for step in range(6):
+        for module in (network, plain):
+            give_gradients(module, step)
+            if step % 2:
+                module[0].weight.grad = module[3].bias.grad = None
+        for group in reference.param_groups:
+            for parameter in group["params"]:
+                if parameter.grad is not None:
+                    plain_rmsprop(group, parameter, reference.state[parameter])
+        guarded_step(optimizer, flag(0.0))
+        expected, found = snapshot(plain, reference), snapshot(network, optimizer)
+        assert expected.keys() == found.keys()
+        assert all(torch.equal(found[key], value) for key, value in expected.items())
+        if step == 2:
+            optimizer.load_state_dict(reference.state_dict())
+    file = io.BytesIO()
+    torch.save(optimizer.state_dict(), file)
+    reference.load_state_dict(torch.load(io.BytesIO(file.getvalue()), weights_only=True))
+    assert all(
+        torch.equal(snapshot(plain, reference)[key], value) for key, value in snapshot(network, optimizer).items()
+    )
+
+
+def operations_of_an_update(name: str, layers: int, *, frozen: int = 0) -> int:
+    network = nn.Sequential(*(nn.Linear(3, 3, device="meta") for _ in range(layers)))
+    optimizer = build(network, name)
+    for place, parameter in enumerate(network.parameters()):
+        parameter.grad = torch.empty_like(parameter) if place >= frozen else None
+    found = torch.zeros((), device="meta")
+    guarded_step(optimizer, found)
+    with CountedOperations() as counted:
+        guarded_step(optimizer, found)
+    return sum(counted.calls.values())
+
+
+@pytest.mark.parametrize("name", ["RMSprop", "RMSpropTF"])
+@pytest.mark.parametrize("frozen", [0, 1])
+def test_rmsprop_has_as_many_operations_whatever_it_trains(name: str, frozen: int) -> None:
+    few, many = (operations_of_an_update(name, layers, frozen=frozen) for layers in (2, 150))
+    assert few == many < 50
 
 
 # ---- moving average --------------------------------------------------------------------------------------------------
@@ -540,6 +596,23 @@ def test_weight_average_follows_parameters_and_buffers() -> None:
     for name, value in average.state_dict().items():
         torch.testing.assert_close(value, expected[name])
     assert average.state_dict()["1.num_batches_tracked"].item() == 3
+
+
+def test_weight_average_walks_the_modules_only_where_a_tensor_was_replaced() -> None:
+    network = small_network()
+    average = WeightAverage(network, 0.5)
+    average.update(network)
+    with mock.patch.object(nn.Module, "state_dict", side_effect=AssertionError("a walk")):
+        average.update(network)
+        network[1].running_mean = torch.full((4,), 8.0, dtype=torch.float64)  # as stacking does
+        with pytest.raises(AssertionError, match="a walk"):
+            average.update(network)
+    average.update(network)
+    assert average.state_dict()["1.running_mean"].tolist() == [4.0] * 4
+    network[3].weight = nn.Parameter(torch.ones_like(network[3].weight))
+    before = average.state_dict()["3.weight"].clone()
+    average.update(network)
+    assert torch.equal(average.state_dict()["3.weight"], before.lerp(torch.ones_like(before), 0.5))
 
 
 def test_weight_average_is_lent_and_given_back() -> None:

@@ -2,9 +2,10 @@
 
 import itertools
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import pytest
 import torch
@@ -24,8 +25,10 @@ from dataset.loader import Batch
 from dataset.mixup import Mix
 from evaluation.counts import EvaluationCounts
 from method.l_mcl import LMCL
+from model import BackboneRequest, build_splitnet
 from model.splitnet import SplitNet
 from parser_params import parse_config, resolve_config
+from tests.counted import CountedOperations
 from tests.fake_gpu import GPU, fake_gpu
 from tests.processes import run_processes
 from tests.spaces import SPACE
@@ -33,7 +36,9 @@ from tests.waits import needs_gpu, nothing_waits
 from train_split import Trainer
 from training import compiling
 from training.compiling import compile_modules
-from training.meters import MeanMeter
+from training.meters import Reading
+from training.optim import build_optimizer, guarded_step, parameter_groups
+from training.options import OptimizerOptions
 from training.state import RunState
 from utils.errors import UserError
 from utils.launch import World
@@ -258,7 +263,7 @@ def test_what_a_gpu_still_has_to_do_when_it_is_asked_is_time_of_the_steps(traine
 
     monkeypatch.setattr(record.report, "time", SimpleNamespace(perf_counter=lambda: now[0]))
     monkeypatch.setattr(train_split, "wait_for", wait)
-    monkeypatch.setattr(MeanMeter, "read", waiting(MeanMeter.read))
+    monkeypatch.setattr(Reading, "is_here", waiting(Reading.is_here))
     monkeypatch.setattr(RunState, "gather", waiting(RunState.gather))
     trainer = trainer_of("--split_factor", 1, "--max_steps", 7, "--save_steps", 3)
     lines = []
@@ -275,6 +280,94 @@ def test_what_a_gpu_still_has_to_do_when_it_is_asked_is_time_of_the_steps(traine
     trainer.saver.close()
     assert (trainer.clock.seconds, trainer.clock.train_seconds, now[0]) == (7, 7, 7)
     assert lines == [8, 8, 8, 8]  # images a second
+
+
+class LateFetched:
+    """As `Fetched` of a GPU: what is asked for last is not here, and is only waited for where there is no other way."""
+
+    on_their_way: ClassVar[list["LateFetched"]] = []
+
+    def __init__(self, value: Tensor) -> None:
+        self.value = value.clone()
+        LateFetched.on_their_way.append(self)
+
+    def is_here(self) -> bool:
+        return self not in LateFetched.on_their_way[-3:]  # the meter's and the guard's
+
+    def get(self) -> Tensor:
+        return self.value
+
+
+def test_a_gpu_has_its_next_steps_before_a_line_is_written(trainer_of, monkeypatch):
+    """The lines are those of a CPU, one interval later but for the last and what a checkpoint must know."""
+    written: dict[str, list[Any]] = {}
+    for device in ("cpu", "late"):
+        trainer = trainer_of("--split_factor", 1, "--max_steps", 6, "--save_steps", 5)
+        if device == "late":
+            monkeypatch.setattr("training.meters.Fetched", LateFetched)
+            monkeypatch.setattr("training.guard.Fetched", LateFetched)
+            monkeypatch.setattr(trainer, "world", replace(trainer.world, device=SimpleNamespace(type="cuda")))
+            monkeypatch.setattr(trainer, "asked_to_stop", lambda: False)
+        lines = written[device] = []
+
+        def note(trainer: Trainer = trainer, lines: list[Any] = lines, **line: Any) -> None:
+            lines.append((trainer.position.done, {key: item for key, item in line.items() if key != "speed"}))
+
+        monkeypatch.setattr(trainer.report, "interval", note)
+        monkeypatch.setattr(RunState, "gather", lambda state, lines=lines: lines.append("checkpoint"))
+        trainer.train_epoch()
+        trainer.saver.close()
+    assert [line if line == "checkpoint" else line[0] for line in written["cpu"]] == [2, 4, "checkpoint", 6]
+    assert [line if line == "checkpoint" else line[0] for line in written["late"]] == [4, 5, "checkpoint", 6]
+    in_order = [[line[1] for line in lines if line != "checkpoint"] for lines in written.values()]
+    assert in_order[0] == in_order[1]
+
+
+def test_a_line_that_is_here_is_written_before_the_next_one_is_due(trainer_of, monkeypatch):
+    trainer = trainer_of("--split_factor", 1)
+    here = [False]
+    monkeypatch.setattr("training.meters.Reading.is_here", lambda reading: here[0])
+    lines: list[int] = []
+    monkeypatch.setattr(trainer.report, "interval", lambda **line: lines.append(line["step"]))
+    batches = trainer.loader.epoch(0)
+    steps(trainer, batches)
+    trainer.end_interval(trainer.progress(next(batches)))
+    trainer.report_intervals(all_of_them=False)
+    assert lines == []
+    here[0] = True
+    trainer.report_intervals(all_of_them=False)
+    assert lines == [1]
+
+
+def test_a_gpu_evaluates_small_images_by_the_thousand_unless_told_otherwise():
+    argv = ["--dataset", "digits", "--arch", "resnet20"]
+    config = resolve_config(parse_config(argv), data_recipe="digits")
+    told = resolve_config(parse_config([*argv, "--eval_batch_size", "100"]), data_recipe="digits")
+    published = resolve_config(parse_config(["--dataset", "imagenet", "--arch", "cream_14"]), data_recipe="imagenet")
+    sizes = [
+        [
+            one.evaluation_batch(in_memory=in_memory, on_gpu=on_gpu)
+            for in_memory in (True, False)
+            for on_gpu in (True, False)
+        ]
+        for one in (config, told, published)
+    ]
+    assert sizes == [[1000, 100, 100, 100], [100] * 4, [512] * 4]
+
+
+def test_an_update_by_rmsprop_is_few_operations_beside_the_passes():
+    """Of the network whose recipe takes it. A fused update by SGD is one, so a step has at most 1.3 times as many."""
+    request = BackboneRequest(arch="efficientnetb0", num_classes=10, crop_size=32, split_factor=2)
+    with torch.device("meta"):
+        network = build_splitnet(request, seed=0)
+    options = OptimizerOptions(optimizer="RMSpropTF")
+    optimizer = build_optimizer(options, parameter_groups(network, network.named_parameters(), options))
+    with CountedOperations() as passes:
+        network(torch.empty(2, 2, 3, 32, 32, device="meta")).sum().backward()
+    for _ in range(2):
+        with CountedOperations() as update:
+            guarded_step(optimizer, torch.zeros((), device="meta"))
+    assert sum(update.calls.values()) <= 0.3 * sum(passes.calls.values())
 
 
 @needs_gpu

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor, nn
 
 from tests.processes import run_processes
 from utils import distributed
@@ -65,6 +66,45 @@ def test_nobody_waits_for_ever(two: list[World], monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(distributed, "PATIENCE", 0.0)
     with pytest.raises(RunError, match="process 0 has not opened the data after 0 hours"):
         distributed.main_first(two[1], lambda: None)
+
+
+def test_the_others_wait_outside_of_exchanges_until_process_0_has_done_what_is_its_own(two: list[World]) -> None:
+    may_end, order = threading.Event(), list[str]()
+
+    def follow() -> None:
+        assert distributed.main_alone(two[1], lambda: order.append("never"), what="saved") is None
+        order.append("other")
+
+    other = threading.Thread(target=follow)
+    other.start()
+    main = threading.Thread(
+        target=lambda: distributed.main_alone(two[0], lambda: (may_end.wait(10), order.append("main")), what="saved")
+    )
+    main.start()
+    time.sleep(0.05)
+    assert order == []
+    may_end.set()
+    main.join(10)
+    other.join(10)
+    assert order == ["main", "other"]
+
+
+def test_buffers_are_sent_by_type_and_not_one_by_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    network = nn.Sequential(nn.Conv2d(1, 3, 1), nn.BatchNorm2d(3), nn.BatchNorm2d(3))
+    network.register_buffer("grid", torch.ones(1, 3, 2, 2).to(memory_format=torch.channels_last))
+    sent: list[torch.dtype] = []
+
+    def from_process_0(flat: Tensor, src: int) -> None:
+        sent.append(flat.dtype)
+        flat += 1
+
+    expected = {name: value + 1 for name, value in network.named_buffers()}
+    monkeypatch.setattr(distributed, "is_alone", lambda: False)
+    monkeypatch.setattr(torch.distributed, "broadcast", from_process_0)
+    distributed.broadcast_buffers(network)
+    assert sorted(map(str, sent)) == ["torch.float32", "torch.int64"]
+    for name, value in network.named_buffers():
+        assert torch.equal(value, expected[name])
 
 
 def test_a_process_alone_waits_for_nobody() -> None:

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from utils.device import Fetched
 from utils.errors import RunError
 
 _NEVER = 2**62
@@ -83,11 +84,21 @@ class NonfiniteGuard:
 
     def read(self, all_reduce: Callable[[Tensor], Tensor]) -> NonfiniteSteps | None:
         """What was found so far, over all processes; None if every step was finite."""
-        found = all_reduce(torch.cat([self._bad_steps.reshape(1), self._networks_S])).tolist()
-        if found[0] == 0:
-            return None
-        networks = tuple(i for i, number in enumerate(found[1:]) if number > 0)
-        return NonfiniteSteps(self.count(), int(self._first_step), networks)
+        return self.reading(all_reduce)()
+
+    def reading(self, all_reduce: Callable[[Tensor], Tensor]) -> Callable[[], NonfiniteSteps | None]:
+        """As `read`, but the host waits only where what this returns is called. Later steps do not change it."""
+        together = Fetched(all_reduce(torch.cat([self._bad_steps.reshape(1), self._networks_S])))
+        own = Fetched(torch.stack([self._bad_steps, self._first_step.double()]))  # double has room for every step
+
+        def found() -> NonfiniteSteps | None:
+            bad_steps, *networks_S = together.get().tolist()
+            if bad_steps == 0:
+                return None
+            count, first_step = map(int, own.get().tolist())
+            return NonfiniteSteps(count, first_step, tuple(i for i, number in enumerate(networks_S) if number > 0))
+
+        return found
 
     def count(self) -> int:
         """Number of bad steps in this process."""

@@ -7,13 +7,14 @@ import re
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from types import MappingProxyType
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 from torch.optim import Optimizer
 
+from training.flat import Flat
 from training.options import OptimizerOptions
 from utils.errors import UserError
 
@@ -258,7 +259,9 @@ def guarded_step(optimizer: Optimizer, found_nonfinite: Tensor) -> None:
     for group in optimizer.param_groups:
         for parameter in group["params"]:
             gradient = parameter.grad
-            if gradient is not None and not _lie_alike(gradient, parameter):
+            if gradient is None or gradient.stride() == parameter.stride():  # nearly always
+                continue
+            if not _lie_alike(gradient, parameter):
                 # Fused kernels read memory as it lies; autograd's own gradients always lie as their parameters do.
                 parameter.grad = torch.empty_like(parameter).copy_(gradient)
     optimizer.found_inf = found_nonfinite  # type: ignore[attr-defined]
@@ -293,6 +296,7 @@ class RMSprop(Optimizer):
     """
 
     _step_supports_amp_scaling = True
+    _storages: dict[int, tuple[list[Tensor], list["_Storage"]]]
 
     def __init__(
         self,
@@ -318,57 +322,129 @@ class RMSprop(Optimizer):
                 "tensorflow": tensorflow,
             },
         )
+        self._storages = {}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """What is loaded or copied is brought to one storage by the next step."""
+        super().__setstate__(state)
+        self._storages = {}
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
-        """One update of every parameter that has a gradient."""
+        """One update of every parameter that has a gradient; the number of operations does not depend on how many."""
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        for group in self.param_groups:
-            parameters = [p for p in group["params"] if p.grad is not None]
-            if parameters:
-                self._update(group, parameters)
+        found_inf = getattr(self, "found_inf", None)
+        skips = None if found_inf is None else found_inf != 0
+        for number, group in enumerate(self.param_groups):
+            for storage in self._stored(number, group):
+                self._update(group, storage, skips)
         return loss
 
-    def _update(self, group: dict[str, Any], parameters: list[Tensor]) -> None:
-        for parameter in parameters:
-            state = self.state[parameter]
-            if not state:
-                state["square_avg"] = torch.full_like(parameter, 1.0 if group["tensorflow"] else 0.0)
-                state["momentum_buffer"] = torch.zeros_like(parameter)
-        squares = [self.state[p]["square_avg"] for p in parameters]
-        buffers = [self.state[p]["momentum_buffer"] for p in parameters]
-        gradients: Any = [p.grad for p in parameters]
-        grad_scale, found_inf = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
+    def _stored(self, number: int, group: dict[str, Any]) -> list["_Storage"]:
+        """The storage of a group: one for each type and device among its parameters."""
+        parameters = group["params"]
+        known, storages = self._storages.get(number, ([], []))
+        if len(known) != len(parameters) or any(a is not b for a, b in zip(known, parameters, strict=True)):
+            alike: dict[Any, list[Tensor]] = {}
+            for parameter in parameters:
+                alike.setdefault((parameter.dtype, parameter.device), []).append(parameter)
+            storages = [_Storage(some, square_avg=1.0 if group["tensorflow"] else 0.0) for some in alike.values()]
+            self._storages[number] = (list(parameters), storages)
+        return storages
 
-        if grad_scale is not None:
-            gradients = torch._foreach_div(gradients, grad_scale)
+    def _update(self, group: dict[str, Any], storage: "_Storage", skips: Tensor | None) -> None:
+        trained = [i for i, parameter in enumerate(storage.parameters) if parameter.grad is not None]
+        if not trained:
+            return
+        storage.adopt(self.state, trained)
+        parameters = [storage.parameters[i] for i in trained]
+        torch._foreach_copy_(storage.gradients.of(trained), [p.grad for p in parameters if p.grad is not None])
+        torch._foreach_copy_(storage.weights.of(trained), parameters)
+
+        gradients, weights = storage.gradients.whole, storage.weights.whole
+        squares, new_squares = storage.squares.whole, storage.new_squares.whole
+        buffers, new_buffers = storage.buffers.whole, storage.new_buffers.whole
+        if (grad_scale := getattr(self, "grad_scale", None)) is not None:
+            gradients.div_(grad_scale)
         if group["weight_decay"] != 0:
-            gradients = torch._foreach_add(gradients, parameters, alpha=group["weight_decay"])
-        new_squares = torch._foreach_mul(squares, group["alpha"])
-        torch._foreach_addcmul_(new_squares, gradients, gradients, 1 - group["alpha"])
+            gradients.add_(weights, alpha=group["weight_decay"])
+        torch.mul(squares, group["alpha"], out=new_squares).addcmul_(gradients, gradients, value=1 - group["alpha"])
         if group["tensorflow"]:
-            roots = torch._foreach_add(new_squares, group["eps"])
-            torch._foreach_sqrt_(roots)
+            updates = gradients.div_(new_squares.add(group["eps"]).sqrt_()).mul_(group["lr"])
         else:
-            roots = torch._foreach_sqrt(new_squares)
-            torch._foreach_add_(roots, group["eps"])
-        updates = torch._foreach_div(gradients, roots)
-        if group["tensorflow"]:
-            torch._foreach_mul_(updates, group["lr"])
-        new_buffers = torch._foreach_mul(buffers, group["momentum"])
-        torch._foreach_add_(new_buffers, updates)
-        steps = new_buffers if group["tensorflow"] else torch._foreach_mul(new_buffers, group["lr"])
-        new_parameters = torch._foreach_sub(parameters, steps)
+            updates = gradients.div_(new_squares.sqrt().add_(group["eps"]))
+        torch.mul(buffers, group["momentum"], out=new_buffers).add_(updates)
+        new_weights = weights - (new_buffers if group["tensorflow"] else new_buffers.mul(group["lr"]))
 
-        skips = None if found_inf is None else found_inf != 0
-        for old, new in ((squares, new_squares), (buffers, new_buffers), (parameters, new_parameters)):
-            if skips is None:
-                torch._foreach_copy_(old, new)
+        if skips is not None:
+            for old, new in ((squares, new_squares), (buffers, new_buffers), (weights, new_weights)):
+                torch.where(skips, old, new, out=new)
+        weights.copy_(new_weights)
+        torch._foreach_copy_(parameters, storage.weights.of(trained))
+        for old_side, new_side in ((storage.squares, storage.new_squares), (storage.buffers, storage.new_buffers)):
+            if len(trained) == len(storage.parameters):
+                old_side.whole.copy_(new_side.whole)
             else:
-                torch._foreach_copy_(old, [torch.where(skips, *pair) for pair in zip(old, new, strict=True)])
+                torch._foreach_copy_(old_side.of(trained), new_side.of(trained))
+
+
+class _Storage:
+    """RMSprop's storage for parameters of one group, type and device: one tensor for each of their states, of which
+    `optimizer.state` has the parts.
+
+    So an operation on a state is one, however many parameters there are. What lies between the parts, for alignment,
+    and in the parts of parameters without gradients, is computed and never read.
+
+    Args:
+        parameters: in their order.
+        square_avg: what a mean square starts at.
+
+    Attributes:
+        squares, buffers: the states.
+        new_squares, new_buffers, gradients, weights: room for a step; kept, because parts take long to make.
+    """
+
+    def __init__(self, parameters: list[Tensor], *, square_avg: float) -> None:
+        self.parameters = parameters
+        self.squares, self.buffers = Flat(parameters, square_avg), Flat(parameters)
+        self.new_squares, self.new_buffers = Flat(parameters), Flat(parameters)
+        self.gradients, self.weights = Flat(parameters), Flat(parameters)
+
+    def adopt(self, state: Mapping[Tensor, dict[str, Tensor]], places: Sequence[int]) -> None:
+        """Let the states of these parameters be parts of the whole; values that were loaded are taken over."""
+        for place in places:
+            own = state[self.parameters[place]]
+            for name, side in (("square_avg", self.squares), ("momentum_buffer", self.buffers)):
+                part, value = side.parts[place], own.get(name)
+                if value is not part:
+                    if value is not None:
+                        part.copy_(value)
+                    own[name] = part
+
+
+class _Pair(NamedTuple):
+    """A parameter or buffer, where its module keeps it, and its average."""
+
+    owner: Mapping[str, Tensor | None]
+    key: str
+    value: Tensor
+    average: Tensor
+
+
+def _pairs(module: nn.Module, average: Mapping[str, Tensor]) -> list[_Pair]:
+    """Everything that the module's state dict names, beside its average.
+
+    What a hook has put there, and no module keeps, is in no owner: it is asked for anew in every update.
+    """
+    places: dict[int, tuple[Mapping[str, Tensor | None], str]] = {}
+    for part in module.modules():
+        for owner in (part._parameters, part._buffers):
+            places.update((id(value), (owner, key)) for key, value in owner.items())
+    state = module.state_dict(keep_vars=True)
+    return [_Pair(*places.get(id(state[name]), ({}, name)), state[name], value) for name, value in average.items()]
 
 
 class WeightAverage:
@@ -382,16 +458,19 @@ class WeightAverage:
     def __init__(self, module: nn.Module, decay: float) -> None:
         self.decay = decay
         self._average = {name: value.clone() for name, value in module.state_dict().items()}
+        self._pairs: list[_Pair] = []
 
     @torch.no_grad()
     def update(self, module: nn.Module) -> None:
-        """Move the average towards the module's present state."""
-        state = module.state_dict()
-        averaged = [name for name, value in state.items() if value.is_floating_point()]
-        copied = [name for name, value in state.items() if not value.is_floating_point()]
-        torch._foreach_lerp_([self._average[n] for n in averaged], [state[n] for n in averaged], 1 - self.decay)
+        """Move the average towards the module's present state; the same module in every call."""
+        # walking the modules takes longer than the update; a tensor is replaced now and then (`stacked` does so)
+        if not self._pairs or any(pair.owner.get(pair.key) is not pair.value for pair in self._pairs):
+            self._pairs = _pairs(module, self._average)
+        averaged = [pair for pair in self._pairs if pair.value.is_floating_point()]
+        copied = [pair for pair in self._pairs if not pair.value.is_floating_point()]
+        torch._foreach_lerp_([p.average for p in averaged], [p.value for p in averaged], 1 - self.decay)
         if copied:
-            torch._foreach_copy_([self._average[n] for n in copied], [state[n] for n in copied])
+            torch._foreach_copy_([p.average for p in copied], [p.value for p in copied])
 
     @contextmanager
     def applied_to(self, module: nn.Module) -> Iterator[None]:

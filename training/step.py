@@ -188,7 +188,7 @@ class TrainingStep:
         step: Tensor,
     ) -> StepOutput:
         """The part of a step that a CUDA graph can hold: what changes from step to step comes as a tensor."""
-        before = self.update.snapshot()
+        self.update.keep_buffers()
         with self._gradient_exchange(progress.updates):
             output = forward_backward(
                 self.model,
@@ -203,7 +203,7 @@ class TrainingStep:
         if progress.updates:
             if self.method.reduces_own_gradients and self.world.world_size > 1:
                 self.method.reduce_gradients()
-            self.update(output.loss, output.logits_SBK, step, before)
+            self.update(output.loss, output.logits_SBK, step)
         return output._replace(loss=output.loss.detach())
 
     def _gradient_exchange(self, updates: bool) -> AbstractContextManager[Any]:

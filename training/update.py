@@ -2,13 +2,59 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from training.flat import Flat
 from training.guard import NonfiniteGuard
 from training.optim import WeightAverage, clip_gradients, guarded_step
+
+
+class KeptBuffers:
+    """A module's buffers as they were, in a few operations however many there are.
+
+    Args:
+        module: keeps its structure; its buffers may be replaced by others of their form.
+    """
+
+    def __init__(self, module: nn.Module) -> None:
+        self._places = [
+            (part._buffers, name)
+            for part in module.modules()
+            for name, value in part._buffers.items()
+            if value is not None
+        ]
+        self._kept: list[tuple[list[int], Flat, Flat]] = []  # of one type each: which, before a step and after it
+
+    def _buffers(self) -> list[Tensor]:
+        return [value for owner, name in self._places if (value := owner[name]) is not None]
+
+    @torch.no_grad()
+    def keep(self) -> None:
+        """Copy them."""
+        buffers = self._buffers()
+        if not self._kept:
+            by_type: dict[Any, list[int]] = {}
+            for i, buffer in enumerate(buffers):
+                by_type.setdefault((buffer.dtype, buffer.device), []).append(i)
+            self._kept = [
+                (some, Flat([buffers[i] for i in some]), Flat([buffers[i] for i in some])) for some in by_type.values()
+            ]
+        for some, before, _ in self._kept:
+            torch._foreach_copy_(before.parts, [buffers[i] for i in some])
+
+    @torch.no_grad()
+    def restore(self, wanted: Tensor) -> None:
+        """Where the flag is true, give the buffers back what was kept; the host does not ask."""
+        buffers = self._buffers()
+        for some, before, after in self._kept:
+            own = [buffers[i] for i in some]
+            torch._foreach_copy_(after.parts, own)
+            torch.where(wanted, before.whole, after.whole, out=after.whole)
+            torch._foreach_copy_(own, after.parts)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,7 +69,7 @@ class WeightUpdate:
         guard: notes non-finite steps.
         average: moving average of the network, if any.
         clip_grad: largest global norm of the gradient; None: no limit.
-        restores_buffers: a non-finite step leaves the network's buffers as `snapshot` found them.
+        kept: a non-finite step leaves the network's buffers as `keep_buffers` found them; None: as the step left them.
     """
 
     network: nn.Module
@@ -33,20 +79,20 @@ class WeightUpdate:
     guard: NonfiniteGuard
     average: WeightAverage | None
     clip_grad: float | None
-    restores_buffers: bool
+    kept: KeptBuffers | None
 
-    def snapshot(self) -> list[Tensor]:
-        """Copies of the network's buffers before a forward pass, as far as they may have to be restored."""
-        return [buffer.clone() for buffer in self.network.buffers()] if self.restores_buffers else []
+    def keep_buffers(self) -> None:
+        """Before a forward pass: copy the network's buffers, as far as they may have to be restored."""
+        if self.kept is not None:
+            self.kept.keep()
 
-    def __call__(self, loss: Tensor, logits_SBK: Tensor, step: Tensor, before: Sequence[Tensor]) -> None:
+    def __call__(self, loss: Tensor, logits_SBK: Tensor, step: Tensor) -> None:
         """One update from the gradients that lie in the parameters, which it then drops.
 
         Args:
             loss: scalar.
             logits_SBK: of this step; only used to name the networks of a non-finite one.
             step: int64 scalar, its number.
-            before: from `snapshot`.
         """
         scaled = self.scaler.is_enabled()
         if scaled:
@@ -60,8 +106,7 @@ class WeightUpdate:
         else:
             guarded_step(self.optimizer, bad)
         self.optimizer.zero_grad(set_to_none=True)
-        if before:
-            for buffer, old in zip(self.network.buffers(), before, strict=True):
-                buffer.copy_(torch.where(bad > 0, old, buffer))
+        if self.kept is not None:
+            self.kept.restore(bad > 0)
         if self.average is not None:
             self.average.update(self.network)

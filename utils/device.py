@@ -3,12 +3,39 @@
 import os
 
 import torch
+from torch import Tensor
 
 
 def wait_for(device: torch.device) -> None:
     """Wait until a GPU has done all that it was asked to do; a CPU has."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
+
+
+class Fetched:
+    """A tensor on its way to the host. Waiting for it waits for nothing that the device is asked for later.
+
+    Args:
+        value: must not be written to after this, unless by what the device is asked for later.
+    """
+
+    def __init__(self, value: Tensor) -> None:
+        self._event: torch.cuda.Event | None = None
+        self._host = value
+        if value.device.type == "cuda":
+            self._host = torch.empty_like(value, device="cpu", pin_memory=True).copy_(value, non_blocking=True)
+            self._event = torch.cuda.Event()
+            self._event.record(torch.cuda.current_stream(value.device))
+
+    def is_here(self) -> bool:
+        """Whether `get` would not wait."""
+        return self._event is None or self._event.query()
+
+    def get(self) -> Tensor:
+        """The tensor on the host."""
+        if self._event is not None:
+            self._event.synchronize()
+        return self._host
 
 
 def ask_for_determinism(asked: bool) -> None:

@@ -42,11 +42,27 @@ def all_gather_rows(rows: Tensor, sizes: Sequence[int] | None = None) -> Tensor:
         return rows
     if sizes is None:
         sizes = gather_counts(len(rows), rows.device)
+    if min(sizes) == max(sizes):
+        everyones = rows.new_empty((sum(sizes), *rows.shape[1:]))
+        dist.all_gather_into_tensor(everyones, rows.contiguous())
+        return everyones
     padded = rows.new_zeros((max(sizes), *rows.shape[1:]))
     padded[: len(rows)] = rows
     parts = [torch.empty_like(padded) for _ in sizes]
     dist.all_gather(parts, padded)
     return torch.cat([part[:size] for part, size in zip(parts, sizes, strict=True)])
+
+
+def exchange_rows(outgoing: Tensor, *, sent_W: Sequence[int], received_W: Sequence[int]) -> Tensor:
+    """Rows for each process in rank order -> rows from each process in rank order. No gradient; the host does not wait.
+
+    Args:
+        outgoing: [sum of sent_W, ...], contiguous.
+        sent_W, received_W: how many rows are for, and come from, every process.
+    """
+    incoming = outgoing.new_empty((sum(received_W), *outgoing.shape[1:]))
+    dist.all_to_all_single(incoming, outgoing, list(received_W), list(sent_W))
+    return incoming
 
 
 def gather_values(value: Any) -> list[Any]:
@@ -86,8 +102,14 @@ def broadcast_buffers(module: nn.Module) -> None:
     """Give every process the buffers of process 0, whose BN statistics are the run's (as in the published runs)."""
     if is_alone():
         return
+    by_type: dict[Any, list[Tensor]] = {}
     for buffer in module.buffers():
-        dist.broadcast(buffer, src=0)
+        by_type.setdefault((buffer.dtype, buffer.device), []).append(buffer)
+    for buffers in by_type.values():  # an exchange for each buffer takes longer than all of them together
+        flat = torch.cat([buffer.reshape(-1) for buffer in buffers])
+        dist.broadcast(flat, src=0)
+        parts = flat.split([buffer.numel() for buffer in buffers])
+        torch._foreach_copy_(buffers, [part.view(b.shape) for part, b in zip(parts, buffers, strict=True)])
 
 
 def barrier() -> None:
@@ -105,6 +127,19 @@ def main_first(world: World, work: Callable[[], T]) -> T:
     Raises:
         RunError: process 0 is not done after PATIENCE.
     """
+    result = main_alone(world, work, what="opened the data")
+    return result if world.store is None or world.is_main else work()  # type: ignore[return-value]
+
+
+def main_alone(world: World, work: Callable[[], T], *, what: str) -> T | None:
+    """What `work` gives, in process 0; the others wait for it as in `main_first`, and get None.
+
+    Args:
+        what: it has done then, as the end of "process 0 has not …".
+
+    Raises:
+        RunError: as `main_first`.
+    """
     if world.store is None:
         return work()
     key = f"done first/{next(world.waits)}"
@@ -112,9 +147,10 @@ def main_first(world: World, work: Callable[[], T]) -> T:
         result = work()
         world.store.set(key, "")
         return result
-    deadline = time.monotonic() + PATIENCE
+    deadline, pause = time.monotonic() + PATIENCE, INTERVAL / 256
     while not world.store.check([key]):
         if time.monotonic() > deadline:
-            raise RunError(f"process 0 has not opened the data after {PATIENCE / 3600:.0f} hours.")
-        time.sleep(INTERVAL)  # not in the store, which the heartbeat needs meanwhile
-    return work()
+            raise RunError(f"process 0 has not {what} after {PATIENCE / 3600:.0f} hours.")
+        time.sleep(pause)  # not in the store, which the heartbeat needs meanwhile
+        pause = min(2 * pause, INTERVAL)
+    return None

@@ -18,9 +18,9 @@ from torch.nn import functional as F
 
 from model.layers.dilated import conv2d
 from model.layers.random import RandomLayer
-from model.layers.sync_norm import ProcessSyncBatchNorm
+from model.layers.sync_norm import ProcessSyncBatchNorm, SyncBatchNorm
 
-NORMS = (nn.BatchNorm2d, nn.SyncBatchNorm, ProcessSyncBatchNorm)
+NORMS = (nn.BatchNorm2d, nn.SyncBatchNorm, SyncBatchNorm, ProcessSyncBatchNorm)
 
 
 class NotStackable(Exception):

@@ -73,6 +73,95 @@ class ProcessSyncBatchNorm(_BatchNorm):
         return normalised.to(input.dtype)
 
 
+class _NormOverProcesses(torch.autograd.Function):
+    """Batch normalisation over the images of all GPUs, by the kernels of torch's own layer.
+
+    torch's takes processes without an image out of its sums, by a mask that the host waits for, three times a layer and
+    step. Here every process has at least one.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        input: Tensor,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        running: tuple[Tensor | None, Tensor | None],
+        eps: float,
+        momentum: float,
+        group: dist.ProcessGroup | None,
+    ) -> Tensor:
+        input = _dense(input)
+        mean_C, invstd_C = torch.batch_norm_stats(input, eps)
+        count = mean_C.new_full((1,), input.numel() // input.shape[1])
+        own = torch.cat([mean_C, invstd_C, count])
+        everyones = own.new_empty(dist.get_world_size(group) * own.numel())
+        dist.all_gather_into_tensor(everyones, own, group=group)
+        means_WC, invstds_WC, counts_W1 = everyones.view(-1, own.numel()).split([len(mean_C), len(mean_C), 1], dim=1)
+        counts_W = counts_W1.reshape(-1)
+        running_mean, running_var = running
+        mean_C, invstd_C = torch.batch_norm_gather_stats_with_counts(
+            input,
+            means_WC.contiguous(),
+            invstds_WC.contiguous(),
+            running_mean,
+            running_var,
+            momentum,
+            eps,
+            counts_W if running_mean is None else counts_W.to(running_mean.dtype),
+        )
+        ctx.save_for_backward(input, weight, mean_C, invstd_C, counts_W.to(torch.int32))
+        ctx.group = group
+        return torch.batch_norm_elemt(input, weight, bias, mean_C, invstd_C, eps)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        gradient = _dense(gradients[0])
+        input, weight, mean_C, invstd_C, counts_W = ctx.saved_tensors
+        sum_C, sum_of_products_C, of_weight, of_bias = torch.batch_norm_backward_reduce(
+            gradient, input, mean_C, invstd_C, weight, *ctx.needs_input_grad[:3]
+        )
+        of_input = None
+        if ctx.needs_input_grad[0]:
+            sums = torch.cat([sum_C, sum_of_products_C])
+            dist.all_reduce(sums, group=ctx.group)
+            sum_C, sum_of_products_C = sums.split(len(sum_C))
+            weight = weight if weight is None else weight.to(mean_C.dtype)
+            of_input = torch.batch_norm_backward_elemt(
+                gradient, input, mean_C, invstd_C, weight, sum_C, sum_of_products_C, counts_W
+            )
+        return of_input, of_weight, of_bias, None, None, None, None
+
+
+def _dense(value: Tensor) -> Tensor:
+    """A tensor in one of the layouts that the kernels know."""
+    is_dense = value.is_contiguous() or (value.dim() == 4 and value.is_contiguous(memory_format=torch.channels_last))
+    return value if is_dense else value.contiguous()
+
+
+class SyncBatchNorm(nn.SyncBatchNorm):
+    """torch's layer for GPUs, which in a training step waits for nothing; every process must have an image.
+
+    Nor does it count its batches on the host: a momentum of None, an average over all batches, is left to torch.
+    """
+
+    def forward(self, input: Tensor) -> Tensor:
+        """[B, C, ...] -> the same shape, normalised over all dimensions but C and over all processes."""
+        group = self.process_group  # None: the job's own
+        alone = not dist.is_initialized() or dist.get_world_size(group) == 1
+        if alone or not self.training or self.momentum is None:
+            return super().forward(input)
+        self._check_input_dim(input)
+        self._check_non_zero_input_channels(input)
+        running = (self.running_mean, self.running_var) if self.track_running_stats else (None, None)
+        if self.track_running_stats and self.num_batches_tracked is not None:
+            self.num_batches_tracked.add_(1)
+        output: Tensor = _NormOverProcesses.apply(
+            input, self.weight, self.bias, running, self.eps, self.momentum, group
+        )
+        return output
+
+
 class _ThenDropAndAct(nn.Module):
     """What timm's BatchNormAct2d does behind the norm; under its names, which `act` needs where it has parameters."""
 
@@ -89,7 +178,7 @@ class ProcessSyncBatchNormAct(_ThenDropAndAct, ProcessSyncBatchNorm):
     """timm's BatchNormAct2d over all processes, where torch has no synchronised norm."""
 
 
-class SyncBatchNormAct(_ThenDropAndAct, nn.SyncBatchNorm):
+class SyncBatchNormAct(_ThenDropAndAct, SyncBatchNorm):
     """timm's BatchNormAct2d over all processes, on GPUs."""
 
 
@@ -107,7 +196,7 @@ def synchronise_batchnorm(module: nn.Module, device: torch.device) -> nn.Module:
         UserError: a batch norm of another kind; nothing has been replaced then.
     """
     on_gpu = device.type == "cuda"
-    done = nn.SyncBatchNorm if on_gpu else ProcessSyncBatchNorm
+    done = SyncBatchNorm if on_gpu else ProcessSyncBatchNorm
     found: dict[int, nn.Module] = {}
     restore_narrow_norms(module)
     for name, norm in module.named_modules():
@@ -120,7 +209,7 @@ def synchronise_batchnorm(module: nn.Module, device: torch.device) -> nn.Module:
         if "forward" in vars(norm):
             raise _refusal(name, norm)
         if on_gpu:
-            found[id(norm)] = _synced(norm, SyncBatchNormAct if has_act else nn.SyncBatchNorm)
+            found[id(norm)] = _synced(norm, SyncBatchNormAct if has_act else SyncBatchNorm)
         else:
             found[id(norm)] = _synced(norm, ProcessSyncBatchNormAct if has_act else ProcessSyncBatchNorm)
     for parent in list(module.modules()):

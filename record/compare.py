@@ -1,12 +1,9 @@
 """Finished runs side by side: accuracy, sizes and time per configuration, mean and spread over the seeds.
 
-`python -m utils.compare RUN_DIR ...` is the command line; `script/compare_methods.sh` makes the runs.
+`python -m utils.compare RUN_DIR ...` is the command line; `script/compare_methods.sh` makes the runs. A comparison at
+equal budget is `record.equal_budget`'s.
 """
 
-import csv
-import io
-import json
-import math
 import statistics
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -14,236 +11,192 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from record.run_folder import HPARAMS, read_results
-from utils.errors import UserError
+from record import tables
+from record.runs import FinishedRun, Spread, grouped, networks_of, read_run, spread_numbers, spread_text
 
-# flags that say where, on what and how talkatively a run is made, not what comes out
-NOT_COMPARED = {"seed", "model_dir", "resume", "config", "workers", "print_freq", "proc_name", "json", "max_ckpt_nums"}
-NOT_COMPARED |= {"save_steps", "gpu", "gpu_ids", "rank", "dist_url"}
-NEEDED = {"method", "arch", "seed", "acc1", "ensemble_acc1", "best_acc1", "best_ensemble_acc1", "params_total"}
-NEEDED |= {"macs_total", "seconds", "best_chosen_on"}
+__all__ = ["compare_runs", "csv_table", "latex", "markdown", "plot_comparison", "read_run"]
+
 GREY = "#444444"
-
-
-@dataclass(frozen=True)
-class FinishedRun:
-    """One run directory.
-
-    Attributes:
-        folder: the directory.
-        settings: value of every flag that is compared, by name.
-        results: results.json.
-    """
-
-    folder: Path
-    settings: Mapping[str, Any]
-    results: Mapping[str, Any]
-
-
-@dataclass(frozen=True)
-class Spread:
-    """Mean and sample standard deviation; None where there is one value only."""
-
-    mean: float
-    std: float | None
-
-    @classmethod
-    def of(cls, values: Sequence[float]) -> "Spread":
-        """Over the seeds."""
-        return cls(statistics.fmean(values), statistics.stdev(values) if len(values) > 1 else None)
-
-    def text(self, digits: int) -> str:
-        """`mean ± std`."""
-        return f"{self.mean:.{digits}f}" + ("" if self.std is None else f" ± {self.std:.{digits}f}")
+TITLES = (
+    *("method", "networks", "seeds", "one network, last", "one network, best", "ensemble, last", "ensemble, best"),
+    *("NLL", "ECE", "parameters", "MACs", "seconds"),
+)
+IS_NUMBER = [False, False, *[True] * (len(TITLES) - 2)]
+SPREADS = ("single_last", "single_best", "ensemble_last", "ensemble_best", "nll_last", "ece_last", "seconds")
 
 
 @dataclass(frozen=True)
 class Row:
-    """One configuration over its seeds; accuracies in percent.
+    """One configuration over its seeds, or one run that has not ended; accuracies in percent, None where unknown.
 
     Attributes:
-        label: the method, and the flags in which it differs from other rows of the same method.
+        label: the method and S, and the flags in which it differs from other rows of the same method and S.
         networks: what was trained, in words; num_networks: how many networks.
         seeds: in ascending order.
         single_last, single_best: mean top-1 over the networks, after the last and the best epoch.
-        ensemble_last, ensemble_best: top-1 of the ensemble. The best epoch is the ensemble's.
+        ensemble_last, ensemble_best: top-1 of the ensemble; one network is its own. The best epoch is the ensemble's.
+        nll_last, ece_last: of the ensemble, after the last epoch.
         params, macs: of all networks together, as deployed; macs are multiply-adds of one image.
         seconds: of a whole run, its evaluations included.
+        is_finished: whether the run has ended.
     """
 
     label: str
     networks: str
     num_networks: int
     seeds: tuple[int, ...]
-    single_last: Spread
-    single_best: Spread
-    ensemble_last: Spread
-    ensemble_best: Spread
-    params: int
-    macs: int
-    seconds: Spread
-
-
-def read_run(folder: Path) -> FinishedRun:
-    """A run directory of train_split.py.
-
-    Raises:
-        UserError: no folder, or none of a run that has ended.
-    """
-    if not folder.is_dir():
-        raise UserError(f"{folder} is not a folder: give run directories (--model_dir of train_split.py).")
-    try:
-        hparams = json.loads((folder / HPARAMS).read_text(encoding="utf-8"))
-        settings = {name: item["value"] for name, item in hparams.items() if name not in NOT_COMPARED}
-    except (OSError, ValueError, TypeError, KeyError, AttributeError):
-        raise UserError(f"{folder} is no run directory: {HPARAMS} is missing or foreign. Leave it out.") from None
-    results = read_results(folder)
-    if results is None:
-        raise UserError(f"{folder}: the run has not ended. Finish it with --resume auto, or leave it out.")
-    missing = NEEDED - results.keys()
-    if missing:
-        raise UserError(f"{folder}: results.json is not that of a training run: no {min(missing)}. Leave it out.")
-    for name in sorted(NEEDED):
-        if not _is_usable(name, results[name]):
-            raise UserError(f"{folder}: results.json has {name} {results[name]!r}, no figure to compare. Leave it out.")
-    return FinishedRun(folder, settings, results)
-
-
-def _is_usable(name: str, value: Any) -> bool:
-    """Whether a value of results.json is of its kind; a figure that was not finite is none there."""
-    if name in ("method", "arch", "best_chosen_on"):
-        return isinstance(value, str)
-    if name in ("acc1", "best_acc1"):
-        return isinstance(value, list) and bool(value) and all(map(_is_number, value))
-    return _is_number(value)
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    single_last: Spread | None
+    single_best: Spread | None
+    ensemble_last: Spread | None
+    ensemble_best: Spread | None
+    nll_last: Spread | None
+    ece_last: Spread | None
+    params: int | None
+    macs: int | None
+    seconds: Spread | None
+    is_finished: bool = True
 
 
 def compare_runs(runs: Sequence[FinishedRun]) -> list[Row]:
     """One row per configuration, in the order in which each was met first; runs of one differ by the seed alone.
 
-    A folder that was given twice counts once.
+    A run that has not ended is a row of its own, behind the others.
 
     Raises:
         UserError: two runs of one configuration with the same seed.
     """
-    groups: dict[str, list[FinishedRun]] = {}
-    for run in {run.folder.resolve(): run for run in runs}.values():
-        groups.setdefault(json.dumps(run.settings, sort_keys=True), []).append(run)
-    for group in groups.values():
-        first: dict[int, Path] = {}
-        for run in group:
-            other = first.setdefault(run.results["seed"], run.folder)
-            if other != run.folder:
-                raise UserError(f"{other} and {run.folder} have the same configuration and seed: leave one out.")
-    labels = _labels([group[0] for group in groups.values()])
-    return [_row(label, group) for label, group in zip(labels, groups.values(), strict=True)]
+    groups = grouped([run for run in runs if run.is_finished])
+    unfinished = {run.folder.resolve(): run for run in runs if not run.is_finished}
+    groups += [[run] for run in unfinished.values()]
+    labels = _labels([group[0] for group in groups])
+    return [_row(label, group) for label, group in zip(labels, groups, strict=True)]
 
 
 def _labels(runs: Sequence[FinishedRun]) -> list[str]:
-    """The method of each, and what tells it from the others of the same method."""
-    count = Counter(run.results["method"] for run in runs)
+    """The method and S of each, what tells it from others of the same, and how far it is if it has not ended."""
+    names = [f"{run.results['method']}, S = {_count(run)}" for run in runs]
+    count = Counter(names)
     labels = []
-    for run in runs:
-        alike = [other.settings for other in runs if other.results["method"] == run.results["method"]]
+    for name, run in zip(names, runs, strict=True):
+        alike = [other.settings for other, its in zip(runs, names, strict=True) if its == name]
         differing = [
-            name
-            for name in run.settings
-            if any(other.get(name) != run.settings[name] for other in alike) and name not in ("arch", "split_factor")
+            flag
+            for flag in run.settings
+            if any(other.get(flag) != run.settings[flag] for other in alike) and flag not in ("arch", "split_factor")
         ]
-        detail = ", ".join(f"{name} {_short(run.settings[name])}" for name in differing)
-        label = run.results["method"]
-        labels.append(f"{label} ({detail})" if count[label] > 1 and detail else label)
+        detail = ", ".join(f"{flag} {short(run.settings[flag])}" for flag in differing)
+        label = f"{name} ({detail})" if count[name] > 1 and detail else name
+        if not run.is_finished:
+            label += f" (unfinished: {run.progress})"
+        labels.append(label)
     return labels
 
 
-def _short(value: Any) -> str:
+def short(value: Any) -> str:
+    """The value of a flag in a label."""
     return ",".join(map(str, value)) if isinstance(value, list) else str(value)
 
 
+def _count(run: FinishedRun) -> int:
+    """S, also of a run without an evaluation."""
+    if "acc1" in run.results:
+        return len(run.results["acc1"])
+    listed = str(run.settings.get("arch", "")).count(",") + 1
+    return listed if listed > 1 else int(run.settings.get("split_factor") or 1)
+
+
 def _row(label: str, group: Sequence[FinishedRun]) -> Row:
-    results = sorted((run.results for run in group), key=lambda one: one["seed"])
+    group = sorted(group, key=lambda run: run.results["seed"] if run.results["seed"] is not None else -1)
+    results = [run.results for run in group]
     one = results[0]
+
+    def mean(result: Mapping[str, Any], name: str) -> float | None:
+        return statistics.fmean(result[name]) if name in result else None
+
     return Row(
         label=label,
-        networks=_networks(group[0]),
-        num_networks=len(one["acc1"]),
-        seeds=tuple(result["seed"] for result in results),
-        single_last=Spread.of([statistics.fmean(result["acc1"]) for result in results]),
-        single_best=Spread.of([statistics.fmean(result["best_acc1"]) for result in results]),
-        ensemble_last=Spread.of([result["ensemble_acc1"] for result in results]),
-        ensemble_best=Spread.of([result["best_ensemble_acc1"] for result in results]),
-        params=one["params_total"],
-        macs=one["macs_total"],
-        seconds=Spread.of([result["seconds"] for result in results]),
+        networks=networks_of(group[0]),
+        num_networks=_count(group[0]),
+        seeds=tuple(result["seed"] for result in results if result["seed"] is not None),
+        single_last=Spread.of_known([mean(result, "acc1") for result in results]),
+        single_best=Spread.of_known([mean(result, "best_acc1") for result in results]),
+        ensemble_last=Spread.of_known([result.get("ensemble_acc1") for result in results]),
+        ensemble_best=Spread.of_known([result.get("best_ensemble_acc1") for result in results]),
+        nll_last=Spread.of_known([run.figures.get("nll_last") for run in group]),
+        ece_last=Spread.of_known([run.figures.get("ece_last") for run in group]),
+        params=one.get("params_total"),
+        macs=one.get("macs_total"),
+        seconds=Spread.of_known([result.get("seconds") for result in results]),
+        is_finished=group[0].is_finished,
     )
 
 
-def _networks(run: FinishedRun) -> str:
-    """`2 x resnet20`, `resnet20 + wrn_16_1`, or `resnet110, S = 2`."""
-    names = [name.strip() for name in run.results["arch"].split(",")]
-    count = len(run.results["acc1"])
-    if len(names) > 1:
-        return f"{len(names)} x {names[0]}" if len(set(names)) == 1 else " + ".join(names)
-    return f"{names[0]}, S = {count}" if count > 1 else names[0]
+def _cells(rows: Sequence[Row]) -> list[list[str]]:
+    return [
+        [
+            row.label,
+            row.networks,
+            str(len(row.seeds)),
+            spread_text(row.single_last, 2),
+            spread_text(row.single_best, 2),
+            spread_text(row.ensemble_last, 2),
+            spread_text(row.ensemble_best, 2),
+            spread_text(row.nll_last, 4),
+            spread_text(row.ece_last, 4),
+            "" if row.params is None else f"{row.params:,}",
+            "" if row.macs is None else f"{row.macs:,}",
+            spread_text(row.seconds, 0),
+        ]
+        for row in rows
+    ]
 
 
 def markdown(rows: Sequence[Row]) -> str:
     """The rows as a Markdown table."""
-    lines = [
-        "| method | networks | seeds | one network, last | one network, best | ensemble, last | ensemble, best "
-        "| parameters | MACs | seconds |",
-        "| --- | --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: |",
-    ]
-    for row in rows:
-        ensemble = [row.ensemble_last.text(2), row.ensemble_best.text(2)] if row.num_networks > 1 else ["", ""]
-        cells = [row.label, row.networks, str(len(row.seeds)), row.single_last.text(2), row.single_best.text(2)]
-        cells += [*ensemble, f"{row.params:,}", f"{row.macs:,}", row.seconds.text(0)]
-        lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join(lines)
+    return tables.markdown_table(TITLES, IS_NUMBER, [_cells(rows)])
+
+
+def latex(rows: Sequence[Row]) -> str:
+    """The rows as a LaTeX `tabular`."""
+    return tables.latex_table(TITLES, IS_NUMBER, [_cells(rows)])
 
 
 def csv_table(rows: Sequence[Row]) -> str:
-    """The rows as CSV; the standard deviation of one run is empty."""
-    spreads = ("single_last", "single_best", "ensemble_last", "ensemble_best", "seconds")
-    file = io.StringIO()
-    writer = csv.writer(file, lineterminator="\n")
-    names = [f"{name}_{part}" for name in spreads for part in ("mean", "std")]
-    writer.writerow(["method", "networks", "num_networks", "seeds", "params", "macs", *names])
+    """The rows as CSV; the standard deviation of one run, and what a run does not say, is empty."""
+    names = [f"{name}_{part}" for name in SPREADS for part in ("mean", "std")]
+    titles = ["method", "networks", "num_networks", "seeds", "params", "macs", *names, "finished"]
+    lines = []
     for row in rows:
-        numbers = [value for name in spreads for value in _numbers(getattr(row, name))]
+        numbers = [value for name in SPREADS for value in spread_numbers(getattr(row, name))]
+        sizes = ["" if size is None else size for size in (row.params, row.macs)]
         seeds = " ".join(map(str, row.seeds))
-        writer.writerow([row.label, row.networks, row.num_networks, seeds, row.params, row.macs, *numbers])
-    return file.getvalue()
-
-
-def _numbers(spread: Spread) -> tuple[str, str]:
-    return f"{spread.mean:.4f}", "" if spread.std is None else f"{spread.std:.4f}"
+        lines.append([row.label, row.networks, row.num_networks, seeds, *sizes, *numbers, int(row.is_finished)])
+    return tables.csv_table(titles, lines)
 
 
 def plot_comparison(rows: Sequence[Row], path: Path) -> Path:
-    """Accuracy against MACs and against time as a PNG; returns `path`. Points of equal MACs stand side by side."""
+    """Accuracy against MACs and against time as a PNG; returns `path`. Every point stands at its true place.
+
+    Rows without accuracy are left out; a panel leaves out those without its other figure.
+    """
     from matplotlib.figure import Figure
     from matplotlib.lines import Line2D
 
     from record.plots import COLOURS
 
-    figure = Figure(figsize=(13, 5), layout="constrained")
+    figure = Figure(figsize=(11, 5.6), layout="constrained")
     by_macs, by_time = figure.subplots(1, 2, sharey=True)
-    largest = max(row.macs for row in rows) / 1e6
     for number, row in enumerate(rows):
         colour = COLOURS[number % len(COLOURS)]
-        kinds = [(row.single_last, row.single_best, row.macs / row.num_networks, "s")]
-        if row.num_networks > 1:
-            kinds.append((row.ensemble_last, row.ensemble_best, row.macs, "o"))
-        for last, best, macs, marker in kinds:
-            aside = 0.02 * largest * (number - (len(rows) - 1) / 2)
-            for axes, x, spread in ((by_macs, macs / 1e6 + aside, None), (by_time, row.seconds.mean, row.seconds.std)):
-                axes.errorbar(x, last.mean, yerr=last.std, xerr=spread, fmt=marker, color=colour, capsize=3)
-                axes.plot(x, best.mean, marker=marker, markersize=10, markerfacecolor="none", color=colour)
+        kinds = [(row.single_last, row.single_best, row.num_networks, "s")] if row.num_networks > 1 else []
+        kinds.append((row.ensemble_last, row.ensemble_best, 1, "o"))
+        for last, best, parts, marker in kinds:
+            macs = None if row.macs is None else Spread(row.macs / parts / 1e6, None)
+            for axes, x in ((by_macs, macs), (by_time, row.seconds)):
+                if x is None or last is None or best is None:
+                    continue
+                axes.errorbar(x.mean, last.mean, yerr=last.std, xerr=x.std, fmt=marker, color=colour, capsize=3)
+                axes.plot(x.mean, best.mean, marker=marker, markersize=10, markerfacecolor="none", color=colour)
     by_macs.set(xlabel="million MACs of what is deployed, one image", ylabel="top-1 in %", xlim=(0, None))
     by_time.set(xlabel="seconds of a run", xlim=(0, None))
     for axes in (by_macs, by_time):
@@ -257,12 +210,12 @@ def plot_comparison(rows: Sequence[Row], path: Path) -> Path:
     key += [
         Line2D([], [], color=GREY, marker=marker, markersize=size, markerfacecolor=face, linestyle="", label=name)
         for name, marker, size, face in (
-            ("one network (mean)", "s", 6, GREY),
-            ("ensemble", "o", 6, GREY),
+            ("one network of several (mean)", "s", 6, GREY),
+            ("ensemble, or the one network", "o", 6, GREY),
             ("best epoch", "o", 10, "none"),
         )
     ]
-    legend = figure.legend(handles=key, loc="outside right upper", frameon=False, fontsize=9)
+    legend = figure.legend(handles=key, loc="outside lower center", ncols=2, frameon=False, fontsize=9)
     for text in legend.get_texts():
         text.set_parse_math(False)
     figure.savefig(path, dpi=130)

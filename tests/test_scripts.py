@@ -39,6 +39,10 @@ SETTINGS = (
     "EMA_DECAY",
     "SEED",
     "PORT",
+    "BUDGET",
+    "BUDGET_OF",
+    "EQUAL_TRAINING",
+    "LATENCY",
 )
 
 
@@ -247,6 +251,13 @@ def test_tensorboard_and_docker(tmp_path):
         (("summary.sh", "a", "b", "1", "c"), {}, "summary.sh: 'c': unexpected"),
         (("compare_methods.sh",), {"METHODS": "dml dks:none"}, "compare_methods.sh: dks:none, NETWORKS=2: expected"),
         (("compare_methods.sh", "--recipe", "best"), {}, "compare_methods.sh: RECIPE=best: expected shared or own"),
+        (("compare_methods.sh", "--budget", "small"), {}, "compare_methods.sh: --budget small: expected equal"),
+        (("compare_methods.sh", "--networks", "4"), {"BUDGET": "equal"}, "compare_methods.sh: --networks 4 cannot go"),
+        (("compare_methods.sh", "--recipe", "own"), {"BUDGET": "equal"}, "compare_methods.sh: --recipe own cannot go"),
+        (("compare_methods.sh", "--latency", "2"), {"BUDGET": "equal"}, "compare_methods.sh: --latency 2: expected 0"),
+        (("compare_methods.sh", "--latency", "0"), {}, "compare_methods.sh: --latency 0 is for --budget equal"),
+        (("compare_methods.sh", "--budget_of", "macs"), {}, "compare_methods.sh: --budget_of macs is for --budget"),
+        (("compare_methods.sh", "--equal_training", "macs"), {}, "compare_methods.sh: --equal_training macs is for"),
         (("tensorboard.sh", "/no/folder"), {}, "tensorboard.sh: /no/folder is not a folder"),
     ],
 )

@@ -203,6 +203,57 @@ class DeviceOptions(Options):
     )
 
 
+@dataclass(frozen=True, kw_only=True)
+class MachineOptions(Options):
+    """Several machines"""
+
+    exchange: str | None = option(
+        None,
+        "folder, seen by all machines, through which S jobs with one network each learn from each other; made if "
+        "missing. Needs --network",
+        metavar="DIR",
+        resume=OF_CALL,
+    )
+    network: int | None = option(
+        None,
+        "which of the S networks this job trains, counted from 0; needs --exchange",
+        default_text="all",
+        least=0,
+        resume=SAME,
+    )
+    exchange_every: int = option(
+        200,
+        "interval at which weights are published, and newer ones of the others taken",
+        unit="steps",
+        least=1,
+        resume=TAKES,
+    )
+    exchange_burn_in: int | None = option(
+        None,
+        "how long the network trains alone first; then the weight of what it learns from others rises as in one job",
+        unit="epochs",
+        default_text="as long as that weight rises",
+        least=0,
+        resume=TAKES,
+    )
+    exchange_patience: int | None = option(
+        None,
+        "a peer whose weights are this much older, or have not changed for so long, is not learnt from until it is "
+        "heard of again",
+        unit="steps",
+        default_text="20 times --exchange_every",
+        least=1,
+        resume=TAKES,
+    )
+    exchange_peers: int | None = option(
+        None,
+        "how many of the peers a step learns from, drawn for every step",
+        default_text="all",
+        least=1,
+        resume=TAKES,
+    )
+
+
 GPU_EVAL_BATCH = 1000  # images
 
 SECTIONS: tuple[type, ...] = (
@@ -212,11 +263,12 @@ SECTIONS: tuple[type, ...] = (
     OptimizerOptions,
     EvaluationOptions,
     DeviceOptions,
+    MachineOptions,
 )
 
 
 @dataclass(frozen=True, kw_only=True)
-class Config(DeviceOptions, EvaluationOptions, OptimizerOptions, ModelOptions, DataOptions, RunOptions):
+class Config(MachineOptions, DeviceOptions, EvaluationOptions, OptimizerOptions, ModelOptions, DataOptions, RunOptions):
     """Everything that decides a run.
 
     Attributes:
@@ -655,6 +707,39 @@ def _check(config: Config) -> None:
         not (config.evaluate and config.resume is None),
         "--evaluate needs the checkpoint to evaluate: add --resume PATH.",
     )
+    _check_exchange(config, need)
+
+
+def _check_exchange(config: Config, need: Callable[[bool, str], None]) -> None:
+    """Refuse flags of an exchange that cannot work."""
+    if config.exchange is None:
+        names = [flag.name for flag in flags_of(MachineOptions) if flag.name.startswith(("network", "exchange_"))]
+        alone = next((name for name in names if config.given.get(name) is not None), "")
+        need(not alone, f"--{alone} is for jobs that exchange their networks: add --exchange DIR, or leave it away.")
+        return
+    factor = config.split_factor
+    need(
+        len(config.archs()) == 1,
+        f"--exchange is for the networks of one division, and --arch names {len(config.archs())}: name one.",
+    )
+    need(factor > 1, f"--exchange needs several networks, and --split_factor is {factor}: give the number of all jobs.")
+    need(
+        config.network is not None,
+        f"--exchange needs --network, which of the {factor} networks this job trains: 0 to {factor - 1}.",
+    )
+    assert config.network is not None
+    need(
+        config.network < factor,
+        f"--network {config.network}: the {factor} networks of --split_factor count from 0 to {factor - 1}.",
+    )
+    need(
+        not config.is_train_sep,
+        "--is_train_sep 1 trains a network alone, and --exchange among others: leave one of them away.",
+    )
+    need(
+        config.cuda_graph != "1",
+        "--cuda_graph 1 replays one and the same step, and peers come and go in an --exchange: leave one of them away.",
+    )
 
 
 def _check_data_and_method(config: Config) -> None:
@@ -665,7 +750,14 @@ def _check_data_and_method(config: Config) -> None:
         if name in config.given and config.dataset not in TABLES:
             tables = ", ".join(TABLES)
             raise UserError(f"--{name} is for tables ({tables}), and --dataset is {config.dataset}: leave it away.")
-    for name, why in methods.get(config.method).incompatible.items():
+    kind = methods.get(config.method)
+    if config.exchange is not None and not kind.learns_from_copies:
+        able = ", ".join(name for name in methods.names() if methods.get(name).learns_from_copies)
+        raise UserError(
+            f"--exchange: --method {config.method} needs more of the other networks than what old copies of them "
+            f"predict; the methods that do not are {able}."
+        )
+    for name, why in kind.incompatible.items():
         if getattr(config, name) not in (None, False, "0", "auto"):
             raise UserError(f"--{name} cannot go with --method {config.method}: {why}. Leave it away.")
 

@@ -33,14 +33,14 @@ from evaluation.run import evaluate_arguments
 from evaluation.run import output as evaluation_output
 from evaluation.sizes import summarise
 from loss.classification import ClassLoss
-from method import Method, Progress, TrainingData, methods
+from method import Method, Peers, Progress, TrainingData, methods
 from method.costs import training_macs, training_params
 from model import BackboneRequest, build_splitnet
 from model.depth import freeze, layer_factors, layer_rates
 from model.layers.narrow_norm import restore_narrow_norms
 from model.layers.sync_norm import synchronise_batchnorm
 from model.pretrained import Start
-from model.registry import SMALL, has_two_forms, image_shape
+from model.registry import SMALL, has_two_forms, image_shape, request_of
 from model.restore import published_keys, stored_plan
 from parser_params import Config, answer_at_once, parse_config, resolve_config
 from recipe.fine_tuning import flags_before, image_flags
@@ -48,6 +48,7 @@ from record import checkpoint as ckpt
 from record.allowance import Allowance
 from record.checkpoint import Checkpoint
 from record.ending import format_ending
+from record.exchange import ExchangeFolder
 from record.logger import RunLog, set_up_text_log
 from record.plots import curves_png
 from record.report import Reporter, RunClock
@@ -71,6 +72,7 @@ from record.saving import Saver
 from record.screen import watched
 from training.compiling import as_written, compile_modules
 from training.copies import WeightCopies
+from training.exchange import Courier, Exchange
 from training.guard import NonfiniteGuard, NonfiniteSteps, judge_nonfinite
 from training.interrupt import PACE, StopRequest
 from training.lone_image import refuse_lone_images
@@ -305,6 +307,7 @@ class Trainer:
             is_replayed=self.is_replayed,
         )
         self._begin(resumed)
+        self.exchange = self._build_exchange()
 
         # last, because compiled parts and DDP's wrapper hold what the networks are now
         if config.compile is not None:
@@ -319,6 +322,7 @@ class Trainer:
             update,
             config,
             num_views=self.num_views,
+            first_view=self.first_view,
             iters_to_accumulate=config.iters_to_accumulate,
             precision=self.precision,
             seed=self.seed,
@@ -347,6 +351,7 @@ class Trainer:
             identical_init=config.is_identical_init,
             train_separately=config.is_train_sep,
             archs=names if len(names) > 1 else None,
+            number=config.network,
         )
         weights_K = None if config.class_weights is None else class_weights(config.class_weights, self.source)
         class_loss = ClassLoss(
@@ -383,6 +388,8 @@ class Trainer:
         try:
             if why := self.method.incompatible.get("cuda_graph"):
                 raise UserError(f"--cuda_graph cannot go with --method {self.config.method}: {why}.")
+            if self.config.exchange is not None:
+                raise UserError("--cuda_graph replays one and the same step, and peers come and go in an --exchange.")
             check_replayable(
                 device=device,
                 world_size=self.world.world_size,
@@ -421,16 +428,23 @@ class Trainer:
         """Take the weights of --pretrained, if any; returns the names of the heads that stay new, as prefixes."""
         if start is None:
             return ()
-        renewed = start.load_into(self.network, seed=self.seed)
+        if self.config.network is None:
+            renewed = start.load_into(self.network, seed=self.seed)
+        else:  # the weights that it has among all
+            whole = build_splitnet(request_of(self.network.models[0]), seed=self.seed)
+            heads = start.load_into(whole, seed=self.seed)
+            own = f"models.{self.config.network}."
+            self.network.models[0].load_state_dict(whole.models[self.config.network].state_dict())
+            renewed = [f"models.0.{name.removeprefix(own)}" for name in heads if name.startswith(own)]
         for name in renewed:
             logger.info("--pretrained: the head %s has another size there and starts anew.", name)
         return tuple(f"network.{name}." for name in renewed)
 
     def _renew_statistics(self, views: ViewMaker) -> None:
         """Batch norms of slices get the statistics of what the slices give, from views as the first epoch has them."""
-        dtype, layout = self.precision.weights, self.precision.memory_format
+        layout: dict[str, Any] = {"dtype": self.precision.weights, "memory_format": self.precision.memory_format}
         batches = (
-            views.make(batch.images, 0, batch.positions_B, self.num_views, dtype=dtype, memory_format=layout)
+            views.make(batch.images, 0, batch.positions_B, self.num_views, first_view=self.first_view, **layout)
             for batch in self.loader.epoch(0, end_batch=STATISTICS_BATCHES)
         )
         count = renew_statistics(self.network, batches, self.precision)
@@ -466,7 +480,17 @@ class Trainer:
     @property
     def num_views(self) -> int:
         """V: one view for each network, or one for all where they must, or shall, see the same."""
-        return 1 if self.method.shared_view or not self.config.is_diff_data_train else self.num_networks
+        return 1 if self.shares_view else self.num_networks
+
+    @property
+    def shares_view(self) -> bool:
+        """Whether all networks see the same view."""
+        return self.method.shared_view or not self.config.is_diff_data_train
+
+    @property
+    def first_view(self) -> int:
+        """Number of the first view made here, among those of all networks."""
+        return 0 if self.shares_view else self.network.first_network
 
     def _build_update(self, new_heads: tuple[str, ...]) -> WeightUpdate:
         """Optimiser, and what else follows a backward pass.
@@ -495,6 +519,42 @@ class Trainer:
             clip_grad=config.clip_grad,
             kept=KeptBuffers(self.network) if config.on_nonfinite == "skip" else None,
         )
+
+    def _build_exchange(self) -> Exchange | None:
+        """What learns from the jobs that train the other networks, where --exchange has this one train one of them."""
+        config = self.config
+        if config.exchange is None:
+            return None
+        assert config.network is not None
+        own, burn_in = self.network.models[0], config.exchange_burn_in
+        self.method.peers = peers = Peers(
+            own,
+            number=config.network,
+            split_factor=config.split_factor,
+            seed=self.seed,
+            burn_in=self.method.peers_warm_up(config.epochs) if burn_in is None else burn_in,
+            most=config.exchange_peers,
+        )
+        describe = partial(self.state.describe_network, config.network)
+        courier = None
+        if self.world.is_main:
+            folder = ExchangeFolder(Path(config.exchange))
+            courier = Courier(folder, config.network, peers.numbers, own.state_dict(), describe())
+        return Exchange(
+            courier,
+            peers,
+            describe=describe,
+            state=self._own_weights,
+            every=config.exchange_every,
+            patience=config.exchange_patience or 20 * config.exchange_every,
+            folder=self.folder,
+            failed=self.saver.failed,
+        )
+
+    def _own_weights(self) -> dict[str, Tensor]:
+        """The weights of the one network of a job that are published: the moving average's, where there is one."""
+        state = self.network.state_dict() if self.average is None else self.average.state_dict()
+        return {name.removeprefix("models.0."): value for name, value in state.items()}
 
     def _begin(self, resumed: Resumed | None) -> None:
         """Go to where the resumed run was stopped, or to the start, or to --start_epoch."""
@@ -556,8 +616,12 @@ class Trainer:
                 progress = self.progress(batch)
                 if progress.step == 0 and self.world.is_main:
                     self._show_views(batch)
+                if self.exchange is not None:
+                    self.exchange.before_step(self.position.done)
                 metrics = self.training_step(batch, progress)
                 self.advance(batch, metrics)
+                if self.exchange is not None:
+                    self.exchange.after_step(self.position.done, self.position.epoch)
                 if self.line_is_due(progress):
                     self.end_interval(progress)
                 self.report_intervals(all_of_them=progress.is_last)
@@ -705,6 +769,9 @@ class Trainer:
         seconds = max(ended - since.seconds, 1e-9)
         self._judge(interval.nonfinite())
         self.saver.check()
+        if self.exchange is not None:
+            self.exchange.note(means, interval.done, interval.progress.epoch)
+            self.exchange.check()
         self.report.interval(
             epoch=interval.progress.epoch,
             step=interval.done - 1,
@@ -838,18 +905,35 @@ class Trainer:
         with self.stop:
             try:
                 with launch.naming_lost_processes(self.world), self.report.running(left=self.steps_left()):
+                    self._begin_exchange()
                     self._train_and_evaluate()
                     return self.finish()
             finally:
+                if self.exchange is not None:
+                    self.exchange.close()
                 self.saver.close()
                 for loader in self.loaders:
                     loader.close()
+
+    def _begin_exchange(self) -> None:
+        if self.exchange is None:
+            return
+        position = self.position
+        self.exchange.begin(
+            position.done,
+            position.epoch,
+            is_fresh=self.config.resume is None,
+            given_up=lambda: bool(self.stop.number),
+        )
+        distributed.barrier()  # a job that may not train ends before any of its processes has begun
 
     def _train_and_evaluate(self) -> None:
         position, config = self.position, self.config
         while not self.has_ended() or position.batch == self.steps_per_epoch:
             if position.batch < self.steps_per_epoch:  # a run stopped within its evaluation begins with that
+                before = self.clock.train_seconds
                 self.train_epoch()
+                self._say_share(self.clock.train_seconds - before)
             is_whole = position.batch == self.steps_per_epoch
             if is_whole:
                 position.epoch, position.batch = position.epoch + 1, 0
@@ -906,6 +990,12 @@ class Trainer:
             if isinstance(content, bytes):
                 self.log.picture(Path(name).stem, content, self.position.epoch)
 
+    def _say_share(self, seconds: float) -> None:
+        """Log what the peers' predictions took of so many seconds of training."""
+        if self.exchange is not None and self.world.is_main:
+            share = 100 * self.exchange.share(seconds)
+            logger.info("the peers' predictions took %.1f %% of the training time of this epoch", share)
+
     def finish(self) -> dict[str, Any]:
         """Final figures: results.json, curves.png, TensorBoard's hparams.
 
@@ -915,6 +1005,8 @@ class Trainer:
         last = self.report.last
         if last is None or last["step"] != self.position.done or self.report.best is None:
             self.evaluate_epoch()  # it was stopped within its evaluation, or has lost its best epoch
+        if self.exchange is not None:
+            self.exchange.finish(self.position.done, self.position.epoch)
         self._write_method_files(final=True)
         self.saver.wait()
         results = self.results()
@@ -957,6 +1049,7 @@ class Trainer:
             "precision": self.precision.name,
             "nonfinite_skipped": self.guard.count(),
             "model_dir": str(self.folder),
+            **({} if self.config.network is None else {"network": self.config.network}),
         }
 
 
@@ -1176,6 +1269,12 @@ def announce(trainer: Trainer) -> None:
             "%s: the CIFAR form, for images of %d pixels (3x3 stem, fewer strides); on ImageNet it is another network",
             ", ".join(small),
             config.crop_size,
+        )
+    if trainer.method.peers is not None:
+        logger.info(
+            "network %d of %d (from 0), with its peers through %s every %d steps after %d epoch(s) alone",
+            *(config.network, config.split_factor, config.exchange, config.exchange_every),
+            trainer.method.peers.burn_in,
         )
     for origin, flags in supplied.items():
         logger.info("from the %s: %s", origin, ", ".join(flags))

@@ -186,7 +186,9 @@ class ViewMaker:
         elif spec.policy != "none":
             self._policies.append(parse_randaugment(spec.policy, spec.fill))
 
-    def draw(self, epoch: int, positions_B: np.ndarray, num_views: int, image_size: tuple[int, int]) -> ViewParameters:
+    def draw(
+        self, epoch: int, positions_B: np.ndarray, num_views: int, image_size: tuple[int, int], *, first_view: int = 0
+    ) -> ViewParameters:
         """Draw the parameters of `num_views` views of each image.
 
         Args:
@@ -194,13 +196,14 @@ class ViewMaker:
             positions_B: int64 [B], positions of the images in the epoch's global order.
             num_views: V.
             image_size: height and width of the images that `apply` will get, in pixels.
+            first_view: number of the first of these views among all that are made of an image.
 
         Raises:
             UserError: the crop is larger than the padded images.
         """
         spec = self.spec
         key = fold_in(self.seed, STREAM_VIEW, epoch)
-        views_V = np.arange(num_views)
+        views_V = np.arange(first_view, first_view + num_views)
         num_slots = _CROP_SLOTS + sum(policy.num_slots for policy in self._policies) + _BOX_SLOTS
         uniforms = counter_uniform(key, positions_B, views_V, num_slots)
         room_y, room_x = self._room(image_size)
@@ -466,10 +469,11 @@ class ViewMaker:
         dtype: torch.dtype = torch.float32,
         *,
         memory_format: torch.memory_format = torch.contiguous_format,
+        first_view: int = 0,
     ) -> Tensor:
         """`draw` and `apply` in one: float views [V, B, C, crop_size, crop_size]."""
         height, width = images.shape[-2:]
-        parameters = self.draw(epoch, positions_B, num_views, (height, width))
+        parameters = self.draw(epoch, positions_B, num_views, (height, width), first_view=first_view)
         return self.apply(images, parameters, dtype=dtype, memory_format=memory_format)
 
 

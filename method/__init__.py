@@ -8,11 +8,12 @@ from method.options import NoOptions, method_options
 from utils.lazy import lazily
 
 if TYPE_CHECKING:
-    from method.contract import Method, Progress, StepOutput, Targets, TrainingData, methods
+    from method.contract import Method, Peers, Progress, StepOutput, Targets, TrainingData, methods
 
 __all__ = [
     "Method",
     "NoOptions",
+    "Peers",
     "Progress",
     "StepOutput",
     "Targets",

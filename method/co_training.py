@@ -39,6 +39,7 @@ class CoTraining(Method[CoTrainingOptions]):
     """
 
     Options = CoTrainingOptions
+    learns_from_copies = True
     _cot_weight: Tensor
 
     def __init__(self, network: SplitNet, options: CoTrainingOptions, *, class_loss: ClassLoss = CROSS_ENTROPY) -> None:
@@ -48,12 +49,16 @@ class CoTraining(Method[CoTrainingOptions]):
         self.register_buffer("_cot_weight", torch.full((), math.nan), persistent=False)
         self._written_weight = math.nan
 
+    def peers_warm_up(self, epochs: int) -> int:
+        """Epochs, of so many, over which the co-training weight rises."""
+        warm_up = self.options.cot_weight_warm_up_epochs if self.options.is_cot_weight_warm_up else 0
+        return round(40 * epochs / 300) if warm_up is None else warm_up
+
     def before_step(self, views_SBCHW: Tensor, targets: Targets, progress: Progress) -> None:
         """Bring the co-training weight up to date; until the first call it is NaN, and so is the loss."""
-        warm_up = self.options.cot_weight_warm_up_epochs if self.options.is_cot_weight_warm_up else 0
-        if warm_up is None:
-            warm_up = round(40 * progress.epochs / 300)
-        value = cot_weight(progress.epoch, weight=self.options.cot_weight, warm_up_epochs=warm_up)
+        warm_up = self.peers_warm_up(progress.epochs)
+        epoch = progress.epoch if self.peers is None else max(0, progress.epoch - self.peers.burn_in)
+        value = cot_weight(epoch, weight=self.options.cot_weight, warm_up_epochs=warm_up)
         if value != self._written_weight:
             self._cot_weight.fill_(value)
             self._written_weight = value
@@ -64,8 +69,9 @@ class CoTraining(Method[CoTrainingOptions]):
         Metrics: loss_ce (summed over networks); with two networks or more loss_cot (weighted), cot_weight and, where
         it is on, loss_ensemble (weighted).
         """
-        logits_SBK = at_least_float32(self.network(views_SBCHW))
-        losses_S = [self._cross_entropy(logits_BK, targets) for logits_BK in logits_SBK]
+        own_SBK = at_least_float32(self.network(views_SBCHW))
+        logits_SBK = self.among_peers(own_SBK, views_SBCHW, progress)
+        losses_S = [self._cross_entropy(logits_BK, targets) for logits_BK in own_SBK]
         loss = loss_ce = torch.stack(losses_S).sum()
         metrics = {"loss_ce": loss_ce.detach()}
         several = len(logits_SBK) > 1
@@ -78,7 +84,7 @@ class CoTraining(Method[CoTrainingOptions]):
             loss_ensemble = self.options.ensembled_loss_weight * self._cross_entropy(logits_SBK.mean(dim=0), targets)
             loss = loss + loss_ensemble
             metrics["loss_ensemble"] = loss_ensemble.detach()
-        return StepOutput(loss, metrics, logits_SBK.detach())
+        return StepOutput(loss, metrics, own_SBK.detach())
 
     def _cross_entropy(self, logits_BK: Tensor, targets: Targets) -> Tensor:
         """Mean over the batch: (B, K) -> scalar."""

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from loss.classification import CROSS_ENTROPY, ClassLoss
 from method.inner import average_over_processes
 from method.options import NoOptions
+from method.peers import Peers
 from model import BackboneRequest, split_list
 from model.registry import MemberForm
 from model.splitnet import SplitNet
@@ -92,12 +93,15 @@ class Method(nn.Module, Generic[OwnOptions]):
             neither be compiled nor replayed from a CUDA graph.
         runs_networks_itself: True if it calls the single networks, or parts of them, in place of `network(views)`.
         incompatible: flags that must not be on with the method, each with the reason.
+        learns_from_copies: True if all that a network learns from others is their logits of its own view, so that
+            copies that other jobs have published will do (--exchange); `forward` calls `among_peers` then.
         fine_tunes: True if --pretrained weights bring the recipe of fine-tuning, False if the method's own stays.
         networks_from_list: True if `--arch a,b` (full networks, S = length of the list) makes sense.
 
     Attributes:
         class_loss: what a prediction costs against the labels, one value an image.
         sampler: how training batches are put together, "shuffled" or "class_balanced"; an instance may change it.
+        peers: copies of the networks that other jobs train, which `network` learns from, where this job has one of S.
     """
 
     Options: ClassVar[type] = NoOptions
@@ -106,6 +110,7 @@ class Method(nn.Module, Generic[OwnOptions]):
     decides_on_host: ClassVar[bool] = False
     runs_networks_itself: ClassVar[bool] = False
     networks_from_list: ClassVar[bool] = True
+    learns_from_copies: ClassVar[bool] = False
     fine_tunes: ClassVar[bool] = True
     incompatible: ClassVar[Mapping[str, str]] = {}
     sampler: str = "shuffled"
@@ -115,6 +120,7 @@ class Method(nn.Module, Generic[OwnOptions]):
         self.network = network
         self.options = options
         self.class_loss = class_loss
+        self.peers: Peers | None = None
 
     @classmethod
     def recipe(
@@ -184,6 +190,20 @@ class Method(nn.Module, Generic[OwnOptions]):
         A step may be replayed from a CUDA graph, which runs this once: a number of `progress` that changes from step
         to step must come by a tensor that `before_step` writes. (`progress.indices_B` is such a tensor.)
         """
+
+    def among_peers(self, logits_SBK: Tensor, views_SBCHW: Tensor, progress: Progress) -> Tensor:
+        """The logits that networks are compared by: the networks' own and, of one of S, its peers' constant ones.
+
+        [S, B, K] in float32 or better -> the same; with peers [1, B, K] -> [1 + P, B, K], in the order of the numbers.
+        """
+        if self.peers is None:
+            return logits_SBK
+        image_BCHW = self.network.expand_views(views_SBCHW)[0]
+        return self.peers.join(logits_SBK, image_BCHW, epoch=progress.epoch, step=progress.step)
+
+    def peers_warm_up(self, epochs: int) -> int:
+        """Epochs, of so many, over which the weight of what is learnt from others rises."""
+        return 0
 
     def summed_class_loss(self, logits_SBK: Iterable[Tensor], targets: Targets) -> Tensor:
         """Mean of `class_loss` over the batch, summed over the networks: S logits [B, K] -> scalar."""

@@ -34,11 +34,13 @@ class DeepMutualLearning(Method[DMLOptions]):
 
     Options = DMLOptions
     shared_view = True
+    learns_from_copies = True
 
     def forward(self, views_SBCHW: Tensor, targets: Targets, progress: Progress) -> StepOutput:
         """Views [1, B, C, H, W] -> loss, metrics (loss_ce and, weighted, loss_mutual), logits [S, B, K]."""
-        logits_SBK = at_least_float32(self.network(views_SBCHW))
-        loss = loss_ce = self.summed_class_loss(logits_SBK, targets)
+        own_SBK = at_least_float32(self.network(views_SBCHW))
+        logits_SBK = self.among_peers(own_SBK, views_SBCHW, progress)
+        loss = loss_ce = self.summed_class_loss(own_SBK, targets)
         metrics = {"loss_ce": loss_ce.detach()}
         if len(logits_SBK) > 1:
             mutual_kl = ensemble_kl if self.options.dml_teacher == "ensemble" else kl_seperate
@@ -46,4 +48,4 @@ class DeepMutualLearning(Method[DMLOptions]):
             loss_mutual = self.options.dml_weight * temperature**2 * mutual_kl(logits_SBK / temperature).mean()
             loss = loss + loss_mutual
             metrics["loss_mutual"] = loss_mutual.detach()
-        return StepOutput(loss, metrics, logits_SBK.detach())
+        return StepOutput(loss, metrics, own_SBK.detach())

@@ -55,6 +55,7 @@ def build_splitnet(
     identical_init: bool = False,
     train_separately: bool = False,
     archs: Sequence[str] | None = None,
+    number: int | None = None,
 ) -> SplitNet:
     """The S networks of a division, or several full networks, on the CPU; initial weights depend on `seed` only.
 
@@ -66,6 +67,7 @@ def build_splitnet(
         identical_init: initialise every network as network 0.
         train_separately: only one network, with the structure of one of S.
         archs: names of full (S = 1) networks for mutual learning, in place of `request.arch` and its S.
+        number: only this one of the S networks, counted from 0, with the weights that it has among all.
 
     Raises:
         UserError: as `check_request`, or an option that cannot go with `archs`.
@@ -79,11 +81,13 @@ def build_splitnet(
     ]
     networks = []
     for i, one in enumerate(requests):
+        if number not in (None, i):
+            continue
         # manual_seed of the CPU's generator alone: torch.manual_seed would also reseed every GPU
         with torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(fold_in(seed, STREAM_INIT, 0 if identical_init else i))
             networks.append(build_network(one))
-    return SplitNet(networks)
+    return SplitNet(networks, first=number or 0)
 
 
 def backbone_request(

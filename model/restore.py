@@ -110,7 +110,8 @@ def restore_splitnet(
         dataset, crop_size: the user's; they decide the structure only where the file does not say.
         options: flags of the backbone families that the user set, by name; they win over the file's.
         backbone_names: arch -> the backbones that it stands for, where a method has names of its own for lists.
-        train_separately: one network with the structure of one of S (--is_train_sep), where the file does not say.
+        train_separately: one network with the structure of one of S (--is_train_sep, --network), where the file does
+            not say.
         weights: "raw", "ema" (the moving average), or "auto": the moving average where there is one.
         source: how errors call the file ("--resume PATH").
 
@@ -130,7 +131,7 @@ def restore_splitnet(
             in_file = _released_arch(arch, in_file, backbone_names, source)
     arch = _arch(arch, in_file, source)
     names = tuple(backbone_names(arch))
-    train_separately = train_separately or bool(config.get("is_train_sep"))
+    train_separately = train_separately or bool(config.get("is_train_sep")) or config.get("network") is not None
     if len(names) > 1:
         found, factor = len(names), 1
     else:

@@ -25,12 +25,13 @@ class SplitNet(nn.Module):
 
     Args:
         networks: S modules, each mapping [B, C, H, W] to logits [B, K]; usually of one structure.
+        first: number of the first of them where they are some of more: random layers draw as they do among all.
 
     Attributes:
         asleep: names of submodules that are in evaluation mode whatever `train()` says, see `model.depth.freeze`.
     """
 
-    def __init__(self, networks: Sequence[nn.Module]) -> None:
+    def __init__(self, networks: Sequence[nn.Module], *, first: int = 0) -> None:
         super().__init__()
         if not networks:
             raise ValueError("SplitNet needs at least one network.")
@@ -39,6 +40,7 @@ class SplitNet(nn.Module):
             mend_dilated_convolutions(network)
             widen_narrow_norms(network)
         self.models = nn.ModuleList(networks)
+        self._first = first
         self.asleep: tuple[str, ...] = ()
         self._execution = Execution()
         self._keys_S: Tensor | None = None
@@ -53,6 +55,11 @@ class SplitNet(nn.Module):
     def num_members(self) -> int:
         """How many rows of logits it gives: S, or more where members share a network (model/members.py)."""
         return len(self.models)
+
+    @property
+    def first_network(self) -> int:
+        """Number of the first network held, among all S."""
+        return self._first
 
     @property
     def execution(self) -> str:
@@ -100,7 +107,7 @@ class SplitNet(nn.Module):
             self._keys_S = torch.zeros(len(self.models), dtype=torch.int64, device=device)
             for network, network_key in zip(self.models, self._keys_S, strict=True):
                 follow(network, network_key)
-        for i, network_key in enumerate(self._keys_S):
+        for i, network_key in enumerate(self._keys_S, start=self.first_network):
             network_key.fill_(fold_in(key, i))
 
     def forward(self, views_SBCHW: Tensor) -> Tensor:

@@ -1,10 +1,12 @@
-"""Checkpoints as safetensors files: tensors, and everything else as JSON in the file's header. An optional package."""
+"""Checkpoints as safetensors files: tensors, and everything else as JSON in the file's header."""
 
 import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import safetensors
+import safetensors.torch
 from torch import Tensor
 
 from utils.errors import UserError, reason
@@ -15,23 +17,18 @@ HEADER = "divide_and_co_training"  # the header's entry that is ours; files of o
 AVERAGE = "ema."  # in front of the names of the moving average's tensors
 
 
-def pack(content: Mapping[str, Any], path: Path) -> bytes:
+def pack(content: Mapping[str, Any]) -> bytes:
     """A checkpoint as the bytes of a safetensors file.
 
     Args:
         content: `state_dict`, perhaps `ema`, both tensors by name; the rest plain values that JSON knows.
-        path: where the bytes go, for error messages.
-
-    Raises:
-        UserError: the package is missing.
     """
-    package = _package(path)
     tensors = dict(content["state_dict"])
     tensors |= {AVERAGE + name: value for name, value in (content.get("ema") or {}).items()}
     rest = {key: value for key, value in content.items() if key not in ("state_dict", "ema")}
     # the format knows no tensors that share memory
     apart = {name: value.detach().cpu().contiguous().clone() for name, value in tensors.items()}
-    data: bytes = package.torch.save(apart, metadata={"format": "pt", HEADER: json.dumps(rest)})
+    data: bytes = safetensors.torch.save(apart, metadata={"format": "pt", HEADER: json.dumps(rest)})
     return data
 
 
@@ -39,14 +36,13 @@ def read(path: Path, flag: str) -> dict[str, Any]:
     """Inverse of `pack`; a file of another origin gives its tensors as `state_dict`, and nothing else.
 
     Raises:
-        UserError: the package is missing, or the file is damaged.
+        UserError: the file is damaged.
     """
-    package = _package(path)
     try:
-        with package.safe_open(path, framework="pt", device="cpu") as file:
+        with safetensors.safe_open(path, framework="pt", device="cpu") as file:
             tensors: dict[str, Tensor] = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  no dict
             rest = json.loads((file.metadata() or {}).get(HEADER, "{}"))
-    except (package.SafetensorError, OSError, ValueError, RecursionError, RuntimeError) as error:
+    except (safetensors.SafetensorError, OSError, ValueError, RecursionError, RuntimeError) as error:
         raise UserError(
             f"{flag} {path}: is truncated, damaged or no safetensors file: {reason(error)[:150]}."
         ) from None
@@ -59,12 +55,14 @@ def read(path: Path, flag: str) -> dict[str, Any]:
     return {**rest, "state_dict": raw, **({"ema": average} if average else {})}
 
 
-def _package(path: Path) -> Any:
+def unpack(data: bytes) -> dict[str, Tensor]:
+    """The tensors of a safetensors file that is in memory, by name; what its header says beside them is passed over.
+
+    Raises:
+        ValueError: the bytes are damaged or no such file.
+    """
     try:
-        import safetensors
-        import safetensors.torch
-    except ImportError as error:
-        raise UserError(
-            f"{path} needs the package safetensors, which is not installed ({reason(error)}): pip install safetensors."
-        ) from None
-    return safetensors
+        tensors: dict[str, Tensor] = safetensors.torch.load(data)
+    except (safetensors.SafetensorError, ValueError, KeyError, TypeError, RuntimeError, RecursionError) as error:
+        raise ValueError(reason(error)[:150]) from None
+    return tensors

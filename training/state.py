@@ -3,6 +3,8 @@
 The keys of a checkpoint are `record.checkpoint.Checkpoint`; this module fills them and reads them.
 """
 
+import hashlib
+import json
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -28,6 +30,7 @@ from utils.device import gpu_facts
 from utils.errors import UserError, reason
 from utils.launch import World
 from utils.memory import is_out_of_memory
+from utils.options import OF_CALL
 from utils.precision import Precision
 
 logger = logging.getLogger(__name__)
@@ -100,6 +103,39 @@ class RunState:
             "library": request.library,
         }
 
+    def _of_data(self) -> Checkpoint:
+        """Classes, and what an image goes through before a network sees it."""
+        return {
+            "classes": list(self.data.classes),
+            "mean": list(self.data.mean),
+            "std": list(self.data.std),
+            "crop_size": self.flags["crop_size"],
+            "data_recipe": self.data.recipe,
+            "preprocessing": self.preprocessing.as_dict(),
+        }
+
+    def describe_network(self, number: int) -> dict[str, Any]:
+        """What the weights of this job's one network are, as plain values, see `record.exchange`; not of which step.
+
+        Args:
+            number: of the network among all, counted from 0.
+        """
+        config = {name: value for name, value in self.flags.items() if self.choices.get(name) != OF_CALL}
+        facts: dict[str, Any] = {
+            "network": number,
+            "split_factor": self.flags["split_factor"],
+            "arch": self.flags["arch"],
+            "seed": self.seed,
+            **self._division(),
+            **self._of_data(),
+            "average": self.average is not None,
+            "config": config,
+            "config_sha256": hashlib.sha256(json.dumps(config, sort_keys=True).encode()).hexdigest(),
+        }
+        if self.data.codes:
+            facts["codes"] = list(self.data.codes)
+        return facts
+
     def gather(self) -> Checkpoint | None:
         """All that a resumed run needs to go on bit for bit, and that eval.py needs to load.
 
@@ -129,12 +165,7 @@ class RunState:
             "rng": {"seed": self.seed},
             "sampler": asdict(position),
             "config": dict(self.flags),
-            "classes": list(self.data.classes),
-            "mean": list(self.data.mean),
-            "std": list(self.data.std),
-            "crop_size": self.flags["crop_size"],
-            "data_recipe": self.data.recipe,
-            "preprocessing": self.preprocessing.as_dict(),
+            **self._of_data(),
             "held_out_sha256": self.data.held_out_sha256,
             "report": self.report.state_dict(),
             "meters": meters,

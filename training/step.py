@@ -73,6 +73,7 @@ class TrainingStep:
         precision: of weights and products.
         seed: of the run.
         world: this process's place among all.
+        first_view: number of the first of these views among those of all networks.
         replayed: replays the part of a step that a CUDA graph can hold; None: every step is computed as it is written.
         copies: of the weights that autocast casts, for replayed steps; None: it casts them.
     """
@@ -91,11 +92,13 @@ class TrainingStep:
         world: World,
         replayed: ReplayedStep | None = None,
         copies: WeightCopies | None = None,
+        first_view: int = 0,
     ) -> None:
         self.method, self.views, self.update, self.options = method, views, update, options
         self.num_views, self.iters_to_accumulate = num_views, iters_to_accumulate
         self.precision, self.seed, self.world, self.replayed = precision, seed, world, replayed
         self.copies = copies
+        self.first_view = first_view
         # last, because DDP copies process 0's weights to the others
         self.model: nn.Module = method
         if world.world_size > 1 and not method.reduces_own_gradients:
@@ -133,7 +136,8 @@ class TrainingStep:
             ) from None
         if progress.updates:
             self.method.after_step(views_VBCHW, targets, output, progress)
-        return {"loss": output.loss, "acc1": _accuracy(output.logits_SBK, targets), **output.metrics}
+        of_peers = {} if self.method.peers is None else self.method.peers.metrics
+        return {"loss": output.loss, "acc1": _accuracy(output.logits_SBK, targets), **output.metrics, **of_peers}
 
     def make_views(self, batch: Batch, epoch: int) -> Tensor:
         """The views [V, B, C, H, W] that a batch is trained on."""
@@ -142,6 +146,7 @@ class TrainingStep:
             epoch,
             batch.positions_B,
             self.num_views,
+            first_view=self.first_view,
             dtype=self.precision.weights,
             memory_format=self.precision.memory_format,
         )

@@ -22,6 +22,7 @@ STREAM_SPLIT = 6  # --val_fraction
 STREAM_SAMPLER = 7  # class-balanced and other special samplers
 STREAM_METHOD = 8  # whatever a method draws for itself
 STREAM_DATA = 9  # synthetic images
+STREAM_PEERS = 22  # which peers a step learns from
 STREAM_SLICE = 30  # which of a parent's channels a divided network takes
 STREAM_MIX_KIND = 20  # whether a step is CutMix or mixup
 STREAM_CUTMIX = 21  # CutMix's box

@@ -1,0 +1,161 @@
+"""S networks trained four ways, several seeds each, in one table: `python -m script.compare_exchange DATA --out DIR`.
+
+independent and co_training are one job of S networks; exchange_N is S jobs of one network each, side by side, that
+exchange weights every N steps. DATA is a folder of images with train/ and test/; a part of it, of smaller images, is
+made once. Runs that are complete are kept and a killed one goes on, so the same command can be given again. Every
+figure is of the last epoch, on the test images; DIR/table.md has mean and standard deviation over the seeds.
+"""
+
+import argparse
+import json
+import statistics
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from record.exchange import ExchangeFolder
+from script import assemble
+from script.small_images import take
+from training.exchange import LOG
+from utils.command_line import OneLineParser
+from utils.errors import RunError, UserError
+from utils.text import fit_streams
+
+ROOT = Path(__file__).resolve().parent.parent
+FIGURES = ("ensemble_acc1", "single_acc1", "ensemble_nll", "disagreement", "seconds", "bytes")
+TITLES = (
+    "| | ensemble top-1 % | single top-1 % | ensemble NLL | disagreement % | wall time s | bytes in files | seeds |\n"
+    "| --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: |"
+)
+
+
+def program(name: str, *arguments: object) -> list[str]:
+    """A command line of one of the project's programs."""
+    return [sys.executable, str(ROOT / name), *map(str, arguments)]
+
+
+def run_together(commands: Sequence[list[str]], folder: Path) -> str:
+    """Run command lines side by side, their output below `folder`; returns what the first wrote to stdout.
+
+    Raises:
+        RunError: one of them failed.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    started = []
+    for number, command in enumerate(commands):
+        with (folder / f"{number}.out").open("w") as out, (folder / f"{number}.err").open("w") as err:
+            started.append(subprocess.Popen(command, cwd=ROOT, stdout=out, stderr=err))
+    codes = [process.wait() for process in started]
+    if any(codes):
+        number = next(i for i, code in enumerate(codes) if code)
+        last = (folder / f"{number}.err").read_text().strip().splitlines()[-1:]
+        raise RunError(f"{folder}: job {number} ended with {codes[number]}: {' '.join(last)}")
+    return (folder / "0.out").read_text()
+
+
+def train_and_evaluate(way: str, seed: int, folder: Path, common: Sequence[object], networks: int) -> dict[str, Any]:
+    """Train S networks one way and evaluate their last weights; the figures by name.
+
+    Args:
+        way: independent, co_training or exchange_N.
+        seed: of the run, or of all its jobs.
+        folder: of the way and seed.
+        common: flags of every run.
+        networks: S.
+    """
+    flags = [*common, "--seed", seed, "--resume", "auto"]
+    volume = 0
+    if way.startswith("exchange_"):
+        every, shared = way.removeprefix("exchange_"), folder / "x"
+        models = [folder / f"net{i}" for i in range(networks)]
+        flags += ["--method", "co_training", "--exchange", shared, "--exchange_every", every]
+        jobs = [program("train_split.py", *flags, "--network", i, "--model_dir", models[i]) for i in range(networks)]
+        run_together(jobs, folder / "log")
+        checkpoint = folder / "ensemble.pth.tar"
+        content, facts = assemble.assemble(ExchangeFolder(shared))
+        assemble.write(content, checkpoint)
+        for model, of_network in zip(models, facts, strict=True):  # what it wrote and what it read
+            taken = len((model / LOG).read_text().splitlines())
+            written = of_network["step"] // int(every) + bool(of_network["step"] % int(every))
+            volume += of_network["bytes"] * (written + taken)
+    else:
+        models = [folder / "joint"]
+        run_together([program("train_split.py", *flags, "--method", way, "--model_dir", models[0])], folder / "log")
+        results = json.loads((models[0] / "results.json").read_text())
+        checkpoint = models[0] / f"checkpoint_{results['epochs']}.pth.tar"
+    data = common[list(common).index("--data") + 1]
+    shown = run_together([program("eval.py", "--resume", checkpoint, "--data", data, "--no_cuda")], folder / "eval")
+    figures = json.loads(shown.strip().splitlines()[-1])
+    seconds = [json.loads((model / "results.json").read_text())["seconds"] for model in models]
+    return {
+        "ensemble_acc1": figures["ensemble_acc1"],
+        "single_acc1": statistics.mean(figures["acc1"]),
+        "ensemble_nll": figures["ensemble_nll"],
+        "disagreement": 100 * figures["disagreement"],
+        "seconds": max(seconds),
+        "bytes": volume,
+    }
+
+
+def table(found: dict[str, list[dict[str, Any]]]) -> str:
+    """The table of all ways, mean ± standard deviation over their seeds."""
+    rows = [TITLES]
+    for way, of_seeds in found.items():
+        cells = [way]
+        for name in FIGURES:
+            values = [figures[name] for figures in of_seeds]
+            digits = {"ensemble_nll": 3, "bytes": 0, "seconds": 0}.get(name, 2)
+            spread = f" ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 and name != "bytes" else ""
+            cells.append(f"{statistics.mean(values):,.{digits}f}{spread}" if values else "open")
+        rows.append(f"| {' | '.join([*cells, str(len(of_seeds))])} |")
+    return "\n".join(rows) + "\n"
+
+
+def main(argv: list[str] | None = None) -> int:
+    """The command line; returns the exit code."""
+    fit_streams()
+    parser = OneLineParser(
+        prog="python -m script.compare_exchange",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("data", metavar="DATA", type=Path)
+    parser.add_argument("--out", metavar="DIR", type=Path, required=True)
+    parser.add_argument("--ways", default="independent,co_training,exchange_50,exchange_400")
+    parser.add_argument("--seeds", default="1,2,3")
+    parser.add_argument("--split_factor", type=int, default=2, metavar="S")
+    parser.add_argument("--arch", default="resnet20")
+    parser.add_argument("--images", type=int, default=2000, help="training images; 0: all")
+    parser.add_argument("--test_images", type=int, default=2000, help="0: all")
+    parser.add_argument("--side", type=int, default=16, metavar="PIXELS")
+    parser.add_argument("--epochs", type=int, default=16)
+    parser.add_argument("--batch_size", type=int, default=32)
+    given = parser.parse_args(argv)
+    part = given.out / f"data_{given.images}_{given.test_images}_side{given.side}"
+    common: list[object] = ["--dataset", "folder", "--data", part.resolve(), "--arch", given.arch, "--no_cuda"]
+    common += ["--split_factor", given.split_factor, "--epochs", given.epochs, "--batch_size", given.batch_size]
+    common += ["--crop_size", given.side, "--padding", 2, "--amp_dtype", "fp32", "--eval_per_epoch", given.epochs]
+    found: dict[str, list[dict[str, Any]]] = {way: [] for way in given.ways.split(",")}
+    try:
+        given.out.mkdir(parents=True, exist_ok=True)
+        take(given.data, part, train=given.images, test=given.test_images, side=given.side)
+        for seed in map(int, given.seeds.split(",")):
+            for way, of_seeds in found.items():
+                folder = given.out.resolve() / f"{way}_seed{seed}"
+                done = folder / "figures.json"
+                if not done.exists():
+                    figures = train_and_evaluate(way, seed, folder, common, given.split_factor)
+                    done.write_text(json.dumps(figures, indent=1) + "\n")
+                of_seeds.append(json.loads(done.read_text()))
+                (given.out / "table.md").write_text(table(found))
+    except (UserError, RunError) as error:
+        print(f"compare_exchange: {error}", file=sys.stderr)
+        return error.exit_code
+    print(table(found), end="")
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

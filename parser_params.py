@@ -19,13 +19,15 @@ from dataset import sources
 from dataset.options import DataOptions
 from method import method_options, options_of
 from model.options import EXECUTIONS, FAMILIES, ModelOptions, check_freeze
-from model.registry import archs_matching, backbones, split_list
+from model.registry import archs_matching, backbones, names_user_code, split_list
 from recipe.cream_yaml import is_published, is_published_key, read_published
 from recipe.datasets import ROWS, row_for
 from recipe.fine_tuning import IMAGES_NAME, REPLACED, TRAINING_NAME, fine_tuning
 from recipe.own_images import KINDS, SMALL_DEFAULTS, TABLES
 from recipe.published import recipe_defaults
 from recipe.scaling import scaled_rate
+from recipe.transformers import NAME as TRANSFORMERS_NAME
+from recipe.transformers import transformers
 from training.options import COMPILE_MODES, OptimizerOptions
 from utils.command_line import (
     FlagParser,
@@ -552,6 +554,7 @@ def resolve_config(
     is_drawn: bool = False,
     nodes: int = 1,
     start: Mapping[str, Any] | None = None,
+    by_network: bool = True,
 ) -> Config:
     """Fill in what the user left open: the method's recipe, then the data set's, then the data's own crop size.
 
@@ -566,6 +569,8 @@ def resolve_config(
         nodes: whose images an update takes.
         start: for a run that fine-tunes pretrained weights, `recipe.fine_tuning.image_flags` of these, as far as
             somebody says them; None: another run.
+        by_network: transformers of libraries have a recipe of their own (`recipe.transformers`); not so for a run that
+            began before there was one.
     """
     from method import methods
 
@@ -575,6 +580,11 @@ def resolve_config(
         from_method = {name: value for name, value in from_method.items() if name not in ("mean", "std")}
     if start is not None:
         from_method = {name: value for name, value in from_method.items() if name not in REPLACED}
+    mixer_flags: dict[str, Any] = {}
+    if start is None and by_network:
+        mixer_flags = _of_transformers(config, data_recipe, crop_size, {**from_method, **given})
+        replaced = {*mixer_flags, *_OF_SGD} if "optimizer" in mixer_flags else {*mixer_flags}
+        from_method = {name: v for name, v in from_method.items() if name not in replaced or name == "batch_size"}
     supplied = {**from_method, **given}
     small, line = None, ""
     instead: dict[str, Any] = {}
@@ -585,6 +595,9 @@ def resolve_config(
             instead, line = _scaled(small.training, supplied, nodes)
         else:
             instead = {"arch": config.arch}
+    if mixer_flags:
+        flags, line = _scaled(mixer_flags, supplied, nodes) if "lr" in mixer_flags else (mixer_flags, line)
+        instead |= flags
     images = {} if start is None else _images(start, data_recipe)
     if start is not None:
         size = given.get("crop_size") or images.get("crop_size") or crop_size
@@ -614,6 +627,7 @@ def resolve_config(
     origins = dict.fromkeys((*defaults, *from_method), "recipe") | dict(config.origins)
     if small is not None and start is None:
         origins |= {name: f"recipe: {small.name}" for name in small.training if name not in supplied}
+    origins |= {name: f"recipe: {TRANSFORMERS_NAME}" for name in mixer_flags if name not in supplied}
     if start is not None:
         origins |= {name: f"recipe: {TRAINING_NAME}" for name in tuned if name not in supplied}
         origins |= {name: f"recipe: {IMAGES_NAME}" for name in images if name not in supplied}
@@ -640,6 +654,32 @@ def _images(start: Mapping[str, Any], data_recipe: str) -> dict[str, Any]:
         return dict(start)
     mean, std = ROWS["imagenet"].published_statistics
     return {"mean": mean, "std": std}
+
+
+# of methods' published recipes for ConvNets: what goes with their optimiser
+_OF_SGD = ("momentum", "is_nesterov", "is_wd_all", "lr_milestones", "lr_step_multiplier", "dks_fresh_optimizer")
+
+
+def _of_transformers(
+    config: Config, data_recipe: str, crop_size: int | None, supplied: Mapping[str, Any]
+) -> dict[str, Any]:
+    """The recipe of the first network, where that is a transformer or token mixer of a library; {} elsewhere."""
+    from method import methods
+
+    names = methods.get(config.method).backbone_names(config.arch, config.method_options)
+    if not names or names_user_code(names[0]) or (entry := backbones.get(names[0])).token_mixer is None:
+        return {}
+    request = dataclasses.replace(config, crop_size=crop_size or config.crop_size).backbone_request(2)
+    kind = entry.token_mixer(dataclasses.replace(request, arch=names[0]))
+    if kind is None:
+        return {}
+    return transformers(
+        ROWS[data_recipe],
+        kind,
+        epochs=supplied.get("epochs"),
+        optimizer=config.given.get("optimizer"),
+        alone=len(names) == 1,
+    )
 
 
 def _has_layer_norm(config: Config, crop_size: int | None) -> bool:

@@ -1111,6 +1111,7 @@ def run_in(world: World, config: Config) -> dict[str, Any]:
             is_drawn=bool(source.fractions),
             nodes=world.num_nodes,
             start=images,
+            by_network=resumed is None or "drop_path" in resumed.state.get("config", {}),
         )
         warn_of_unused_flags(config)
         if world.is_main:

@@ -16,16 +16,29 @@ import torch
 from torch import Tensor, nn
 
 from model.division import ANY_SPLIT, divided_rate
-from model.division.arguments import Arguments, divide
+from model.division.arguments import DROP_PATHS, Arguments, divide, last_name
 from model.division.fitting import fitted_arguments, image_arguments, sizes_around
 from model.division.plan import checked_arguments
 from model.division.rechannel import ChannelGraph, trace
 from model.division.recording import NotRecorded, Recording, build_on_meta
 from model.division.resizing import check_widths
 from model.division.solver import TOLERANCE, solve_widths
-from model.registry import ARGUMENTS, CHANNELS, LARGE, SMALL, Backbone, BackboneRequest, DivisionPlan, planned
+from model.mixing import mixes_tokens
+from model.options import LibraryOptions
+from model.registry import (
+    ARGUMENTS,
+    CHANNELS,
+    LARGE,
+    SMALL,
+    Backbone,
+    BackboneRequest,
+    DivisionPlan,
+    family_options,
+    planned,
+)
 from model.staged import Staged, classifier_name
 from recipe.preprocessing import Preprocessing
+from recipe.transformers import TokenMixer
 from utils.errors import UserError, reason
 from utils.macs import count_macs, count_params
 
@@ -176,12 +189,26 @@ class Library:
             preprocessing=preprocessing,
             released_name=self.released_name,
             parts=self.parts,
+            token_mixer=self.token_mixer,
         )
 
     def parts(self, network: nn.Module, request: BackboneRequest) -> Staged | None:
         """The parts of a network of this library; None where its class is none of the families."""
         family = self._family(network)
         return None if family is None else LibraryParts(network, family, request)
+
+    def token_mixer(self, request: BackboneRequest) -> TokenMixer | None:
+        """What the recipe of transformers wants to know of a network; None where it is not for this one."""
+        network = self._on_meta(request.arch, request.num_classes)
+        if self._family(network) is not None or not mixes_tokens(network):
+            return None
+        recording = self._recording(request.arch, request.num_classes)
+        rates = [] if recording is None else [recording.leaves[name] for name in _drop_path_names(recording)]
+        return TokenMixer(
+            windows="swin" in type(network).__name__.lower(),
+            params=count_params(network),
+            drop_path=float(rates[0]) if rates else None,
+        )
 
     def _family(self, network: nn.Module) -> Family | None:
         return next((family for family in self.families if type(network) is family.kind), None)
@@ -219,15 +246,41 @@ class Library:
             return self._build_by_channels(request, device)
         changes = self._arguments_of(request)
         self._measured(request.arch, request.num_classes, request.crop_size, tuple(changes.items()))
+        drop_path = self._drop_path(request)
         with torch.device("cpu") if device.type != "meta" else nullcontext():
-            network = self._built(request.arch, request.num_classes, request.crop_size, changes, device)
+            network = self._built(
+                request.arch, request.num_classes, request.crop_size, {**changes, **drop_path}, device
+            )
         if request.split_factor > 1:
-            rates = self._rates(request.arch, request.num_classes, request.crop_size)
+            rates = self._rates(request.arch, request.num_classes, request.crop_size, tuple(drop_path.items()))
             divide_rates(network, request.split_factor, rates)
         return network
 
+    def _drop_path(self, request: BackboneRequest) -> dict[str, float]:
+        """--drop_path as constructor arguments.
+
+        Raises:
+            UserError: the network has none for it.
+        """
+        rate = family_options(LibraryOptions, request).drop_path
+        if rate is None:
+            return {}
+        recording = self._recording(request.arch, request.num_classes)
+        names = [] if recording is None else _drop_path_names(recording)
+        if not names:
+            raise UserError(
+                f"--drop_path {rate:g}: --arch {request.arch} has no argument for stochastic depth. Leave the flag "
+                "away."
+            )
+        return dict.fromkeys(names, rate)
+
     def _build_by_channels(self, request: BackboneRequest, device: torch.device) -> nn.Module:
         assert request.widths is not None
+        if family_options(LibraryOptions, request).drop_path is not None:
+            raise UserError(
+                f"--drop_path: --arch {request.arch} is divided by its channels and keeps the library's own rates. "
+                "Leave the flag away."
+            )
         widths = tuple(map(int, request.widths))
         network, family = self._divided(request.arch, request.num_classes, request.crop_size, widths)
         divide_rates(network, request.split_factor, rates_of(network))
@@ -275,9 +328,11 @@ class Library:
         return fitted_arguments(recording.leaves, crop_size)
 
     @lru_cache(maxsize=64)  # noqa: B019
-    def _rates(self, arch: str, num_classes: int, crop_size: int) -> Mapping[tuple[str, str], float]:
-        """Dropout-like rates of the undivided network."""
-        return rates_of(self._built(arch, num_classes, crop_size, {}, torch.device("meta")))
+    def _rates(
+        self, arch: str, num_classes: int, crop_size: int, changes: tuple[tuple[str, float], ...] = ()
+    ) -> Mapping[tuple[str, str], float]:
+        """Dropout-like rates of the undivided network, with other numbers among its arguments."""
+        return rates_of(self._built(arch, num_classes, crop_size, dict(changes), torch.device("meta")))
 
     @lru_cache(maxsize=64)  # noqa: B019
     def _measured(
@@ -500,6 +555,11 @@ class Library:
             params_one=params_one,
             macs_one=macs_one,
         )
+
+
+def _drop_path_names(recording: Recording) -> list[str]:
+    """The leaves that hold the rate of stochastic depth."""
+    return [name for name in recording.leaves if last_name(name) in DROP_PATHS]
 
 
 def measure(network: nn.Module, crop_size: int, num_classes: int) -> tuple[int, int]:

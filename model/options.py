@@ -147,7 +147,21 @@ class WrnOptions(Options):
     )
 
 
-FAMILIES: tuple[type, ...] = (CreamOptions, DenseNetOptions, EfficientNetOptions, WrnOptions)
+@dataclass(frozen=True, kw_only=True)
+class LibraryOptions(Options):
+    """Networks of torchvision and timm"""
+
+    drop_path: float | None = option(
+        None,
+        "rate of stochastic depth in the last block, before it is divided by sqrt(S)",
+        default_text="the recipe's, else the library's own",
+        least=0,
+        below=1,
+        resume=TAKES,
+    )
+
+
+FAMILIES: tuple[type, ...] = (CreamOptions, DenseNetOptions, EfficientNetOptions, WrnOptions, LibraryOptions)
 
 
 def check_freeze(what: str) -> None:

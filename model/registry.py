@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
-from weakref import WeakKeyDictionary
 
 from recipe.datasets import ROWS, row_for
 from recipe.preprocessing import Preprocessing
+from recipe.transformers import TokenMixer
 from utils.errors import UserError
 from utils.registry import Registry
 
@@ -183,6 +183,7 @@ class Backbone:
         parts: (network, what it was built from) -> its `model.staged.Staged`, None where it has no parts that run one
             after another; for networks that are no StagedBackbone themselves.
         fit: an undivided network's request -> the same with the arguments that small images take; None: none.
+        token_mixer: request -> what the recipe of transformers wants to know, None where the network is none.
     """
 
     build: BackboneBuilder
@@ -200,6 +201,7 @@ class Backbone:
     released_name: Callable[[str], str] | None = None
     parts: Callable[[nn.Module, BackboneRequest], Any] | None = None
     fit: Callable[[BackboneRequest], BackboneRequest] | None = None
+    token_mixer: Callable[[BackboneRequest], TokenMixer | None] | None = None
 
 
 # file of model/backbone/ -> the architectures that it registers; none for one that has only a resolver
@@ -384,23 +386,40 @@ def build_network(request: BackboneRequest) -> nn.Module:
     return network
 
 
-# What networks of others were built from. Beside them, because no name of ours may hide one of theirs.
-_REQUESTS: WeakKeyDictionary[nn.Module, BackboneRequest] = WeakKeyDictionary()
+@dataclass(frozen=True)
+class _Origin:
+    """What a network of others was built from, as a hook of it that does nothing.
+
+    No name of ours may hide one of theirs, so it cannot be an attribute; a hook goes along with copies and pickles.
+    """
+
+    request: BackboneRequest
+
+    def __call__(self, module: nn.Module, keys: Any) -> None:
+        """Nothing."""
+
+    def __deepcopy__(self, memo: Any) -> _Origin:
+        return self
 
 
 def note_request(network: nn.Module, request: BackboneRequest) -> None:
     """Remember what a network was built from: our own know it themselves."""
     if check_request(request).plan is None:
         network.request = request  # type: ignore[assignment]
-    else:
-        _REQUESTS[network] = request
+        return
+    hooks = network._load_state_dict_post_hooks
+    for key in [key for key, hook in hooks.items() if isinstance(hook, _Origin)]:
+        del hooks[key]
+    network.register_load_state_dict_post_hook(_Origin(request))
 
 
 def known_request(network: nn.Module) -> BackboneRequest | None:
     """What a network was built from, its solved widths included; None where `build_network` did not build it."""
-    found = _REQUESTS.get(network)
-    own = None if found is not None else getattr(network, "request", None)
-    return own if isinstance(own, BackboneRequest) else found
+    for hook in network._load_state_dict_post_hooks.values():
+        if isinstance(hook, _Origin):
+            return hook.request
+    own = getattr(network, "request", None)
+    return own if isinstance(own, BackboneRequest) else None
 
 
 def request_of(network: nn.Module) -> BackboneRequest:

@@ -298,7 +298,7 @@ def recipe_defaults(
         scaled_already = "lr" not in given and arch in _LR_BY_BATCH and row.departures == "imagenet"
         changed["lr"] = values["lr"] * (1.0 if scaled_already else scale)
         changed["momentum"] = values["momentum"] ** scale
-    divide = split_factor > 1 and given.get("is_div_wd", True)
+    divide = split_factor > 1 and values.get("is_div_wd", True)
     as_given = "weight_decay" in given and ("is_div_wd" not in given or given.get("is_wd_test"))
     if divide and not as_given:
         changed["weight_decay"] = values["weight_decay"] * math.exp(1 / split_factor - 1)  # eq. 6

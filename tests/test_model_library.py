@@ -2,6 +2,7 @@
 
 import copy
 import math
+import pickle
 import subprocess
 import sys
 from functools import lru_cache, partial
@@ -19,6 +20,7 @@ from model.division.__main__ import main
 from model.division.plan import division_plan
 from model.division.solver import TOLERANCE, channel_unit, solve_factor, solve_widths
 from model.library import LibraryParts, fill
+from model.registry import request_of
 from utils.errors import UserError
 from utils.macs import count_macs, count_params
 
@@ -129,6 +131,19 @@ def test_undivided_it_is_the_librarys_network():
         images_BCHW = torch.randn(2, 3, 32, 32)
         with torch.no_grad():
             assert torch.equal(ours(images_BCHW), theirs(images_BCHW))
+
+
+def test_copies_know_what_they_were_built_from():
+    request = solved_request(make_request("torchvision/resnet18", 8))
+    split = build_splitnet(request, seed=0, train_separately=True)
+    twin = copy.deepcopy(split.models[0])
+    assert vars(twin).keys() == vars(models.resnet18()).keys()
+    for network in (twin, copy.deepcopy(split).models[0], pickle.loads(pickle.dumps(split.models[0]))):
+        assert request_of(network) == request
+        parts = staged_parts(network)
+        assert parts is not None
+        assert parts.network is network
+    twin.load_state_dict(split.models[0].state_dict())  # what carries it does nothing
 
 
 def test_networks_that_cannot_be_divided_keep_their_state_dict():

@@ -23,7 +23,7 @@ NO_FACTORS: Mapping[str, float] = MappingProxyType({})
 _BIAS = re.compile(r"(?<![a-z])bias(es)?(?![a-z])")
 
 
-def _spared(module: nn.Module, *, norms: bool) -> set[int]:
+def _spared(module: nn.Module, no_decay: str) -> set[int]:
     """The ids of the parameters that weight decay leaves alone.
 
     A bias is what is added, and is called so by its own layer: `bias`, `in_proj_bias` of attention, `bias_ih_l0` of an
@@ -32,9 +32,13 @@ def _spared(module: nn.Module, *, norms: bool) -> set[int]:
 
     Args:
         module: holds the parameters.
-        norms: also every parameter of a normalisation: torch's kinds, and any layer whose class is called one and that
-            has a weight and a bias a channel, or one of the two.
+        no_decay: "bias"; "norm_bias", also every parameter of a normalisation: torch's kinds, and any layer whose class
+            is called one and that has a weight and a bias a channel, or one of the two; "one_dimensional", every
+            parameter of one dimension or none, and what a network itself names by `no_weight_decay()`.
     """
+    if no_decay == "one_dimensional":
+        return {id(parameter) for parameter in module.parameters() if parameter.dim() <= 1} | _named_by_networks(module)
+    norms = no_decay == "norm_bias"
     spared: set[int] = set()
     for part in module.modules():
         own = dict(part.named_parameters(recurse=False))
@@ -48,6 +52,17 @@ def _spared(module: nn.Module, *, norms: bool) -> set[int]:
             if _BIAS.search(name):
                 spared |= {id(parameter) for parameter in parametrization.parameters(recurse=False)}
     return spared
+
+
+def _named_by_networks(module: nn.Module) -> set[int]:
+    """The ids of the parameters that parts of a module name by `no_weight_decay()`, from where they stand (timm)."""
+    found: set[int] = set()
+    for part in module.modules():
+        names = getattr(part, "no_weight_decay", None)
+        if callable(names):
+            own = dict(part.named_parameters())
+            found |= {id(own[name]) for name in names() if name in own}
+    return found
 
 
 def _is_norm(part: nn.Module, own: dict[str, nn.Parameter]) -> bool:
@@ -71,7 +86,8 @@ def parameter_groups(
     Where parameters have factors for their rates, these groups are split by them, lower rates last.
 
     --no_decay bias: every bias is spared (as published: the scales of batch norm are decayed); norm_bias: so are all
-    parameters of normalisations; with --is_wd_all nothing is. What counts as either says `_spared`.
+    parameters of normalisations; one_dimensional: all of one dimension, and what the networks name; with --is_wd_all
+    nothing is. What counts as which says `_spared`.
 
     Args:
         module: the module that the names belong to; tells what a parameter is.
@@ -82,7 +98,7 @@ def parameter_groups(
         factors: of learning rates by name (--layer_decay); 1 for those that are not named.
         undecayed: names of parameters that are not decayed whatever they are.
     """
-    spared = set() if options.is_wd_all else _spared(module, norms=options.no_decay == "norm_bias")
+    spared = set() if options.is_wd_all else _spared(module, options.no_decay)
     groups: list[dict[str, Any]] = [
         {"params": [], "weight_decay": decay, "lr_multiplier": multiplier}
         for multiplier in (1.0, options.lr_multiplier)

@@ -98,8 +98,9 @@ class OptimizerOptions(Options):
     is_wd_all: bool = option(False, "decay every parameter", resume=TAKES)
     no_decay: str = option(
         "bias",
-        "what is not decayed: every bias, or also all parameters of normalisations",
-        choices=("bias", "norm_bias"),
+        "what is not decayed: every bias; also all parameters of normalisations; or all of one dimension, and what a "
+        "network of timm names",
+        choices=("bias", "norm_bias", "one_dimensional"),
         default_text=BY_RECIPE,
         resume=TAKES,
     )

@@ -26,17 +26,16 @@ GROUP_SIZES = frozenset(("group_size", "gs"))
 RATIOS = frozenset(["mlp_ratio", "mlp_ratios", "ffn_ratio", "expand_ratio", "exp_ratio", "mlp_expand"])
 MLP_WIDTHS = frozenset(["mlp_dim", "ffn_dim"])  # a ratio times the width that attention has
 FACTORS = frozenset(["width_mult", "channel_multiplier", "width", "width_factor", "multiplier"])
-RATES = frozenset(
+DROP_PATHS = frozenset(("drop_path_rate", "stochastic_depth_prob"))
+RATES = DROP_PATHS | frozenset(
     [
         "drop_rate",
         "proj_drop_rate",
         "pos_drop_rate",
         "patch_drop_rate",
         "attn_drop_rate",
-        "drop_path_rate",
         "dropout",
         "attention_dropout",
-        "stochastic_depth_prob",
     ]
 )
 IMAGE = frozenset(["img_size", "image_size", "input_size"])

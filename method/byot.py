@@ -60,7 +60,7 @@ class BeYourOwnTeacher(Method[BYOTOptions]):
         parts: dict[str, list[Tensor]] = {}
         main = []
         for i, view_BCHW in enumerate(self.network.expand_views(views_SBCHW)):
-            embeddings, logits = self.exits[i](self.network.models[i], view_BCHW)
+            embeddings, logits = self.exits[i](require_stages(self.network.models[i], "byot"), view_BCHW)
             for name, loss in self._losses(embeddings, at_least_float32(torch.stack(logits)), targets).items():
                 parts.setdefault(name, []).append(loss)
             main.append(at_least_float32(logits[-1]))
@@ -92,7 +92,7 @@ class BeYourOwnTeacher(Method[BYOTOptions]):
         found: dict[str, Tensor] = {}
         for i in range(self.network.split_factor):
             of = self.row_prefix(i)
-            _, logits = self.exits[i](self.network.models[i], images_BCHW)
+            _, logits = self.exits[i](require_stages(self.network.models[i], "byot"), images_BCHW)
             found |= {f"{of}exit{k}": logits_BK for k, logits_BK in enumerate(logits[:-1], start=1)}
             found[f"{of}exits_mean"] = torch.stack(logits).mean(dim=0)
         return found

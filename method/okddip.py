@@ -33,7 +33,7 @@ class Group(nn.Module):
         self.branches = None if network is None else peer_branches(network, options.okddip_branches - 1)
         self.attention = PeerAttention(size_D, options.okddip_factor)
 
-    def forward(self, networks: list[nn.Module], views: list[Tensor]) -> tuple[Tensor, Tensor]:
+    def forward(self, networks: list[Staged], views: list[Tensor]) -> tuple[Tensor, Tensor]:
         """Networks and their views [B, C, H, W] -> logits [P + 1, B, K], the leader's last; attention [B, P, P]."""
         embeddings: list[Tensor] = []
         logits: list[Tensor] = []
@@ -41,7 +41,6 @@ class Group(nn.Module):
             embeddings, logits = self.branches(networks[0], views[0])
         else:
             for network, view_BCHW in zip(networks, views, strict=True):
-                assert isinstance(network, Staged)
                 embedding_BD = network.tail(network.forward_features(view_BCHW)[0][-1])
                 embeddings.append(embedding_BD)
                 logits.append(network.classify(embedding_BD))
@@ -142,7 +141,7 @@ class DiversePeers(Method[OKDDipOptions]):
 
     def _run(self, views: Iterable[Tensor]) -> list[tuple[Tensor, Tensor]]:
         """Logits [P + 1, B, K], the leader's last, and attention [B, P, P] of every group."""
-        networks = [*self.network.models]
+        networks = [require_stages(one, "okddip") for one in self.network.models]
         if self.options.okddip_share == "networks":
             found = [self.groups[0](networks, [*views])]
         else:

@@ -91,6 +91,6 @@ class NativeEnsembleLearning(Method[ONEOptions]):
 
     def _branches(self, i: int, images_BCHW: Tensor) -> tuple[Tensor, Tensor]:
         """Logits of the branches of network i, its own first, [M, B, K], and of their mixture [B, K]."""
-        logits_MBK, weights_BM = self.ensembles[i](self.network.models[i], images_BCHW)
+        logits_MBK, weights_BM = self.ensembles[i](require_stages(self.network.models[i], "one"), images_BCHW)
         logits_MBK = at_least_float32(logits_MBK)
         return logits_MBK, (weights_BM.T.to(logits_MBK.dtype)[..., None] * logits_MBK).sum(dim=0)

@@ -148,7 +148,10 @@ def stem_parameters(network: Staged) -> set[int]:
 
 
 def _drop(module: nn.Module, unwanted: set[int]) -> None:
-    """Replace every submodule that holds nothing but unwanted parameters by an identity."""
+    """Replace every submodule that holds nothing but unwanted parameters by an identity, and single ones by nothing."""
+    for name, parameter in module.named_parameters(recurse=False):
+        if id(parameter) in unwanted:
+            setattr(module, name, None)  # class tokens and positions
     for name, child in module.named_children():
         found = [id(p) in unwanted for p in child.parameters()]
         if found and all(found):
@@ -271,7 +274,8 @@ def stage_maps(network: Staged) -> list[tuple[int, int]]:
     whole.eval()
     taps, _ = network.forward_features(next(whole.parameters()).new_zeros(1, 3, side, side))
     whole.train(training)
-    return [(tap.shape[1], tap.shape[-1]) for tap in taps]
+    maps = map(network.as_map, taps)
+    return [(one.shape[1], one.shape[-1]) for one in maps]
 
 
 def _full_precision(tensor: Tensor) -> torch.autocast:
@@ -317,7 +321,7 @@ class NativeEnsemble(nn.Module):
     def forward(self, network: Staged, images_BCHW: Tensor) -> tuple[Tensor, Tensor]:
         """Images [B, 3, H, W] -> logits [M, B, K], the network's own first, and the gate's weights [B, M]."""
         taps, _, logits = self.branches.with_taps(network, images_BCHW)
-        return torch.stack([logits[-1], *logits[:-1]]), self.gate(taps[-2])
+        return torch.stack([logits[-1], *logits[:-1]]), self.gate(network.as_map(taps[-2]))
 
 
 class PeerAttention(nn.Module):
@@ -398,7 +402,7 @@ class BottleneckExits(nn.ModuleList):
     def forward(self, network: Staged, images_BCHW: Tensor) -> tuple[list[Tensor], list[Tensor]]:
         """Images -> embeddings [B, D] and logits [B, K] of every exit and, last, of the network itself."""
         taps, embedding_BD = network.forward_features(images_BCHW)
-        found = [one(tap) for one, tap in zip(self, taps[:-1], strict=True)]
+        found = [one(network.as_map(tap)) for one, tap in zip(self, taps[:-1], strict=True)]
         embeddings, logits = [pair[0] for pair in found], [pair[1] for pair in found]
         return [*embeddings, embedding_BD], [*logits, network.classify(embedding_BD)]
 

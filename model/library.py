@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import inspect
-import itertools
 import logging
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from functools import lru_cache, partial
+from itertools import chain, pairwise
 from typing import Any
 
 import torch
@@ -36,13 +36,16 @@ from model.registry import (
     family_options,
     planned,
 )
-from model.staged import Staged, classifier_name
+from model.serial import Layout, SerialParts, serial_layout
+from model.staged import Staged, classifier_name, half_of_blocks
 from recipe.preprocessing import Preprocessing
 from recipe.transformers import TokenMixer
 from utils.errors import UserError, reason
 from utils.macs import count_macs, count_params
 
 logger = logging.getLogger(__name__)
+
+RESET = "reset_parameters"  # how layers of torch call what gives them initial values
 
 # what the constructors and forward passes of libraries raise
 BUILD_ERRORS = (
@@ -113,7 +116,7 @@ class LibraryParts(Staged):
     def stages(self) -> list[nn.Module]:
         trunk = self.family.trunk(self._network)
         bounds = [*self._starts, len(trunk) - self.family.tail]
-        parts = [trunk[begin:end] for begin, end in itertools.pairwise(bounds)]
+        parts = [trunk[begin:end] for begin, end in pairwise(bounds)]
         return [part[0] if len(part) == 1 else nn.Sequential(*part) for part in parts]
 
     def stem(self, images_BCHW: Tensor) -> Tensor:
@@ -135,10 +138,7 @@ class LibraryParts(Staged):
         return self.family.classifier
 
     def halved_depth(self) -> int:
-        parts = [*self.stages[-1].children()]
-        if any(isinstance(part, nn.Sequential) for part in parts):
-            return len(parts)  # these are a downsampling layer and sequences of blocks, so half of them is not half
-        return super().halved_depth()
+        return half_of_blocks(self.stages[-1])
 
 
 def _shrinks(module: nn.Module) -> bool:
@@ -153,6 +153,7 @@ class Library:
         prefix: of its names on the command line, "torchvision/".
         create: (name without prefix, K) -> the library's network.
         families: classes whose stages and initial values are known here; they go by channels.
+        layouts: where the parts of more classes are, as functions of a network; timm's are found (`model.serial`).
         by_channels: names of more classes whose authors wrote widths into the code, so that they go by channels too.
         version: of the package.
         examples: names of networks that can be divided, for error messages.
@@ -162,6 +163,7 @@ class Library:
     prefix: str
     create: Callable[[str, int], nn.Module]
     families: Sequence[Family] = field(default_factory=tuple)
+    layouts: Mapping[type, Callable[[Any], Layout]] = field(default_factory=dict)
     by_channels: frozenset[str] = frozenset()
     version: str = ""
     examples: str
@@ -181,6 +183,7 @@ class Library:
             build=self.build,
             family=self.prefix.rstrip("/"),
             split_factors={SMALL: ANY_SPLIT, LARGE: ANY_SPLIT},
+            options=LibraryOptions,
             crop_size=crop_size,
             plan=self.plan,
             fit=self.fit,
@@ -193,9 +196,26 @@ class Library:
         )
 
     def parts(self, network: nn.Module, request: BackboneRequest) -> Staged | None:
-        """The parts of a network of this library; None where its class is none of the families."""
+        """The parts of a network of this library; None where none are known that run one after another."""
         family = self._family(network)
-        return None if family is None else LibraryParts(network, family, request)
+        if family is not None:
+            return LibraryParts(network, family, request)
+        layout = self._layout(request.arch, request.num_classes, request.crop_size, request.fits_images)
+        return None if layout is None else SerialParts(network, layout, request)
+
+    @lru_cache(maxsize=64)  # noqa: B019
+    def _layout(self, arch: str, num_classes: int, crop_size: int, fits_images: bool) -> Layout | None:
+        """Where the parts of a network are, undivided or not."""
+        fitted = self._fitted(arch, num_classes, crop_size) if fits_images else {}
+        try:
+            network = self._built(arch, num_classes, crop_size, fitted, torch.device("meta")).eval()
+            known = self.layouts.get(type(network))
+            if known is not None:
+                return known(network)
+            with torch.no_grad():
+                return serial_layout(network, torch.empty(1, 3, crop_size, crop_size, device="meta"))
+        except BUILD_ERRORS:
+            return None
 
     def token_mixer(self, request: BackboneRequest) -> TokenMixer | None:
         """What the recipe of transformers wants to know of a network; None where it is not for this one."""
@@ -285,7 +305,8 @@ class Library:
         network, family = self._divided(request.arch, request.num_classes, request.crop_size, widths)
         divide_rates(network, request.split_factor, rates_of(network))
         if device.type != "meta":
-            fill(network, family, device)
+            create = partial(self._built, request.arch, request.num_classes, request.crop_size, {}, torch.device("cpu"))
+            fill(network, family, device, create)
         return network
 
     def _built(
@@ -615,27 +636,61 @@ def divide_rates(network: nn.Module, split_factor: int, rates: Mapping[tuple[str
             setattr(network.get_submodule(name), attribute, rate)
 
 
-def fill(network: nn.Module, family: Family | None, device: torch.device) -> None:
+def fill(
+    network: nn.Module,
+    family: Family | None,
+    device: torch.device,
+    undivided: Callable[[], nn.Module] | None = None,
+) -> None:
     """Give a network without storage its initial values, drawn from the default generator.
 
     Args:
         network: on the meta device.
         family: its initial values; None: what its class says by `init_weights`, else torch's of each layer.
         device: where it goes.
+        undivided: makes the undivided network, of which it takes what no layer resets where the class is not known.
     """
     network.to_empty(device=device)
     reset_parameters(network)
     with torch.no_grad():
+        if family is None and undivided is not None:
+            _fill_loose(network, undivided)
         if family is not None:
             family.initialise(network)
         else:
             _initialise_as_the_class_says(network)
 
 
+def _fill_loose(network: nn.Module, undivided: Callable[[], nn.Module]) -> None:
+    """Give the tensors of modules without `reset_parameters` the values that the undivided network has there.
+
+    Where the size is another, a constant stays that, and other values are drawn with their mean and deviation.
+    """
+    owners = [(name, part) for name, part in network.named_modules() if not callable(getattr(part, RESET, None))]
+    loose = {
+        f"{name}.{own}".lstrip("."): tensor
+        for name, part in owners
+        for own, tensor in chain(part.named_parameters(recurse=False), part.named_buffers(recurse=False))
+    }
+    if not loose:
+        return
+    with torch.random.fork_rng(devices=[]):
+        whole = undivided()
+    theirs = dict(chain(whole.named_parameters(), whole.named_buffers()))
+    for name, tensor in loose.items():
+        value = theirs[name].detach()
+        if value.shape == tensor.shape:
+            tensor.copy_(value)
+        elif bool((value == value.flatten()[0]).all()):
+            tensor.fill_(float(value.flatten()[0]))
+        else:
+            nn.init.normal_(tensor, float(value.mean()), float(value.std()))
+
+
 def reset_parameters(network: nn.Module) -> None:
     """Give every module that can do so the initial values that torch gives it."""
     for module in network.modules():
-        reset = getattr(module, "reset_parameters", None)
+        reset = getattr(module, RESET, None)
         if callable(reset):
             reset()
 

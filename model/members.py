@@ -285,11 +285,12 @@ class FixedDropout(RandomScale):
     Args:
         rate: p; kept numbers are multiplied by 1 / (1 - p).
         by_channel: whole channels are dropped, else single numbers.
+        dim: of the features, counts channels.
     """
 
-    def __init__(self, rate: float, *, by_channel: bool) -> None:
+    def __init__(self, rate: float, *, by_channel: bool, dim: int = 1) -> None:
         super().__init__()
-        self.rate, self.by_channel = rate, by_channel
+        self.rate, self.by_channel, self.dim = rate, by_channel, dim
         self.member_key: Tensor | None = None
         self.place = 0
 
@@ -298,7 +299,10 @@ class FixedDropout(RandomScale):
         return self.rate > 0 and (self.training or self.member_key is not None)
 
     def draw(self, features: Tensor) -> tuple[Tensor, ...]:
-        rest = (features.shape[1], *[1] * (features.dim() - 2)) if self.by_channel else tuple(features.shape[1:])
+        rest = [*features.shape[1:]]
+        if self.by_channel:
+            rest = [1] * len(rest)
+            rest[self.dim - (self.dim > 0)] = features.shape[self.dim]
         if self.training or self.member_key is None:
             uniform = self.uniform((len(features), *rest), features.device)
         else:
@@ -333,7 +337,8 @@ class MCDropoutNet(MemberNet):
                 )
             self._staged = (parts,)
             count = len(parts.stages) if place == "stages" else 0
-            drops = [FixedDropout(rate, by_channel=True) for _ in range(count)] + [FixedDropout(rate, by_channel=False)]
+            drops = [FixedDropout(rate, by_channel=True, dim=parts.channel_dim) for _ in range(count)]
+            drops.append(FixedDropout(rate, by_channel=False))
             # beside the network's own parts, so that random layers are told apart; no tensors, so no names in a state
             network.add_module("mc_dropout", nn.ModuleList(drops))
         else:

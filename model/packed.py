@@ -19,6 +19,7 @@ from model.division.resizing import build_resized, check_widths, followed, undiv
 from model.division.solver import TOLERANCE, solve_widths
 from model.options import AUTO
 from model.registry import BackboneRequest, note_request, request_of
+from model.serial import SerialParts
 from model.splitnet import SplitNet
 from model.staged import staged_parts
 from utils.errors import UserError
@@ -109,6 +110,8 @@ def _left_alone(network: nn.Module, graph: ChannelGraph) -> Iterator[str]:
     inside: set[int] = set()
     first: set[int] = set()
     parts = staged_parts(network)
+    if isinstance(parts, SerialParts):
+        parts = None  # the rules of this method were made where these were not found
     for stage in [*network.children()] if parts is None else parts.stages:
         of_stage = [part for part in stage.modules() if isinstance(part, nn.Conv2d)]
         inside |= {id(part) for part in of_stage}

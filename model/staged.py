@@ -32,6 +32,15 @@ class Staged:
         return 64
 
     @property
+    def channel_dim(self) -> int:
+        """The dimension of the stages' features that counts channels: 1, or -1 of tokens and of [B, H, W, C]."""
+        return 1
+
+    def as_map(self, features: Tensor) -> Tensor:
+        """A stage's features as a map [B, C, H, W]; class and register tokens are left out."""
+        return features
+
+    @property
     @abstractmethod
     def stages(self) -> list[nn.Module]:
         """The stages in order; stage i maps the feature map of stage i-1 (or the stem) to its own."""
@@ -90,6 +99,12 @@ class Staged:
             ValueError: a last stage that a family does not halve.
         """
         return max(1, len(list(self.stages[-1].children())) // 2)
+
+
+def half_of_blocks(stage: nn.Module) -> int:
+    """How many parts half of a library's stage is: all where these are a downsampling layer and sequences of blocks."""
+    parts = [*stage.children()]
+    return len(parts) if any(isinstance(part, nn.Sequential) for part in parts) else max(1, len(parts) // 2)
 
 
 class StagedBackbone(Staged, nn.Module):

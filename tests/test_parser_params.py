@@ -296,7 +296,8 @@ def test_help_and_a_typo_are_answered_without_importing_torch(program: str) -> N
 def test_the_parser_knows_what_the_methods_and_backbones_have() -> None:
     for name in methods.names():
         assert name not in method_options or methods.get(name).Options is method_options.get(name), name
-    assert {entry.options for _, entry in backbones.items()} - {None} == set(FAMILIES)
+    of_libraries = backbones.get("torchvision/resnet18").options
+    assert {of_libraries, *(entry.options for _, entry in backbones.items())} - {None} == set(FAMILIES)
 
 
 @pytest.mark.parametrize("registry", [sources, backbones], ids=lambda registry: registry.kind)

@@ -35,6 +35,8 @@ FLOORS_OF_MODEL = (
     "division",
     "options",
     "search",
+    "mixing",
+    "serial",
     "library",
     "backbone",
     "heads",

@@ -23,6 +23,8 @@ from torchvision.models import (
     MobileNetV3,
     RegNet,
     ResNet,
+    SwinTransformer,
+    VisionTransformer,
     get_model,
     get_model_weights,
     list_models,
@@ -30,6 +32,7 @@ from torchvision.models import (
 
 from model.library import Family, Library, layers_of, normal_by_outputs, zero_bias
 from model.registry import Backbone, backbones
+from model.serial import Layout, in_runs
 from recipe.preprocessing import Preprocessing
 from utils.errors import UserError, reason
 from utils.registry import nearest_name
@@ -190,6 +193,32 @@ FAMILIES = (
 )
 
 
+def _vision_transformer(network: Any) -> Layout:
+    blocks = tuple(f"encoder.layers.{name}" for name, _ in network.encoder.layers.named_children())
+    return Layout(
+        members=blocks,
+        stages=in_runs(len(blocks)),
+        after=("encoder.ln",),
+        classifier="heads.head",
+        pool=lambda n, tokens_BNC: tokens_BNC[:, 0],
+        is_tokens=True,
+        prefix_tokens=1,
+    )
+
+
+def _swin(network: Any) -> Layout:
+    """`features` are the patches, then blocks, then merging and blocks in turn."""
+    parts = tuple(f"features.{i}" for i in range(1, len(network.features)))
+    return Layout(
+        members=parts,
+        stages=((0, 1), *((i, i + 2) for i in range(1, len(parts), 2))),
+        after=("norm", "permute", "avgpool", "flatten"),
+        classifier="head",
+        pool=lambda n, embedding_BD: embedding_BD,
+        channels_last=True,
+    )
+
+
 def released_name(key: str) -> str:
     """Today's name of a tensor in a released file."""
     return _OLD_DENSENET.sub(r"\1\2", key)
@@ -200,6 +229,7 @@ LIBRARY = Library(
     create=lambda name, num_classes: get_model(name, weights=None, num_classes=num_classes),
     families=FAMILIES,
     released_name=released_name,
+    layouts={VisionTransformer: _vision_transformer, SwinTransformer: _swin},
     by_channels=frozenset(("AlexNet", "SqueezeNet")),
     version=f"torchvision {torchvision.__version__}",
     examples="resnet50, resnext50_32x4d, wide_resnet50_2, regnet_y_400mf, mobilenet_v2, mobilenet_v3_small, "

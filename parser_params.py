@@ -209,6 +209,20 @@ class DeviceOptions(Options):
 class MachineOptions(Options):
     """Several machines"""
 
+    placement: str = option(
+        "data",
+        "what a process holds: all networks, and DDP sends their gradients; or its own networks alone, and only their "
+        "logits travel between processes. The same numbers (miscs/together.md)",
+        choices=("data", "networks"),
+        resume=TAKES,
+    )
+    network_groups: int | None = option(
+        None,
+        "N of --placement networks: W processes are N groups of networks times W / N replicas",
+        default_text="the largest divisor of S that divides W",
+        least=1,
+        resume=TAKES,
+    )
     exchange: str | None = option(
         None,
         "folder, seen by all machines, through which S jobs with one network each learn from each other; made if "
@@ -740,6 +754,15 @@ def _check(config: Config) -> None:
         "--nproc_per_node needs --multiprocessing_distributed; under torchrun it is torchrun's flag.",
     )
     need(
+        config.exchange is None or config.placement == "data",
+        "--exchange cannot go with --placement networks: one spreads the networks over jobs, the other over the "
+        "processes of a job. Leave one of them away.",
+    )
+    need(
+        config.network_groups is None or config.placement == "networks",
+        f"--network_groups {config.network_groups} is for --placement networks: add that, or leave it away.",
+    )
+    need(
         config.class_weights is None or config.class_loss == "ce",
         f"--class_weights is for the cross-entropy, and --class_loss is {config.class_loss}: leave one of them away.",
     )
@@ -786,11 +809,16 @@ def _check_data_and_method(config: Config) -> None:
     """Refuse flags that the data set, as it was found, or the method cannot go with; the latter imports torch."""
     from method import methods
 
+    kind = methods.get(config.method)
+    if config.placement == "networks" and not kind.may_be_spread():
+        raise UserError(
+            f"--placement networks: the networks of --method {config.method} have more in common than logits: "
+            f"{kind.exchanges}. Use --placement data."
+        )
     for name in ("image_column", "label_column", "split_column"):
         if name in config.given and config.dataset not in TABLES:
             tables = ", ".join(TABLES)
             raise UserError(f"--{name} is for tables ({tables}), and --dataset is {config.dataset}: leave it away.")
-    kind = methods.get(config.method)
     if config.exchange is not None and not kind.learns_from_copies:
         able = ", ".join(name for name in methods.names() if methods.get(name).learns_from_copies)
         raise UserError(

@@ -100,6 +100,7 @@ from utils.device import ask_for_determinism, wait_for
 from utils.errors import Incomplete, Interrupted, RunError, Stopped, UserError
 from utils.launch import World
 from utils.macs import count_macs, count_params
+from utils.mesh import build_mesh, choose_groups
 from utils.precision import choose_precision, lay_out
 from utils.program import Output, program_name, run_program, show
 from utils.recording import CudaRecorder, Recorder
@@ -199,13 +200,20 @@ class Trainer:
         self.is_replayed = recorder is not None
         start = None if before is not None else start or open_start(config)
         new_heads = heads_before(before) if before is not None else self._load_pretrained(start)
+        self._spread()
         self._place(before, recorder)
-        self.params_frozen = freeze(self.network, config.freeze) if config.freeze else 0
+        self.params_frozen = self._freeze(config.freeze) if config.freeze else 0
 
         # data, and how long the run is
         views = ViewMaker(view_spec(source.recipe, config, mean=source.mean, std=source.std), self.seed)
         self.loader = build_train_loader(
-            source, config, world, num_views=self.num_views, seed=self.seed, sampler=self.method.sampler
+            source,
+            config,
+            world,
+            num_views=self.num_views,
+            seed=self.seed,
+            sampler=self.method.sampler,
+            first_view=self.first_view,
         )
         splits = {"val": source.val, source.reported: source.test}
         self.eval_loaders = {
@@ -440,6 +448,28 @@ class Trainer:
             logger.info("--pretrained: the head %s has another size there and starts anew.", name)
         return tuple(f"network.{name}." for name in renewed)
 
+    def _spread(self) -> None:
+        """Let go of the networks that other processes hold, where --placement asks for it."""
+        mesh = self.world.mesh
+        if mesh is None:
+            return
+        if self.params_training:
+            raise UserError(
+                f"--placement networks: --method {self.config.method} trains parameters beside its networks. Use "
+                "--placement data."
+            )
+        self.method.mesh = mesh
+        self.network.hold(mesh)
+        if self.world.is_main:
+            logger.info("--placement networks: %d group(s) of %d process(es)", mesh.groups, mesh.replicas)
+
+    def _freeze(self, what: str) -> int:
+        """Freeze a part of every network; how many parameters that are in all of them."""
+        frozen = freeze(self.network, what)
+        if self.world.mesh is None:
+            return frozen
+        return int(self.world.mesh.sum_networks(torch.tensor([frozen], device=self.world.device)))
+
     def _renew_statistics(self, views: ViewMaker) -> None:
         """Batch norms of slices get the statistics of what the slices give, from views as the first epoch has them."""
         layout: dict[str, Any] = {"dtype": self.precision.weights, "memory_format": self.precision.memory_format}
@@ -456,7 +486,7 @@ class Trainer:
         self.method.to(self.world.device, self.precision.weights)
         lay_out(self.method, self.precision.memory_format)
         if self.is_synchronised:
-            synchronise_batchnorm(self.method, self.world.device)
+            synchronise_batchnorm(self.method, self.world.device, self.world.sharers)
         self.network.execution = self._choose_execution(resumed)
         self.network.recorder = recorder
         if self.is_synchronised and self.network.execution == "parallel" and self.world.device.type == "cuda":
@@ -464,8 +494,8 @@ class Trainer:
 
     @property
     def is_synchronised(self) -> bool:
-        """Whether batch norms take the statistics of all processes."""
-        return self.config.is_syncbn and self.world.world_size > 1
+        """Whether batch norms take the statistics of all shards of a batch."""
+        return self.config.is_syncbn and self.world.num_shards > 1
 
     def _choose_execution(self, resumed: Checkpoint | None) -> str:
         """How the networks run: as the resumed run's did, unless another strategy is asked for."""
@@ -479,8 +509,10 @@ class Trainer:
 
     @property
     def num_views(self) -> int:
-        """V: one view for each network, or one for all where they must, or shall, see the same."""
-        return 1 if self.shares_view else self.num_networks
+        """V: one view for each network held, or one for all where they must, or shall, see the same."""
+        if self.shares_view:
+            return 1
+        return self.num_networks if self.world.mesh is None else len(self.network.models)
 
     @property
     def shares_view(self) -> bool:
@@ -518,6 +550,7 @@ class Trainer:
             average=WeightAverage(self.network, config.ema_decay) if config.ema_decay > 0 else None,
             clip_grad=config.clip_grad,
             kept=KeptBuffers(self.network) if config.on_nonfinite == "skip" else None,
+            others=None if self.world.mesh is None else self.world.mesh.network_dim,
         )
 
     def _build_exchange(self) -> Exchange | None:
@@ -729,7 +762,7 @@ class Trainer:
                 done=self.position.done,
                 images=here.images,
                 waiting=here.waiting,
-                means=self.meter.reading(everywhere),
+                means=self.meter.reading(distributed.add_once(self.world)),
                 nonfinite=self.guard.reading(everywhere),
             )
         )
@@ -847,7 +880,7 @@ class Trainer:
             epoch=position.epoch,
             step=position.done,
             rate=self.schedule(max(position.step - 1, 0)),
-            train=self.epoch_meter.read(distributed.all_reduce_sum),
+            train=self.epoch_meter.read(distributed.add_once(self.world)),
             seconds=self.clock.seconds,
         )
         if is_best:
@@ -856,7 +889,7 @@ class Trainer:
     def say_epoch(self) -> None:
         """The line of an epoch that is not evaluated; every process takes part."""
         rate = self.schedule(max(self.position.step - 1, 0))
-        train = self.epoch_meter.read(distributed.all_reduce_sum)
+        train = self.epoch_meter.read(distributed.add_once(self.world))
         self.report.epoch_ended(epoch=self.position.epoch, rate=rate, train=train)
 
     def evaluate_split(self, name: str) -> dict[str, Any]:
@@ -870,7 +903,8 @@ class Trainer:
         weights = nullcontext() if self.average is None else self.average.applied_to(self.network)
         # not compiled, as in eval.py, so that both find the same figures
         with as_written(self.config.compile is not None), weights:
-            distributed.broadcast_buffers(self.network)  # an average's are each process's own until here
+            # an average's are each process's own until here
+            distributed.broadcast_buffers(self.network, self.world.sharers)
             evaluation = evaluate(
                 self.network,
                 watched(
@@ -888,7 +922,7 @@ class Trainer:
                 ),
                 autocast_dtype=precision.autocast,
                 extra=self.method.extra_logits,
-                all_reduce=distributed.all_reduce_sum,
+                all_reduce=distributed.add_once(self.world),
             )
             return self.method.complete_figures(evaluation.figures)
 
@@ -1040,13 +1074,15 @@ class Trainer:
             "steps": self.position.done,
             "seconds": round(self.clock.seconds, 3),
             "images_per_second": round(self.clock.images_per_second(), 1),
-            "state_sha256": ckpt.state_sha256(published_keys(self.network.state_dict())),
+            "state_sha256": ckpt.state_sha256(published_keys(self.state.weights())),
             "arch": self.config.arch,
             "method": self.config.method,
             "split_factor": self.num_networks,
             "dataset": self.config.dataset,
             "seed": self.seed,
             "precision": self.precision.name,
+            "placement": self.config.placement,
+            "world_size": self.world.world_size,
             "nonfinite_skipped": self.guard.count(),
             "model_dir": str(self.folder),
             **({} if self.config.network is None else {"network": self.config.network}),
@@ -1089,10 +1125,27 @@ def run(config: Config) -> dict[str, Any]:
         launch.leave(world)
 
 
+def spread_over(world: World, config: Config) -> World:
+    """The process's place with the networks spread over the processes, where --placement asks for it.
+
+    Raises:
+        UserError: one process, one network, or a number of groups that does not fit.
+    """
+    if config.placement == "data":
+        return world
+    names = methods.get(config.method).backbone_names(config.arch, config.method_options)
+    num_networks = len(names) if len(names) > 1 else 1 if config.is_train_sep else config.split_factor
+    if num_networks == 1:
+        raise UserError("--placement networks needs several networks, and there is one: give a --split_factor.")
+    groups = choose_groups(num_networks, world.world_size, config.network_groups)
+    return replace(world, mesh=build_mesh(groups, world.device))
+
+
 def run_in(world: World, config: Config) -> dict[str, Any]:
     """`run` in a process that has found its place."""
     folder = Path(config.model_dir)
     with launch.naming_lost_processes(world):
+        world = spread_over(world, config)
         resumed = open_run(folder, config.resume)
         distributed.barrier()  # nobody writes into the folder before everybody has looked
         finished = finished_results(folder, config, resumed)

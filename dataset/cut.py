@@ -57,11 +57,19 @@ class Cut(Protocol):
 
 @dataclass(frozen=True)
 class RandomCrops:
-    """Random resized crops as torchvision makes them of PIL's images: the box is cut out, and then resized."""
+    """Random resized crops as torchvision makes them of PIL's images: the box is cut out, and then resized.
+
+    Attributes:
+        spec: what is drawn.
+        num_views: V.
+        seed: of the run.
+        first_view: number of the first of these views among all that are made of an image.
+    """
 
     spec: ResizedCropSpec
     num_views: int
     seed: int
+    first_view: int = 0
 
     @property
     def size(self) -> int:
@@ -70,7 +78,8 @@ class RandomCrops:
     def prepare(self, request: Request) -> Callable[[Image.Image, int], Tensor]:
         key = fold_in(self.seed, STREAM_VIEW, request.epoch, 1)
         # the last slot says how a view is resized; those before it do not depend on whether it is drawn
-        uniforms = counter_uniform(key, request.positions_B, np.arange(self.num_views), RESIZED_CROP_SLOTS + 1)
+        views_V = np.arange(self.first_view, self.first_view + self.num_views)
+        uniforms = counter_uniform(key, request.positions_B, views_V, RESIZED_CROP_SLOTS + 1)
         spec = self.spec
 
         def cut(image: Image.Image, row: int) -> Tensor:

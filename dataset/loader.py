@@ -81,6 +81,7 @@ class TrainLoader(_Loader):
         train: images in memory, or files.
         batch_size: images per step over all processes.
         num_views: V, crops per file; images in memory come whole, once.
+        first_view: number of the first of these crops among all that are made of a file.
         rank, world_size: of this process.
         device: where images and labels go.
         workers: decoding processes; 0 decodes in this one.
@@ -115,6 +116,7 @@ class TrainLoader(_Loader):
         sampler: Callable[[int], np.ndarray] | None = None,
         drop_last: bool = True,
         on_bad_image: str = "fail",
+        first_view: int = 0,
     ) -> None:
         if not len(train):
             raise UserError("The training set is empty. Check --data and --val_fraction.")
@@ -129,7 +131,7 @@ class TrainLoader(_Loader):
         self._positions = min(self.steps_per_epoch * batch_size, len(train))
         self._batch_size, self._rank, self._world_size = batch_size, rank, world_size
         self._sampler = sampler or Shuffled(len(train), seed)
-        cut = None if crop is None else RandomCrops(crop, num_views, seed)
+        cut = None if crop is None else RandomCrops(crop, num_views, seed, first_view)
         self._feed = _Feed(train, cut, device, workers, on_bad_image)
 
     def fewest_images(self, batch: int) -> int:

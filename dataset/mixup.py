@@ -93,37 +93,48 @@ def cutmix_box(lam: float, image_size: tuple[int, int], *, centre: tuple[int, in
 
 
 def apply_mix(
-    views_SBCHW: Tensor, labels_B: Tensor, mix: Mix, counts: Sequence[int] | None = None
+    views_SBCHW: Tensor,
+    labels_B: Tensor,
+    mix: Mix,
+    counts: Sequence[int] | None = None,
+    group: dist.ProcessGroup | None = None,
 ) -> tuple[Tensor, Targets]:
     """Mixed views and their targets; with several processes, images come from all of them.
 
     Args:
         counts: images of every process, where they are known; else the host waits to be told.
+        group: the processes that cut the batch among themselves; None: all.
     """
     if mix.box is None:
-        partners_SBCHW, labels_other_B = _partners(views_SBCHW, labels_B, mix, counts)
+        partners_SBCHW, labels_other_B = _partners(views_SBCHW, labels_B, mix, counts, group)
         mixed = views_SBCHW.lerp(partners_SBCHW, 1.0 - mix.lam)
     else:
         box = (..., slice(mix.box.top, mix.box.bottom), slice(mix.box.left, mix.box.right))
-        partners_SBCHW, labels_other_B = _partners(views_SBCHW[box], labels_B, mix, counts)
+        partners_SBCHW, labels_other_B = _partners(views_SBCHW[box], labels_B, mix, counts, group)
         mixed = views_SBCHW.clone()
         mixed[box] = partners_SBCHW
     lam = views_SBCHW.new_full((), mix.lam, dtype=torch.float32)
     return mixed.to(views_SBCHW.dtype), Targets(labels_B, labels_other_B, lam)
 
 
-def _partners(views_SBCHW: Tensor, labels_B: Tensor, mix: Mix, counts: Sequence[int] | None) -> tuple[Tensor, Tensor]:
+def _partners(
+    views_SBCHW: Tensor,
+    labels_B: Tensor,
+    mix: Mix,
+    counts: Sequence[int] | None,
+    group: dist.ProcessGroup | None,
+) -> tuple[Tensor, Tensor]:
     """Views, or the same part of each, and labels of what is mixed in."""
     upload = Upload()
-    if is_alone():
+    if is_alone(group):
         place = upload.add(mix.partners)
         partners = upload.send(labels_B.device)[place]
         return views_SBCHW.transpose(0, 1)[partners].transpose(0, 1), labels_B[partners]
     if mix.everyones is None:
         raise ValueError("every one of several processes must know the partners of all images")
-    counts = gather_counts(len(labels_B), labels_B.device) if counts is None else counts
+    counts = gather_counts(len(labels_B), labels_B.device, group) if counts is None else counts
     # the permutation is known to all, so each sends what is wanted of it, and knows what comes
-    rank, first_W = dist.get_rank(), np.concatenate([[0], np.cumsum(counts)])
+    rank, first_W = dist.get_rank(group), np.concatenate([[0], np.cumsum(counts)])
     wanted_W = np.split(mix.everyones, first_W[1:-1])
     asked_W = [w[(w >= first_W[rank]) & (w < first_W[rank + 1])] - first_W[rank] for w in wanted_W]
     owners_B = np.searchsorted(first_W, wanted_W[rank], side="right") - 1
@@ -137,7 +148,7 @@ def _partners(views_SBCHW: Tensor, labels_B: Tensor, mix: Mix, counts: Sequence[
     }
 
     def exchanged(rows: Tensor) -> Tensor:
-        return exchange_rows(rows.index_select(0, sent_B), **sizes).index_select(0, in_order)
+        return exchange_rows(rows.index_select(0, sent_B), **sizes, group=group).index_select(0, in_order)
 
     # the views of an image lie together then, and its channels as they did: rows are copied as they lie
     is_last = views_SBCHW.stride(2) == 1

@@ -39,6 +39,7 @@ def build_train_loader(
     num_views: int,
     seed: int,
     sampler: str = "shuffled",
+    first_view: int = 0,
 ) -> TrainLoader:
     """Training batches: images in memory come whole, files as random resized crops, one per view.
 
@@ -49,6 +50,7 @@ def build_train_loader(
         num_views: V.
         seed: of the order and of the crops.
         sampler: what the method asks for: "shuffled", where --sampler decides, or "class_balanced" (L-MCL).
+        first_view: number of the first of these views among all that are made of an image.
 
     Raises:
         UserError: too few images for the batch size, the sampler or the number of processes, or an incomplete batch
@@ -80,14 +82,15 @@ def build_train_loader(
         batch_size=batch_size,
         num_views=num_views,
         seed=seed,
-        rank=world.rank,
-        world_size=world.world_size,
+        rank=world.shard,
+        world_size=world.num_shards,
         device=world.device,
         workers=options.workers,
         crop=crop if source.train.images is None else None,
         sampler=order,
         drop_last=options.drop_last,
         on_bad_image=options.on_bad_image,
+        first_view=first_view,
     )
 
 
@@ -112,8 +115,8 @@ def build_eval_loader(
     return EvalLoader(
         split,
         batch_size=batch_size or options.eval_batch_size,
-        rank=world.rank,
-        world_size=world.world_size,
+        rank=world.shard,
+        world_size=world.num_shards,
         device=world.device,
         workers=options.workers,
         resize=None if in_memory else resize or eval_resize(options.crop_size, options.crop_pct),

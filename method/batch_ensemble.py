@@ -32,6 +32,7 @@ class BatchEnsemble(MemberMethod[BatchEnsembleOptions]):
     """
 
     Options = BatchEnsembleOptions
+    exchanges = "the shared weights of its members"
     name = "batch_ensemble"
     runs_networks_itself = True
 

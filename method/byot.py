@@ -34,6 +34,7 @@ class BeYourOwnTeacher(Method[BYOTOptions]):
     """
 
     Options = BYOTOptions
+    exchanges = "the exits inside its networks, which are trained beside them"
     runs_networks_itself = True
 
     def __init__(self, network: SplitNet, options: BYOTOptions, *, class_loss: ClassLoss = CROSS_ENTROPY) -> None:

@@ -15,11 +15,13 @@ from model import BackboneRequest, split_list
 from model.registry import MemberForm
 from model.splitnet import SplitNet
 from utils.distributed import broadcast_buffers
+from utils.mesh import Mesh
 from utils.options import Options
 from utils.registry import Registry
 from utils.targets import Targets
 
 OwnOptions = TypeVar("OwnOptions", bound=Options)
+LOGITS = "logits"
 
 
 class Progress(NamedTuple):
@@ -97,11 +99,15 @@ class Method(nn.Module, Generic[OwnOptions]):
             copies that other jobs have published will do (--exchange); `forward` calls `among_peers` then.
         fine_tunes: True if --pretrained weights bring the recipe of fine-tuning, False if the method's own stays.
         networks_from_list: True if `--arch a,b` (full networks, S = length of the list) makes sense.
+        exchanges: what a step of the method brings together of its networks: LOGITS where the loss depends on each
+            network through its logits [B, K] alone and nothing that is trained lies beside the networks, so that they
+            may stand in different processes (--placement networks); else in words what they share or exchange.
 
     Attributes:
         class_loss: what a prediction costs against the labels, one value an image.
         sampler: how training batches are put together, "shuffled" or "class_balanced"; an instance may change it.
         peers: copies of the networks that other jobs train, which `network` learns from, where this job has one of S.
+        mesh: how the networks are spread over the processes; None: every process holds all.
     """
 
     Options: ClassVar[type] = NoOptions
@@ -113,7 +119,9 @@ class Method(nn.Module, Generic[OwnOptions]):
     learns_from_copies: ClassVar[bool] = False
     fine_tunes: ClassVar[bool] = True
     incompatible: ClassVar[Mapping[str, str]] = {}
+    exchanges: ClassVar[str] = LOGITS
     sampler: str = "shuffled"
+    mesh: Mesh | None = None
 
     def __init__(self, network: SplitNet, options: OwnOptions, *, class_loss: ClassLoss = CROSS_ENTROPY) -> None:
         super().__init__()
@@ -121,6 +129,11 @@ class Method(nn.Module, Generic[OwnOptions]):
         self.options = options
         self.class_loss = class_loss
         self.peers: Peers | None = None
+
+    @classmethod
+    def may_be_spread(cls) -> bool:
+        """Whether its networks may stand in different processes (--placement networks)."""
+        return cls.exchanges == LOGITS and not cls.runs_networks_itself
 
     @classmethod
     def recipe(
@@ -225,11 +238,15 @@ class Method(nn.Module, Generic[OwnOptions]):
 
     def reduce_gradients(self) -> None:
         """Average the gradients over the processes; called after the backward pass where `reduces_own_gradients`."""
-        average_over_processes([p.grad for _, p in self.trained_parameters() if p.grad is not None])
+        gradients = [p.grad for _, p in self.trained_parameters() if p.grad is not None]
+        average_over_processes(gradients, None if self.mesh is None else self.mesh.data_dim)
 
     def synchronise(self) -> None:
-        """Called in every process before evaluation and checkpointing: make all buffers those of process 0."""
-        broadcast_buffers(self)
+        """Called in every process before evaluation and checkpointing: make all buffers those of the first process.
+
+        The first of those that hold the same networks.
+        """
+        broadcast_buffers(self, None if self.mesh is None else self.mesh.data_dim)
 
     def deployed(self) -> nn.Module:
         """What parameters and MACs are counted of: images [1, 3, H, W] -> logits. Default: all networks."""

@@ -33,6 +33,7 @@ class DKS(Method[DKSOptions]):
     """
 
     Options = DKSOptions
+    exchanges = "the branches inside its networks, which are trained beside them"
     runs_networks_itself = True
 
     def __init__(self, network: SplitNet, options: DKSOptions, *, class_loss: ClassLoss = CROSS_ENTROPY) -> None:

@@ -28,13 +28,13 @@ def finite_sgd_step(optimizer: torch.optim.SGD, judged: Tensor) -> None:
         new.copy_(torch.where(judged.isfinite(), new, old))
 
 
-def average_over_processes(tensors: Sequence[Tensor]) -> None:
-    """Replace each tensor by its mean over all processes, by one all-reduce; nothing happens with one process."""
-    if is_alone() or not tensors:
+def average_over_processes(tensors: Sequence[Tensor], group: dist.ProcessGroup | None = None) -> None:
+    """Replace each tensor by its mean over all processes (of a group), by one all-reduce; alone, nothing happens."""
+    if is_alone(group) or not tensors:
         return
     flat = torch.cat([tensor.flatten() for tensor in tensors])
-    dist.all_reduce(flat)
-    flat /= dist.get_world_size()
+    dist.all_reduce(flat, group=group)
+    flat /= dist.get_world_size(group)
     for tensor, mean in zip(tensors, flat.split([tensor.numel() for tensor in tensors]), strict=True):
         tensor.copy_(mean.view_as(tensor))
 

@@ -47,6 +47,7 @@ class Distillation(Method[KDOptions]):
     """
 
     Options = KDOptions
+    exchanges = "the teacher's answers to the view of every network"
 
     def __init__(self, network: SplitNet, options: KDOptions, *, class_loss: ClassLoss = CROSS_ENTROPY) -> None:
         super().__init__(network, options, class_loss=class_loss)

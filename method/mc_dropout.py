@@ -30,6 +30,7 @@ class MCDropout(MemberMethod[MCDropoutOptions]):
     """
 
     Options = MCDropoutOptions
+    exchanges = "all weights of its members"
     name = "mc_dropout"
     shared_view = True
     runs_networks_itself = True

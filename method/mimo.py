@@ -51,6 +51,7 @@ class Mimo(MemberMethod[MimoOptions]):
     """
 
     Options = MimoOptions
+    exchanges = "all weights of its members"
     name = "mimo"
     runs_networks_itself = True
 

@@ -65,6 +65,7 @@ class DiversePeers(Method[OKDDipOptions]):
     """
 
     Options = OKDDipOptions
+    exchanges = "embeddings and the attention between peers"
     runs_networks_itself = True
 
     def __init__(self, network: SplitNet, options: OKDDipOptions, *, class_loss: ClassLoss = CROSS_ENTROPY) -> None:

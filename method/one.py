@@ -35,6 +35,7 @@ class NativeEnsembleLearning(Method[ONEOptions]):
     """
 
     Options = ONEOptions
+    exchanges = "the branches and the gate inside its networks, which are trained beside them"
     runs_networks_itself = True
 
     def __init__(self, network: SplitNet, options: ONEOptions, *, class_loss: ClassLoss = CROSS_ENTROPY) -> None:

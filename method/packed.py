@@ -47,6 +47,7 @@ class Packed(MemberMethod[PackedOptions]):
     """
 
     Options = PackedOptions
+    exchanges = "one network that holds its members"
     name = "packed"
 
     @classmethod

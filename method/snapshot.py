@@ -30,6 +30,7 @@ class Snapshot(Method[SnapshotOptions]):
     """
 
     Options = SnapshotOptions
+    exchanges = "the weights of the network that its members are moments of"
     shared_view = True
     runs_networks_itself = True
     incompatible = {"ema_decay": "a snapshot is the network at one moment, not an average over many"}  # noqa: RUF012

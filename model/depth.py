@@ -41,7 +41,7 @@ def freeze(network: SplitNet, what: str) -> int:
     """
     check_freeze(what)
     asleep = []
-    for i, one in enumerate(network.models):
+    for i, one in network.numbered():
         frozen = _frozen_parameters(one, what)
         for parameter in one.parameters():
             if id(parameter) in frozen:
@@ -124,7 +124,7 @@ def layer_factors(network: SplitNet, decay: float) -> dict[str, float]:
     """
     return {
         f"models.{i}.{name}": factor
-        for i, one in enumerate(network.models)
+        for i, one in network.numbered()
         for layer, factor in _with_factors(one, decay)
         for name in layer.names
     }

@@ -1,6 +1,6 @@
 """SplitNet: S networks side by side, one view each, logits out."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Self
 
 import torch
@@ -10,8 +10,29 @@ from model.execution import Execution
 from model.layers.dilated import mend_dilated_convolutions
 from model.layers.narrow_norm import widen_narrow_norms
 from model.layers.random import RandomLayer, follow, replace_dropout
+from utils.mesh import Mesh
 from utils.recording import Recorder
 from utils.seed import fold_in
+
+
+class NumberedModules(nn.ModuleList):
+    """Modules of a list that keep the numbers, and so the state-dict keys, that they have in the whole list.
+
+    They are indexed from 0, as those of any other list.
+
+    Args:
+        modules: consecutive ones of the whole list.
+        first: number of the first.
+    """
+
+    def __init__(self, modules: Iterable[nn.Module], first: int = 0) -> None:
+        super().__init__()
+        self.first = first
+        for number, module in enumerate(modules, start=first):
+            self.add_module(str(number), module)
+
+    def _get_abs_string_index(self, idx: int) -> str:
+        return str(self.first + int(super()._get_abs_string_index(idx)))
 
 
 class SplitNet(nn.Module):
@@ -29,6 +50,7 @@ class SplitNet(nn.Module):
 
     Attributes:
         asleep: names of submodules that are in evaluation mode whatever `train()` says, see `model.depth.freeze`.
+        mesh: where the other networks are, after `hold`; None: all are here.
     """
 
     def __init__(self, networks: Sequence[nn.Module], *, first: int = 0) -> None:
@@ -42,24 +64,38 @@ class SplitNet(nn.Module):
         self.models = nn.ModuleList(networks)
         self._first = first
         self.asleep: tuple[str, ...] = ()
+        self.mesh: Mesh | None = None
         self._execution = Execution()
         self._keys_S: Tensor | None = None
         self._key_is_given = False
 
+    def hold(self, mesh: Mesh) -> None:
+        """Keep only the networks that are this process's own, under their names; the logits stay those of all S.
+
+        Every process of the mesh must call what gives logits together with the others.
+        """
+        held = mesh.held(len(self.models))
+        self.models = NumberedModules(self.models[held.start : held.stop], held.start)
+        self.mesh = mesh
+
     @property
     def split_factor(self) -> int:
-        """S, the number of networks held."""
-        return len(self.models)
+        """S, the number of networks, also of those that other processes hold."""
+        return len(self.models) * (1 if self.mesh is None else self.mesh.groups)
 
     @property
     def num_members(self) -> int:
         """How many rows of logits it gives: S, or more where members share a network (model/members.py)."""
-        return len(self.models)
+        return self.split_factor
+
+    def numbered(self) -> Iterator[tuple[int, nn.Module]]:
+        """The networks held, each with the number in the names of its parameters."""
+        return enumerate(self.models, start=0 if self.mesh is None else self.first_network)
 
     @property
     def first_network(self) -> int:
         """Number of the first network held, among all S."""
-        return self._first
+        return self._first if self.mesh is None else self.mesh.held(self.split_factor).start
 
     @property
     def execution(self) -> str:
@@ -113,13 +149,17 @@ class SplitNet(nn.Module):
     def forward(self, views_SBCHW: Tensor) -> Tensor:
         """Views [S, B, C, H, W], or one view for all [1, B, C, H, W] or [B, C, H, W] -> logits [S, B, K].
 
+        After `hold`, views are those of the networks held, and the logits of the others are constants, at least
+        float32.
+
         Raises:
-            ValueError: the number of views is neither 1 nor S.
+            ValueError: the number of views is neither 1 nor that of the networks held.
         """
         views = self.expand_views(views_SBCHW)
         if self.training and not self._key_is_given and not torch.compiler.is_compiling():
             self._write_key(int(torch.randint(2**62, (), device="cpu").numpy()))
-        return self._execution([*self.models], views)
+        logits = self._execution([*self.models], views)
+        return logits if self.mesh is None else self.mesh.gather_networks(logits)
 
     def expand_views(self, views_SBCHW: Tensor) -> Tensor:
         """Give every network its view: [B, C, H, W] or [1, B, C, H, W] is repeated without a copy."""

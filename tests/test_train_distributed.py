@@ -114,10 +114,11 @@ def test_two_processes_stop_within_an_evaluation_and_resume_bit_for_bit(
 
 @pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/environ").exists(), reason="finds the process through /proc")
+@pytest.mark.parametrize("placement", ["data", "networks"])
 def test_torchrun_starts_all_anew_when_one_is_killed(
-    tmp_path: Path, record_property: Callable[[str, object], None]
+    placement: str, tmp_path: Path, record_property: Callable[[str, object], None]
 ) -> None:
-    argv = [*TINY, *SYNCED, "--epochs", 3]
+    argv = [*TINY, *SYNCED, "--epochs", 3, "--placement", placement]
     unbroken = train_together([*argv, "--model_dir", tmp_path / "u"], tmp_path / "s", 2)[0]
     folder = tmp_path / "m"
     command = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", 2, "--max_restarts", 2]
@@ -240,8 +241,13 @@ def test_one_signalled_process_stops_all_of_them(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_a_process_that_dies_ends_the_others_and_is_named(tmp_path: Path) -> None:
-    argv = [*TINY, *SYNCED, "--epochs", 50, "--model_dir", tmp_path / "m"]
+@pytest.mark.parametrize(
+    "flags",
+    [[], ["--placement", "networks", "--split_factor", 3, "--arch", "resnet20,resnet20,resnet20"]],
+    ids=["data", "networks"],
+)
+def test_a_process_that_dies_ends_the_others_and_is_named(flags: list, tmp_path: Path) -> None:
+    argv = [*TINY, *SYNCED, "--epochs", 50, "--model_dir", tmp_path / "m", *flags]
     runs = start_together(argv, tmp_path / "s", 3)
     wait_for_steps(runs)
     runs[2].signal(signal.SIGKILL)

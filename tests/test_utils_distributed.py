@@ -94,12 +94,12 @@ def test_buffers_are_sent_by_type_and_not_one_by_one(monkeypatch: pytest.MonkeyP
     network.register_buffer("grid", torch.ones(1, 3, 2, 2).to(memory_format=torch.channels_last))
     sent: list[torch.dtype] = []
 
-    def from_process_0(flat: Tensor, src: int) -> None:
+    def from_process_0(flat: Tensor, group: object, group_src: int) -> None:
         sent.append(flat.dtype)
         flat += 1
 
     expected = {name: value + 1 for name, value in network.named_buffers()}
-    monkeypatch.setattr(distributed, "is_alone", lambda: False)
+    monkeypatch.setattr(distributed, "is_alone", lambda group: False)
     monkeypatch.setattr(torch.distributed, "broadcast", from_process_0)
     distributed.broadcast_buffers(network)
     assert sorted(map(str, sent)) == ["torch.float32", "torch.int64"]

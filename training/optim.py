@@ -10,6 +10,7 @@ from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 from torch.optim import Optimizer
@@ -249,15 +250,22 @@ def set_learning_rate(optimizer: Optimizer, lr: float) -> None:
             group["lr"] = rate
 
 
-def clip_gradients(parameters: Iterable[nn.Parameter], max_norm: float | None = None) -> Tensor:
+def clip_gradients(
+    parameters: Iterable[nn.Parameter], max_norm: float | None = None, *, others: dist.ProcessGroup | None = None
+) -> Tensor:
     """Global L2 norm of the gradients before clipping, as a scalar tensor; non-finite if any gradient is.
 
     Args:
         parameters: those without a gradient are passed over.
         max_norm: gradients are scaled in place so that their norm is at most this; None only measures.
+        others: processes that hold further parameters, which the norm is to cover too; None: there are none.
     """
     trained = [p for p in parameters if p.grad is not None]
     norm = nn.utils.get_total_norm([p.grad for p in trained if p.grad is not None])
+    if others is not None:
+        square = norm.double().square()
+        dist.all_reduce(square, group=others)
+        norm = square.sqrt().to(norm.dtype)
     if max_norm is not None:
         nn.utils.clip_grads_with_norm_(trained, max_norm, norm)
     return norm

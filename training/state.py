@@ -6,8 +6,9 @@ The keys of a checkpoint are `record.checkpoint.Checkpoint`; this module fills t
 import hashlib
 import json
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -24,6 +25,7 @@ from training.meters import MeanMeter
 from training.optim import WeightAverage, in_order, parameter_groups
 from training.options import OptimizerOptions
 from training.resume import Pace, Position, changed_flags, check_classes, position_now
+from training.spread import Whole, join, part_of, tensors_of
 from utils import distributed
 from utils.cpus import allowed_cpus
 from utils.device import gpu_facts
@@ -81,7 +83,9 @@ class RunState:
     def environment(self) -> dict[str, Any]:
         """What must stay the same for a resumed run to be the same bit for bit."""
         of_gpus = {"cuda_graph": self.is_replayed} if self.world.device.type == "cuda" else {}
-        return {
+        mesh = self.world.mesh
+        spread = {} if mesh is None else {"placement": f"networks, {mesh.groups} x {mesh.replicas}"}
+        return spread | {
             "threads": torch.get_num_threads(),
             "execution": self.method.network.execution,
             "world_size": self.world.world_size,
@@ -145,6 +149,7 @@ class RunState:
         meters = distributed.gather_values(
             {"interval": self.meter.state_dict(), "epoch": self.epoch_meter.state_dict()}
         )
+        whole = self._whole()
         if not self.world.is_main:
             return None
         network, best, position = self.method.network, self.report.best, self.position
@@ -155,12 +160,12 @@ class RunState:
             "arch": self.flags["arch"],
             "widths": [],
             "form": None if form is None else form.as_dict(),
-            "state_dict": published_keys(network.state_dict()),
+            "state_dict": published_keys(whole.network),
             "best_acc1": best["ensemble_acc1"] if best else 0.0,
-            "optimizer": self.optimizer.state_dict(),
+            "optimizer": whole.optimizer,
             "method": self.method.training_state(),
             "new_heads": list(self.new_heads),
-            "parameters": [name for group in self._optimised() for name in group],
+            "parameters": whole.parameters,
             "pace": self.pace.as_dict(),
             "rng": {"seed": self.seed},
             "sampler": asdict(position),
@@ -168,7 +173,7 @@ class RunState:
             **self._of_data(),
             "held_out_sha256": self.data.held_out_sha256,
             "report": self.report.state_dict(),
-            "meters": meters,
+            "meters": meters[: self.world.num_shards],
             "clock": self.clock.state_dict(),
             "guard": self.guard.state_dict(),
             "environment": self.environment(),
@@ -179,9 +184,35 @@ class RunState:
         state |= self._division()
         if self.data.codes:
             state["codes"] = list(self.data.codes)
-        if self.average is not None:
-            state["ema"] = published_keys(self.average.state_dict())
+        if whole.average is not None:
+            state["ema"] = published_keys(whole.average)
         return state
+
+    def _whole(self) -> Whole:
+        """What all processes hold together; in process 0 alone, where the networks are spread."""
+        names, average = self._optimised(), None if self.average is None else self.average.state_dict()
+        optimizer = self.optimizer.state_dict()
+        network, mesh = self.method.network, self.world.mesh
+        if mesh is None:
+            parameters = [name for group in names for name in group]
+            return Whole(network.state_dict(), average, optimizer, parameters)
+        make = partial(part_of, network.state_dict(), average, optimizer, names)
+        return join(mesh.collect(make, mesh.held(network.split_factor)))
+
+    def weights(self) -> Mapping[str, torch.Tensor]:
+        """The weights of all networks; of those held in the processes that do not write, where they are spread."""
+        state, mesh = self.method.network.state_dict(), self.world.mesh
+        if mesh is None:
+            return state
+        parts = mesh.collect(partial(tensors_of, state), mesh.held(self.method.network.split_factor))
+        return {name: value for part in parts for name, value in part.items()} or state
+
+    def _own(self, names: Iterable[str], prefix: str = "") -> set[str]:
+        """Of names in a checkpoint, which hold all networks, those of the networks held here."""
+        if self.world.mesh is None:
+            return set(names)
+        held = tuple(f"{prefix}models.{number}." for number, _ in self.method.network.numbered())
+        return {name for name in names if name.startswith(held)}
 
     def restore(self, state: Checkpoint) -> list[str]:
         """Inverse of `gather`, as far as this run is the one before; returns what has changed, in words.
@@ -199,7 +230,9 @@ class RunState:
                 changed.append(f"training images {before.images} → {self.pace.images}")
             self._check_environment(state["environment"])
             network = self.method.network
-            network.load_state_dict(plain_keys(state["state_dict"]))
+            weights = plain_keys(state["state_dict"])
+            own = self._own(weights)
+            network.load_state_dict({name: value for name, value in weights.items() if name in own})
             self._restore_optimizer(state)
             self.method.load_training_state(state["method"])
             if self.precision.scaler and "scaler" in state:
@@ -251,6 +284,8 @@ class RunState:
         own, names = self.optimizer.state_dict(), [name for group in self._optimised() for name in group]
         if "parameters" in state:
             names_before, before = state["parameters"], state["optimizer"]["state"]
+        elif self.world.mesh is not None:
+            raise ValueError("it does not name the optimiser's parameters: go on with --placement data once")
         else:  # it stands in the order that the tensors of the checkpoint have, in the groups of its flags
             groups = self._groups_of(state["config"])
             if list(map(len, groups)) != [len(group["params"]) for group in state["optimizer"]["param_groups"]]:
@@ -259,8 +294,8 @@ class RunState:
             orders = plain_keys(state["state_dict"]), self.method.network.state_dict()
             then, now = ([f"network.{key}" for key in keys] for keys in orders)
             before = in_order(state["optimizer"], groups, then=then, now=now)["state"]
-        if sorted(names_before) != sorted(names):
-            lost = sorted(set(names_before) ^ set(names))
+        if sorted(self._own(names_before, "network.")) != sorted(names):
+            lost = sorted(self._own(names_before, "network.") ^ set(names))
             raise ValueError(f"the optimiser has other parameters, such as {lost[0]}")
         place = {name: number for number, name in enumerate(names_before)}
         kept = {number: before[place[name]] for number, name in enumerate(names) if place[name] in before}
@@ -276,10 +311,10 @@ class RunState:
                 logger.warning("So far %s was %s, now it is %s: the last bits will differ.", name, before[name], value)
 
     def _restore_meters(self, meters: list[Any]) -> None:
-        """Each process its own; where their number has changed, the main one takes all."""
-        if len(meters) == self.world.world_size:
-            meters = [meters[self.world.rank]]
-        elif not self.world.is_main:
+        """Each shard its own; where their number has changed, the first takes all."""
+        if len(meters) == self.world.num_shards:
+            meters = [meters[self.world.shard]]
+        elif self.world.shard > 0:
             meters = []
         self.meter.load_state_dict(*(part["interval"] for part in meters))
         self.epoch_meter.load_state_dict(*(part["epoch"] for part in meters))

@@ -101,7 +101,7 @@ class TrainingStep:
         self.first_view = first_view
         # last, because DDP copies process 0's weights to the others
         self.model: nn.Module = method
-        if world.world_size > 1 and not method.reduces_own_gradients:
+        if world.num_shards > 1 and not method.reduces_own_gradients:
             self.model = distributed.wrap(method, world)
 
     def __call__(self, batch: Batch, progress: Progress) -> Mapping[str, Tensor]:
@@ -113,15 +113,15 @@ class TrainingStep:
         Raises:
             RunError: a batch of one image, the others unreadable, that the networks cannot train on.
         """
-        # The random layers of a step depend on (seed, step, process) only.
-        key = fold_in(self.seed, STREAM_STEP, progress.step, self.world.rank)
+        # The random layers of a step depend on (seed, step, shard of the batch) only.
+        key = fold_in(self.seed, STREAM_STEP, progress.step, self.world.shard)
         torch.manual_seed(key)
         self.method.network.begin_step(key)
         counts_W = self._counts(batch)
         views_VBCHW, targets = self._mixed(self.make_views(batch, progress.epoch), batch.labels_B, progress, counts_W)
         set_learning_rate(self.update.optimizer, progress.learning_rate)
         self.method.before_step(views_VBCHW, targets, progress)
-        share = len(batch.labels_B) * self.world.world_size / sum(counts_W)
+        share = len(batch.labels_B) * self.world.num_shards / sum(counts_W)
         learn = partial(self._learn, progress, share / self.iters_to_accumulate)
         step = torch.full((), progress.step, device=self.world.device)
         tensors = (views_VBCHW, *targets, progress.indices_B, step)
@@ -152,11 +152,21 @@ class TrainingStep:
         )
 
     def _counts(self, batch: Batch) -> list[int]:
-        """How many images of the batch every process W has."""
+        """How many images every shard W of the batch has.
+
+        Raises:
+            RunError: other images could be read where other networks are.
+        """
+        num_shards = self.world.num_shards
         if self.options.on_bad_image == "skip":
-            return distributed.gather_counts(len(batch.labels_B), self.world.device)
-        world_size = self.world.world_size
-        parts = (shard(batch.global_batch_size, rank, world_size) for rank in range(world_size))
+            counts = distributed.gather_counts(len(batch.labels_B), self.world.device)
+            if counts != counts[:num_shards] * (len(counts) // num_shards):
+                raise RunError(
+                    f"--on_bad_image skip: processes with the same part of a batch could read {counts} images of it. "
+                    "Mend the files that bad_images.txt names, on every machine."
+                )
+            return counts[:num_shards]
+        parts = (shard(batch.global_batch_size, number, num_shards) for number in range(num_shards))
         return [part.stop - part.start for part in parts]
 
     def _mixed(
@@ -174,12 +184,12 @@ class TrainingStep:
             step,
             alpha=options.cutmix_alpha if is_cutmix else options.mix_alpha,
             global_batch=sum(counts_W),
-            first=sum(counts_W[: self.world.rank]),
+            first=sum(counts_W[: self.world.shard]),
             count=len(labels_B),
         )
         if is_cutmix:
             mix = as_cutmix(mix, self.seed, step, (views_VBCHW.shape[-2], views_VBCHW.shape[-1]))
-        return apply_mix(views_VBCHW, labels_B, mix, counts_W)
+        return apply_mix(views_VBCHW, labels_B, mix, counts_W, self.world.sharers)
 
     def _learn(
         self,
@@ -206,7 +216,7 @@ class TrainingStep:
                 copies=self.copies,
             )
         if progress.updates:
-            if self.method.reduces_own_gradients and self.world.world_size > 1:
+            if self.method.reduces_own_gradients and self.world.num_shards > 1:
                 self.method.reduce_gradients()
             self.update(output.loss, output.logits_SBK, step)
         return output._replace(loss=output.loss.detach())

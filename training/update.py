@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
@@ -70,6 +71,7 @@ class WeightUpdate:
         average: moving average of the network, if any.
         clip_grad: largest global norm of the gradient; None: no limit.
         kept: a non-finite step leaves the network's buffers as `keep_buffers` found them; None: as the step left them.
+        others: processes that hold the other networks, which skip the same steps; None: there are none.
     """
 
     network: nn.Module
@@ -80,6 +82,7 @@ class WeightUpdate:
     average: WeightAverage | None
     clip_grad: float | None
     kept: KeptBuffers | None
+    others: dist.ProcessGroup | None = None
 
     def keep_buffers(self) -> None:
         """Before a forward pass: copy the network's buffers, as far as they may have to be restored."""
@@ -97,7 +100,10 @@ class WeightUpdate:
         scaled = self.scaler.is_enabled()
         if scaled:
             self.scaler.unscale_(self.optimizer)
-        norm = clip_gradients(self.parameters, self.clip_grad)
+            if self.others is not None:
+                for found_inf in self.scaler._found_inf_per_device(self.optimizer).values():
+                    dist.all_reduce(found_inf, op=dist.ReduceOp.MAX, group=self.others)
+        norm = clip_gradients(self.parameters, self.clip_grad, others=self.others)
         # fp16 overflows now and then by design, and its scaler skips those steps: there only the loss is judged.
         bad = self.guard.judge(loss.detach() if scaled else norm, logits_SBK, step)
         if scaled:

@@ -20,9 +20,9 @@ T = TypeVar("T")
 PATIENCE, INTERVAL = 12 * 3600.0, 0.2  # seconds that a process waits for another one's download, and between two looks
 
 
-def is_alone() -> bool:
-    """Whether this process has no others to talk to."""
-    return not dist.is_initialized() or dist.get_world_size() == 1
+def is_alone(group: dist.ProcessGroup | None = None) -> bool:
+    """Whether this process has no others to talk to, in the job or in a group of it."""
+    return not dist.is_initialized() or dist.get_world_size(group) == 1
 
 
 def all_reduce_sum(value: Tensor) -> Tensor:
@@ -32,36 +32,52 @@ def all_reduce_sum(value: Tensor) -> Tensor:
     return value
 
 
-def all_gather_rows(rows: Tensor, sizes: Sequence[int] | None = None) -> Tensor:
+def add_once(world: World) -> Callable[[Tensor], Tensor]:
+    """The sum over all processes, in place, of what was counted of a batch or a split, each image counted once.
+
+    Where the networks are spread, every group of them has counted the same.
+    """
+    return all_reduce_sum if world.mesh is None else world.mesh.sum_once
+
+
+def all_gather_rows(rows: Tensor, sizes: Sequence[int] | None = None, group: dist.ProcessGroup | None = None) -> Tensor:
     """Rows [B_r, ...] of every process, in rank order -> [sum of B_r, ...]; B_r may differ. No gradient.
 
     Args:
         sizes: every process's B_r; None: the processes ask each other, for which the host waits.
+        group: of the job's processes; None: all.
     """
-    if is_alone():
+    if is_alone(group):
         return rows
     if sizes is None:
-        sizes = gather_counts(len(rows), rows.device)
+        sizes = gather_counts(len(rows), rows.device, group)
     if min(sizes) == max(sizes):
         everyones = rows.new_empty((sum(sizes), *rows.shape[1:]))
-        dist.all_gather_into_tensor(everyones, rows.contiguous())
+        dist.all_gather_into_tensor(everyones, rows.contiguous(), group=group)
         return everyones
     padded = rows.new_zeros((max(sizes), *rows.shape[1:]))
     padded[: len(rows)] = rows
     parts = [torch.empty_like(padded) for _ in sizes]
-    dist.all_gather(parts, padded)
+    dist.all_gather(parts, padded, group=group)
     return torch.cat([part[:size] for part, size in zip(parts, sizes, strict=True)])
 
 
-def exchange_rows(outgoing: Tensor, *, sent_W: Sequence[int], received_W: Sequence[int]) -> Tensor:
+def exchange_rows(
+    outgoing: Tensor,
+    *,
+    sent_W: Sequence[int],
+    received_W: Sequence[int],
+    group: dist.ProcessGroup | None = None,
+) -> Tensor:
     """Rows for each process in rank order -> rows from each process in rank order. No gradient; the host does not wait.
 
     Args:
         outgoing: [sum of sent_W, ...], contiguous.
         sent_W, received_W: how many rows are for, and come from, every process.
+        group: of the job's processes; None: all.
     """
     incoming = outgoing.new_empty((sum(received_W), *outgoing.shape[1:]))
-    dist.all_to_all_single(incoming, outgoing, list(received_W), list(sent_W))
+    dist.all_to_all_single(incoming, outgoing, list(received_W), list(sent_W), group=group)
     return incoming
 
 
@@ -74,18 +90,18 @@ def gather_values(value: Any) -> list[Any]:
     return values
 
 
-def gather_counts(count: int, device: torch.device) -> list[int]:
+def gather_counts(count: int, device: torch.device, group: dist.ProcessGroup | None = None) -> list[int]:
     """Every process's count, in rank order; the host waits for them."""
-    if is_alone():
+    if is_alone(group):
         return [count]
-    counts = torch.zeros(dist.get_world_size(), dtype=torch.int64, device=device)
-    counts[dist.get_rank()] = count
-    dist.all_reduce(counts)
+    counts = torch.zeros(dist.get_world_size(group), dtype=torch.int64, device=device)
+    counts[dist.get_rank(group)] = count
+    dist.all_reduce(counts, group=group)
     return [int(number) for number in counts.tolist()]
 
 
 def wrap(module: nn.Module, world: World) -> DistributedDataParallel:
-    """`module` with gradients averaged over the processes; buffers stay each process's own."""
+    """`module` with gradients averaged over the processes that share it; buffers stay each process's own."""
     # torch before 2.12 knows the option by its old name only
     known = inspect.signature(DistributedDataParallel).parameters
     name = "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"
@@ -95,19 +111,25 @@ def wrap(module: nn.Module, world: World) -> DistributedDataParallel:
     if quieten is not None:
         quieten(False)
     ids = [world.device.index] if world.device.type == "cuda" else None
-    return DistributedDataParallel(module, device_ids=ids, gradient_as_bucket_view=True, **own_buffers)
+    return DistributedDataParallel(
+        module, device_ids=ids, process_group=world.sharers, gradient_as_bucket_view=True, **own_buffers
+    )
 
 
-def broadcast_buffers(module: nn.Module) -> None:
-    """Give every process the buffers of process 0, whose BN statistics are the run's (as in the published runs)."""
-    if is_alone():
+def broadcast_buffers(module: nn.Module, group: dist.ProcessGroup | None = None) -> None:
+    """Give every process the buffers of process 0, whose BN statistics are the run's (as in the published runs).
+
+    Args:
+        group: the processes with the same networks, whose first one gives; None: all.
+    """
+    if is_alone(group):
         return
     by_type: dict[Any, list[Tensor]] = {}
     for buffer in module.buffers():
         by_type.setdefault((buffer.dtype, buffer.device), []).append(buffer)
     for buffers in by_type.values():  # an exchange for each buffer takes longer than all of them together
         flat = torch.cat([buffer.reshape(-1) for buffer in buffers])
-        dist.broadcast(flat, src=0)
+        dist.broadcast(flat, group=group, group_src=0)
         parts = flat.split([buffer.numel() for buffer in buffers])
         torch._foreach_copy_(buffers, [part.view(b.shape) for part, b in zip(parts, buffers, strict=True)])
 

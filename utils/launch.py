@@ -22,6 +22,7 @@ from utils.errors import Incomplete, Interrupted, RunError, Stopped, UserError, 
 from utils.heartbeat import Heartbeat
 from utils.meeting import fresh_store
 from utils.memory import is_out_of_memory
+from utils.mesh import Mesh
 from utils.signals import held
 
 TIMEOUT = datetime.timedelta(minutes=10)
@@ -38,6 +39,7 @@ class World:
         heartbeat: watches the other processes; None where there is only one.
         store: what all processes can read and write; None where there is only one.
         waits: numbers what they wait for, in the same order in all of them.
+        mesh: how the networks are spread over the processes (--placement networks); None: every process holds all.
     """
 
     rank: int
@@ -48,6 +50,7 @@ class World:
     heartbeat: Heartbeat | None = None
     store: dist.Store | None = None
     waits: Iterator[int] = field(default_factory=itertools.count, repr=False, compare=False)
+    mesh: Mesh | None = None
 
     @property
     def is_main(self) -> bool:
@@ -56,8 +59,28 @@ class World:
 
     @property
     def num_nodes(self) -> int:
-        """How many machines the job runs on."""
+        """How many machines the processes with the same networks run on, which cut a batch among themselves.
+
+        Without a mesh, how many the job runs on.
+        """
+        if self.mesh is not None:
+            return -(-self.mesh.replicas // self.local_size)
         return max(1, self.world_size // self.local_size)
+
+    @property
+    def shard(self) -> int:
+        """Which part of every batch this process takes."""
+        return self.rank if self.mesh is None else self.mesh.replica
+
+    @property
+    def num_shards(self) -> int:
+        """Into how many parts a batch is cut."""
+        return self.world_size if self.mesh is None else self.mesh.replicas
+
+    @property
+    def sharers(self) -> dist.ProcessGroup | None:
+        """The processes that cut a batch among themselves; None: all of the job."""
+        return None if self.mesh is None else self.mesh.data_dim
 
 
 def under_launcher() -> bool:

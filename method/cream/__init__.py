@@ -74,6 +74,7 @@ class Cream(Method[CreamSearchOptions]):
     """
 
     Options = CreamSearchOptions
+    exchanges = "the weights of its supernet"
     shared_view = True
     runs_networks_itself = True
     reduces_own_gradients = True

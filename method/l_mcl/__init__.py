@@ -81,6 +81,7 @@ class LMCL(Method[LMCLOptions]):
     """
 
     Options = LMCLOptions
+    exchanges = "embeddings, the exits of its networks and their memory banks"
     shared_view = True
     runs_networks_itself = True
     reduces_own_gradients = True

@@ -37,8 +37,10 @@ class Threads:
         """Networks that exchange batch statistics do so in process groups of their own: threads have no order."""
         for network in self.networks:
             norms = [module for module in network.modules() if isinstance(module, ProcessSyncBatchNorm)]
-            if norms and dist.is_initialized() and dist.get_world_size() > 1:
-                group: Any = dist.new_group()
+            sharers = norms[0].process_group if norms else None
+            if norms and dist.is_initialized() and dist.get_world_size(sharers) > 1:
+                ranks = None if sharers is None else dist.get_process_group_ranks(sharers)
+                group: Any = dist.new_group(ranks, use_local_synchronization=sharers is not None)
                 for norm in norms:
                     norm.process_group = group
 

@@ -48,7 +48,7 @@ class ProcessSyncBatchNorm(_BatchNorm):
     def forward(self, input: Tensor) -> Tensor:
         """[B, C, ...] -> the same shape, normalised over all dimensions but C and over all processes."""
         self._check_input_dim(input)
-        if not self.training or not dist.is_initialized() or dist.get_world_size() == 1:
+        if not self.training or not dist.is_initialized() or dist.get_world_size(self.process_group) == 1:
             return super().forward(input)
         values = input.float() if input.dtype in (torch.bfloat16, torch.float16) else input
         axes = [0, *range(2, input.dim())]
@@ -185,12 +185,17 @@ class SyncBatchNormAct(_ThenDropAndAct, SyncBatchNorm):
 _PLAIN = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
 
 
-def synchronise_batchnorm(module: nn.Module, device: torch.device) -> nn.Module:
+def synchronise_batchnorm(module: nn.Module, device: torch.device, group: dist.ProcessGroup | None = None) -> nn.Module:
     """`module` with every batch normalisation synchronised over the processes; parameters and buffers are kept.
 
     Only what is known exactly is replaced: torch's own BatchNorm1d, 2d and 3d (also where they work by rows of pixels,
     model/layers/narrow_norm.py) and timm's BatchNormAct2d, whose drop and activation stay. A subclass of them may do
     anything beside.
+
+    Args:
+        module: holds the norms.
+        device: where they compute.
+        group: the processes whose images are normalised together; None: all.
 
     Raises:
         UserError: a batch norm of another kind; nothing has been replaced then.
@@ -212,6 +217,8 @@ def synchronise_batchnorm(module: nn.Module, device: torch.device) -> nn.Module:
             found[id(norm)] = _synced(norm, SyncBatchNormAct if has_act else SyncBatchNorm)
         else:
             found[id(norm)] = _synced(norm, ProcessSyncBatchNormAct if has_act else ProcessSyncBatchNorm)
+    for norm in found.values() if group is not None else ():
+        norm.process_group = group  # type: ignore[assignment]
     for parent in list(module.modules()):
         for name, child in list(parent._modules.items()):
             if id(child) in found:

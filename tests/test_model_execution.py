@@ -169,11 +169,11 @@ class Unknown(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.conv = nn.Conv2d(3, 4, 3)
+        self.conv, self.norm = nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4)
         self.fc = nn.Linear(4, K)
 
     def forward(self, images_BCHW: Tensor) -> Tensor:
-        return self.fc(torch.cumsum(self.conv(images_BCHW).mean((2, 3)), dim=0))
+        return self.fc(torch.cumsum(self.norm(self.conv(images_BCHW)).mean((2, 3)), dim=0))
 
 
 class DropsUnseen(nn.Module):

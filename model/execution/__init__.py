@@ -1,8 +1,9 @@
 """Ways to run S networks: one after another, at the same time, or stacked into one. All give the same numbers.
 
 `loop` is the definition. `parallel` gives each network a CUDA stream, or a thread on a CPU. `stacked` runs one network
-with S times the channels and groups (stacking.py). `auto` times them on the first batch and keeps the fastest.
-A strategy that cannot run these networks gives way to `loop`, and one line of the log says why.
+with S times the channels and groups (stacking.py), or networks without batch norm by vmap (mapped.py). `auto` times
+them on the first batch and keeps the fastest. A strategy that cannot run these networks gives way to `loop`, and one
+line of the log says why.
 """
 
 import logging
@@ -17,6 +18,7 @@ from torch import Tensor, nn
 from torch.overrides import _get_current_function_mode
 from torch.utils._python_dispatch import _get_current_dispatch_mode
 
+from model.execution.mapped import MappedNetworks
 from model.execution.stacking import NotStackable, StackedNetworks
 from model.execution.streams import Streams
 from model.execution.threads import Threads
@@ -76,7 +78,7 @@ class Execution:
         usable: dict[str, Strategy] = {}
         for name in candidates:
             try:
-                usable[name] = _tried(name, networks, views_SBCHW)
+                usable[name] = _usable(name, networks, views_SBCHW)
             except NotStackable as why:
                 if self.name != "auto":
                     logger.info("execution %s: %s; the networks run one after another (loop).", name, why)
@@ -134,6 +136,25 @@ def _as_written(networks: Sequence[nn.Module]) -> AbstractContextManager[Any]:
     return torch.compiler.set_stance("force_eager") if is_compiled else nullcontext()
 
 
+def _usable(name: str, networks: Sequence[nn.Module], views_SBCHW: Tensor) -> Strategy:
+    """The strategy of a name; `stacked` by rules for channels, else by vmap where there are no batch norms.
+
+    Raises:
+        NotStackable: it cannot run these networks; the message says why.
+    """
+    if name != "stacked":
+        return _tried(name, networks, views_SBCHW)
+    try:
+        return _tried(name, networks, views_SBCHW)
+    except NotStackable as why:
+        if torch.is_autocast_enabled(views_SBCHW.device.type):
+            raise NotStackable(f"{why}, and vmap leaves mixed precision out (--is_amp 0)") from None
+        try:
+            return _tried("mapped", networks, views_SBCHW)
+        except NotStackable as other:
+            raise NotStackable(f"{why}, and {other}") from None
+
+
 def _tried(name: str, networks: Sequence[nn.Module], views_SBCHW: Tensor) -> Strategy:
     """A strategy that has run a few images and agreed with the loop.
 
@@ -152,6 +173,8 @@ def _tried(name: str, networks: Sequence[nn.Module], views_SBCHW: Tensor) -> Str
         ):
             if name == "stacked":
                 strategy: Strategy = StackedNetworks(networks)
+            elif name == "mapped":
+                strategy = MappedNetworks(networks)
             elif device.type == "cuda":
                 strategy = Streams(networks)
             else:

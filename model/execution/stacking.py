@@ -451,7 +451,8 @@ class StackedRandom(nn.Module):
 # ---- networks --------------------------------------------------------------------------------------------------------
 
 
-def _structure(network: nn.Module) -> Any:
+def structure(network: nn.Module) -> Any:
+    """What networks that run as one must have in common; compared as a whole."""
     shapes = [(name, tuple(t.shape)) for name, t in chain(network.named_parameters(), network.named_buffers())]
     return type(network), repr(network), shapes
 
@@ -463,7 +464,7 @@ def stack(networks: Sequence[nn.Module]) -> nn.Module:
         NotStackable: their structures differ, or a layer has no stacked form.
     """
     first = networks[0]
-    if any(_structure(network) != _structure(first) for network in networks):
+    if any(structure(network) != structure(first) for network in networks):
         raise NotStackable("the networks differ in structure")
     # copies made by deepcopy take these for the originals' parts, wherever the network keeps them
     memo: dict[int, Any] = {}

@@ -5,8 +5,6 @@ from typing import Any
 
 from record.epoch_line import duration
 
-EVALUATED_AS = {"val": "validation", "test": "test"}
-
 
 def format_ending(results: Mapping[str, Any]) -> str:
     """The last and the best epoch side by side, what was trained, and where it lies.
@@ -15,10 +13,8 @@ def format_ending(results: Mapping[str, Any]) -> str:
         results: results.json of a training run, perhaps of an earlier version: what it lacks is left out.
     """
     last, best = results["last"], results["best"]
-    chosen = EVALUATED_AS[results["best_chosen_on"]]
-    reported = EVALUATED_AS[results["reported_on"]]
     titles = [f"epoch {max(one['epoch'], 1)}" for one in (last, best)]
-    rows = [(f"{reported} images", f"last, {titles[0]}", f"best, {titles[1]}")]
+    rows = [(f"{results['reported_on']} images", f"last, {titles[0]}", f"best, {titles[1]}")]
     several = len(last["acc1"]) > 1
     rows.append(("ensemble top-1 %" if several else "top-1 %", *_cells(last, best, "ensemble_acc1", 2)))
     for i in range(len(last["acc1"]) if several else 0):
@@ -30,7 +26,7 @@ def format_ending(results: Mapping[str, Any]) -> str:
         (f"{whole}top-5 %", "ensemble_acc5", 2),
         (f"{whole}NLL", "ensemble_nll", 4),
         (f"{whole}ECE", "ensemble_ece", 4),
-        (f"held-out {whole}top-1 %", "val_ensemble_acc1", 2),
+        (f"val {whole}top-1 %", "val_ensemble_acc1", 2),
         ("training loss, per network" if several else "training loss", "train_loss_per_network", 4),
     ):
         if name in last and name in best:
@@ -41,11 +37,12 @@ def format_ending(results: Mapping[str, Any]) -> str:
     saved = results["best_saved_epoch"]
     lines += [
         "",
-        f"best epoch chosen on the {chosen} images; {results['params_total'] / 1e6:.3f} M parameters, "
-        f"{results['epochs']} epochs in {duration(results['seconds'])}",
+        f"best epoch chosen on the {results['best_chosen_on']} images",
+        f"{results['params_total'] / 1e6:.3f} M parameters, {results['epochs']} epochs in "
+        f"{duration(results['seconds'])}",
         f"results.json, curves.png{'' if saved is None else ', model_best.pth.tar'}: {results['model_dir']}",
     ]
-    return "\n".join(lines)
+    return "\n" + "\n".join(lines)
 
 
 def _cells(last: Mapping[str, Any], best: Mapping[str, Any], name: str, digits: int) -> tuple[str, str]:

@@ -202,7 +202,6 @@ class Reporter:
             train: means over the epoch's training batches.
             evaluated: the last evaluation belongs to it.
         """
-        self._note = ""
         partly = self._batch % self.steps_per_epoch
         title = f"epoch {epoch}/{self.epochs}"
         if partly:

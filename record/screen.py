@@ -3,6 +3,7 @@
 import logging
 import os
 import sys
+import textwrap
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from typing import TypeVar
@@ -32,8 +33,9 @@ def terminal_columns() -> int:
 class Screen(logging.StreamHandler):
     """Writes log records to stderr; on a terminal above the line of a `Bar`.
 
-    A record may carry `forms`, its text from the longest to the shortest: a terminal shows the longest that fits on one
-    line. One that carries `in_bar` is left out where a bar shows the same.
+    What is longer than a line of a terminal is broken there at blanks. A record may carry `forms`, its text from the
+    longest to the shortest: a terminal shows the longest that fits on one line. One that carries `in_bar` is left out
+    where a bar shows the same.
 
     Args:
         shared: other processes draw on the same terminal.
@@ -48,9 +50,13 @@ class Screen(logging.StreamHandler):
     def format(self, record: logging.LogRecord) -> str:
         """The text of a record; see the class."""
         forms: Sequence[str] | None = getattr(record, "forms", None)
-        if forms is None or not self.is_terminal:
-            return super().format(record)
-        return next((text for text in forms if len(text) < terminal_columns()), forms[-1])
+        text, columns = super().format(record), terminal_columns()
+        if not self.is_terminal or len(text) < columns:
+            return text
+        if forms is not None:
+            text = next((form for form in forms if len(form) < columns), forms[-1])
+        # at blanks, which a terminal does not care for
+        return textwrap.fill(text, columns - 1, subsequent_indent="  ", break_long_words=False, break_on_hyphens=False)
 
     def emit(self, record: logging.LogRecord) -> None:
         """Write a record above the line at the bottom."""

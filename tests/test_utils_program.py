@@ -10,7 +10,7 @@ import pytest
 from script.draw_screens import Terminal, lines_of
 from tests.kills import cpu_out_of_memory
 from utils.errors import Incomplete, Interrupted, RunError, Stopped, UserError
-from utils.program import Output, run_program
+from utils.program import Output, run_program, show
 
 NUMBERS = (signal.SIGTERM, signal.SIGINT)
 
@@ -45,6 +45,28 @@ def test_the_end_is_json_through_a_pipe_and_text_at_a_terminal(monkeypatch: pyte
             assert run_program("program.py", lambda _, output=output: output, [], saves_memory="") == 0  # type: ignore[misc]
     terminal.close()
     assert lines_of(terminal.screen()) == ["a table", '{"b": 2}']
+
+
+def test_tables_are_aligned_at_a_terminal_only(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    text = "before\n| | top-1 % |\n|---|---:|\n| network 1 | 7.5 |\n| mean | 100.00 |\n\nafter | all"
+    show(text)
+    assert capsys.readouterr().out == f"{text}\n"
+    terminal = Terminal()
+    with open(terminal.name, "w") as stream:
+        monkeypatch.setattr("sys.stdout", stream)
+        show(text)
+    terminal.close()
+    assert lines_of(terminal.screen()) == [
+        "before",
+        "           top-1 %",
+        "---------  -------",
+        "network 1      7.5",
+        "mean        100.00",
+        "",
+        "after | all",
+    ]
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,6 @@
 """The main function of an entry point: exit codes, one line for a failure, one JSON line for the results."""
 
+import itertools
 import json
 import os
 import sys
@@ -42,9 +43,31 @@ def program_name(script: str, command: str) -> str:
 
 
 def show(text: str) -> None:
-    """A table or a list for whoever started the program, on stdout, before the JSON line."""
-    sys.stdout.write(text + "\n")
+    """A table or a list for whoever started the program, on stdout before the JSON line; a terminal has it aligned."""
+    sys.stdout.write((aligned(text) if sys.stdout.isatty() else text) + "\n")
     sys.stdout.flush()
+
+
+def aligned(text: str) -> str:
+    """A text whose Markdown tables have columns of one width."""
+    lines = text.split("\n")
+    shown: list[str] = []
+    for is_table, group in itertools.groupby(lines, lambda line: line.startswith("|")):
+        rows = [*group]
+        shown += _aligned_rows(rows) if is_table else rows
+    return "\n".join(shown)
+
+
+def _aligned_rows(lines: list[str]) -> list[str]:
+    rows = [[cell.strip() for cell in line.strip().strip("|").split("|")] for line in lines]
+    if len({len(row) for row in rows}) != 1 or len(rows) < 2:
+        return lines
+    rules = rows[1]
+    widths = [max(len(row[i]) for row in rows if row is not rules) for i in range(len(rules))]
+    aligns = [str.rjust if rule.endswith(":") else str.ljust for rule in rules]
+    cells = [[align(cell, width) for align, cell, width in zip(aligns, row, widths, strict=True)] for row in rows]
+    cells[1] = ["-" * width for width in widths]
+    return ["  ".join(row).rstrip() for row in cells]
 
 
 def read_flags(name: str, read: Callable[[], T]) -> T:

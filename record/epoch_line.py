@@ -121,7 +121,7 @@ def percent(value: float | None) -> str:
 
 def nats(value: float) -> str:
     """A loss as a line has it: `2.12`, `0.034`."""
-    return f"{value:.2f}" if value >= 0.1 else f"{value:.2g}"
+    return f"{value:.2f}" if value >= 0.095 else f"{value:.2g}"
 
 
 def _bracketed(parts: list[str]) -> str:

@@ -107,7 +107,7 @@ def curves_png(runs: Path | Sequence[tuple[str, Path]]) -> bytes:
     from matplotlib.ticker import MaxNLocator
 
     pairs = [("", runs)] if isinstance(runs, Path) else [(escaped(label), run) for label, run in runs]
-    figure = Figure(figsize=(13, 8), layout="constrained")
+    figure = Figure(figsize=(13, 9), layout="constrained")
     panels = figure.subplots(2, 2)
     accuracy, loss, calibration, rate = panels.flat
     alone = len(pairs) == 1
@@ -147,7 +147,9 @@ def curves_png(runs: Path | Sequence[tuple[str, Path]]) -> bytes:
         axes.set_axisbelow(True)
         axes.spines[["top", "right"]].set_visible(False)
         if axes.get_legend_handles_labels()[1]:
-            for text in axes.legend(frameon=False, fontsize=9).get_texts():
+            # below, where no curve is; to find a free place takes seconds on long runs
+            below = {"loc": "upper center", "bbox_to_anchor": (0.5, -0.13)}
+            for text in axes.legend(**below, ncols=2, frameon=False, fontsize=9).get_texts():
                 text.set_parse_math(False)
     picture = io.BytesIO()
     figure.savefig(picture, dpi=100)

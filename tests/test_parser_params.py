@@ -82,6 +82,7 @@ def test_help_prints_every_flag_with_default_and_group(program: str) -> None:
         "Data and augmentation",
         "Networks",
         "Optimiser and schedule",
+        "Several machines",
         "Method: co_training",
     ):
         assert f"{title}:" in result.stdout

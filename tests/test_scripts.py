@@ -449,3 +449,33 @@ def test_every_process_of_a_slurm_job_has_its_cores(tmp_path):
 def test_what_a_gpu_has_to_tell_is_one_command():
     assert command("gpu.sh", "--minutes", "3")[1:] == ["-m", "benchmarks.gpu", "--minutes", "3"]
     assert command("gpu.sh", "--check", "--tiny")[1:] == ["-m", "benchmarks.gpu_check", "--tiny"]
+
+
+@pytest.mark.parametrize("gpus", [1, 4])
+def test_a_job_of_a_slurm_array_trains_the_network_of_its_number(tmp_path, gpus):
+    for name, text in (
+        ("scontrol", 'echo "$@"'),
+        ("srun", 'echo "$@"; [ -z "${STOP:-}" ] || { sleep 2; kill -TERM "$PPID"; sleep 1; }'),
+    ):
+        (tmp_path / name).write_text(f"#!/bin/sh\n{text}\n")
+        (tmp_path / name).chmod(0o755)
+    environment = {
+        "PATH": f"{tmp_path}:{os.environ['PATH']}",
+        "SLURM_SUBMIT_DIR": str(ROOT),
+        "SLURM_ARRAY_JOB_ID": "7",
+        "SLURM_ARRAY_TASK_ID": "2",
+        "SLURM_ARRAY_TASK_COUNT": "4",
+        "SLURM_GPUS_ON_NODE": str(gpus),
+        "RUNS": "/shared",
+        "PYTHON": "python",
+    }
+    command = [ROOT / "script" / "slurm_networks.sbatch", "--dataset", "digits"]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60, check=True)
+    flags = "--split_factor 4 --network 2 --exchange /shared/exchange --model_dir /shared/net2 --resume auto"
+    launcher = "" if gpus == 1 else "-m torch.distributed.run --standalone --nproc_per_node 4 "
+    started = f"--kill-on-bad-exit=1 python {launcher}train_split.py --dataset digits {flags}\n"
+    assert done.stdout == started
+    parse_config([*done.stdout.split()[done.stdout.split().index("train_split.py") + 1 :]])
+    stopped = {**environment, "STOP": "1"}
+    done = subprocess.run(command, env=stopped, capture_output=True, text=True, timeout=60, check=False)
+    assert done.stdout.splitlines()[-1] == "requeue 7_2"

@@ -28,6 +28,8 @@ from recipe.published import recipe_defaults
 from recipe.scaling import scaled_rate
 from recipe.transformers import NAME as TRANSFORMERS_NAME
 from recipe.transformers import transformers
+from record.sinks import NAMES as SINKS
+from record.sinks import check_installed
 from training.options import COMPILE_MODES, OptimizerOptions
 from utils.command_line import (
     FlagParser,
@@ -108,6 +110,12 @@ class RunOptions(Options):
         "print the names that --arch takes and a pattern fits, such as 'resnet5*' or 'timm/*', and stop; bare: all",
         metavar="PATTERN",
         bare="*",
+        resume=OF_CALL,
+    )
+    sink: str | None = option(
+        None,
+        "send the figures of a training there too; an optional package, which says by its own settings where to",
+        choices=SINKS,
         resume=OF_CALL,
     )
     on_save_error: str = option(
@@ -729,6 +737,8 @@ def _check(config: Config) -> None:
     need(bool(names), "--arch needs the name of a backbone.")
     if config.freeze is not None:
         check_freeze(config.freeze)
+    if config.sink is not None:
+        check_installed(config.sink)
     need(
         len(names) == 1 or config.split_factor in (1, len(names)),
         f"--arch names {len(names)} networks and --split_factor is {config.split_factor}: leave --split_factor away.",

@@ -70,6 +70,7 @@ from record.run_folder import (
 )
 from record.saving import Saver
 from record.screen import watched
+from record.sinks import open_sink
 from training.compiling import as_written, compile_modules
 from training.copies import WeightCopies
 from training.exchange import Courier, Exchange
@@ -101,6 +102,7 @@ from utils.errors import Incomplete, Interrupted, RunError, Stopped, UserError
 from utils.launch import World
 from utils.macs import count_macs, count_params
 from utils.mesh import build_mesh, choose_groups
+from utils.plain_json import plain_json
 from utils.precision import choose_precision, lay_out
 from utils.program import Output, program_name, run_program, show
 from utils.recording import CudaRecorder, Recorder
@@ -936,16 +938,23 @@ class Trainer:
             RunError: a non-finite step, a bad image, a full disk under --on_save_error stop.
             Incomplete: what the run ends with could not be written.
         """
+        is_complete = False
         with self.stop:
             try:
+                if self.config.sink is not None and self.world.is_main:
+                    self.log.sink = open_sink(self.config.sink, self.folder, plain_json(self.config.values()))
                 with launch.naming_lost_processes(self.world), self.report.running(left=self.steps_left()):
                     self._begin_exchange()
                     self._train_and_evaluate()
-                    return self.finish()
+                    results = self.finish()
+                    is_complete = True
+                    return results
             finally:
                 if self.exchange is not None:
                     self.exchange.close()
                 self.saver.close()
+                if self.log.sink is not None:
+                    self.log.sink.end(complete=is_complete)
                 for loader in self.loaders:
                     loader.close()
 

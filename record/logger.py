@@ -20,6 +20,7 @@ from torch import Tensor
 
 from record.append import append_whole
 from record.screen import Screen
+from record.sinks import SinkThread
 from utils.errors import reason
 from utils.plain_json import plain_json
 from utils.text import ESCAPE, escaped, fit_streams
@@ -148,6 +149,7 @@ class RunLog:
 
     Attributes:
         columns: of summary.csv.
+        sink: takes the scalars too, where one is open.
         first_epoch: the number of the first epoch in the records of metrics.jsonl that training writes.
     """
 
@@ -174,6 +176,7 @@ class RunLog:
         self._boards: dict[str, Any] = {}
         self._has_boards = active
         self._purge: dict[str, int] = {}
+        self.sink: SinkThread | None = None
 
     def positions(self) -> dict[str, int]:
         """Lines written so far, for a checkpoint."""
@@ -237,10 +240,8 @@ class RunLog:
 
         Tags of "train" stand under `train/`, because its axis counts steps and that of "val" epochs.
         """
-        if not self._has_boards:
+        if not self._has_boards and self.sink is None:
             return
-        from torch.utils.tensorboard.summary import scalar
-
         group = "train/" if name == "train" else ""
         by_tag: dict[str, float] = {}
         for tag, value in values.items():
@@ -248,7 +249,12 @@ class RunLog:
                 by_tag |= {f"{group}{i + 1}_{tag}": item for i, item in enumerate(value)}
             elif isinstance(value, int | float):
                 by_tag[group + tag] = value
-        self._board(name, (scalar(tag, value) for tag, value in by_tag.items()), index)
+        if self.sink is not None:
+            self.sink.log(name, by_tag, index)
+        if self._has_boards:
+            from torch.utils.tensorboard.summary import scalar
+
+            self._board(name, (scalar(tag, value) for tag, value in by_tag.items()), index)
 
     def views(self, views_SBCHW: Tensor, mean: Sequence[float], std: Sequence[float], index: int) -> None:
         """A picture of the S views of the first images: one column an image, one row a view."""

@@ -28,8 +28,6 @@ from recipe.published import recipe_defaults
 from recipe.scaling import scaled_rate
 from recipe.transformers import NAME as TRANSFORMERS_NAME
 from recipe.transformers import transformers
-from record.sinks import NAMES as SINKS
-from record.sinks import check_installed
 from training.options import COMPILE_MODES, OptimizerOptions
 from utils.command_line import (
     FlagParser,
@@ -42,6 +40,7 @@ from utils.command_line import (
 )
 from utils.errors import UserError
 from utils.options import OF_CALL, SAME, SWITCH, TAKES, Flag, Options, flags_of, option
+from utils.packages import SINK_PACKAGES, check_sink
 from utils.registry import nearest_name
 from utils.text import fit_streams
 
@@ -115,7 +114,7 @@ class RunOptions(Options):
     sink: str | None = option(
         None,
         "send the figures of a training there too; an optional package, which says by its own settings where to",
-        choices=SINKS,
+        choices=tuple(SINK_PACKAGES),
         resume=OF_CALL,
     )
     on_save_error: str = option(
@@ -738,7 +737,7 @@ def _check(config: Config) -> None:
     if config.freeze is not None:
         check_freeze(config.freeze)
     if config.sink is not None:
-        check_installed(config.sink)
+        check_sink(config.sink)
     need(
         len(names) == 1 or config.split_factor in (1, len(names)),
         f"--arch names {len(names)} networks and --split_factor is {config.split_factor}: leave --split_factor away.",

@@ -1,7 +1,6 @@
 """Where the figures of a run go besides its folder: Weights & Biases or MLflow, both optional packages.
 
-A run waits for none of it: a thread hands the figures over, and what fails costs a line of the log. Imports no torch
-and none of the packages, so that the flags know what is installed.
+A run waits for none of it: a thread hands the figures over, and what fails costs a line of the log.
 """
 
 import json
@@ -16,18 +15,15 @@ import uuid
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Protocol
 
-from utils.errors import UserError, WriteError, reason
+from record.checkpoint import write_file
+from utils.errors import WriteError, reason
 from utils.text import escaped
 
 logger = logging.getLogger(__name__)
 
-# sink -> (module, what pip installs for it, as the extra of that name in pyproject.toml)
-PACKAGES = {"wandb": ("wandb", "wandb>=0.17"), "mlflow": ("mlflow", "mlflow>=2.14")}
-NAMES = tuple(PACKAGES)
 RUNS = "sinks.json"  # in the run folder: the sink's own name of the run, by sink
 AXES = {"train": "step", "val": "epoch"}  # what the axis of a kind of figures counts
 WAITING = 10_000  # records that may wait for a slow sink
@@ -127,19 +123,6 @@ class Mlflow:
 SINKS: dict[str, Callable[[], Sink]] = {"wandb": Wandb, "mlflow": Mlflow}
 
 
-def check_installed(name: str) -> None:
-    """Refuse a sink whose package is missing.
-
-    Raises:
-        UserError: with the line that installs it.
-    """
-    module, requirement = PACKAGES[name]
-    if find_spec(module) is None:
-        raise UserError(
-            f"--sink {name} needs the package {module}, which is not installed: pip install '{requirement}'."
-        )
-
-
 class SinkThread:
     """Hands figures to a sink that has begun, one after another, in a thread of its own.
 
@@ -199,7 +182,7 @@ def open_sink(name: str, folder: Path, flags: Mapping[str, Any]) -> SinkThread |
     """Begin a sink's run, or go on with the one that the run folder names; None, and a line, where that fails.
 
     Args:
-        name: one of NAMES.
+        name: one of SINKS.
         folder: of the run.
         flags: every flag's value, as plain data.
     """
@@ -232,8 +215,6 @@ def _runs_before(folder: Path) -> dict[str, str]:
 
 
 def _keep(folder: Path, runs: Mapping[str, str]) -> None:
-    from record.checkpoint import write_file  # imports torch
-
     try:
         write_file(folder / RUNS, json.dumps(runs, indent=2) + "\n")
     except WriteError as error:

@@ -15,8 +15,10 @@ import train_split
 from parser_params import parse_config
 from record import sinks
 from record.logger import RunLog
-from record.sinks import NAMES, PACKAGES, SinkRun, open_sink
+from record.sinks import SINKS, SinkRun, open_sink
+from utils import packages
 from utils.errors import UserError
+from utils.packages import SINK_PACKAGES
 
 ROOT = Path(__file__).parent.parent
 TINY = ["--dataset", "digits", "--arch", "resnet20", "--batch_size", "96", "--no_cuda", "--amp_dtype", "fp32"]
@@ -51,7 +53,7 @@ class Memory:
 def memory(monkeypatch: pytest.MonkeyPatch) -> Memory:
     found = Memory()
     monkeypatch.setitem(sinks.SINKS, "mlflow", lambda: found)
-    monkeypatch.setattr(sinks, "find_spec", lambda name: object())
+    monkeypatch.setattr(packages, "find_spec", lambda name: object())
     return found
 
 
@@ -168,14 +170,14 @@ def test_without_tensorboard_a_sink_still_gets_scalars(memory: Memory, tmp_path:
     assert [path.name for path in tmp_path.iterdir()] == ["sinks.json"]
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", SINK_PACKAGES)
 def test_a_missing_package_is_refused_with_the_line_that_installs_it(
     name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(sinks, "find_spec", lambda module: None)
+    monkeypatch.setattr(packages, "find_spec", lambda module: None)
     with pytest.raises(UserError) as error:
         parse_config(["--dataset", "digits", "--sink", name])
-    module, requirement = PACKAGES[name]
+    module, requirement = SINK_PACKAGES[name]
     assert str(error.value).endswith(
         f"needs the package {module}, which is not installed: pip install '{requirement}'."
     )
@@ -185,9 +187,9 @@ def test_a_missing_package_is_refused_with_the_line_that_installs_it(
 
 def test_what_pip_installs_is_what_the_project_says() -> None:
     extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
-    assert {name: [requirement] for name, (_, requirement) in PACKAGES.items()} == {
-        name: extras[name] for name in NAMES
-    }
+    assert SINK_PACKAGES.keys() == SINKS.keys()
+    for name, (_, requirement) in SINK_PACKAGES.items():
+        assert extras[name] == [requirement]
 
 
 # ---- the packages, as modules that remember what they were asked for -------------------------------------------------

@@ -40,7 +40,7 @@ from model.depth import freeze, layer_factors, layer_rates
 from model.layers.narrow_norm import restore_narrow_norms
 from model.layers.sync_norm import synchronise_batchnorm
 from model.pretrained import Start
-from model.registry import SMALL, has_two_forms, image_shape, request_of
+from model.registry import SMALL, has_two_forms, image_shape, request_of, solved_request
 from model.restore import published_keys, stored_plan
 from parser_params import Config, answer_at_once, parse_config, resolve_config
 from recipe.fine_tuning import flags_before, image_flags
@@ -350,13 +350,16 @@ class Trainer:
         if len(names) > 1 and not kind.networks_from_list:
             raise UserError(f"--method {config.method} takes one backbone; --arch names {len(names)}.")
         request = config.backbone_request(len(self.source.classes))
+        request = replace(
+            request,
+            form=kind.member_form(config.method_options, request, self.seed),
+            arch=names[0],
+            **self._plan_before(request, resumed),
+        )
+        if request.form is None and len(names) == 1:  # one search for all processes, and one plan
+            request = distributed.said_by_first(partial(solved_request, request))
         network = build_splitnet(
-            replace(
-                request,
-                form=kind.member_form(config.method_options, request, self.seed),
-                arch=names[0],
-                **self._plan_before(request, resumed),
-            ),
+            request,
             seed=self.seed,
             identical_init=config.is_identical_init,
             train_separately=config.is_train_sep,

@@ -29,6 +29,15 @@ def test_rows_and_counts_of_uneven_processes(tmp_path: Path) -> None:
         assert result["counts"] == [1, 2, 3]
 
 
+def heard(rank: int, world_size: int) -> list[Any]:
+    return distributed.said_by_first(lambda: [rank, {"widths": (1.5, 2)}])
+
+
+def test_what_the_first_process_says_is_heard_by_all(tmp_path: Path) -> None:
+    assert run_processes(2, heard, tmp_path / "r") == [[0, {"widths": (1.5, 2)}]] * 2
+    assert heard(3, 4) == [3, {"widths": (1.5, 2)}]  # alone, it says it itself
+
+
 @pytest.fixture
 def two(monkeypatch: pytest.MonkeyPatch) -> list[World]:
     """Two processes of one store, which are threads here."""

@@ -32,6 +32,15 @@ def all_reduce_sum(value: Tensor) -> Tensor:
     return value
 
 
+def said_by_first(work: Callable[[], T]) -> T:
+    """What `work` gives in process 0, in every process; the others do not do it. The value is plain data."""
+    if is_alone():
+        return work()
+    box = [work() if dist.get_rank() == 0 else None]
+    dist.broadcast_object_list(box, src=0)
+    return box[0]  # type: ignore[return-value]
+
+
 def add_once(world: World) -> Callable[[Tensor], Tensor]:
     """The sum over all processes, in place, of what was counted of a batch or a split, each image counted once.
 

@@ -25,6 +25,8 @@ SUBJECTS = {
     "counts": "operations and host waits of a training step (G8)",
     "epoch": "an epoch end to end, or an evaluation alone (G7, G11)",
     "l_mcl_step": "a step of layer-wise mutual contrastive learning in its parts",
+    "passes": "operations of a training step, an evaluation batch and an inference batch",
+    "peers": "an epoch by timm, by torchvision and by ours; a deep ensemble and a loop",
     "step": "one training step of S networks (G1, G2, G10)",
     "views": "augmented views against Pillow (G5, G6), and large images from files",
 }

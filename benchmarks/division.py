@@ -16,7 +16,7 @@ import torch
 
 from benchmarks import own
 from benchmarks.ceilings import matrix_product, matrix_side
-from benchmarks.report import Side, measure, row
+from benchmarks.report import Side, measure_as_asked, row, warm_up_calls
 from utils.command_line import at_least
 from utils.errors import RunError
 
@@ -61,14 +61,11 @@ def run(options: argparse.Namespace, device: torch.device) -> list[dict[str, Any
             "product": partial(matrix_product, side, dtype, device)
         }
         builders |= {name: partial(step_of, name, Path(folder) / name) for name in factors}
-        found = measure(
+        found = measure_as_asked(
             builders,
+            options,
             device,
-            warmup=20 if device.type == "cuda" else 1,
-            rounds=options.rounds,
-            seconds=options.seconds,
-            clock=options.clock,
-            calls=options.calls,
+            warmup=warm_up_calls(device),
         )
     for name, error in found.errors.items():
         raise RunError(f"{name}: {error}")  # every row is a ratio of two of them

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from benchmarks import baseline, own
-from benchmarks.report import Side, failure, measure, release, row
+from benchmarks.report import Side, failure, measure_as_asked, release, row
 from dataset import ImageSet
 from model import BackboneRequest, build_splitnet
 from model.splitnet import SplitNet
@@ -84,13 +84,12 @@ def _rows(names: Sequence[str], options: argparse.Namespace, device: torch.devic
             "published": partial(published, options, plain, device)
         }
         builders |= {name: partial(case_of, name, Path(folder) / str(i)) for i, name in enumerate(names)}
-        found = measure(
+        found = measure_as_asked(
             builders,
+            options,
             device,
             warmup=int(options.evaluation_only),  # an epoch brings its own, which is shorter
-            rounds=options.rounds,
-            seconds=options.seconds,
-            clock=options.clock,
+            calls=1,
         )
     images = len(plain.source.test) if options.evaluation_only else len(plain.source.train)
     what = "evaluation" if options.evaluation_only else "epoch with evaluation and checkpoint"

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from benchmarks import baseline, own
-from benchmarks.report import Side, failure, measure, row
+from benchmarks.report import Side, failure, measure_as_asked, row
 from evaluation.contenders import Contender, candidates_of, undivided
 from evaluation.latency import Candidate
 from model import BackboneRequest, build_splitnet
@@ -59,14 +59,12 @@ def run(options: argparse.Namespace, device: torch.device) -> Iterator[dict[str,
             "published": partial(_published, published, batch, device)
         }
         builders |= {_name(one): partial(_ours, one, batch_like, precision.autocast, device) for one in found}
-        measured = measure(
+        measured = measure_as_asked(
             builders,
+            options,
             device,
             warmup=5,
-            rounds=options.rounds,
-            seconds=options.seconds / len(sizes),
-            clock=options.clock,
-            calls=options.calls,
+            parts=len(sizes),
         )
         goal = _goal(options, device)
         subject = f"inference of {options.arch} S={options.split_factor}, batch {size}"

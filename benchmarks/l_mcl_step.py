@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.report import Side, as_it_is, measure, row
+from benchmarks.report import Side, as_it_is, measure_as_asked, row
 from method import Progress
 from method.l_mcl import LMCL, LMCLOptions
 from model import BackboneRequest, build_splitnet
@@ -67,14 +67,11 @@ def run(options: argparse.Namespace, device: torch.device) -> list[dict[str, Any
         method.after_step(view_BCHW[None], targets, output, progress)
 
     cases = {"forward-backward": plain, "with contrast": contrast, "meta round": meta_round}
-    found = measure(
+    found = measure_as_asked(
         {name: partial(as_it_is, call) for name, call in cases.items()},
+        options,
         device,
         warmup=1,
-        rounds=options.rounds,
-        seconds=options.seconds,
-        clock=options.clock,
-        calls=options.calls,
     )
     for name, error in found.errors.items():
         raise RunError(f"{name}: {error}")

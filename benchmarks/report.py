@@ -1,5 +1,6 @@
 """What every benchmark shares: timing in turns, rows with both sides of a ratio, hardware, versions, tables."""
 
+import argparse
 import gc
 import json
 import math
@@ -174,6 +175,37 @@ def measure(
     if built:
         times = interleave(built, device, warmup=0, rounds=rounds, seconds=seconds, clock=clock, calls=calls)
     return Measured(seconds=times, memory_mib=memory, errors=errors)
+
+
+def measure_as_asked(
+    builders: Mapping[str, Callable[[], Callable[[], object]]],
+    options: argparse.Namespace,
+    device: torch.device,
+    *,
+    warmup: int,
+    parts: int = 1,
+    calls: int | None = None,
+) -> Measured:
+    """`measure` by the flags that all subjects have.
+
+    Args:
+        parts: of a subject, each of which gets as much of the time.
+        calls: in place of the flag, where a call is long enough by itself.
+    """
+    return measure(
+        builders,
+        device,
+        warmup=warmup,
+        rounds=options.rounds,
+        seconds=options.seconds / parts,
+        clock=options.clock,
+        calls=options.calls if calls is None else calls,
+    )
+
+
+def warm_up_calls(device: torch.device) -> int:
+    """Training steps after which a device has chosen its kernels and recorded its graphs."""
+    return 20 if device.type == "cuda" else 1
 
 
 def _warmed_up(

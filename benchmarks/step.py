@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from benchmarks import baseline, own
-from benchmarks.report import Side, failure, measure, release, row
+from benchmarks.report import Side, failure, measure_as_asked, release, row, warm_up_calls
 from model import BackboneRequest, build_splitnet
 from utils.command_line import at_least
 
@@ -57,14 +57,11 @@ def _rows(names: Sequence[str], options: argparse.Namespace, device: torch.devic
             "published": partial(published_step, options, device)
         }
         builders |= {name: partial(step_of, name, Path(folder) / str(i)) for i, name in enumerate(names)}
-        found = measure(
+        found = measure_as_asked(
             builders,
+            options,
             device,
-            warmup=20 if device.type == "cuda" else 1,
-            rounds=options.rounds,
-            seconds=options.seconds,
-            clock=options.clock,
-            calls=options.calls,
+            warmup=warm_up_calls(device),
         )
     base = None
     if "published" in found.seconds:

@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from benchmarks import baseline
-from benchmarks.report import Side, as_it_is, interleave, measure, row
+from benchmarks.report import Side, as_it_is, interleave, measure_as_asked, row
 from dataset import DataSource, ImageSet
 from dataset.class_folders import iterate_images
 from dataset.decode import read_size
@@ -106,14 +106,13 @@ def _in_memory(options: argparse.Namespace, device: torch.device) -> list[dict[s
     if options.workers:
         rounds["one process"] = _pillow_round(spec, arrays, num_views, 0, device)
     try:
-        found = measure(
+        found = measure_as_asked(
             {name: partial(as_it_is, one) for name, one in rounds.items()}
             | {why: partial(as_it_is, ours(batch)) for batch, why in BATCHES},
+            options,
             device,
             warmup=2,
-            rounds=options.rounds,
-            seconds=options.seconds,
-            clock=options.clock,
+            calls=1,
         )
     finally:
         for one in rounds.values():

@@ -23,6 +23,7 @@ from dataset.cut import CentreCut, Cut, RandomCrops, Request, ResizedCropSpec
 from dataset.decode import BadImage, read_rgb, refusal
 from dataset.decoders import Decoders, hand_over
 from dataset.sampler import Shuffled, shard
+from utils.device import Uploads
 from utils.errors import RunError, UserError, reason
 
 logger = logging.getLogger(__name__)
@@ -281,6 +282,7 @@ class _Feed:
         self._labels_N = split.targets.to(device)
         self._is_resident = split.images is not None and _fits(device, split.images.nbytes)
         self._images = split.images.to(device) if split.images is not None and self._is_resident else split.images
+        self._uploads = Uploads(device) if device.type == "cuda" else None
         self._decoders: Decoders[_Decoded] | None = None
         if cut is not None:
             self._decoders = Decoders(_Files(split, cut), workers, pinned=device.type == "cuda")
@@ -317,8 +319,11 @@ class _Feed:
             shape = (len(indices_B), *self._images.shape[1:])
             images = torch.empty(shape, dtype=torch.uint8, pin_memory=self._device.type == "cuda")
             torch.index_select(self._images, 0, torch.from_numpy(request.indices_B), out=images)
-            images = images.to(self._device, non_blocking=True)
+            images = self._to_device(images)
         return Batch(images, self._labels_N[indices_B], indices_B, request.positions_B, request.global_batch_size)
+
+    def _to_device(self, images: Tensor) -> Tensor:
+        return images if self._uploads is None else self._uploads.send(images)
 
     def _read(self, request: Request, indices_B: Tensor, decoded: _Decoded) -> Batch:
         positions_B = request.positions_B
@@ -328,7 +333,7 @@ class _Feed:
             self.bad_images.update((bad.path, bad.reason) for bad in decoded.bad)
             indices_B = indices_B[torch.from_numpy(decoded.rows).to(self._device)]
             positions_B = positions_B[decoded.rows]
-        images = decoded.images_VBCHW.to(self._device, non_blocking=True)
+        images = self._to_device(decoded.images_VBCHW)
         return Batch(images, self._labels_N[indices_B], indices_B, positions_B, request.global_batch_size)
 
 

@@ -247,6 +247,25 @@ def test_counts_find_the_published_waits_and_none_of_ours(capsys, tmp_path):
     assert "| G8 | training step of resnet20 S=2, batch 4 | fp32+loop |" in text
 
 
+def test_passes_count_what_is_dispatched_of_three_kinds(capsys, tmp_path):
+    rows, _ = rows_of(capsys, tmp_path, "passes", "--networks", "resnet20:1,resnet20:2", "--case", "fp32+loop")
+    one, two = rows[:3], rows[3:]
+    assert [row["subject"] for row in one] == [
+        f"{what} of resnet20 S=1" for what in ("training step", "evaluation batch", "inference batch")
+    ]
+    for few, many in zip(one, two, strict=True):
+        assert few["operations"] < many["operations"] < 2 * few["operations"]
+    assert one[2]["operations"] < one[1]["operations"] < one[0]["operations"]
+
+
+def test_peers_train_on_the_same_images(capsys, tmp_path):
+    pytest.importorskip("timm")
+    argv = ["peers", "--images", "8", "--batch_size", "4", "--workers", "0", "--only", "memory"]
+    rows, _ = rows_of(capsys, tmp_path, *argv)
+    assert [row["baseline"] for row in rows] == ["timm", "torchvision"]
+    assert all("error" not in row and row["case"] == "ours" and row["ratio"] > 0 for row in rows)
+
+
 def test_operations_are_counted_once_and_views_not_at_all():
     a, b = torch.ones(4, 4), torch.ones(4, 4)
     # a product and what follows it; nothing for the transposition

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from tests.counted import CountedOperations
+from benchmarks.dispatched import CountedOperations
 from training.guard import NonfiniteGuard, NonfiniteSteps, judge_nonfinite
 from training.update import KeptBuffers
 from utils.errors import RunError

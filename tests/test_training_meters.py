@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from tests.counted import CountedOperations
+from benchmarks.dispatched import CountedOperations
 from training.meters import MeanMeter
 
 CPU = torch.device("cpu")

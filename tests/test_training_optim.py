@@ -16,9 +16,9 @@ from torch.nn import functional as F
 from torch.nn.utils import parametrize
 from torch.overrides import TorchFunctionMode
 
+from benchmarks.dispatched import CountedOperations
 from model import backbones
 from model.backbone import timm_nets, torchvision_nets
-from tests.counted import CountedOperations
 from tests.networks import LIBRARY_NETWORKS, needs_timm
 from tests.waits import nothing_waits
 from training.optim import (

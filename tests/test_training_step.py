@@ -18,6 +18,7 @@ import model.execution
 import record.report
 import train_split
 import training.step
+from benchmarks.dispatched import CountedOperations
 from benchmarks.sync_audit import SyncAudit
 from dataset import SourceRequest, open_source
 from dataset.augment.color import count_without_waiting
@@ -28,7 +29,6 @@ from method.l_mcl import LMCL
 from model import BackboneRequest, build_splitnet
 from model.splitnet import SplitNet
 from parser_params import parse_config, resolve_config
-from tests.counted import CountedOperations
 from tests.fake_gpu import GPU, fake_gpu
 from tests.processes import run_processes
 from tests.spaces import SPACE

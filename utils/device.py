@@ -1,6 +1,7 @@
 """The device that computes: what the host must know of one that works by itself."""
 
 import os
+from collections import deque
 
 import torch
 from torch import Tensor
@@ -36,6 +37,41 @@ class Fetched:
         if self._event is not None:
             self._event.synchronize()
         return self._host
+
+
+class Uploads:
+    """Copies from pinned memory to a GPU beside what it computes, in a stream of their own.
+
+    The host may ask for AHEAD copies more than the GPU has used; so many lie in the GPU's memory.
+
+    Args:
+        device: the GPU.
+    """
+
+    AHEAD = 2
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._stream: torch.cuda.Stream | None = None
+        self._asked: deque[torch.cuda.Event] = deque()
+
+    def send(self, host: Tensor) -> Tensor:
+        """The tensor on the GPU, for what is computed in the current stream from here on."""
+        if self._stream is None:
+            self._stream = torch.cuda.Stream(self._device)
+        here = torch.cuda.current_stream(self._device)
+        used = torch.cuda.Event()  # all that was asked for so far, so all copies but this one
+        used.record(here)
+        self._asked.append(used)
+        if len(self._asked) > self.AHEAD:
+            self._asked.popleft().synchronize()
+        with torch.cuda.stream(self._stream):
+            copy = host.to(self._device, non_blocking=True)
+            ready = torch.cuda.Event()
+            ready.record(self._stream)
+        here.wait_event(ready)
+        copy.record_stream(here)  # or its memory would be given to a later copy while it is used
+        return copy
 
 
 def ask_for_determinism(asked: bool) -> None:

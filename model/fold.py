@@ -12,6 +12,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
 from model.layers.sync_norm import SyncBatchNorm
+from model.members import BatchEnsembleNet
 
 _META = torch.device("meta")
 _NORMS = (nn.BatchNorm2d, nn.SyncBatchNorm, SyncBatchNorm)
@@ -24,7 +25,8 @@ def fold_batch_norm(network: nn.Module, image_shape: Sequence[int]) -> nn.Module
     In evaluation mode batch norm multiplies and shifts each channel by constants; the convolution's weights take the
     factor, its bias the shift. Batch norms elsewhere (before the convolution, as in DenseNet and PyramidNet) stay.
     Which batch norm follows which convolution is seen in a forward pass without storage, so any module folds whose
-    forward pass runs on the meta device; its logits stay equal up to rounding.
+    forward pass runs on the meta device; its logits stay equal up to rounding. The members of a BatchEnsemble become
+    networks of their own first.
 
     Args:
         network: [B, *image_shape] -> anything; a SplitNet folds in all its networks. It is left as it was.
@@ -33,7 +35,8 @@ def fold_batch_norm(network: nn.Module, image_shape: Sequence[int]) -> nn.Module
     Returns:
         the copy in evaluation mode, its parameters without gradients.
     """
-    folded = copy.deepcopy(network).eval().requires_grad_(False)
+    folded = network.folded() if isinstance(network, BatchEnsembleNet) else copy.deepcopy(network)
+    folded = folded.eval().requires_grad_(False)
     for conv_name, norm_name in _pairs(folded, image_shape):
         conv: Any = folded.get_submodule(conv_name)
         norm: Any = folded.get_submodule(norm_name)

@@ -120,6 +120,12 @@ class Start:
         try:
             return load_state(network, state, f"--pretrained {','.join(self.names)}")
         except UserError as error:
+            form = request_of(network.models[0]).form
+            if form is not None and form.kind != "mc_dropout":
+                raise UserError(
+                    f"--pretrained {','.join(self.names)}: members of the form {form.kind} are not built as the file's "
+                    "networks are. Give a checkpoint of the same form and number of members, or leave the flag away."
+                ) from None
             near = self._near(network, state)
             raise UserError(f"{error}{near}") from None
 

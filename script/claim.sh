@@ -86,7 +86,7 @@ for seed in ${seeds//,/ }; do
     folders+=("$folder")
     [ ! -f "$folder/eval/results.json" ] || continue
     while [ "$(jobs -rp | wc -l)" -ge "$jobs" ]; do wait -n || fail "a run failed; what it said stands above."; done
-    echo "S = $split_factor${method#co_training}, $arch, seed $seed …" >&2
+    echo "S = $split_factor, $method, $arch, seed $seed …" >&2
     one_run "$folder" "$seed" "$arch" "$method" "$split_factor" &
   done
 done

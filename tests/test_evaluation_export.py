@@ -20,6 +20,7 @@ from model.backbone.hcgnet import HybridUnit, Transition
 from model.backbone.pyramidnet import PyramidNet
 from model.backbone.resnest import ResNeSt
 from model.backbone.shake_resnet import ShakeResNet
+from model.registry import MemberForm
 from model.splitnet import SplitNet
 from record.checkpoint import load_checkpoint
 from tests import runs
@@ -154,6 +155,31 @@ def test_every_rule_is_inside_the_file(rule, tmp_path):
     with torch.inference_mode():
         expected_BK = ensemble_scores(network(images_BCHW), rule)
         torch.testing.assert_close(run(images_BCHW)[0], expected_BK, rtol=1e-5, atol=1e-6)
+
+
+FORMS = {
+    "mimo": {},
+    "batch_ensemble": {"norm": "shared", "init": -0.5},
+    "mc_dropout": {"place": "stages", "rate": 0.1, "mask_seed": 1},
+    "packed": {"alpha": "2", "gamma": 1, "min_channels": 64},
+}
+
+
+@pytest.mark.parametrize("kind", FORMS)
+def test_members_that_share_a_network_export(kind):
+    """All of them in one file; those of a BatchEnsemble as networks of their own."""
+    form = MemberForm(kind=kind, members=3, numbers=FORMS[kind])
+    request = BackboneRequest(arch="resnet20", num_classes=4, dataset="digits", crop_size=8, form=form)
+    network = scrambled(build_splitnet(request, seed=0))
+    program = export_ensemble(network, "mean_softmax", (3, 8, 8))
+    images_BCHW = images(5, 8)
+    with torch.inference_mode():
+        logits_MBK = network(images_BCHW)
+        torch.testing.assert_close(program.module()(images_BCHW)[1], logits_MBK, rtol=1e-6, atol=1e-8)
+    assert logits_MBK.shape == (3, 5, 4)
+    assert not torch.allclose(logits_MBK[0], logits_MBK[1])
+    names = {name.split(".")[2] for name in program.state_dict if name.startswith("network.models.")}
+    assert len(names) == (3 if kind in ("packed", "batch_ensemble") else 1)
 
 
 # ---- script/export.py ------------------------------------------------------------------------------------------------

@@ -8,6 +8,8 @@ from torch import Tensor, nn
 
 from model import LARGE, SMALL, BackboneRequest, build_splitnet
 from model.fold import fold_batch_norm
+from model.registry import MemberForm
+from model.splitnet import SplitNet
 
 IMAGE = (3, 16, 16)
 
@@ -88,3 +90,16 @@ def test_only_what_stands_alone_is_folded():
     assert left == {"norm_twice", "norm_a", "norm_b", "norm_changed"}
     images_BCHW = torch.randn(3, *IMAGE, dtype=torch.float64)
     torch.testing.assert_close(folded(images_BCHW), network.eval()(images_BCHW))
+
+
+@pytest.mark.parametrize("norm", ["shared", "member"])
+def test_members_of_a_batch_ensemble_become_networks_of_their_own(norm: str) -> None:
+    form = MemberForm(kind="batch_ensemble", members=3, numbers={"norm": norm, "init": -0.5})
+    request = BackboneRequest(arch="resnet20", dataset="digits", crop_size=16, form=form)
+    members = scrambled(build_splitnet(request, seed=0)).double().eval()
+    folded = fold_batch_norm(members, (3, 16, 16))
+    assert isinstance(folded, SplitNet)
+    assert len(folded.models) == 3
+    assert norms(folded) == 0
+    images = torch.randn(2, 3, 16, 16, dtype=torch.float64)
+    torch.testing.assert_close(folded(images), members(images), rtol=1e-6, atol=1e-8)

@@ -14,7 +14,7 @@ from torchvision.models import get_model, get_model_weights
 
 from model import LARGE, BackboneRequest, SplitNet, build_splitnet
 from model.pretrained import Start, archs_that_fit, has_layer_norm
-from model.registry import request_of
+from model.registry import MemberForm, request_of
 from model.restore import published_keys
 from model.slices import cut
 from recipe.preprocessing import Preprocessing
@@ -70,6 +70,17 @@ def test_networks_of_several_archs_take_files_of_their_own() -> None:
     assert same(network.models[1].state_dict(), squeezenet)
     with pytest.raises(UserError, match=r"1\.pth.*models.1.*is missing"):
         start_of(resnet18(0), resnet18(0)).load_into(network)
+
+
+def test_members_that_share_a_network_take_a_file_of_their_own_form_only() -> None:
+    plain = replace(SMALL_RESNET, split_factor=1)
+    form = MemberForm(kind="mimo", members=2, numbers={})
+    members = build_splitnet(replace(plain, form=form), seed=0)
+    with pytest.raises(UserError, match=r"--pretrained 0.pth: members of the form mimo"):
+        start_of({"state_dict": build_splitnet(plain, seed=1).state_dict()}).load_into(members)
+    other = build_splitnet(replace(plain, form=form), seed=1).state_dict()
+    start_of({"state_dict": other}).load_into(members)
+    assert same(members.state_dict(), other)
 
 
 def test_a_list_of_another_length_is_refused() -> None:

@@ -24,6 +24,7 @@ SUBJECTS = {
     "inference": "latency of S networks beside the large one (G9)",
     "counts": "operations and host waits of a training step (G8)",
     "epoch": "an epoch end to end, or an evaluation alone (G7, G11)",
+    "placement": "all networks in every process beside own networks alone, on a link (G13, G14, G15)",
     "l_mcl_step": "a step of layer-wise mutual contrastive learning in its parts",
     "passes": "operations of a training step, an evaluation batch and an inference batch",
     "peers": "an epoch by timm, by torchvision and by ours; a deep ensemble and a loop",

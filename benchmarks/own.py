@@ -80,8 +80,16 @@ def layout(trainer: Trainer) -> str:
     return "NHWC" if trainer.precision.memory_format is torch.channels_last else "NCHW"
 
 
-def open_trainer(flags: Sequence[str], folder: Path, device: torch.device) -> Trainer:
+def open_trainer(
+    flags: Sequence[str], folder: Path, device: torch.device, *, world: launch.World | None = None
+) -> Trainer:
     """A trainer as `train_split.py` makes it from these flags; data is --dataset synthetic where they name none.
+
+    Args:
+        flags: without those of the data, the seed and the device.
+        folder: of the run.
+        device: where it computes.
+        world: this process's place, where there are several; None: it is alone.
 
     Raises:
         UserError: as `train_split.run`.
@@ -91,7 +99,7 @@ def open_trainer(flags: Sequence[str], folder: Path, device: torch.device) -> Tr
         argv += ["--dataset", "synthetic", "--num_classes", "10", "--crop_size", "32"]
     argv += ["--no_cuda"] if device.type == "cpu" else ["--gpu", str(device.index or 0)]
     config = parse_config(argv, program="train_split.py")
-    world = launch.join(config.gpus())
+    world = world or launch.join(config.gpus())
     folder.mkdir(parents=True, exist_ok=True)
     config = settle_seed(config, world, None)
     source = open_shared_source(config, world)

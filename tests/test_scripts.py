@@ -423,12 +423,12 @@ def test_continuous_integration_runs_every_test():
     assert "\n./script/run_tests.sh --long\n" in (ROOT / ".ci" / "run").read_text()
 
 
-def test_method_figure(tmp_path):
-    done = subprocess.run(
-        [sys.executable, "-W", "error", ROOT / "script" / "draw_method.py", tmp_path / "method.png"], check=False
-    )
-    assert done.returncode == 0
-    with Image.open(tmp_path / "method.png") as drawn, Image.open(ROOT / "miscs" / "method.png") as committed:
+@pytest.mark.parametrize("name", ["method", "together"])
+def test_figures_are_those_that_their_scripts_draw(tmp_path, name):
+    drawn_at = tmp_path / f"{name}.png"
+    command = [sys.executable, "-W", "error", "-m", f"script.draw_{name}", drawn_at]
+    assert subprocess.run(command, cwd=ROOT, check=False).returncode == 0
+    with Image.open(drawn_at) as drawn, Image.open(ROOT / "miscs" / f"{name}.png") as committed:
         assert drawn.size == committed.size
 
 

@@ -104,6 +104,13 @@ class RunOptions(Options):
     print_config: bool = option(
         False, "print every value and where it comes from, and stop; needs no data", bare="1", resume=OF_CALL
     )
+    dry_run: bool = option(
+        False,
+        "make one training step and evaluate one batch (and one more of each, timed), say what the run would cost in "
+        "time, memory and disk, and stop; leaves nothing behind",
+        bare="1",
+        resume=OF_CALL,
+    )
     list_archs: str | None = option(
         None,
         "print the names that --arch takes and a pattern fits, such as 'resnet5*' or 'timm/*', and stop; bare: all",
@@ -738,6 +745,10 @@ def _check(config: Config) -> None:
         check_freeze(config.freeze)
     if config.sink is not None:
         check_sink(config.sink)
+    need(
+        not (config.dry_run and config.exchange is not None),
+        "--dry_run meets no peers, and --exchange learns from them: leave one of them away.",
+    )
     need(
         len(names) == 1 or config.split_factor in (1, len(names)),
         f"--arch names {len(names)} networks and --split_factor is {config.split_factor}: leave --split_factor away.",

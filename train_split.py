@@ -10,11 +10,16 @@ if __name__ == "__main__":  # torch takes seconds to import: --help and a wrong 
     FLAGS = read_flags("train_split.py", parse_config)
 
 import logging
+import os
+import shutil
 import sys
+import tempfile
+import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
+from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
 
@@ -73,6 +78,7 @@ from record.screen import watched
 from record.sinks import open_sink
 from training.compiling import as_written, compile_modules
 from training.copies import WeightCopies
+from training.cost import RunCost, nearest_folder, peak_memory
 from training.exchange import Courier, Exchange
 from training.guard import NonfiniteGuard, NonfiniteSteps, judge_nonfinite
 from training.interrupt import PACE, StopRequest
@@ -897,13 +903,17 @@ class Trainer:
         train = self.epoch_meter.read(distributed.add_once(self.world))
         self.report.epoch_ended(epoch=self.position.epoch, rate=rate, train=train)
 
-    def evaluate_split(self, name: str) -> dict[str, Any]:
+    def evaluate_split(self, name: str, *, most: int | None = None) -> dict[str, Any]:
         """Figures of the networks, which are in evaluation mode, on "val" or "test".
+
+        Args:
+            most: batches of a process; None: all.
 
         Raises:
             Stopped: a signal.
         """
         loader = self.eval_loaders[name]
+        rounds = loader.rounds if most is None else min(most, loader.rounds)
         views, precision = self.training_step.views, self.precision
         weights = nullcontext() if self.average is None else self.average.applied_to(self.network)
         # not compiled, as in eval.py, so that both find the same figures
@@ -913,8 +923,8 @@ class Trainer:
             evaluation = evaluate(
                 self.network,
                 watched(
-                    self.stop.until_stopped(loader, rounds=loader.rounds, device=self.world.device),
-                    loader.rounds,
+                    self.stop.until_stopped(islice(loader, most), rounds=rounds, device=self.world.device),
+                    rounds,
                     f"evaluating {name}",
                     visible=self.world.is_main,
                 ),
@@ -930,6 +940,63 @@ class Trainer:
                 all_reduce=distributed.add_once(self.world),
             )
             return self.method.complete_figures(evaluation.figures)
+
+    # ---- a dry run ---------------------------------------------------------------------------------------------------
+
+    def measure(self, *, free_bytes: int) -> RunCost:
+        """Make the next step and evaluate one batch, each twice where there are two, the second time by the clock.
+
+        Args:
+            free_bytes: on the disk of the run folder.
+
+        Raises:
+            RunError: a bad image, a non-finite step.
+        """
+        steps, config = self.steps_left(), self.config
+        epochs = max(-(-steps // self.steps_per_epoch), 1)
+        step_seconds = self._time_steps()
+        if (found := self.guard.read(distributed.all_reduce_sum)) is not None:
+            logger.warning("%s", judge_nonfinite(found, None, self.steps_per_epoch))
+        self.method.synchronise()
+        self.method.eval()
+        evaluation_seconds = sum(self._time_evaluation(name) for name in self.eval_loaders)
+        state = self.state.gather()
+        saves = epochs + (steps // config.save_steps if config.save_steps else 0)
+        return RunCost(
+            steps=steps,
+            evaluations=max(epochs // config.eval_per_epoch, 1),
+            step_seconds=step_seconds,
+            evaluation_seconds=evaluation_seconds,
+            memory_bytes=peak_memory(self.world.device),
+            device=self.world.device.type,
+            checkpoint_bytes=0 if state is None else ckpt.checkpoint_size(state),
+            checkpoints=min(saves, config.max_ckpt_nums) + 2,
+            free_bytes=free_bytes,
+        )
+
+    def _time_steps(self) -> float:
+        """Seconds of the second step from here, or of the first where that is the last."""
+        self.method.train()
+        position, seconds = self.position, 0.0
+        batches = self.loader.epoch(position.epoch, start_batch=position.batch, end_batch=position.batch + 2)
+        began = time.perf_counter()
+        for batch in batches:
+            progress = self.progress(batch)._replace(updates=True)  # what an update needs is there then
+            self.training_step(batch, progress)
+            wait_for(self.world.device)
+            position.batch, position.step, position.done = position.batch + 1, position.step + 1, position.done + 1
+            seconds, began = time.perf_counter() - began, time.perf_counter()
+        return seconds
+
+    def _time_evaluation(self, name: str) -> float:
+        """Seconds of a whole evaluation on a split, from one batch."""
+        seconds = 0.0
+        for _ in range(2):
+            began = time.perf_counter()
+            self.evaluate_split(name, most=1)
+            wait_for(self.world.device)
+            seconds = time.perf_counter() - began
+        return seconds * self.eval_loaders[name].rounds
 
     # ---- the run -----------------------------------------------------------------------------------------------------
 
@@ -1164,29 +1231,66 @@ def run_in(world: World, config: Config) -> dict[str, Any]:
         if finished is not None:
             return finished
         config = settle_seed(config, world, resumed)
+        if config.dry_run:
+            return dry_run(world, config, resumed)
         make_folder(folder)
         set_up_text_log(folder, rank=world.rank)
-        start = open_start(config) if resumed is None else None
-        images = start_images(config, start, resumed)
-        source = open_shared_source(config, world, None if images is None else images.get("crop_size"))
-        config = resolve_config(
-            config,
-            data_recipe=source.recipe,
-            crop_size=source.crop_size,
-            is_drawn=bool(source.fractions),
-            nodes=world.num_nodes,
-            start=images,
-            by_network=resumed is None or "drop_path" in resumed.state.get("config", {}),
-        )
-        warn_of_unused_flags(config)
-        if world.is_main:
-            ckpt.write_file(folder / HPARAMS, as_json(config.described()))
-            if source.membership:
-                ckpt.write_file(folder / SPLIT, split_table(source.membership))
-            ckpt.write_file(folder / "env.json", as_json(describe_environment(world)))
-        trainer = Trainer(config, world, source, resumed, start)
-        announce(trainer)
-        return trainer.run()
+        return build_trainer(world, config, resumed).run()
+
+
+def build_trainer(world: World, config: Config, resumed: Resumed | None) -> Trainer:
+    """Open what the flags ask for, settle them, write down what the run is, and say it.
+
+    Raises:
+        UserError: flags, data, weights and networks that do not fit.
+    """
+    folder = Path(config.model_dir)
+    start = open_start(config) if resumed is None else None
+    images = start_images(config, start, resumed)
+    source = open_shared_source(config, world, None if images is None else images.get("crop_size"))
+    config = resolve_config(
+        config,
+        data_recipe=source.recipe,
+        crop_size=source.crop_size,
+        is_drawn=bool(source.fractions),
+        nodes=world.num_nodes,
+        start=images,
+        by_network=resumed is None or "drop_path" in resumed.state.get("config", {}),
+    )
+    warn_of_unused_flags(config)
+    if world.is_main:
+        ckpt.write_file(folder / HPARAMS, as_json(config.described()))
+        if source.membership:
+            ckpt.write_file(folder / SPLIT, split_table(source.membership))
+        ckpt.write_file(folder / "env.json", as_json(describe_environment(world)))
+    trainer = Trainer(config, world, source, resumed, start)
+    announce(trainer)
+    return trainer
+
+
+def dry_run(world: World, config: Config, resumed: Resumed | None) -> dict[str, Any]:
+    """One step and one evaluation batch in a folder that goes again; says, and returns, what the run would cost.
+
+    Raises:
+        UserError, RunError: as the run itself would at its beginning.
+    """
+    disk = nearest_folder(Path(config.model_dir))
+    if not os.access(disk, os.W_OK):
+        raise UserError(f"--model_dir {config.model_dir}: cannot be written.")
+    with tempfile.TemporaryDirectory() as own:
+        place = distributed.gather_values(own)[0]  # process 0 writes, others may read what it wrote
+        given = {**config.given, "model_dir": place}
+        trainer = build_trainer(world, replace(config, model_dir=place, given=given), resumed)
+        try:
+            cost = trainer.measure(free_bytes=shutil.disk_usage(disk).free)
+        finally:
+            trainer.saver.close()
+            for loader in trainer.loaders:
+                loader.close()
+        distributed.barrier()  # nobody looks into the folder any more
+    if world.is_main:
+        show(cost.text())
+    return cost.as_dict()
 
 
 def finished_results(folder: Path, config: Config, resumed: Resumed | None) -> dict[str, Any] | None:
@@ -1377,7 +1481,7 @@ def train_arguments(argv: list[str], config: Config | None = None) -> Output | N
             config.start_processes(worker, (argv,))
             return None  # process 0 has printed it
         results = run(config)
-        return Output(results, format_ending(results), config.json)
+        return Output(results, "" if config.dry_run else format_ending(results), config.json)
     except Interrupted as interrupted:
         if config is not None and (config.is_summary or config.evaluate):
             raise

@@ -76,7 +76,12 @@ class Spread:
 
     def significant(self, digits: int = 3) -> str:
         """The same with so many significant digits of the mean, at least one of the deviation."""
-        return f"{self.mean:.{digits}g}" + ("" if self.std is None else f" ± {self.std:.{digits - 1}g}")
+        return _rounded(self.mean, digits) + ("" if self.std is None else f" ± {_rounded(self.std, digits - 1)}")
+
+
+def _rounded(value: float, digits: int) -> str:
+    """So many significant digits, whole numbers in full and without an exponent."""
+    return f"{value:.0f}" if abs(value) >= 10 ** (digits - 1) else f"{value:.{digits}g}"
 
 
 def spread_text(spread: Spread | None, digits: int) -> str:

@@ -7,6 +7,7 @@ import math
 import os
 import platform
 import statistics
+import textwrap
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -390,10 +391,11 @@ def write(path: Path, rows: Sequence[Mapping[str, Any]], *, device: torch.device
 
 
 def describe(device: torch.device, command: str) -> str:
-    """Command, hardware and versions in three lines of Markdown, to stand above a table."""
+    """Command, date, hardware and versions in lines of Markdown, to stand above a table."""
     facts = hardware(device)
     packages = ", ".join(f"{name} {number}" for name, number in versions().items())
-    return (
-        f"`{command}`, {date.today().isoformat()}\n\n{facts['device']}, {facts['cores']} cores, "
-        f"{facts['threads']} thread(s), 1-minute load {facts['load_1_min']}; {packages}"
+    machine = (
+        f"{facts['device']}, {facts['cores']} cores, {facts['threads']} thread(s), "
+        f"1-minute load {facts['load_1_min']}; {packages}"
     )
+    return f"`{command}`,\n{date.today().isoformat()}\n\n{textwrap.fill(machine, 120, break_on_hyphens=False)}"

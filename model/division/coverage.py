@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Sequence
 
 from model.division.plan import division_plan
@@ -66,6 +67,23 @@ def plan_or_reason(arch: str, split_factor: int, divide_by: str = "params") -> D
         return str(error)
 
 
+def named_widths(names: Sequence[str], widths: Sequence[float]) -> str:
+    """Widths in order, those of one kind together: named by the last word of their arguments, without repetitions.
+
+    Args:
+        names: dotted paths of arguments (`cfg.blocks.0.c`), or "" for widths of stages.
+        widths: as many.
+    """
+    kinds: dict[str, list[str]] = {}
+    for name, width in zip(names, widths, strict=True):
+        kind = next((word for word in reversed(name.split(".")) if not word.isdigit()), "")
+        shown = f"{width:.4g}"
+        of_kind = kinds.setdefault(kind, [])
+        if not kind or shown not in of_kind[-1:]:
+            of_kind.append(shown)
+    return "; ".join(f"{kind} {', '.join(shown)}".lstrip() for kind, shown in kinds.items())
+
+
 def coverage(archs: Sequence[str], split_factors: Sequence[int] = (2, 4)) -> Iterator[str]:
     """Lines of a table in Markdown, and of each S how many networks divide."""
     yield f"| {' | '.join(TITLES)} |"
@@ -75,14 +93,13 @@ def coverage(archs: Sequence[str], split_factors: Sequence[int] = (2, 4)) -> Ite
         for split_factor in split_factors:
             plan = plan_or_reason(arch, split_factor)
             if isinstance(plan, str):
-                reason = plan.partition(" Others that can be divided")[0].removeprefix(f"--arch {arch} ")
+                reason = re.split(r" Others( that can be divided)?:", plan)[0].removeprefix(f"--arch {arch} ")
                 yield f"| {arch} | {split_factor} | refused | {reason} | | |"
                 continue
             divided[split_factor] += 1
-            names = [""] * len(plan.stages) if plan.way == "channels" else [f"{name} " for name in plan.stages]
-            widths = ", ".join(f"{name}{width:.4g}" for name, width in zip(names, plan.widths, strict=True))
+            names = [""] * len(plan.stages) if plan.way == "channels" else plan.stages
             yield (
-                f"| {arch} | {split_factor} | {plan.way} | {widths} | {plan.params_difference:+.2%} | "
+                f"| {arch} | {split_factor} | {plan.way} | {named_widths(names, plan.widths)} | {plan.params_difference:+.2%} | "
                 f"{plan.macs_difference:+.0%} |"
             )
     yield ""

@@ -236,6 +236,7 @@ class Trainer:
             for name, split in splits.items()
             if split is not None
         }
+        self.source = source = self._resident()
         if config.patience is not None and "val" not in self.eval_loaders:
             raise UserError(
                 f"--patience {config.patience}: there are no held-out images to judge by, and test images are none: "
@@ -534,6 +535,16 @@ class Trainer:
     def first_view(self) -> int:
         """Number of the first view made here, among those of all networks."""
         return 0 if self.shares_view else self.network.first_network
+
+    def _resident(self) -> DataSource:
+        """The data with its images where the loaders have them, so that no second copy of them stays on the host."""
+        source, loaders = self.source, self.eval_loaders
+        return replace(
+            source,
+            train=self.loader.resident(source.train),
+            test=loaders[source.reported].resident(source.test),
+            val=None if source.val is None else loaders["val"].resident(source.val),
+        )
 
     def _build_update(self, new_heads: tuple[str, ...]) -> WeightUpdate:
         """Optimiser, and what else follows a backward pass.

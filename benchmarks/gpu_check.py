@@ -77,7 +77,7 @@ def _driver() -> str:
 
 
 def kernel(place: Place) -> str:
-    """The Triton kernel makes the views of the plain operations, for every size that it knows."""
+    """The Triton kernels draw what the host does and make the views of the plain operations, for every size."""
     device = place.device
     if not HAS_TRITON:
         return "no Triton here: views are made by plain operations"
@@ -98,12 +98,16 @@ def kernel(place: Place) -> str:
             )
             maker, images = ViewMaker(spec, seed=size), random.integers(0, 256, (count, 3, size, size), dtype=np.uint8)
             parameters = maker.draw(0, np.arange(count), 2, (size, size))
-            expected = maker.apply(torch.from_numpy(images), parameters)
-            views = torch.full_like(expected, torch.nan, device=device)
-            maker._fill_by_kernel(views, torch.from_numpy(images).to(device), parameters, slice(0, count))
+            expected, on_device = maker.apply(torch.from_numpy(images), parameters), torch.from_numpy(images).to(device)
+            views, drawn = (torch.full_like(expected, torch.nan, device=device) for _ in range(2))
+            maker._fill_by_kernel(views, on_device, parameters, slice(0, count))
             equal = torch.equal(views.cpu(), expected)
             _require(equal, f"{2 * count} views of {size} px differ from those by plain operations")
-    return f"views of {', '.join(map(str, sizes))} px equal those by plain operations, bit for bit"
+            maker._draw_and_fill(drawn, on_device, 0, np.arange(count), 0)
+            equal = torch.equal(drawn.cpu(), expected)
+            _require(equal, f"{2 * count} views of {size} px that a kernel draws differ from those that the host draws")
+    sides = ", ".join(map(str, sizes))
+    return f"views of {sides} px, drawn on the host or by a kernel, equal those by plain operations, bit for bit"
 
 
 def graphs(place: Place) -> str:

@@ -9,6 +9,7 @@ import logging
 import os
 import time
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -59,6 +60,10 @@ class _Loader:
     @property
     def bad_images(self) -> dict[Path, str]:
         return self._feed.bad_images
+
+    def resident(self, split: ImageSet) -> ImageSet:
+        """The split that is loaded, its images where the loader has them: on a GPU a copy on the host may go then."""
+        return split if self._feed.images is None else replace(split, images=self._feed.images)
 
     def on_wait(self, look: Callable[[], None]) -> None:
         """Call `look` about every second while a batch of the decoding processes does not come; it may raise."""
@@ -280,8 +285,8 @@ class _Feed:
         self.bad_images: dict[Path, str] = {}
         self._device, self._on_bad_image = device, on_bad_image
         self._labels_N = split.targets.to(device)
-        self._is_resident = split.images is not None and _fits(device, split.images.nbytes)
-        self._images = split.images.to(device) if split.images is not None and self._is_resident else split.images
+        self._is_resident = split.images is not None and _fits(device, split.images)
+        self.images = split.images.to(device) if split.images is not None and self._is_resident else split.images
         self._uploads = Uploads(device) if device.type == "cuda" else None
         self._decoders: Decoders[_Decoded] | None = None
         if cut is not None:
@@ -312,13 +317,13 @@ class _Feed:
             yield batch
 
     def _gathered(self, request: Request, indices_B: Tensor) -> Batch:
-        assert self._images is not None
+        assert self.images is not None
         if self._is_resident:
-            images = self._images.index_select(0, indices_B)
+            images = self.images.index_select(0, indices_B)
         else:
-            shape = (len(indices_B), *self._images.shape[1:])
+            shape = (len(indices_B), *self.images.shape[1:])
             images = torch.empty(shape, dtype=torch.uint8, pin_memory=self._device.type == "cuda")
-            torch.index_select(self._images, 0, torch.from_numpy(request.indices_B), out=images)
+            torch.index_select(self.images, 0, torch.from_numpy(request.indices_B), out=images)
             images = self._to_device(images)
         return Batch(images, self._labels_N[indices_B], indices_B, request.positions_B, request.global_batch_size)
 
@@ -337,8 +342,8 @@ class _Feed:
         return Batch(images, self._labels_N[indices_B], indices_B, positions_B, request.global_batch_size)
 
 
-def _fits(device: torch.device, num_bytes: int) -> bool:
-    """Whether a split of images may move to the device."""
-    if device.type == "cpu":
+def _fits(device: torch.device, images: Tensor) -> bool:
+    """Whether a split of images may move to the device, or is there."""
+    if device.type == "cpu" or images.device == device:
         return True
-    return device.type == "cuda" and num_bytes <= DEVICE_SHARE * torch.cuda.mem_get_info(device)[0]
+    return device.type == "cuda" and images.nbytes <= DEVICE_SHARE * torch.cuda.mem_get_info(device)[0]

@@ -12,6 +12,7 @@ import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from types import MappingProxyType
+from typing import Any
 
 import numpy as np
 import torch
@@ -62,6 +63,7 @@ KERNEL_SIZES = (8, 16, 32, 64)  # pixels, sides of the views that it can make
 # Pixels worked on at a time: on CPUs what the caches hold, on GPUs what keeps memory in bounds.
 CHUNK_PIXELS = MappingProxyType({"cpu": 1 << 20, "cuda": 1 << 23})
 SLOWER = "views are made by plain operations, which are the same and take longer."
+DRAWN_HERE = "the host draws them, which are the same and take longer."
 PROBED = 64  # images whose views the kernel has to make as the plain ops do, before it is used
 
 
@@ -176,6 +178,8 @@ class ViewMaker:
         self.spec = spec
         self.seed = seed
         self._kernel_works: bool | None = None  # not known before its first use
+        self._draws_on_device: bool | None = None  # nor this
+        self._drawing: tuple[object, Any] = (None, None)  # a `triton_draw.Drawing`, and where and for what it draws
         self._policies: list[Policy] = []
         if spec.color_jitter:
             self._policies.append(ColorJitter(spec.color_jitter))
@@ -278,7 +282,6 @@ class ViewMaker:
             ValueError: images of another type or shape.
         """
         num_views, batch = parameters.tops_VB.shape
-        size, channels = self.spec.crop_size, images.shape[-3]
         leading = [(batch,), (num_views, batch)] if self.spec.random_resized_crop else [(batch,)]
         if (
             images.dtype != torch.uint8
@@ -290,17 +293,10 @@ class ViewMaker:
                 f"the parameters are of uint8 images [{batch}, C, {height}, {width}]"
                 f"{' or views of them' * self.spec.random_resized_crop}, got {images.dtype} {list(images.shape)}"
             )
-        views = advise_huge_pages(
-            torch.empty(
-                (num_views * batch, channels, size, size),
-                dtype=dtype,
-                device=images.device,
-                memory_format=memory_format,
-            )
-        ).view(num_views, batch, channels, size, size)
+        views = self._empty(images, num_views, dtype, memory_format)
         pixels = CHUNK_PIXELS.get(images.device.type, CHUNK_PIXELS["cpu"])
-        chunk = max(1, pixels // (num_views * size * size))
-        has_kernel = self._has_kernel(views, images, parameters)
+        chunk = max(1, pixels // (num_views * self.spec.crop_size**2))
+        has_kernel = self._has_kernel(views, images) and not self._has_noise(parameters)
         if has_kernel and self._kernel_works is None:
             part = slice(0, min(batch, PROBED, chunk))
             self._kernel_works = self._fills_alike(views[:, part], images[part], parameters, part)
@@ -310,6 +306,14 @@ class ViewMaker:
             if not (has_kernel and self._kernel_works and self._filled_by_kernel(*some)):
                 self._fill(*some)
         return views
+
+    def _empty(self, images: Tensor, num_views: int, dtype: torch.dtype, memory_format: torch.memory_format) -> Tensor:
+        """Room for V views of every image: [V, B, C, crop_size, crop_size]."""
+        batch, channels, size = images.shape[-4], images.shape[-3], self.spec.crop_size
+        views = torch.empty(
+            (num_views * batch, channels, size, size), dtype=dtype, device=images.device, memory_format=memory_format
+        )
+        return advise_huge_pages(views).view(num_views, batch, channels, size, size)
 
     def _fills_alike(self, views_VBCHW: Tensor, images: Tensor, parameters: ViewParameters, part: slice) -> bool:
         """Whether the kernel makes these views as `_fill` does; the host waits for both, once in a run."""
@@ -338,7 +342,11 @@ class ViewMaker:
             return False
         return True
 
-    def _has_kernel(self, views_VBCHW: Tensor, images: Tensor, parameters: ViewParameters) -> bool:
+    def _has_noise(self, parameters: ViewParameters) -> bool:
+        """Whether some of the views get noise, which the Triton kernel does not know."""
+        return self.spec.erase_mode == "pixel" and bool(parameters.boxes_VB4.any())
+
+    def _has_kernel(self, views_VBCHW: Tensor, images: Tensor) -> bool:
         """Whether the Triton kernel makes these views: small ones of whole images on a GPU, in float32."""
         if not (images.is_cuda and HAS_TRITON):
             return False
@@ -350,7 +358,6 @@ class ViewMaker:
             and views_VBCHW.shape[2] == 3
             and self.spec.crop_size in KERNEL_SIZES
             and images.dim() == 4
-            and not (self.spec.erase_mode == "pixel" and parameters.boxes_VB4.any())
         )
 
     def _fill_by_kernel(self, views_VBCHW: Tensor, images: Tensor, parameters: ViewParameters, part: slice) -> None:
@@ -471,10 +478,94 @@ class ViewMaker:
         memory_format: torch.memory_format = torch.contiguous_format,
         first_view: int = 0,
     ) -> Tensor:
-        """`draw` and `apply` in one: float views [V, B, C, crop_size, crop_size]."""
+        """`draw` and `apply` in one: float views [V, B, C, crop_size, crop_size].
+
+        Where the kernel of `apply` works, views are drawn on the device too, if a table holds all that the policy may
+        draw and nothing is erased by noise; the first ones are compared with those that the host draws.
+        """
         height, width = images.shape[-2:]
+        if self._kernel_works and self._draws_on_device is not False and self._has_table():
+            views = self._empty(images, num_views, dtype, memory_format)
+            if self._has_kernel(views, images) and self._drawn_by_kernel(views, images, epoch, positions_B, first_view):
+                return views
         parameters = self.draw(epoch, positions_B, num_views, (height, width), first_view=first_view)
         return self.apply(images, parameters, dtype=dtype, memory_format=memory_format)
+
+    def _has_table(self) -> bool:
+        """Whether all that can be drawn is few ops, or none, and no noise."""
+        has_noise = self.spec.erase_mode == "pixel" and self.spec.erase_p > 0
+        few = len(self._policies) == 0 or (len(self._policies) == 1 and self._policies[0].levels is not None)
+        return few and not has_noise
+
+    def _drawn_by_kernel(
+        self, views_VBCHW: Tensor, images: Tensor, epoch: int, positions_B: np.ndarray, first_view: int
+    ) -> bool:
+        """Whether kernels could draw and make these views; else one line says why, and it is not tried again."""
+        try:
+            self._draw_and_fill(views_VBCHW, images, epoch, positions_B, first_view)
+            if self._draws_on_device is None:
+                self._draws_on_device = self._are_as_drawn_here(views_VBCHW, images, epoch, positions_B, first_view)
+        except UserError:
+            raise
+        except Exception as error:
+            if is_out_of_memory(error):
+                raise
+            self._draws_on_device = False
+            logger.warning("Views cannot be drawn by a kernel here (%s); %s", reason(error)[:200], DRAWN_HERE)
+        return bool(self._draws_on_device)
+
+    def _are_as_drawn_here(
+        self, views_VBCHW: Tensor, images: Tensor, epoch: int, positions_B: np.ndarray, first_view: int
+    ) -> bool:
+        """Whether the first views are those that the host draws and plain operations make; it waits, once in a run."""
+        height, width = images.shape[-2:]
+        part = slice(0, min(len(images), PROBED))
+        parameters = self.draw(epoch, positions_B[part], len(views_VBCHW), (height, width), first_view=first_view)
+        plain_VBCHW = torch.empty_like(views_VBCHW[:, part])
+        self._fill(plain_VBCHW, images[part], parameters, part)
+        alike = torch.equal(views_VBCHW[:, part], plain_VBCHW)
+        if not alike:
+            logger.warning("The kernel draws other views on this GPU than the host does; %s", DRAWN_HERE)
+        return alike
+
+    def _draw_and_fill(
+        self, views_VBCHW: Tensor, images: Tensor, epoch: int, positions_B: np.ndarray, first_view: int
+    ) -> None:
+        """Draw on the device, and make the views there."""
+        from dataset.augment.triton_views import Drawn, make_drawn_views
+
+        drawing, scale_3C = self._drawing_for(images)
+        windows_K8, records_NK9 = drawing.draw(
+            fold_in(self.seed, STREAM_VIEW, epoch), positions_B, num_views=len(views_VBCHW), first_view=first_view
+        )
+        make_drawn_views(
+            views_VBCHW,
+            images,
+            Drawn(windows_K8, records_NK9, drawing.tables, scale_3C),
+            drawing.num_steps,
+            padding=self.spec.padding,
+            reflect=self.spec.padding_mode == "reflect",
+        )
+
+    def _drawing_for(self, images: Tensor) -> Any:
+        """What draws for images of this size on this device, and the numbers that normalise; made once in a run."""
+        from dataset.augment.triton_draw import Boxes, Drawing
+
+        spec, height, width = self.spec, *images.shape[-2:]
+        wanted = (images.device, height, width)
+        if self._drawing[0] != wanted:
+            boxes = Boxes(probability=spec.erase_p, area=spec.erase_area, ratio=spec.erase_ratio)
+            drawing = Drawing(
+                self._policies[0] if self._policies else None,
+                size=spec.crop_size,
+                room=self._room((height, width)),
+                flip=spec.flip,
+                boxes=boxes if spec.erase_p > 0 else None,
+                first_slot=_CROP_SLOTS,
+                device=images.device,
+            )
+            self._drawing = (wanted, (drawing, torch.from_numpy(self._scale()).to(images.device)))
+        return self._drawing[1]
 
 
 def _normalise(values: Tensor, scale_3C: Tensor) -> None:

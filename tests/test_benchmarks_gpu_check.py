@@ -74,7 +74,18 @@ def test_wrong_views_are_found(monkeypatch):
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     monkeypatch.setattr(gpu_check, "HAS_TRITON", True)
     monkeypatch.setattr(ViewMaker, "_fill_by_kernel", ViewMaker._fill)
-    assert "8 px equal those" in CHECKS["kernel"](CPU)
+    others: list[int] = []
+
+    def draw(maker, views, images, epoch, positions, first_view):
+        parameters = maker.draw(epoch, positions + len(others), len(views), images.shape[-2:])
+        maker._fill(views, images, parameters, slice(0, len(images)))
+
+    monkeypatch.setattr(ViewMaker, "_draw_and_fill", draw)
+    assert "8 px, drawn on the host or by a kernel, equal those" in CHECKS["kernel"](CPU)
+    others.append(1)
+    with pytest.raises(RunError, match="2 views of 8 px that a kernel draws differ"):
+        CHECKS["kernel"](CPU)
+    others.clear()
 
     def wrong(maker, views, images, parameters, part):
         maker._fill(views, images, parameters, part)

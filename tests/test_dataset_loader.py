@@ -4,6 +4,7 @@ import math
 import multiprocessing
 import os
 import signal
+import weakref
 
 import numpy as np
 import pytest
@@ -455,6 +456,22 @@ def test_images_in_memory_stay_on_the_host_where_the_device_is_full(monkeypatch)
     expected = list(train_loader(split).epoch(0))
     monkeypatch.setattr("dataset.loader._fits", lambda device, num_bytes: False)
     assert_same(train_loader(split).epoch(0), expected)
+
+
+@pytest.mark.parametrize("make", [train_loader, eval_loader])
+def test_images_on_a_device_need_not_stay_on_the_host(monkeypatch, make):
+    monkeypatch.setattr("dataset.loader._fits", lambda device, images: True)
+    split = in_memory(9)
+    on_host = weakref.ref(split.images)
+    loader = make(split, device=torch.device("meta"))
+    split = loader.resident(split)
+    assert split.images.device.type == "meta"
+    assert split.images.shape[0] == len(split) == 9
+    assert on_host() is None
+    # where the device is full they are still there, and files have none
+    monkeypatch.setattr("dataset.loader._fits", lambda device, images: False)
+    split = in_memory(9)
+    assert make(split, device=torch.device("meta")).resident(split).images is split.images
 
 
 @pytest.mark.gpu

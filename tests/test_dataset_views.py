@@ -3,6 +3,7 @@
 import dataclasses
 import math
 import subprocess
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -365,10 +366,13 @@ def test_a_gpu_makes_the_same_views_and_is_never_waited_for(name, erase_mode):
 
 
 class Kernel:
-    """Stands for the Triton kernel: makes the views by the plain ops, and then does what it is told to."""
+    """Stands for the Triton kernel: makes the views by the plain ops, and then does what it is told to.
 
-    def __init__(self, monkeypatch, then):
-        self.parts = []
+    Also for the kernel that draws, where it is told what that one does then.
+    """
+
+    def __init__(self, monkeypatch, then, then_drawn=None):
+        self.parts, self.drawn = [], []
         plain = ViewMaker._fill
 
         def fill(maker, views, images, parameters, part):
@@ -376,8 +380,17 @@ class Kernel:
             plain(maker, views, images, parameters, part)
             then(views)
 
+        def draw(maker, views, images, epoch, positions, first_view):
+            self.drawn.append(epoch)
+            parameters = maker.draw(epoch, positions, len(views), images.shape[-2:], first_view=first_view)
+            plain(maker, views, images, parameters, slice(0, len(images)))
+            then_drawn(views)
+
         monkeypatch.setattr(ViewMaker, "_has_kernel", lambda *_: True)
         monkeypatch.setattr(ViewMaker, "_fill_by_kernel", fill)
+        if then_drawn is None:
+            monkeypatch.setattr(ViewMaker, "_has_table", lambda _: False)
+        monkeypatch.setattr(ViewMaker, "_draw_and_fill", draw)
 
 
 def no_compiler(views):
@@ -409,6 +422,46 @@ def test_the_kernel_is_used_only_where_it_makes_the_plain_views(monkeypatch, cap
     lines = [record.getMessage() for record in caplog.records]
     assert len(lines) == (line is not None)
     assert all(line in one and "are the same and take longer" in one for one in lines)
+
+
+DRAWINGS = {
+    "works": (lambda views: None, None),
+    "no compiler": (no_compiler, "cannot be drawn by a kernel here (Failed to find C compiler. Please specify)"),
+    "wrong": (lambda views: views[-1, -1, -1, -1, -1].add_(1), "draws other views on this GPU than the host does"),
+}
+
+
+@pytest.mark.parametrize(("then", "line"), DRAWINGS.values(), ids=DRAWINGS)
+def test_views_are_drawn_on_the_device_only_where_they_are_the_hosts(monkeypatch, caplog, then, line):
+    """Once the kernel that makes them has proved itself."""
+    spec, positions = SPECS["cifar10"], np.arange(60)
+    images = to_tensor(make_images(60, 32, 32))
+    expected = [ViewMaker(spec, seed=3).make(images, epoch, positions, 2) for epoch in range(4)]
+    kernel, maker = Kernel(monkeypatch, lambda views: None, then), ViewMaker(spec, seed=3)
+    for epoch in range(4):
+        assert torch.equal(maker.make(images, epoch, positions, 2), expected[epoch])
+    assert kernel.drawn == ([1, 2, 3] if line is None else [1])
+    assert len(kernel.parts) == (2 if line is None else 5)
+    lines = [record.getMessage() for record in caplog.records]
+    assert len(lines) == (line is not None)
+    assert all(line in one and "are the same and take longer" in one for one in lines)
+
+
+@pytest.mark.parametrize(
+    ("change", "has_table"),
+    [
+        ({}, True),
+        ({"policy": "none"}, True),
+        ({"policy": "trivial"}, True),
+        ({"policy": "rand-m9-n2"}, True),
+        ({"policy": "rand-m9-mstd0.5"}, False),  # continuous
+        ({"color_jitter": 0.4}, False),
+        ({"erase_p": 0.5, "erase_mode": "pixel"}, False),
+        ({"erase_p": 0, "erase_mode": "pixel"}, True),
+    ],
+)
+def test_what_a_table_holds_is_drawn_on_the_device(change, has_table):
+    assert ViewMaker(replace(SPECS["cifar10"], **change), seed=3)._has_table() == has_table
 
 
 def test_a_kernel_that_cannot_be_built_again_later_is_given_up_too(monkeypatch, caplog):

@@ -154,6 +154,8 @@ def test_a_step_on_a_gpu_mixes_no_devices(trainer_of, monkeypatch, flags):
         steps(trainer, batches)
         steps(trainer, batches)
         assert {tensor.device for tensor in trainer.method.state_dict().values()} == {GPU}
+        # and on the GPU alone
+        assert {split.images.device for split in (trainer.source.train, trainer.source.test)} == {GPU}
     assert trainer.position.step == 4
 
 

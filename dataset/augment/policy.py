@@ -7,6 +7,7 @@ V views, B images, N steps (ops in sequence), U uniform numbers per image and vi
 
 import re
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from enum import IntEnum
 from typing import NamedTuple
 
@@ -53,11 +54,40 @@ class Steps(NamedTuple):
     resamples_NVB: np.ndarray
 
 
+class Levels(NamedTuple):
+    """How a policy of few outcomes reads its numbers, so that a table of them can be looked up where there is no NumPy.
+
+    With u the uniform numbers and (i, j, k, l) the slots of a step, its outcome is (floor(u[i] * majors),
+    floor(u[j] * minors), u[k] < 0.5), and it is left out unless u[l] < chances[its number][floor(u[i] * majors)].
+    """
+
+    majors: int
+    minors: int
+    slots: Sequence[tuple[int, int, int, int]]
+    chances: Sequence[Sequence[float]]
+
+
 class Policy(ABC):
     """Draws the ops of every image of every view."""
 
     num_slots: int  # U
     fill: tuple[int, int, int]  # colour where a geometric op reads outside the image
+    levels: Levels | None = None  # None: magnitudes are continuous
+
+    def outcomes(self) -> Steps:
+        """Every outcome of `levels`, R of them, each step as it is where it is not left out: [N, 1, R]."""
+        levels = self.levels
+        if levels is None:
+            raise ValueError(f"{type(self).__name__} has no table of outcomes here")
+        indices = np.indices((levels.majors, levels.minors, 2)).reshape(3, -1)
+        uniforms_1RU = np.zeros((1, indices.shape[1], self.num_slots))
+        for major, minor, sign, whether in levels.slots:
+            # the slot of the sub-policy or op last, which stands for those that a policy does not have
+            uniforms_1RU[0, :, whether] = 0.0
+            uniforms_1RU[0, :, sign] = np.where(indices[2], 0.25, 0.75)
+            uniforms_1RU[0, :, minor] = (indices[1] + 0.5) / levels.minors
+            uniforms_1RU[0, :, major] = (indices[0] + 0.5) / levels.majors
+        return self.draw(uniforms_1RU)
 
     @abstractmethod
     def draw(self, uniforms_VBU: np.ndarray) -> Steps:
@@ -204,6 +234,8 @@ class AutoAugment(Policy):
         self._signed = np.array([[scale.signed for scale in pair] for pair in scales])
         self._offsets = np.array([[scale.offset for scale in pair] for pair in scales], dtype=np.float64)
         self._resamples = np.array([[scale.resample for scale in pair] for pair in scales], dtype=np.int64)
+        slots = [(0, 0, 2 + 2 * i, 1 + 2 * i) for i in range(2)]
+        self.levels = Levels(len(pairs), 1, slots, self._probabilities.T.tolist())
 
     def draw(self, uniforms_VBU: np.ndarray) -> Steps:
         """Uniform numbers [V, B, 5] -> two steps."""
@@ -253,6 +285,10 @@ class RandAugment(Policy):
         self.increasing = increasing
         self.fill = fill
         self.num_slots = num_ops * self._SLOTS
+        if std == 0:
+            slots = [(first, first + 5, first + 4, first + 1) for first in range(0, self.num_slots, self._SLOTS)]
+            count = len(_RANDAUGMENT_OPS)  # each of them bilinear or bicubic
+            self.levels = Levels(count, 2, slots, [[0.5] * count] * num_ops)
 
     def draw(self, uniforms_VBU: np.ndarray) -> Steps:
         """Uniform numbers [V, B, 6 * num_ops] -> num_ops steps."""
@@ -318,6 +354,7 @@ class ColorJitter(Policy):
 
 
 TRIVIAL = "trivial"  # the value of --randaa
+ALWAYS = 2.0  # above every uniform number
 _TRIVIAL_BINS = 31
 
 
@@ -352,6 +389,7 @@ class TrivialAugment(Policy):
         of_op = shears | shifts | turns | factors | {op: (values, values) for op, values in unsigned.items()}
         self._ops = np.array([*of_op], dtype=np.int64)
         self._values = np.array([*of_op.values()])  # [op, sign, magnitude]
+        self.levels = Levels(len(of_op), _TRIVIAL_BINS, [(0, 1, 2, 0)], [[ALWAYS] * len(of_op)])
 
     def draw(self, uniforms_VBU: np.ndarray) -> Steps:
         """Uniform numbers [V, B, 3] -> one step."""

@@ -11,6 +11,8 @@ K = V x B views; P = size * size pixels of a view, a power of two.
 # (the arguments of a kernel's functions are of Triton's own types, which it works out itself)
 
 from collections.abc import Sequence
+from types import MappingProxyType
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -60,6 +62,11 @@ for _op in Op:
         _KINDS[_op, _resample] = _kind(_op, _resample)
 
 COMPILER_OPTIONS = {"enable_fp_fusion": False}  # a fused multiply-add rounds once where PIL rounds twice
+# By the side of a view. With fewer, what a thread holds of a view does not fit into its registers: of 64 pixels, 8 KiB.
+WARPS = MappingProxyType({8: 2, 16: 4, 32: 8, 64: 16})
+# What changes within a run, as the last batch of an epoch does: the kernel is not built anew for other numbers.
+NOT_SPECIALISED = ["num_steps", "batch", "rows", "columns", "padding", "stride_v", "stride_b"]
+NOT_ALIGNED = ["windows", "records", "tables", "scale"]  # parts of one upload begin anywhere in it
 
 
 def make_views(
@@ -85,29 +92,50 @@ def make_views(
     size, count = views_VBCHW.shape[-1], len(windows_K3)
     upload = Upload()
     windows_K8 = np.concatenate([windows_K3, boxes_K4, np.zeros((count, 1), np.int64)], axis=1)
-    for array in (windows_K8, *_records(steps, count, size), scale_3C):
+    for array in (windows_K8, *records_of(steps, count, size), scale_3C):
         upload.add(array)
-    window, record, table, scale = upload.send(images_BCHW.device)
+    drawn = Drawn(*upload.send(images_BCHW.device))
+    make_drawn_views(views_VBCHW, images_BCHW, drawn, len(steps), padding=padding, reflect=reflect)
+
+
+class Drawn(NamedTuple):
+    """What the kernel reads about K views in N steps, on its device.
+
+    windows_K8: int64, top and left of the crop in the padded image, whether it is mirrored, the erased rectangle (top,
+        left, height, width), and nothing.
+    records_NK9, tables_U256: see `records_of`.
+    scale_3C: float64, largest pixel value, mean and std.
+    """
+
+    windows_K8: Tensor
+    records_NK9: Tensor
+    tables_U256: Tensor
+    scale_3C: Tensor
+
+
+def make_drawn_views(
+    views_VBCHW: Tensor, images_BCHW: Tensor, drawn: Drawn, num_steps: int, *, padding: int, reflect: bool
+) -> None:
+    """`make_views` from what lies on the device already."""
+    size = views_VBCHW.shape[-1]
     with torch.cuda.device_of(views_VBCHW):  # Triton launches on the current device, whatever its arguments say
-        _make_view[(count,)](
+        _make_view[(len(drawn.windows_K8),)](
             views_VBCHW,
             images_BCHW.contiguous(),
-            window,
-            record,
-            table,
-            scale,
-            len(steps),
+            *drawn,
+            num_steps,
             len(images_BCHW),
             *images_BCHW.shape[-2:],
             padding,
             *views_VBCHW.stride(),
             reflect=reflect,
             size=size,
+            num_warps=WARPS[size],
             **COMPILER_OPTIONS,
         )
 
 
-def _records(
+def records_of(
     steps: Sequence[tuple[np.ndarray, np.ndarray, np.ndarray, Sequence[int]]], count: int, size: int
 ) -> tuple[np.ndarray, np.ndarray]:
     """What the kernel reads about each op: int64 [N, K, 9] and uint8 [U, 256] tables.
@@ -348,7 +376,7 @@ def _window(image, window, rows, columns, padding, reflect: tl.constexpr, size: 
     return _pack(red, green, tl.load(place + 2 * plane, mask=inside, other=0).to(tl.int32))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=NOT_SPECIALISED, do_not_specialize_on_alignment=NOT_ALIGNED)
 def _make_view(
     views,
     images,

@@ -166,6 +166,12 @@ class DeviceOptions(Options):
         choices=("auto", "bf16", "fp16", "fp32", "fp64"),
         resume=TAKES,
     )
+    layout: str = option(
+        "auto",
+        "memory layout of images and convolution weights; auto: nhwc (channels_last), but nchw in fp64 on a CPU",
+        choices=("auto", "nhwc", "nchw"),
+        resume=TAKES,
+    )
     execution: str = option(
         "loop",
         "how the S networks run: one after another; at the same time (a CUDA stream or CPU thread each); stacked into "

@@ -192,11 +192,18 @@ class Trainer:
         self.config, self.world, self.seed = config, world, config.seed
         self.source = source = source.normalised(config.mean, config.std)
         self.folder = Path(config.model_dir)
-        self.precision = choose_precision(world.device, is_amp=config.is_amp, amp_dtype=config.amp_dtype)
 
         # networks and method
         before = None if resumed is None else resumed.state
         self.method = self._build_method(before)
+        execution = self._choose_execution(before)
+        self.precision = choose_precision(
+            world.device,
+            is_amp=config.is_amp,
+            amp_dtype=config.amp_dtype,
+            layout=config.layout,
+            execution=execution,
+        )
         self.network = self.method.network
         self.num_networks = self.network.num_members
         deployed = self.method.deployed()
@@ -209,7 +216,7 @@ class Trainer:
         start = None if before is not None else start or open_start(config)
         new_heads = heads_before(before) if before is not None else self._load_pretrained(start)
         self._spread()
-        self._place(before, recorder)
+        self._place(execution, recorder)
         self.params_frozen = self._freeze(config.freeze) if config.freeze else 0
 
         # data, and how long the run is
@@ -493,13 +500,13 @@ class Trainer:
         if count:
             logger.info("running statistics made anew from %d batches", count)
 
-    def _place(self, resumed: Checkpoint | None, recorder: Recorder | None) -> None:
-        """Bring the method to its device, in its precision and layout, and decide how its networks are run."""
+    def _place(self, execution: str, recorder: Recorder | None) -> None:
+        """Bring the method to its device, in its precision and layout, and let its networks run as was decided."""
         self.method.to(self.world.device, self.precision.weights)
         lay_out(self.method, self.precision.memory_format)
         if self.is_synchronised:
             synchronise_batchnorm(self.method, self.world.device, self.world.sharers)
-        self.network.execution = self._choose_execution(resumed)
+        self.network.execution = execution
         self.network.recorder = recorder
         if self.is_synchronised and self.network.execution == "parallel" and self.world.device.type == "cuda":
             logger.info("--execution parallel: with --is_syncbn 1 every exchange waits for the one before, as in loop.")

@@ -18,7 +18,12 @@ from utils import launch
 from utils.errors import UserError
 from utils.precision import has_fast_bf16
 
-WORDS = {"compile": ("--compile", "default"), "graph": ("--cuda_graph", "1")}
+WORDS = {
+    "compile": ("--compile", "default"),
+    "graph": ("--cuda_graph", "1"),
+    "nhwc": ("--layout", "nhwc"),
+    "nchw": ("--layout", "nchw"),
+}
 TOGETHER = 3
 TYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16", "fp64": "float64"}
 

@@ -208,7 +208,9 @@ def open_session(config: Config, world: World, gpus: list[int], flag: str = "--r
     seed = config.seed if config.seed is not None else trained.get("seed")
     # exact figures unless a precision is asked for
     amp_dtype = config.amp_dtype if "amp_dtype" in given else "fp32"
-    precision = choose_precision(world.device, is_amp=config.is_amp, amp_dtype=amp_dtype)
+    precision = choose_precision(
+        world.device, is_amp=config.is_amp, amp_dtype=amp_dtype, layout=config.layout, execution=config.execution
+    )
     _say_of_precision(content.get("environment"), precision.name)
     answers, weights_sha256 = _answers(content, network, info, config, f"{flag} {path}")
     held_out = content.get("held_out_sha256")

@@ -677,7 +677,7 @@ def test_a_line_says_whether_steps_are_replayed(monkeypatch, caplog, asked, chan
     monkeypatch.setattr(train_split, "CudaRecorder", lambda device: device)
     why, device = change.get("why"), torch.device(change.get("device", "cuda"))
     trainer: Any = SimpleNamespace(
-        config=SimpleNamespace(cuda_graph=asked, method="some", iters_to_accumulate=1),
+        config=SimpleNamespace(cuda_graph=asked, method="some", iters_to_accumulate=1, exchange=None),
         world=SimpleNamespace(device=device, world_size=change.get("world_size", 1)),
         precision=SimpleNamespace(scaler=change.get("scaler", False)),
         method=SimpleNamespace(decides_on_host=False, incompatible={} if why is None else {"cuda_graph": why}),

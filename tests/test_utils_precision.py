@@ -30,6 +30,28 @@ def test_amp_off_is_fp32_and_fp64_is_itself() -> None:
     assert chosen.memory_format == torch.contiguous_format
 
 
+@pytest.mark.parametrize(
+    ("device", "name", "layout", "execution", "nhwc"),
+    [
+        ("cpu", "fp32", "auto", "loop", True),
+        ("cpu", "fp64", "auto", "stacked", False),
+        ("cpu", "fp64", "nhwc", "loop", True),
+        ("cpu", "fp32", "nchw", "loop", False),
+        ("cuda", "fp64", "auto", "loop", True),
+        ("cuda", "fp32", "auto", "auto", True),
+        ("cuda", "fp32", "auto", "stacked", False),
+        ("cuda", "fp32", "nhwc", "stacked", True),
+        ("cuda", "fp32", "nchw", "loop", False),
+    ],
+)
+def test_the_layout_is_that_of_the_flag_else_of_the_strategy(
+    monkeypatch: pytest.MonkeyPatch, device: str, name: str, layout: str, execution: str, nhwc: bool
+) -> None:
+    monkeypatch.setattr(precision, "GPU_LAYOUTS", {"stacked": torch.contiguous_format})
+    chosen = choose_precision(torch.device(device), is_amp=True, amp_dtype=name, layout=layout, execution=execution)
+    assert chosen.memory_format == (torch.channels_last if nhwc else torch.contiguous_format)
+
+
 def test_fp16_needs_a_gpu() -> None:
     with pytest.raises(UserError, match=r"--amp_dtype fp16.*GPU"):
         choose_precision(CPU, is_amp=True, amp_dtype="fp16")

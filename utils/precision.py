@@ -1,6 +1,7 @@
 """Numeric precision of a run: decided once from the flags and the hardware."""
 
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any, TypeVar
 
 import torch
@@ -9,6 +10,14 @@ from torch import nn
 from utils.errors import UserError
 
 AnyModule = TypeVar("AnyModule", bound=nn.Module)
+
+
+LAYOUTS = MappingProxyType({"nhwc": torch.channels_last, "nchw": torch.contiguous_format})
+# By strategy, where nobody says a layout. Grouped convolutions have been slow in channels_last with some versions of
+# cuDNN: what `python -m benchmarks convolutions` shows for `stacked` is to be written here.
+GPU_LAYOUTS = MappingProxyType(
+    {"loop": torch.channels_last, "parallel": torch.channels_last, "stacked": torch.channels_last}
+)
 
 
 @dataclass(frozen=True)
@@ -38,13 +47,17 @@ def has_fast_bf16(device: torch.device) -> bool:
     return any(check is not None and check() for check in checks)
 
 
-def choose_precision(device: torch.device, *, is_amp: bool, amp_dtype: str) -> Precision:
+def choose_precision(
+    device: torch.device, *, is_amp: bool, amp_dtype: str, layout: str = "auto", execution: str = "loop"
+) -> Precision:
     """The precision of a run.
 
     Args:
         device: where it computes.
         is_amp: mixed precision wanted.
         amp_dtype: auto, bf16, fp16, fp32 or fp64.
+        layout: auto, nhwc or nchw.
+        execution: how the networks run, which decides an `auto` layout on a GPU.
 
     Raises:
         UserError: fp16 on a CPU, where it runs tens of times slower than fp32.
@@ -55,14 +68,18 @@ def choose_precision(device: torch.device, *, is_amp: bool, amp_dtype: str) -> P
     if name == "fp16" and device.type == "cpu":
         raise UserError("--amp_dtype fp16 needs a GPU: on a CPU it is far slower than fp32. Use auto, bf16 or fp32.")
     types = {"bf16": torch.bfloat16, "fp16": torch.float16}
-    # float32 training steps on a CPU are 1.1 to 1.8 times as fast in it; its float64 convolutions know one layout only
-    channels_last = device.type == "cuda" or name != "fp64"
+    memory_format = LAYOUTS.get(layout)
+    if memory_format is None and device.type == "cuda":
+        memory_format = GPU_LAYOUTS.get(execution, torch.channels_last)
+    elif memory_format is None:
+        # float32 training steps are 1.1 to 1.8 times as fast in it; float64 convolutions know one layout only
+        memory_format = torch.channels_last if name != "fp64" else torch.contiguous_format
     return Precision(
         name=name,
         weights=torch.float64 if name == "fp64" else torch.float32,
         autocast=types.get(name),
         scaler=name == "fp16",
-        memory_format=torch.channels_last if channels_last else torch.contiguous_format,
+        memory_format=memory_format,
     )
 
 

@@ -174,4 +174,4 @@ def test_table_and_json_hold_every_side(tmp_path):
     assert found["hardware"]["cores"] >= 1
     assert found["versions"]["torch"] == torch.__version__.split("+")[0] or "torch" in found["versions"]
     assert found["command"] == "python -m benchmarks views"
-    assert describe(CPU, "some command").startswith("`some command`, 20")
+    assert describe(CPU, "some command").startswith("`some command`,\n20")

@@ -17,6 +17,7 @@ from model.division import (
     wide_resnet_factor,
     wide_resnet_large_widths,
 )
+from model.division.coverage import coverage, named_widths
 from model.layers.resnet_parts import BasicBlock, Bottleneck, projection_shortcut
 from utils.errors import UserError
 from utils.macs import count_params
@@ -321,3 +322,22 @@ def test_exports_with_any_batch():
     program = torch.export.export(network, (torch.randn(2, 3, 33, 33),), dynamic_shapes=({0: batch},))
     images_BCHW = torch.randn(5, 3, 33, 33)
     torch.testing.assert_close(program.module()(images_BCHW), network(images_BCHW))
+
+
+def test_the_table_of_coverage_says_what_divides_and_why_not() -> None:
+    titles, line, *rows, empty, counted = coverage(["torchvision/squeezenet1_1", "torchvision/googlenet"], (2, 4))
+    assert titles.count("|") == line.count("|") == 7
+    assert [row.split("|")[1:4] for row in rows] == [
+        [f" torchvision/{name} ", f" {s} ", f" {way} "]
+        for name, way in (("squeezenet1_1", "channels"), ("googlenet", "refused"))
+        for s in (2, 4)
+    ]
+    assert "auxiliary logits" in rows[-1]
+    assert "Others" not in rows[-1]
+    assert (empty, counted) == ("", "S = 2: 1 of 2 divide, S = 4: 1 of 2 divide.")
+
+
+def test_widths_of_one_kind_stand_together() -> None:
+    assert named_widths(["", "", ""], [16, 16, 32]) == "16, 16, 32"
+    names = ["blocks.0.c", "blocks.1.0.c", "stem", "blocks.2.c", "cfg.ratio", "blocks.3.c"]
+    assert named_widths(names, [24, 24, 8, 48, 3.0521, 24]) == "c 24, 48, 24; stem 8; ratio 3.052"

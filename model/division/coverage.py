@@ -99,8 +99,8 @@ def coverage(archs: Sequence[str], split_factors: Sequence[int] = (2, 4)) -> Ite
             divided[split_factor] += 1
             names = [""] * len(plan.stages) if plan.way == "channels" else plan.stages
             yield (
-                f"| {arch} | {split_factor} | {plan.way} | {named_widths(names, plan.widths)} | {plan.params_difference:+.2%} | "
-                f"{plan.macs_difference:+.0%} |"
+                f"| {arch} | {split_factor} | {plan.way} | {named_widths(names, plan.widths)} | "
+                f"{plan.params_difference:+.2%} | {plan.macs_difference:+.0%} |"
             )
     yield ""
     yield ", ".join(f"S = {s}: {count} of {len(archs)} divide" for s, count in divided.items()) + "."

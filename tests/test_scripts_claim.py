@@ -1,9 +1,6 @@
 """script/claim.sh: which runs it starts, which it keeps, and what its table says."""
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -13,12 +10,15 @@ from PIL import Image
 from record.paired import PairedDifference
 from script import small_images
 from script.claim_table import main, spread
+from tests.stub_python import StubPython
 
 ROOT = Path(__file__).parent.parent
 # Stands for Python: notes its arguments, and leaves what the real programs would leave.
 STUB = """#!{python}
 import json, os, pathlib, sys
 words = sys.argv[1:]
+if words[0] == "-c":  # whether there is a torch
+    sys.exit(0)
 if words[1] == "script.small_images":
     os.execv(sys.executable, [sys.executable, *words])
 with open({log!r}, "a") as file:
@@ -36,9 +36,6 @@ elif words[0].endswith("eval.py"):
 @pytest.fixture
 def claim(tmp_path):
     """Runs the script with the stub; returns the commands it started and the finished process."""
-    log, stub = tmp_path / "log", tmp_path / "python"
-    stub.write_text(STUB.format(python=sys.executable, log=str(log)))
-    stub.chmod(0o755)
     for label in "ab":
         for split, count in (("train", 5), ("test", 1)):
             folder = tmp_path / "data" / split / label
@@ -46,21 +43,8 @@ def claim(tmp_path):
             for i in range(count):
                 (folder / f"{i}.jpg").touch()
 
-    def call(*arguments):
-        log.write_text("")
-        names = ("DATA", "EPOCHS", "SEEDS", "DATASET", "ARCH", "SPLIT_FACTORS", "IMAGES", "OUT", "JOBS", "SIDE")
-        environment = {name: value for name, value in os.environ.items() if name not in names}
-        done = subprocess.run(
-            [ROOT / "script" / "claim.sh", *arguments],
-            env=environment | {"PYTHON": str(stub)},
-            cwd=tmp_path,
-            capture_output=True,
-            text=True,
-            check=False,
-        )
-        return [json.loads(line) for line in log.read_text().splitlines()], done
-
-    return call
+    names = ("DATA", "EPOCHS", "SEEDS", "DATASET", "ARCH", "SPLIT_FACTORS", "IMAGES", "OUT", "JOBS", "SIDE")
+    return StubPython.write("claim.sh", tmp_path, names, STUB)
 
 
 def test_every_s_and_seed_is_trained_evaluated_and_tabled_once(claim, tmp_path):

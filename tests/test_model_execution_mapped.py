@@ -35,10 +35,12 @@ def test_logits_and_gradients_are_the_loops(arch: str, split_factor: int, crop_s
     assert largest(expected - found) <= 1e-5 * largest(expected)
     for logits in (expected, found):
         logits.square().sum().backward()
+    # a bias before a norm has no gradient but for rounding, which is that of all others
+    rounding = 1e-6 * max(largest(parameter.grad) for parameter in loop.parameters() if parameter.grad is not None)
     for ours, theirs in zip(mapped.parameters(), loop.parameters(), strict=True):
         assert ours.grad is not None
         assert theirs.grad is not None
-        assert largest(ours.grad - theirs.grad) <= 1e-4 * largest(theirs.grad)
+        assert largest(ours.grad - theirs.grad) <= 1e-4 * largest(theirs.grad) + rounding
 
 
 class Tokens(nn.Module):

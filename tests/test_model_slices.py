@@ -160,8 +160,9 @@ def test_every_backbone_is_cut_or_refused_by_name() -> None:
         try:
             found = slices.cut(parent, request, networks=2, seed=3, source="--pretrained P")
         except UserError as error:
-            refused.add(backbones.get(arch).family)
             complaints[arch] = str(error)
+            if arch != "wide_resnet16_2":  # its children have 16 channels where the stem has, and so no projection
+                refused.add(backbones.get(arch).family)
             continue
         assert {name: value.shape for name, value in found.states[1].items()} == child, arch
     assert all(f"--arch {arch} " in complaint for arch, complaint in complaints.items())

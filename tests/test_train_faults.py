@@ -123,7 +123,7 @@ def test_decoding_workers_end_with_a_killed_run(folder_with_a_bad_image: Path, t
     argv: list[Any] = ["--dataset", "folder", "--data", folder_with_a_bad_image, "--arch", "resnet20", "--workers", 2]
     argv += ["--crop_size", 16, "--epochs", 99, "--batch_size", 8, "--on_bad_image", "skip", "--no_cuda"]
     run = Run([*argv, "--model_dir", tmp_path / "m"], tmp_path / "streams")
-    while "evaluated" not in run.text():
+    while "(best " not in run.text():
         time.sleep(0.05)
         assert run.process.is_alive(), run.text()
     assert run.process.pid is not None

@@ -17,6 +17,7 @@ from torch.optim import Optimizer
 
 from training.flat import Flat
 from training.options import OptimizerOptions
+from utils.device import by_type
 from utils.errors import UserError
 
 NORMS = (_NormBase, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm)
@@ -372,10 +373,8 @@ class RMSprop(Optimizer):
         parameters = group["params"]
         known, storages = self._storages.get(number, ([], []))
         if len(known) != len(parameters) or any(a is not b for a, b in zip(known, parameters, strict=True)):
-            alike: dict[Any, list[Tensor]] = {}
-            for parameter in parameters:
-                alike.setdefault((parameter.dtype, parameter.device), []).append(parameter)
-            storages = [_Storage(some, square_avg=1.0 if group["tensorflow"] else 0.0) for some in alike.values()]
+            square_avg = 1.0 if group["tensorflow"] else 0.0
+            storages = [_Storage([parameters[i] for i in some], square_avg=square_avg) for some in by_type(parameters)]
             self._storages[number] = (list(parameters), storages)
         return storages
 

@@ -2,7 +2,6 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -12,6 +11,7 @@ from torch.optim import Optimizer
 from training.flat import Flat
 from training.guard import NonfiniteGuard
 from training.optim import WeightAverage, clip_gradients, guarded_step
+from utils.device import by_type
 
 
 class KeptBuffers:
@@ -38,11 +38,8 @@ class KeptBuffers:
         """Copy them."""
         buffers = self._buffers()
         if not self._kept:
-            by_type: dict[Any, list[int]] = {}
-            for i, buffer in enumerate(buffers):
-                by_type.setdefault((buffer.dtype, buffer.device), []).append(i)
             self._kept = [
-                (some, Flat([buffers[i] for i in some]), Flat([buffers[i] for i in some])) for some in by_type.values()
+                (some, Flat([buffers[i] for i in some]), Flat([buffers[i] for i in some])) for some in by_type(buffers)
             ]
         for some, before, _ in self._kept:
             torch._foreach_copy_(before.parts, [buffers[i] for i in some])

@@ -2,6 +2,7 @@
 
 import os
 from collections import deque
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -11,6 +12,14 @@ def wait_for(device: torch.device) -> None:
     """Wait until a GPU has done all that it was asked to do; a CPU has."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
+
+
+def by_type(tensors: Sequence[Tensor]) -> list[list[int]]:
+    """Places of the tensors that one operation takes together: of one type, on one device."""
+    places: dict[tuple[torch.dtype, torch.device], list[int]] = {}
+    for place, tensor in enumerate(tensors):
+        places.setdefault((tensor.dtype, tensor.device), []).append(place)
+    return [*places.values()]
 
 
 class Fetched:

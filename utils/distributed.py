@@ -13,6 +13,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from utils.device import by_type
 from utils.errors import RunError
 from utils.launch import World
 
@@ -133,10 +134,9 @@ def broadcast_buffers(module: nn.Module, group: dist.ProcessGroup | None = None)
     """
     if is_alone(group):
         return
-    by_type: dict[Any, list[Tensor]] = {}
-    for buffer in module.buffers():
-        by_type.setdefault((buffer.dtype, buffer.device), []).append(buffer)
-    for buffers in by_type.values():  # an exchange for each buffer takes longer than all of them together
+    everything = [*module.buffers()]
+    for places in by_type(everything):  # an exchange for each buffer takes longer than all of them together
+        buffers = [everything[place] for place in places]
         flat = torch.cat([buffer.reshape(-1) for buffer in buffers])
         dist.broadcast(flat, group=group, group_src=0)
         parts = flat.split([buffer.numel() for buffer in buffers])

@@ -482,6 +482,8 @@ class WeightAverage:
         self.decay = decay
         self._average = {name: value.clone() for name, value in module.state_dict().items()}
         self._pairs: list[_Pair] = []
+        self._averaged: tuple[list[Tensor], list[Tensor]] = [], []  # averages, and what they follow
+        self._copied: tuple[list[Tensor], list[Tensor]] = [], []  # of whole numbers, which have no average
 
     @torch.no_grad()
     def update(self, module: nn.Module) -> None:
@@ -489,11 +491,13 @@ class WeightAverage:
         # walking the modules takes longer than the update; a tensor is replaced now and then (`stacked` does so)
         if not self._pairs or any(pair.owner.get(pair.key) is not pair.value for pair in self._pairs):
             self._pairs = _pairs(module, self._average)
-        averaged = [pair for pair in self._pairs if pair.value.is_floating_point()]
-        copied = [pair for pair in self._pairs if not pair.value.is_floating_point()]
-        torch._foreach_lerp_([p.average for p in averaged], [p.value for p in averaged], 1 - self.decay)
-        if copied:
-            torch._foreach_copy_([p.average for p in copied], [p.value for p in copied])
+            averaged = [pair for pair in self._pairs if pair.value.is_floating_point()]
+            copied = [pair for pair in self._pairs if not pair.value.is_floating_point()]
+            self._averaged = [pair.average for pair in averaged], [pair.value for pair in averaged]
+            self._copied = [pair.average for pair in copied], [pair.value for pair in copied]
+        torch._foreach_lerp_(*self._averaged, 1 - self.decay)
+        if self._copied[0]:
+            torch._foreach_copy_(*self._copied)
 
     @contextmanager
     def applied_to(self, module: nn.Module) -> Iterator[None]:

@@ -1222,6 +1222,14 @@ def run(config: Config) -> dict[str, Any]:
         launch.leave(world)
 
 
+def count_networks(config: Config) -> int:
+    """How many networks the flags ask for: those of a list, or S."""
+    names = methods.get(config.method).backbone_names(config.arch, config.method_options)
+    if len(names) > 1:
+        return len(names)
+    return 1 if config.is_train_sep else config.split_factor
+
+
 def spread_over(world: World, config: Config) -> World:
     """The process's place with the networks spread over the processes, where --placement asks for it.
 
@@ -1230,8 +1238,7 @@ def spread_over(world: World, config: Config) -> World:
     """
     if config.placement == "data":
         return world
-    names = methods.get(config.method).backbone_names(config.arch, config.method_options)
-    num_networks = len(names) if len(names) > 1 else 1 if config.is_train_sep else config.split_factor
+    num_networks = count_networks(config)
     if num_networks == 1:
         raise UserError("--placement networks needs several networks, and there is one: give a --split_factor.")
     groups = choose_groups(num_networks, world.world_size, config.network_groups)
@@ -1363,9 +1370,7 @@ def open_start(config: Config) -> Start | None:
     """
     if config.pretrained is None:
         return None
-    names = methods.get(config.method).backbone_names(config.arch, config.method_options)
-    num_networks = len(names) if len(names) > 1 else 1 if config.is_train_sep else config.split_factor
-    return Start.open(config.pretrained, num_networks, partial(ckpt.load_checkpoint, flag="--pretrained"))
+    return Start.open(config.pretrained, count_networks(config), partial(ckpt.load_checkpoint, flag="--pretrained"))
 
 
 def start_images(config: Config, start: Start | None, resumed: Resumed | None) -> dict[str, Any] | None:

@@ -28,7 +28,7 @@ from recipe.published import recipe_defaults
 from recipe.scaling import scaled_rate
 from recipe.transformers import NAME as TRANSFORMERS_NAME
 from recipe.transformers import transformers
-from training.options import COMPILE_MODES, OptimizerOptions
+from training.options import COMPILE_MODES, MachineOptions, OptimizerOptions
 from utils.command_line import (
     FlagParser,
     add_flags,
@@ -41,8 +41,8 @@ from utils.command_line import (
 from utils.errors import UserError
 from utils.options import OF_CALL, SAME, SWITCH, TAKES, Flag, Options, flags_of, option
 from utils.packages import SINK_PACKAGES, check_sink
+from utils.program import read_flags, show
 from utils.registry import nearest_name
-from utils.text import fit_streams
 
 if TYPE_CHECKING:  # torch is imported behind the flags, so that --help and a typo are answered at once
     from model.registry import BackboneRequest
@@ -222,71 +222,6 @@ class DeviceOptions(Options):
     dist_url: str = option("env://", "where the processes meet, as tcp://HOST:PORT", resume=OF_CALL)
     dist_backend: str = option(
         "auto", "auto is nccl on GPUs and gloo on CPUs", choices=("auto", "nccl", "gloo"), resume=OF_CALL
-    )
-
-
-@dataclass(frozen=True, kw_only=True)
-class MachineOptions(Options):
-    """Several machines"""
-
-    placement: str = option(
-        "data",
-        "what a process holds: all networks, and DDP sends their gradients; or its own networks alone, and only their "
-        "logits travel between processes. The same numbers (miscs/together.md)",
-        choices=("data", "networks"),
-        resume=TAKES,
-    )
-    network_groups: int | None = option(
-        None,
-        "N of --placement networks: W processes are N groups of networks times W / N replicas",
-        default_text="the largest divisor of S that divides W",
-        least=1,
-        resume=TAKES,
-    )
-    exchange: str | None = option(
-        None,
-        "folder, seen by all machines, through which S jobs with one network each learn from each other; made if "
-        "missing. Needs --network",
-        metavar="DIR",
-        resume=OF_CALL,
-    )
-    network: int | None = option(
-        None,
-        "which of the S networks this job trains, counted from 0; needs --exchange",
-        default_text="all",
-        least=0,
-        resume=SAME,
-    )
-    exchange_every: int = option(
-        200,
-        "interval at which weights are published, and newer ones of the others taken",
-        unit="steps",
-        least=1,
-        resume=TAKES,
-    )
-    exchange_burn_in: int | None = option(
-        None,
-        "how long the network trains alone first; then the weight of what it learns from others rises as in one job",
-        unit="epochs",
-        default_text="as long as that weight rises",
-        least=0,
-        resume=TAKES,
-    )
-    exchange_patience: int | None = option(
-        None,
-        "a peer whose weights are this much older, or have not changed for so long, is not learnt from until it is "
-        "heard of again",
-        unit="steps",
-        default_text="20 times --exchange_every",
-        least=1,
-        resume=TAKES,
-    )
-    exchange_peers: int | None = option(
-        None,
-        "how many of the peers a step learns from, drawn for every step",
-        default_text="all",
-        least=1,
-        resume=TAKES,
     )
 
 
@@ -912,12 +847,8 @@ def _resolved_without_data(config: Config) -> tuple[Config, list[str]]:
 
 def main() -> None:
     """Print the configuration that a command line stands for, see `config_text`."""
-    fit_streams()
-    try:
-        print(config_text(parse_config(program="parser_params.py")))
-    except UserError as error:
-        print(f"parser_params.py: {error}", file=sys.stderr)
-        raise SystemExit(2) from None
+    name = "parser_params.py"
+    show(read_flags(name, lambda: config_text(parse_config(program=name))))
 
 
 if __name__ == "__main__":

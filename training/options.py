@@ -1,4 +1,4 @@
-"""Flags of the optimiser and the schedule."""
+"""Flags of the optimiser and the schedule, and of training on several machines."""
 
 from dataclasses import dataclass
 
@@ -126,4 +126,69 @@ class OptimizerOptions(Options):
         least=0,
         below=1,
         resume="a new average starts from the restored weights; one that is switched off is dropped",
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class MachineOptions(Options):
+    """Several machines"""
+
+    placement: str = option(
+        "data",
+        "what a process holds: all networks, and DDP sends their gradients; or its own networks alone, and only their "
+        "logits travel between processes. The same numbers (miscs/together.md)",
+        choices=("data", "networks"),
+        resume=TAKES,
+    )
+    network_groups: int | None = option(
+        None,
+        "N of --placement networks: W processes are N groups of networks times W / N replicas",
+        default_text="the largest divisor of S that divides W",
+        least=1,
+        resume=TAKES,
+    )
+    exchange: str | None = option(
+        None,
+        "folder, seen by all machines, through which S jobs with one network each learn from each other; made if "
+        "missing. Needs --network",
+        metavar="DIR",
+        resume=OF_CALL,
+    )
+    network: int | None = option(
+        None,
+        "which of the S networks this job trains, counted from 0; needs --exchange",
+        default_text="all",
+        least=0,
+        resume=SAME,
+    )
+    exchange_every: int = option(
+        200,
+        "interval at which weights are published, and newer ones of the others taken",
+        unit="steps",
+        least=1,
+        resume=TAKES,
+    )
+    exchange_burn_in: int | None = option(
+        None,
+        "how long the network trains alone first; then the weight of what it learns from others rises as in one job",
+        unit="epochs",
+        default_text="as long as that weight rises",
+        least=0,
+        resume=TAKES,
+    )
+    exchange_patience: int | None = option(
+        None,
+        "a peer whose weights are this much older, or have not changed for so long, is not learnt from until it is "
+        "heard of again",
+        unit="steps",
+        default_text="20 times --exchange_every",
+        least=1,
+        resume=TAKES,
+    )
+    exchange_peers: int | None = option(
+        None,
+        "how many of the peers a step learns from, drawn for every step",
+        default_text="all",
+        least=1,
+        resume=TAKES,
     )

@@ -75,7 +75,7 @@ class Mesh:
         return value
 
     def collect(self, make: Callable[[int], _Value], numbers: range) -> list[_Value]:
-        """What `make` gives for every network, in order; in process 0 alone, the others get what they have made.
+        """What `make` gives for every network, in order; in process 0; the others get an empty list.
 
         One network after another is made, sent and received, so that nobody needs room for more than one on its way.
 

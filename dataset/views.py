@@ -282,17 +282,7 @@ class ViewMaker:
             ValueError: images of another type or shape.
         """
         num_views, batch = parameters.tops_VB.shape
-        leading = [(batch,), (num_views, batch)] if self.spec.random_resized_crop else [(batch,)]
-        if (
-            images.dtype != torch.uint8
-            or tuple(images.shape[:-3]) not in leading
-            or tuple(images.shape[-2:]) != parameters.image_size
-        ):
-            height, width = parameters.image_size
-            raise ValueError(
-                f"the parameters are of uint8 images [{batch}, C, {height}, {width}]"
-                f"{' or views of them' * self.spec.random_resized_crop}, got {images.dtype} {list(images.shape)}"
-            )
+        self._check_images(images, num_views, batch, parameters.image_size)
         views = self._empty(images, num_views, dtype, memory_format)
         pixels = CHUNK_PIXELS.get(images.device.type, CHUNK_PIXELS["cpu"])
         chunk = max(1, pixels // (num_views * self.spec.crop_size**2))
@@ -306,6 +296,19 @@ class ViewMaker:
             if not (has_kernel and self._kernel_works and self._filled_by_kernel(*some)):
                 self._fill(*some)
         return views
+
+    def _check_images(self, images: Tensor, num_views: int, batch: int, image_size: tuple[int, int]) -> None:
+        leading = [(batch,), (num_views, batch)] if self.spec.random_resized_crop else [(batch,)]
+        if (
+            images.dtype != torch.uint8
+            or tuple(images.shape[:-3]) not in leading
+            or tuple(images.shape[-2:]) != image_size
+        ):
+            height, width = image_size
+            raise ValueError(
+                f"the parameters are of uint8 images [{batch}, C, {height}, {width}]"
+                f"{' or views of them' * self.spec.random_resized_crop}, got {images.dtype} {list(images.shape)}"
+            )
 
     def _empty(self, images: Tensor, num_views: int, dtype: torch.dtype, memory_format: torch.memory_format) -> Tensor:
         """Room for V views of every image: [V, B, C, crop_size, crop_size]."""
@@ -482,9 +485,14 @@ class ViewMaker:
 
         Where the kernel of `apply` works, views are drawn on the device too, if a table holds all that the policy may
         draw and nothing is erased by noise; the first ones are compared with those that the host draws.
+
+        Raises:
+            UserError: as `draw`.
+            ValueError: as `apply`.
         """
         height, width = images.shape[-2:]
         if self._kernel_works and self._draws_on_device is not False and self._has_table():
+            self._check_images(images, num_views, len(positions_B), (height, width))
             views = self._empty(images, num_views, dtype, memory_format)
             if self._has_kernel(views, images) and self._drawn_by_kernel(views, images, epoch, positions_B, first_view):
                 return views

@@ -464,6 +464,18 @@ def test_what_a_table_holds_is_drawn_on_the_device(change, has_table):
     assert ViewMaker(replace(SPECS["cifar10"], **change), seed=3)._has_table() == has_table
 
 
+def test_images_that_are_not_those_of_the_positions_never_reach_the_kernels(monkeypatch):
+    """They would read and write beside what they are given."""
+    images, positions = to_tensor(make_images(6, 32, 32)), np.arange(6)
+    kernel, maker = Kernel(monkeypatch, lambda views: None, lambda views: None), ViewMaker(SPECS["cifar10"], seed=3)
+    for epoch in range(2):
+        maker.make(images, epoch, positions, 2)
+    for wrong in (images[:4], images.float()):
+        with pytest.raises(ValueError, match="uint8"):
+            maker.make(wrong, 2, positions, 2)
+    assert kernel.drawn == [1]
+
+
 def test_a_kernel_that_cannot_be_built_again_later_is_given_up_too(monkeypatch, caplog):
     """For another number of images Triton may build another kernel."""
     spec, positions = SPECS["cifar10"], np.arange(6)

@@ -319,15 +319,19 @@ class ViewMaker:
         return advise_huge_pages(views).view(num_views, batch, channels, size, size)
 
     def _fills_alike(self, views_VBCHW: Tensor, images: Tensor, parameters: ViewParameters, part: slice) -> bool:
-        """Whether the kernel makes these views as `_fill` does; the host waits for both, once in a run."""
+        """Whether the kernel makes these views as `_fill` does; asked once in a run."""
         if not self._filled_by_kernel(views_VBCHW, images, parameters, part):
             return False
-        plain_VBCHW = torch.empty_like(views_VBCHW)
-        self._fill(plain_VBCHW, images, parameters, part)
-        alike = torch.equal(views_VBCHW, plain_VBCHW)
+        alike = self._are_plain(views_VBCHW, images, parameters, part)
         if not alike:
             logger.warning("The Triton kernel makes other views than the plain operations do on this GPU; %s", SLOWER)
         return alike
+
+    def _are_plain(self, views_VBCHW: Tensor, images: Tensor, parameters: ViewParameters, part: slice) -> bool:
+        """Whether the views are, bit for bit, those of `_fill`; the host waits for both."""
+        plain_VBCHW = torch.empty_like(views_VBCHW)
+        self._fill(plain_VBCHW, images, parameters, part)
+        return torch.equal(views_VBCHW, plain_VBCHW)
 
     def _filled_by_kernel(self, views_VBCHW: Tensor, images: Tensor, parameters: ViewParameters, part: slice) -> bool:
         """Whether the kernel could be built and started; else one line says why, and it is not tried again.
@@ -529,9 +533,7 @@ class ViewMaker:
         height, width = images.shape[-2:]
         part = slice(0, min(len(images), PROBED))
         parameters = self.draw(epoch, positions_B[part], len(views_VBCHW), (height, width), first_view=first_view)
-        plain_VBCHW = torch.empty_like(views_VBCHW[:, part])
-        self._fill(plain_VBCHW, images[part], parameters, part)
-        alike = torch.equal(views_VBCHW[:, part], plain_VBCHW)
+        alike = self._are_plain(views_VBCHW[:, part], images[part], parameters, part)
         if not alike:
             logger.warning("The kernel draws other views on this GPU than the host does; %s", DRAWN_HERE)
         return alike

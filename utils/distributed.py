@@ -50,25 +50,22 @@ def add_once(world: World) -> Callable[[Tensor], Tensor]:
     return all_reduce_sum if world.mesh is None else world.mesh.sum_once
 
 
-def all_gather_rows(rows: Tensor, sizes: Sequence[int] | None = None, group: dist.ProcessGroup | None = None) -> Tensor:
+def all_gather_rows(rows: Tensor) -> Tensor:
     """Rows [B_r, ...] of every process, in rank order -> [sum of B_r, ...]; B_r may differ. No gradient.
 
-    Args:
-        sizes: every process's B_r; None: the processes ask each other, for which the host waits.
-        group: of the job's processes; None: all.
+    The host waits: the processes ask each other for every B_r.
     """
-    if is_alone(group):
+    if is_alone():
         return rows
-    if sizes is None:
-        sizes = gather_counts(len(rows), rows.device, group)
+    sizes = gather_counts(len(rows), rows.device)
     if min(sizes) == max(sizes):
         everyones = rows.new_empty((sum(sizes), *rows.shape[1:]))
-        dist.all_gather_into_tensor(everyones, rows.contiguous(), group=group)
+        dist.all_gather_into_tensor(everyones, rows.contiguous())
         return everyones
     padded = rows.new_zeros((max(sizes), *rows.shape[1:]))
     padded[: len(rows)] = rows
     parts = [torch.empty_like(padded) for _ in sizes]
-    dist.all_gather(parts, padded, group=group)
+    dist.all_gather(parts, padded)
     return torch.cat([part[:size] for part, size in zip(parts, sizes, strict=True)])
 
 

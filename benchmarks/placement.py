@@ -22,14 +22,16 @@ from typing import Any
 
 import torch
 
+from benchmarks.report import shown_number
 from utils.command_line import at_least
 from utils.cpus import allowed_cpus
-from utils.errors import RunError
+from utils.errors import RunError, UserError
 from utils.launch import free_port
 
 ROOT = Path(__file__).resolve().parent.parent
 MEANT = ("wide_resnet16_8", 2)  # what G13 and G14 are of
 RATES = {"1gbit": "1 Gbit/s", "100mbit": "100 Mbit/s"}
+PARTS = ("memory", "bytes", *RATES)
 COMMITS = {"G13": 1000.0, "G14": 2.0, "G15": 1 / 0.30}
 ADDRESSES = ("10.77.0.1", "10.77.0.2")  # within the namespaces alone
 
@@ -51,7 +53,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--wire_batch", type=at_least(2), default=128, help="images of the step whose bytes are counted (default 128)"
     )
-    parser.add_argument("--parts", default="memory,bytes,1gbit,100mbit", help="comma list of what is measured")
+    parser.add_argument("--parts", default=",".join(PARTS), help="comma list of what is measured")
     parser.add_argument("--limit", type=float, default=600, help="seconds that one part may take (default 600)")
 
 
@@ -59,28 +61,29 @@ def run(options: argparse.Namespace, device: torch.device) -> Iterator[dict[str,
     """Measure the parts in turn; those that need namespaces are left out, with a line, where they are not allowed.
 
     Raises:
+        UserError: a part that does not exist.
         RunError: a process failed, or a part took longer than --limit.
     """
     parts = options.parts.split(",")
+    if unknown := [part for part in parts if part not in PARTS]:
+        raise UserError(f"--parts {unknown[0]}: expected {', '.join(PARTS)}.")
     subject = f"{options.arch} S={options.split_factor}, two processes"
     if "memory" in parts:
         yield from _memory_rows(options)
-    why = cannot_link()
-    linked = [part for part in parts if part in RATES or part == "bytes"]
-    if why and linked:
+    linked = [part for part in parts if part != "memory"]
+    if linked and (why := cannot_link()):
         print(f"benchmarks: left out {','.join(linked)}: {why}", file=sys.stderr)
         return
     if "bytes" in parts:
         found = _on_a_link("1gbit", options, batch_size=options.wire_batch, rounds=min(3, options.rounds), warmup=0)
-        yield from _byte_rows(
-            found, f"{subject}, batch {options.wire_batch}", is_meant(options, options.wire_batch, 128)
-        )
+        goal = "G13" if is_meant(options, options.wire_batch, 128) else None
+        yield from _byte_rows(found, f"{subject}, batch {options.wire_batch}", goal)
     for rate in (part for part in parts if part in RATES):
         found = _on_a_link(rate, options, batch_size=options.batch_size, rounds=options.rounds, warmup=1)
         goal = "G14" if rate == "100mbit" and is_meant(options, options.batch_size, 16) else None
         what = f"{subject}, batch {options.batch_size}, hosts joined by {RATES[rate]}"
         yield _row(goal, what, "seconds a step", found, lambda one: one["seconds"], slowest=True)
-        yield from _byte_rows(found, what, goal=None)
+        yield from _byte_rows(found, what, None)
 
 
 def is_meant(options: argparse.Namespace, batch_size: int, meant: int) -> bool:
@@ -88,8 +91,8 @@ def is_meant(options: argparse.Namespace, batch_size: int, meant: int) -> bool:
     return (options.arch, options.split_factor) == MEANT and batch_size == meant
 
 
-def _byte_rows(found: Sequence[Any], subject: str, goal: Any) -> Iterator[dict[str, Any]]:
-    yield _row("G13" if goal else None, subject, "bytes a step on the link, both ways", found, lambda one: one["wire"])
+def _byte_rows(found: Sequence[Any], subject: str, goal: str | None) -> Iterator[dict[str, Any]]:
+    yield _row(goal, subject, "bytes a step on the link, both ways", found, lambda one: one["wire"])
     yield _row(
         None,
         subject,
@@ -153,9 +156,7 @@ def markdown(rows: Sequence[Mapping[str, Any]]) -> str:
     ]
     for one in rows:
         promised = "–" if one.get("commit") is None else f"≥ {one['commit']:,.1f}: {'met' if one['met'] else 'missed'}"
-        shown = [
-            f"{value:,.0f}" if value >= 1000 else f"{value:.3g}" for value in (one["baseline_value"], one["value"])
-        ]
+        shown = [shown_number(one[side]) for side in ("baseline_value", "value")]
         ratio = f"{one['ratio']:,.2f} ({one['ratio_min']:,.2f} – {one['ratio_max']:,.2f})"
         lines.append(
             f"| {' | '.join([one['goal'] or '–', one['subject'], one['quantity'], *shown, ratio, promised])} |"
@@ -218,7 +219,8 @@ def _measured(
                 process.kill()
         for process, text in zip(processes, errors, strict=True):
             if process.returncode:
-                raise RunError(f"placement: a process failed: {text.strip().splitlines()[-1:] or process.returncode}")
+                said = text.strip().splitlines() or [f"exit code {process.returncode}"]
+                raise RunError(f"placement: a process failed: {said[-1]}")
         return [json.loads(Path(folder, f"{rank}.json").read_text()) for rank in range(count)]
 
 

@@ -355,7 +355,7 @@ def markdown(rows: Sequence[Mapping[str, Any]]) -> str:
         if one.get("commit") is not None:
             verdict = {True: "met", False: "missed", None: "for an H200"}[one["met"]]
             promised = f"≥ {one['commit']:g}: {verdict}"
-        times = " – ".join(_number(1000 * one[name]) for name in ("seconds_p10", "seconds_p90"))
+        times = " – ".join(shown_number(1000 * one[name]) for name in ("seconds_p10", "seconds_p90"))
         cells = [
             one["goal"] or "–",
             one["subject"],
@@ -363,15 +363,16 @@ def markdown(rows: Sequence[Mapping[str, Any]]) -> str:
             base,
             ratio,
             promised,
-            f"{_number(1000 * one['seconds'])} ({times})",
-            _number(one["per_second"]),
+            f"{shown_number(1000 * one['seconds'])} ({times})",
+            shown_number(one["per_second"]),
             "–" if one.get("memory_mib") is None else f"{one['memory_mib']:,.0f}",
         ]
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
-def _number(value: float) -> str:
+def shown_number(value: float) -> str:
+    """As the tables have it: whole from a thousand on, else three digits."""
     return f"{value:,.0f}" if value >= 1000 else f"{value:.3g}"
 
 

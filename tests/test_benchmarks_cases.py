@@ -286,6 +286,7 @@ def test_numerics_compare_with_the_first_case(capsys, tmp_path):
         (["step", "--cases", "fp32+magic"], "'magic' is none of fp32"),
         (["views", "--data", "/nowhere"], "--data /nowhere holds no image"),
         (["step", "--arch", "resnet19"], "--arch 'resnet19'"),
+        (["placement", "--parts", "memory,2gbit"], "--parts 2gbit"),
     ],
 )
 def test_mistakes_are_one_line(argv, words, capsys):

@@ -2,6 +2,7 @@
 
 import argparse
 import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -84,6 +85,21 @@ def test_a_place_without_namespaces_is_named_in_one_line(monkeypatch: pytest.Mon
     assert placement.cannot_link() == "ip netns add: Operation not permitted (needs root)."
     monkeypatch.setattr(placement.shutil, "which", lambda name: None)
     assert "not installed" in placement.cannot_link()
+
+
+def test_parts_without_a_link_ask_for_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(placement, "cannot_link", None)
+    monkeypatch.setattr(placement, "_memory_rows", lambda options: iter([{"goal": "G15"}]))
+    options = argparse.Namespace(arch="resnet20", split_factor=2, parts="memory")
+    assert list(placement.run(options, CPU)) == [{"goal": "G15"}]
+
+
+@pytest.mark.parametrize(("program", "line"), [("exit('one\\nanother')", "another"), ("exit(3)", "exit code 3")])
+def test_what_a_process_said_last_is_why_it_failed(program: str, line: str) -> None:
+    options = argparse.Namespace(threads=1, arch="resnet20", seconds=1, limit=60)
+    place = placement.Place((sys.executable, "-c", program))  # what stands in the place of the benchmark's process
+    with pytest.raises(RunError, match=f"^placement: a process failed: {line}$"):
+        placement._measured([place], options, split_factor=1, batch_size=1, rounds=1, warmup=0)
 
 
 def test_committed_rows_settle_the_goals_of_placement() -> None:

@@ -28,6 +28,7 @@ from torchvision import transforms
 from benchmarks import own
 from benchmarks.report import Side, failure, measure_as_asked, release, row
 from dataset.class_folders import iterate_images
+from dataset.decode import read_rgb
 from utils.command_line import at_least
 from utils.errors import UserError
 
@@ -53,11 +54,14 @@ def run(options: argparse.Namespace, device: torch.device) -> Iterator[dict[str,
     """Time an epoch of every side in turns.
 
     Raises:
-        UserError: a subject that does not exist, or timm is missing.
+        UserError: a subject that does not exist, a batch of more images than there are, or timm is missing.
+        RunError: a file below --data that gives no image.
     """
     names = options.only.split(",")
     if unknown := [name for name in names if name not in (*SUBJECTS, "ensemble")]:
         raise UserError(f"--only {unknown[0]}: expected {', '.join([*SUBJECTS, 'ensemble'])}.")
+    if options.batch_size > options.images:
+        raise UserError(f"--batch_size {options.batch_size}: an epoch has {options.images} images, see --images.")
     for name in names:
         yield from _rows(name, options, device)
         release(device)
@@ -96,7 +100,7 @@ def write_images(root: Path, size: tuple[int, int], options: argparse.Namespace)
         label = number % CLASSES
         path = root / "train" / str(label) / f"{number}.jpg"
         path.parent.mkdir(parents=True, exist_ok=True)
-        source = Image.open(one).convert("RGB") if isinstance(one, Path) else one
+        source = read_rgb(one) if isinstance(one, Path) else one
         source.resize(size, Image.Resampling.BICUBIC).save(path, quality=90)
         if number < CLASSES:
             (root / "val" / str(label)).mkdir(parents=True)
@@ -109,13 +113,12 @@ def write_images(root: Path, size: tuple[int, int], options: argparse.Namespace)
 
 def _rows(name: str, options: argparse.Namespace, device: torch.device) -> list[dict[str, Any]]:
     is_ensemble = name == "ensemble"
+    members = MEMBERS if is_ensemble else 1
     size = SUBJECTS["memory" if is_ensemble else name]
     with tempfile.TemporaryDirectory() as folder, ExitStack() as stack:
         images = write_images(Path(folder) / "images", size, options)
         builders: dict[str, Callable[[], Callable[[], object]]] = {
-            "ours": partial(our_epoch, images, options, Path(folder) / "run", device, stack, members=MEMBERS)
-            if is_ensemble
-            else partial(our_epoch, images, options, Path(folder) / "run", device, stack)
+            "ours": partial(our_epoch, images, options, Path(folder) / "run", device, stack, members=members)
         }
         if is_ensemble:
             builders["plain loop"] = partial(loop_epoch, images, options, device)
@@ -124,13 +127,7 @@ def _rows(name: str, options: argparse.Namespace, device: torch.device) -> list[
                 "timm": partial(timm_epoch, images, options, device),
                 "torchvision": partial(torchvision_epoch, images, options, device),
             }
-        found = measure_as_asked(
-            builders,
-            options,
-            device,
-            warmup=1,
-            calls=1,
-        )
+        found = measure_as_asked(builders, options, device, warmup=1, calls=1)
     what = f"deep ensemble of {MEMBERS}" if is_ensemble else "S=1"
     where = f"{size[0]}x{size[1]} px " + ("in memory" if images.padded else f"JPEG files, views of {images.side} px")
     subject = f"epoch of resnet18, {what}, {options.images} images of {where}, {options.workers} workers"
@@ -159,7 +156,7 @@ def our_epoch(
     device: torch.device,
     stack: ExitStack,
     *,
-    members: int = 1,
+    members: int,
 ) -> Callable[[], None]:
     """The trainer's own epoch, with its meters, its lines and its guard."""
     flags = [*PLAIN, "--dataset", "folder", "--data", str(images.root), "--crop_size", str(images.side)]

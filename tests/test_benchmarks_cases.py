@@ -279,6 +279,12 @@ def test_numerics_compare_with_the_first_case(capsys, tmp_path):
     assert 0 < rows[1]["weight_distance"] < 0.1
 
 
+def test_a_file_that_is_no_image_is_named_by_peers(capsys, tmp_path):
+    (tmp_path / "a.jpg").write_text("x")
+    assert main(["peers", "--only", "memory", "--data", str(tmp_path)]) == 1
+    assert f"benchmarks: {tmp_path / 'a.jpg'}: " in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("argv", "words"),
     [
@@ -286,6 +292,7 @@ def test_numerics_compare_with_the_first_case(capsys, tmp_path):
         (["step", "--cases", "fp32+magic"], "'magic' is none of fp32"),
         (["views", "--data", "/nowhere"], "--data /nowhere holds no image"),
         (["step", "--arch", "resnet19"], "--arch 'resnet19'"),
+        (["peers", "--images", "8", "--batch_size", "16"], "--batch_size 16"),
         (["placement", "--parts", "memory,2gbit"], "--parts 2gbit"),
     ],
 )

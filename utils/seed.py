@@ -27,7 +27,10 @@ STREAM_SLICE = 30  # which of a parent's channels a divided network takes
 STREAM_MIX_KIND = 20  # whether a step is CutMix or mixup
 STREAM_CUTMIX = 21  # CutMix's box
 
-_GOLDEN = 0x9E3779B97F4A7C15
+# SplitMix64 (Steele, Lea and Flood, OOPSLA 2014): the step of its counter, and the factors of its finaliser.
+GOLDEN = 0x9E3779B97F4A7C15
+FIRST_FACTOR, SECOND_FACTOR = 0xBF58476D1CE4E5B9, 0x94D049BB133111EB
+OF_VIEW = 0xD1342543DE82EF95  # ours: what keeps an image's views, and a key's streams, apart
 _MASK = 0xFFFFFFFFFFFFFFFF
 
 
@@ -38,8 +41,8 @@ def draw_seed() -> int:
 
 def _mix(z: np.ndarray) -> np.ndarray:
     """SplitMix64's finaliser, elementwise on uint64."""
-    z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    z = (z ^ (z >> np.uint64(30))) * np.uint64(FIRST_FACTOR)
+    z = (z ^ (z >> np.uint64(27))) * np.uint64(SECOND_FACTOR)
     return z ^ (z >> np.uint64(31))
 
 
@@ -47,9 +50,7 @@ def fold_in(*parts: int) -> int:
     """One 63-bit key out of several integers; changing any part gives an unrelated key."""
     key = np.zeros(1, dtype=np.uint64)
     for part in parts:
-        key = _mix(
-            (key ^ _mix(np.array([int(part) & _MASK], dtype=np.uint64) + np.uint64(_GOLDEN))) + np.uint64(_GOLDEN)
-        )
+        key = _mix((key ^ _mix(np.array([int(part) & _MASK], dtype=np.uint64) + np.uint64(GOLDEN))) + np.uint64(GOLDEN))
     return int(key[0] >> np.uint64(1))
 
 
@@ -65,29 +66,30 @@ def counter_uniform(key: int, positions_B: np.ndarray, views_S: np.ndarray, num_
     positions = np.asarray(positions_B, dtype=np.int64).astype(np.uint64)[None, :, None]
     views = np.asarray(views_S, dtype=np.int64).astype(np.uint64)[:, None, None]
     slots = np.arange(1, num_slots + 1, dtype=np.uint64)[None, None, :]
-    stream = _mix(np.uint64(key) + positions * np.uint64(_GOLDEN))
-    stream = _mix(stream ^ ((views + np.uint64(1)) * np.uint64(0xD1342543DE82EF95)))
-    bits = _mix(stream + slots * np.uint64(_GOLDEN))
+    stream = _mix(np.uint64(key) + positions * np.uint64(GOLDEN))
+    stream = _mix(stream ^ ((views + np.uint64(1)) * np.uint64(OF_VIEW)))
+    bits = _mix(stream + slots * np.uint64(GOLDEN))
     return (bits >> np.uint64(11)).astype(np.float64) * 2.0**-53
 
 
-def _signed(value: int) -> int:
+def signed(value: int) -> int:
+    """A 64-bit pattern as the signed number that torch takes."""
     return value - 2**64 if value >= 2**63 else value
 
 
-def _mix_on_device(z: Tensor) -> Tensor:
-    """`_mix` on int64, which multiplies as uint64 does; its shift needs the copies of the sign bit masked away."""
-    z = (z ^ ((z >> 30) & (2**34 - 1))) * _signed(0xBF58476D1CE4E5B9)
-    z = (z ^ ((z >> 27) & (2**37 - 1))) * _signed(0x94D049BB133111EB)
+def mix_on_device(z: Tensor) -> Tensor:
+    """SplitMix64's finaliser on int64, which multiplies as uint64 does, and whose shifts copy the sign bit."""
+    z = (z ^ ((z >> 30) & (2**34 - 1))) * signed(FIRST_FACTOR)
+    z = (z ^ ((z >> 27) & (2**37 - 1))) * signed(SECOND_FACTOR)
     return z ^ ((z >> 31) & (2**33 - 1))
 
 
 def counter_uniform_on_device(key: int, positions_B: Tensor, num_slots: int) -> Tensor:
     """`counter_uniform` of view 0, bit for bit, on the device of `positions_B` (int64): float64 [B, num_slots]."""
     slots = torch.arange(1, num_slots + 1, device=positions_B.device)
-    stream_B = _mix_on_device(key + positions_B * _signed(_GOLDEN))
-    stream_B = _mix_on_device(stream_B ^ _signed(0xD1342543DE82EF95))
-    bits = _mix_on_device(stream_B[:, None] + slots * _signed(_GOLDEN))
+    stream_B = mix_on_device(key + positions_B * signed(GOLDEN))
+    stream_B = mix_on_device(stream_B ^ signed(OF_VIEW))
+    bits = mix_on_device(stream_B[:, None] + slots * signed(GOLDEN))
     return ((bits >> 11) & (2**53 - 1)).double() * 2.0**-53
 
 
@@ -102,7 +104,7 @@ def stream_uniform(key: Tensor, stream: int, shape: Sequence[int]) -> Tensor:
         stream: number of the stream of draws under this key.
     """
     places = torch.arange(1, math.prod(shape) + 1, device=key.device)
-    bits = _mix_on_device(places * _signed(_GOLDEN) + (key + _signed(stream * 0xD1342543DE82EF95 & _MASK)))
+    bits = mix_on_device(places * signed(GOLDEN) + (key + signed(stream * OF_VIEW & _MASK)))
     # 24 bits: what float32 holds
     return (((bits >> 40) & (2**24 - 1)).float() * 2.0**-24).reshape(*shape)
 

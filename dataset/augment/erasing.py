@@ -9,6 +9,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from utils.seed import GOLDEN, mix_on_device, signed
+
 TRIES = 10
 PLACE_SLOTS = 3  # whether, top, left; then an area and a ratio for each try
 
@@ -81,19 +83,6 @@ def counter_normal(keys_K: Tensor, size: int) -> Tensor:
         float32 [K, size].
     """
     counters = torch.arange(1, (size + 3) // 4 + 1, device=keys_K.device)
-    bits = keys_K.unsqueeze(1) + counters * _signed(0x9E3779B97F4A7C15)
-    bits = (bits ^ _shift(bits, 30)) * _signed(0xBF58476D1CE4E5B9)
-    bits = (bits ^ _shift(bits, 27)) * _signed(0x94D049BB133111EB)
-    bits = bits ^ _shift(bits, 31)
+    bits = mix_on_device(keys_K.unsqueeze(1) + counters * signed(GOLDEN))
     index = bits.view(torch.int16).int() + (1 << 15)
     return _normal_quantiles(keys_K.device).index_select(0, index.view(-1)).view(len(keys_K), -1)[:, :size]
-
-
-def _signed(constant: int) -> int:
-    """A 64-bit pattern as the signed number that torch takes."""
-    return constant - (1 << 64) if constant >> 63 else constant
-
-
-def _shift(bits: Tensor, count: int) -> Tensor:
-    """Logical right shift of int64."""
-    return (bits >> count) & ((1 << (64 - count)) - 1)

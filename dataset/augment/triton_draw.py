@@ -24,12 +24,13 @@ from dataset.augment import erasing
 from dataset.augment.plan import Upload
 from dataset.augment.policy import Policy
 from dataset.augment.triton_views import COMPILER_OPTIONS, records_of
+from utils import seed
 
 LANES = 128  # views of one program
-_GOLDEN = tl.constexpr(0x9E3779B97F4A7C15)
-_OF_VIEW = tl.constexpr(0xD1342543DE82EF95)
-_FIRST = tl.constexpr(0xBF58476D1CE4E5B9)
-_SECOND = tl.constexpr(0x94D049BB133111EB)
+_GOLDEN = tl.constexpr(seed.GOLDEN)
+_OF_VIEW = tl.constexpr(seed.OF_VIEW)
+_FIRST = tl.constexpr(seed.FIRST_FACTOR)
+_SECOND = tl.constexpr(seed.SECOND_FACTOR)
 _PLACE_SLOTS = tl.constexpr(erasing.PLACE_SLOTS)
 _TRIES = tl.constexpr(erasing.TRIES)
 

@@ -66,8 +66,7 @@ def _rows(names: Sequence[str], options: argparse.Namespace, device: torch.devic
 
     def opened(case: str, folder: Path) -> Trainer:
         trainer = own.open_trainer([*flags, *own.case_flags(case)], folder, device)
-        stack.callback(trainer.log.close)
-        stack.callback(trainer.saver.close)
+        own.close_with(stack, trainer)
         if options.images is not None:
             own.resize(trainer, options.images)
         return trainer

@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -116,6 +117,14 @@ def open_trainer(
         return Trainer(resolved, world, source, None)
     finally:
         logging.getLogger().setLevel(level)
+
+
+def close_with(stack: ExitStack, trainer: Trainer) -> None:
+    """Where the stack ends, what the trainer has started ends too: decoding processes, log and saver."""
+    for loader in trainer.loaders:
+        stack.callback(loader.close)
+    stack.callback(trainer.log.close)
+    stack.callback(trainer.saver.close)
 
 
 def resize(trainer: Trainer, count: int) -> None:

@@ -47,8 +47,7 @@ def run(options: argparse.Namespace, device: torch.device) -> Iterator[dict[str,
             flags = ["--arch", arch, "--split_factor", factor, "--batch_size", "2", "--workers", "0"]
             flags += ["--optimizer", OPTIMIZERS.get(arch, "SGD"), *own.case_flags(options.case)]
             trainer = own.open_trainer(flags, Path(folder), device)
-            stack.callback(trainer.log.close)
-            stack.callback(trainer.saver.close)
+            own.close_with(stack, trainer)
             counts = {
                 "training step": dispatched(own.training_step(trainer)),
                 "evaluation batch": _of_evaluation(trainer),

@@ -165,10 +165,7 @@ def our_epoch(
     flags += ["--method", "independent"] if members > 1 else []
     flags += ["--amp_dtype", "bf16" if device.type == "cuda" else "fp32"]
     trainer = own.open_trainer(flags, folder, device)
-    for loader in trainer.loaders:
-        stack.callback(loader.close)
-    stack.callback(trainer.log.close)
-    stack.callback(trainer.saver.close)
+    own.close_with(stack, trainer)
 
     def call() -> None:
         trainer.position.batch, trainer.position.step = 0, 1  # not 0, where a picture is made of the views

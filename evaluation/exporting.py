@@ -22,8 +22,7 @@ from evaluation.ensemble import ensemble_scores
 from evaluation.export import OUTPUTS, Normalise, export_ensemble, load_exported, onnx_bytes, program_bytes, require
 from evaluation.export_cascade import CASCADE_OUTPUTS, ExportedCascade, export_cascade, load_cascade
 from evaluation.held_out import open_reported
-from evaluation.options import EvalOptions
-from evaluation.run import SAVES_MEMORY
+from evaluation.options import SAVES_MEMORY, EvalOptions
 from evaluation.session import Session, class_names_and_statistics, open_inputs, open_session, preprocessing
 from model.splitnet import SplitNet
 from parser_params import parse_config

@@ -155,8 +155,8 @@ def write_if(out: Path, contents: bytes, judge: Callable[[Path], tuple[Found, bo
     return found, agrees
 
 
-def export(argv: Sequence[str]) -> dict[str, Any]:
-    """Write and compare as a command line says; returns the results, and shows the differences.
+def export(argv: Sequence[str]) -> Output:
+    """Write and compare as a command line says, and show the differences; returns what the program ends with.
 
     Raises:
         UserError: a wrong flag or checkpoint, a missing package.
@@ -195,16 +195,28 @@ def export(argv: Sequence[str]) -> dict[str, Any]:
     session = open_session(config, launch.join([]), [])
     check_flags(session)
     if session.options.answer == "cascade":
-        return export_by_cascade(session, out, dtype, arguments.tolerance)
+        results = export_by_cascade(session, out, dtype, arguments.tolerance)
+    else:
+        results = export_all(session, out, dtype, arguments.tolerance, arguments.batch_sizes)
+    return Output(results, f"written: {results['out']}", config.json)
+
+
+def export_all(session: Session, out: Path, dtype: str, tolerance: float, batch_sizes: Sequence[int]) -> dict[str, Any]:
+    """Write the whole ensemble, and compare it with the running one in batches of these sizes.
+
+    Raises:
+        RunError: the file cannot be written.
+        Incomplete: it differs beyond the tolerance, and is not kept.
+    """
     assert isinstance(session.network, SplitNet)
     crop, metadata = session.info.crop_size, metadata_of(session, dtype)
     prepare = Normalise(metadata["mean"], metadata["std"]) if dtype == "uint8" else None
     program = export_ensemble(session.network, session.rule, (3, crop, crop), prepare)
 
     def judge(partial: Path) -> tuple[list[Difference], bool]:
-        images = comparison_images(session, arguments.batch_sizes, dtype)
+        images = comparison_images(session, batch_sizes, dtype)
         found = compare(session, partial, images, prepare or torch.nn.Identity())
-        return found, all(one.relative <= arguments.tolerance for one in found)  # not so where one is NaN
+        return found, all(one.relative <= tolerance for one in found)  # not so where one is NaN
 
     differences, agrees = write_if(out, WRITERS[out.suffix](program, metadata), judge)
     for one in differences:
@@ -218,10 +230,10 @@ def export(argv: Sequence[str]) -> dict[str, Any]:
         "input": metadata["input"],
         "largest_difference": max(one.absolute for one in differences),
         "largest_relative_difference": max(one.relative for one in differences),
-        "tolerance": arguments.tolerance,
+        "tolerance": tolerance,
     }
     if not agrees:
-        raise Incomplete(f"beyond the tolerance of {arguments.tolerance:g}: no file is kept.", results)
+        raise Incomplete(f"beyond the tolerance of {tolerance:g}: no file is kept.", results)
     return results
 
 
@@ -320,13 +332,6 @@ def compare_cascade(session: Session, run: ExportedCascade, images_BCHW: Tensor)
     }
 
 
-def export_arguments(argv: list[str]) -> Output:
-    """Export as a command line says; returns what the program ends with."""
-    as_json = "--json" in argv
-    results = export([word for word in argv if word != "--json"])
-    return Output(results, f"written: {results['out']}", as_json)
-
-
 def main(argv: list[str] | None = None) -> int:
     """The command line; returns the exit code: 0 done, 1 the file differs or cannot be written, 2 a user's mistake."""
-    return run_program(PROGRAM, export_arguments, argv, saves_memory=SAVES_MEMORY)
+    return run_program(PROGRAM, export, argv, saves_memory=SAVES_MEMORY)

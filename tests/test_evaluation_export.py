@@ -236,6 +236,19 @@ def test_the_file_predicts_as_eval_does(suffix, flags, weights, checkpoint, tmp_
     assert metadata["preprocessing"] == load_checkpoint(checkpoint)["preprocessing"] == result["preprocessing"]
 
 
+@pytest.mark.parametrize("flags", [("--json",), ("--json=1",), ("--json", 0)], ids=str)
+def test_a_terminal_sees_the_line_of_json_where_it_is_asked_for(flags, checkpoint, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("sys.stdout.isatty", lambda: True)
+    out = tmp_path / "a.pt2"
+    code, stdout, stderr = call(checkpoint, "--out", out, "--batch_sizes", 1, *flags, capsys=capsys)
+    assert code == 0, stderr
+    last = stdout.splitlines()[-1]
+    if flags == ("--json", 0):
+        assert last == f"written: {out}"
+    else:
+        assert json.loads(last)["out"] == str(out)
+
+
 def test_a_file_that_differs_is_not_kept(checkpoint, tmp_path, capsys):
     (tmp_path / "old.pt2").write_text("an older file")
     code, stdout, stderr = call(checkpoint, "--out", tmp_path / "old.pt2", "--tolerance", 0, capsys=capsys)

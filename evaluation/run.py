@@ -5,7 +5,7 @@ import logging
 import os
 import tempfile
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -73,7 +73,7 @@ def run_evaluation(session: Session) -> dict[str, Any]:
     more = None if answers is None or evaluated.logits is None else answers.collect(evaluated.logits)
     if session.world.is_main:
         classes = tuple(results["per_class_acc"])
-        write_file(folder / f"{results['split']}_predictions.csv", evaluated.table)
+        write_file(folder / f"{results['split']}_predictions.csv", evaluated.table())
         show(write_evaluation(plain_json(results), evaluated.confusion_KK, classes, folder))
         if answers is not None and more is not None:
             found, tables = answers.write(more)
@@ -148,13 +148,13 @@ class Evaluated(NamedTuple):
     Attributes:
         results: as results.json has them.
         confusion_KK: see `evaluation.passes.Evaluation`.
-        table: `test_predictions.csv`, see `evaluation.per_image.image_table`.
+        table: makes `test_predictions.csv`, see `evaluation.per_image.image_table`; for the process that writes it.
         logits: of all images, where they were to be kept.
     """
 
     results: dict[str, Any]
     confusion_KK: Tensor
-    table: str
+    table: Callable[[], str]
     logits: Logits | None
 
 
@@ -209,7 +209,7 @@ def evaluate_session(session: Session, *, with_further: bool = True, keep_logits
         assert evaluation.labels_N is not None
         logits = Logits(evaluation.logits_SNK, evaluation.labels_N)
     data = Path(session.config.data)
-    table = image_table(answers_NC, source.test, classes, data if data.is_dir() else data.parent)
+    table = partial(image_table, answers_NC, source.test, classes, data if data.is_dir() else data.parent)
     return Evaluated(results, evaluation.confusion, table, logits)
 
 

@@ -17,12 +17,13 @@ from evaluation.calibration import FIGURES, binned
 from evaluation.cascade_table import CascadeTable, Large, csv_rows, dominating, markdown
 from evaluation.collecting import Logits, collect_logits
 from evaluation.contenders import undivided
-from evaluation.files import csv_text, written
+from evaluation.files import written
 from evaluation.held_out import HeldOut, open_held_out, open_reported, test_fraction_of
 from evaluation.session import Session, open_large
 from evaluation.tuning import Request, calibration_rows, log_probs_of, read_alphas, tune, write_tuned
 from evaluation.uncertainty import Doubt, FurtherImages, Report, collect_doubt, is_asked
 from record.checkpoint import write_file
+from record.tables import csv_table
 from utils import distributed
 from utils.errors import UserError
 from utils.macs import count_macs
@@ -182,7 +183,7 @@ class AnswerReport:
         held_out = self.answers.held_out.get("calibration", [])
         titles = ("what", "when", "split", *FIGURES)
         lines = [[row.get(title, "") for title in titles] for row in [*held_out, *rows]]
-        write_file(self.folder / "calibration.csv", csv_text(titles, lines))
+        write_file(self.folder / "calibration.csv", csv_table(titles, lines))
         panels = []
         for when, mode in (("before", "none"), ("after", self.answers.mode)):
             log_probs_NK = log_probs_of(self.answers, logits_SNK, mode)
@@ -199,7 +200,7 @@ class AnswerReport:
             f"{self.session.config.dataset}, S = {networks}: {tuned_on.get('images')} held-out images, "
             f"{images} {self.session.options.split or 'test'} images"
         )
-        write_file(self.folder / "cascade.csv", csv_text(*csv_rows(table.rows, networks)))
+        write_file(self.folder / "cascade.csv", csv_table(*csv_rows(table.rows, networks)))
         text = markdown(table.rows, title)
         write_file(self.folder / "cascade.md", text + "\n")
         with written(self.folder / "cascade.png") as path:

@@ -1,9 +1,7 @@
 """What an evaluation shows and writes: table.md and .csv, results.json, per_class.csv, confusion.png. K classes."""
 
-import csv
-import io
 import json
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -17,6 +15,7 @@ from evaluation.per_class import PerClass
 from record.checkpoint import write_file
 from record.plots import plot_confusion
 from record.run_folder import RESULTS, as_json
+from record.tables import csv_table
 from utils.errors import WriteError, reason
 
 MEANS = {"balanced_acc": "balanced accuracy", "macro_f1": "macro F1"}  # below the table
@@ -118,9 +117,9 @@ def write_evaluation(results: Mapping[str, Any], confusion_KK: Tensor, classes: 
     write_file(folder / "table.md", table + "\n")
     columns = _columns(results)
     figures = [(name, *(row[column] for column in columns)) for name, row in _rows(results)]
-    write_file(folder / "table.csv", csv_text(("row", *columns), figures))
+    write_file(folder / "table.csv", csv_table(("row", *columns), figures))
     write_file(
-        folder / "per_class.csv", csv_text(("class", "name", "images", "acc1", "precision", "recall", "f1"), rows)
+        folder / "per_class.csv", csv_table(("class", "name", "images", "acc1", "precision", "recall", "f1"), rows)
     )
     with written(folder / "confusion.png") as path:
         plot_confusion(confusion_KK.numpy(), classes, path)
@@ -148,12 +147,3 @@ def written(path: Path) -> Iterator[Path]:
         yield path
     except OSError as error:
         raise WriteError(f"{path}: could not be written: {reason(error)}.") from None
-
-
-def csv_text(titles: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
-    """The contents of a CSV file."""
-    text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(titles)
-    writer.writerows(rows)
-    return text.getvalue()

@@ -9,9 +9,9 @@ from torch import Tensor
 from dataset import ImageSet
 from dataset.loader import Batch
 from evaluation.ensemble import ensemble_scores
-from evaluation.files import csv_text
 from evaluation.ood import pair_disagreement
 from evaluation.selective import confidence_of
+from record.tables import csv_table
 from utils.text import escaped
 
 TITLES = ("index", "file", "class", "name", "predicted", "predicted_name", "correct", "probability", "margin")
@@ -70,7 +70,7 @@ def image_table(answers_NC: Tensor, split: ImageSet, classes: Sequence[str], roo
         place, own, other = int(index), int(label), int(predicted)
         row: list[object] = [place, _name(split, place, root), own, classes[own], other, classes[other]]
         rows.append([*row, int(own == other), f"{probability:.6f}", f"{margin:.6f}", f"{disagreement:.4f}"])
-    return csv_text((*TITLES, "disagreement"), rows)
+    return csv_table((*TITLES, "disagreement"), rows)
 
 
 def _name(split: ImageSet, place: int, root: Path) -> str:

@@ -12,9 +12,9 @@ from torch import Tensor, nn
 
 from evaluation.answered import TITLES, Answered
 from evaluation.ensemble import ensemble_log_probs, ensemble_scores
-from evaluation.files import csv_text
 from evaluation.ood import pair_disagreement
 from record.checkpoint import write_file
+from record.tables import csv_table
 from utils import distributed
 from utils.errors import RunError, reason
 from utils.memory import is_out_of_memory
@@ -131,7 +131,7 @@ def write_prediction(
         used_N = answered.networks_used_N.numpy()
         np.savez(arrays, logits=logits_SNK.numpy(), ensemble=answered.scores_NK.numpy(), networks_used=used_N)
     titles += ["disagreement", *(() if answered is None else TITLES)]
-    write_file(folder / "predictions.csv", csv_text(titles, rows))
+    write_file(folder / "predictions.csv", csv_table(titles, rows))
     write_file(folder / "logits.npz", arrays.getvalue())
     if len(rows) > SHOWN:
         shown.append(f"… and {len(rows) - SHOWN} more in {folder / 'predictions.csv'}")

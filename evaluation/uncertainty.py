@@ -20,7 +20,7 @@ from evaluation.cascade import at_stage
 from evaluation.collecting import Logits, collect_logits
 from evaluation.conformal import conformal_figures, conformal_sets
 from evaluation.diversity import PAIRS, diversity_figures
-from evaluation.files import csv_text, written
+from evaluation.files import written
 from evaluation.foreign import fitted, open_foreign
 from evaluation.ood import FIGURES, SCORES, ood_figures, ood_scores
 from evaluation.selective import CONFIDENCES, confidence_of, curve_points, selective_figures
@@ -28,6 +28,7 @@ from evaluation.session import Session, class_names_and_statistics
 from evaluation.shift import ALEXNET, Errors, mean_name, shift_figures
 from evaluation.tuning import UNIFORM_TEST, cascade_scores, log_probs_of, uniform_of
 from record.checkpoint import write_file
+from record.tables import csv_table
 from utils.plain_json import plain_json
 
 SELECTIVE = ("aurc", "e_aurc", "augrc", "coverage_at_risk", "risk_at_coverage", "coverage_reached")
@@ -258,7 +259,7 @@ class Report:
         }
         titles = ("corruption", "severity", "images", "acc1", "nll", "ece", "cascade_acc1", "cascade_macs")
         lines = [["" if row[title] is None else row[title] for title in titles] for row in shifted.rows]
-        write_file(folder / "shift.csv", csv_text(titles, lines))
+        write_file(folder / "shift.csv", csv_table(titles, lines))
         with written(folder / "shift.png") as path:
             plot_shift(shifted.rows, clean, figures["mean_name"], path)
         return figures

@@ -9,8 +9,9 @@ import pytest
 import torch
 
 from evaluation.counts import EvaluationCounts
-from evaluation.files import csv_text, evaluation_results, format_table, write_evaluation
+from evaluation.files import evaluation_results, format_table, write_evaluation
 from evaluation.passes import Evaluation
+from record.tables import csv_table
 from utils.errors import WriteError
 
 CLASSES = ("cat", "dog", "owl")
@@ -82,4 +83,4 @@ def test_every_file_is_written_and_a_full_disk_is_named(tmp_path: Path) -> None:
 
 
 def test_csv_quotes_what_has_to_be_quoted() -> None:
-    assert csv_text(("a", "b"), [(1, "x,y"), (None, 'say "so"')]) == 'a,b\n1,"x,y"\n,"say ""so"""\n'
+    assert csv_table(("a", "b"), [(1, "x,y"), (None, 'say "so"')]) == 'a,b\n1,"x,y"\n,"say ""so"""\n'

@@ -11,13 +11,12 @@ from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
-from evaluation.options import SAVES_MEMORY, EvalOptions
+from evaluation.options import PROGRAM, SAVES_MEMORY, EvalOptions
 from parser_params import Config, answer_at_once, parse_config
 from utils.command_line import with_underscores
 from utils.errors import UserError
-from utils.program import Output, program_name, read_flags, run_program, show
+from utils.program import Output, read_flags, run_program, show
 
-PROGRAM = program_name("eval.py", "eval")
 CHECKPOINT_FLAGS = ("--resume", "--resume_checkpoint", "--evaluate_checkpoint")
 
 

@@ -27,7 +27,8 @@ def _train(arguments: list[str]) -> int:
 
 
 def _eval(arguments: list[str]) -> int:
-    from eval import PROGRAM, main, read
+    from eval import main, read
+    from evaluation.options import PROGRAM
 
     return main(arguments, read_flags(PROGRAM, lambda: read(arguments)))
 

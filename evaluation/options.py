@@ -5,12 +5,14 @@ from typing import ClassVar
 
 from model.options import WEIGHTS
 from utils.options import OF_CALL, Options, option
+from utils.program import program_name
 
 CALIBRATIONS = ("none", "ensemble", "networks", "both", "stages")
 TARGETS = ("no_loss", "budget", "best")  # of a cascade
 CASCADE_KINDS = ("leave", "window")
 TTA = ("none", "flip")
 CONFIDENCES = ("margin", "max_prob", "entropy")
+PROGRAM = program_name("eval.py", "eval")
 SAVES_MEMORY = "a smaller --eval_batch_size or --execution loop"  # flags, for the line of an evaluation without memory
 
 

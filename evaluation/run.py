@@ -23,7 +23,7 @@ from evaluation.files import evaluation_results, write_evaluation, write_latenci
 from evaluation.held_out import open_reported
 from evaluation.latency import Latency, as_plain
 from evaluation.metrics import LogitsMetric, metrics
-from evaluation.options import SAVES_MEMORY, EvalOptions
+from evaluation.options import PROGRAM, SAVES_MEMORY, EvalOptions
 from evaluation.passes import evaluate
 from evaluation.per_image import ImageAnswers, image_table
 from evaluation.prediction import predict, write_prediction
@@ -46,12 +46,10 @@ from utils import distributed, launch
 from utils.cpus import settle_threads
 from utils.errors import RunError, UserError
 from utils.plain_json import plain_json
-from utils.program import Output, program_name, run_program, show
+from utils.program import Output, run_program, show
 from utils.text import escaped
 
 logger = logging.getLogger("eval")
-
-PROGRAM = program_name("eval.py", "eval")
 
 
 def run_evaluation(session: Session) -> dict[str, Any]:

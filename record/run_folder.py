@@ -1,7 +1,5 @@
 """The run directory: whether it may be trained into, which checkpoint to go on from, what it says of the machine."""
 
-import csv
-import io
 import json
 import logging
 import os
@@ -25,6 +23,7 @@ from record.checkpoint import (
     run_position,
     write_file,
 )
+from record.tables import csv_table
 from utils.errors import UserError, reason
 from utils.launch import World
 from utils.plain_json import plain_json
@@ -46,9 +45,7 @@ def split_table(membership: Mapping[str, Sequence[str]]) -> str:
         membership: part -> names.
     """
     rows = sorted((name, part) for part, names in membership.items() for name in names)
-    table = io.StringIO()
-    csv.writer(table, lineterminator="\n").writerows([("path", "split"), *rows])
-    return table.getvalue()
+    return csv_table(("path", "split"), rows)
 
 
 class Resumed(NamedTuple):

@@ -29,7 +29,7 @@ CONFIG = "config.json"
 LONE = f"{PUBLISHED_PREFIX}models.0."
 KEPT = (
     *("epoch", "arch", "widths", "way", "width_names", "library", "form", "best_acc1", "config", "classes", "mean"),
-    *("std", "crop_size", "data_recipe"),
+    *("codes", "std", "crop_size", "data_recipe"),
     "preprocessing",
 )
 

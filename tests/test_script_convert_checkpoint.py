@@ -37,6 +37,7 @@ def ours(tmp_path):
         "optimizer": {"state": {}},
         "config": {"arch": "resnet20", "split_factor": 2, "dataset": "digits", "is_train_sep": False, "seed": 3},
         "classes": [f"Ziffer {i} é" for i in range(10)],
+        "codes": [f"n{i}" for i in range(10)],
         "mean": [0.1, 0.2, 0.3],
         "std": [1 / 3, 2.0, 3.0],
         "crop_size": 16,

@@ -157,11 +157,19 @@ def write_file(path: Path, content: bytes | str) -> None:
 def save_checkpoint(state: Mapping[str, Any], path: Path) -> None:
     """Write a checkpoint aside, flush it to the disk, and rename it to `path`.
 
+    Args:
+        state: what the file will hold.
+        path: one named *.safetensors is written as such, and `state` is then what `record.safe_tensors.pack` takes.
+
     Raises:
         WriteError: the disk is full or the folder cannot be written; `path` still holds what it held before.
     """
+    packed = safe_tensors.pack(state) if path.suffix == safe_tensors.SUFFIX else None
     with _replacing(path) as file:
-        torch.save(dict(state), file)  # type: ignore[arg-type]
+        if packed is None:
+            torch.save(dict(state), file)  # type: ignore[arg-type]
+        else:
+            file.write(packed)
     with contextlib.suppress(OSError):  # the name is on the disk some time later then
         folder = os.open(path.parent, os.O_RDONLY)
         try:

@@ -13,14 +13,13 @@ from typing import Any
 from torch import Tensor
 
 from model.restore import published_keys, restore_splitnet
-from record import safe_tensors
-from record.checkpoint import FORMAT_VERSION, save_checkpoint, write_file
+from record.checkpoint import FORMAT_VERSION, save_checkpoint
 from record.exchange import ExchangeFolder, Refused, check_alike, check_tensors
 from utils.command_line import OneLineParser
 from utils.errors import RunError, UserError, reason
 from utils.text import fit_streams
 
-OF_ALL: tuple[str, ...] = (
+OF_ALL = (
     "arch",
     "widths",
     "way",
@@ -31,8 +30,9 @@ OF_ALL: tuple[str, ...] = (
     "mean",
     "std",
     "crop_size",
+    "data_recipe",
+    "preprocessing",
 )
-OF_ALL += ("data_recipe", "preprocessing")
 
 logger = logging.getLogger("assemble")
 
@@ -98,7 +98,7 @@ def assemble(folder: ExchangeFolder, arch: str | None = None) -> tuple[dict[str,
 
 
 def write(content: Mapping[str, Any], target: Path) -> None:
-    """Write the checkpoint, as safetensors where its name says so.
+    """Write the checkpoint, as `save_checkpoint` does, into a folder that is made if it is not there.
 
     Raises:
         RunError: it cannot be written.
@@ -107,10 +107,7 @@ def write(content: Mapping[str, Any], target: Path) -> None:
         target.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise RunError(f"{target}: cannot be written: {reason(error)}.") from None
-    if target.suffix == safe_tensors.SUFFIX:
-        write_file(target, safe_tensors.pack(content))
-    else:
-        save_checkpoint(content, target)
+    save_checkpoint(content, target)
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -103,10 +103,8 @@ def convert(
     try:
         (target if is_folder else target.parent).mkdir(parents=True, exist_ok=True)
         if is_folder:
-            write_file(target / safe_tensors.MODEL, safe_tensors.pack(written))
+            save_checkpoint(written, target / safe_tensors.MODEL)
             write_file(target / CONFIG, json.dumps(hub_config(info, written), indent=2) + "\n")
-        elif target.suffix == safe_tensors.SUFFIX:
-            write_file(target, safe_tensors.pack(written))
         else:
             save_checkpoint(written, target)
     except OSError as error:

@@ -17,7 +17,7 @@ from utils.command_line import OneLineParser
 from utils.errors import UserError, WriteError, reason
 from utils.text import fit_streams, one_line
 
-COLUMNS: tuple[str, ...] = (
+COLUMNS = (
     "network",
     "job",
     "step",
@@ -29,8 +29,8 @@ COLUMNS: tuple[str, ...] = (
     "loss_ce",
     "peers",
     "agreement",
+    "host",
 )
-COLUMNS += ("host",)
 
 
 def row(folder: ExchangeFolder, network: int, now: float) -> list[str]:

@@ -117,7 +117,7 @@ def read_run(folder: Path) -> FinishedRun:
     for name in sorted(NEEDED):
         if not _is_usable(name, results[name]):
             raise UserError(f"{folder}: results.json has {name} {results[name]!r}, no figure to compare. Leave it out.")
-    return FinishedRun(folder, settings, results, _last_figures(folder, results))
+    return FinishedRun(folder, settings, results, _last_figures(results, _evaluations(folder), _summary(folder)))
 
 
 def flag_values(folder: Path) -> dict[str, Any] | None:
@@ -137,7 +137,8 @@ def compared(values: Mapping[str, Any]) -> dict[str, Any]:
 def _unfinished(folder: Path, settings: Mapping[str, Any], values: Mapping[str, Any]) -> FinishedRun:
     """What a run that has not ended says of itself."""
     results: dict[str, Any] = {name: values.get(name) for name in ("method", "arch", "seed")}
-    evaluated = [record for record in _evaluations(folder) if _has_accuracies(record)]
+    records, rows = _evaluations(folder), _summary(folder)
+    evaluated = [record for record in records if _has_accuracies(record)]
     if evaluated:
         split = "test" if "test" in evaluated[-1] else "val"
         last = evaluated[-1][split]
@@ -146,20 +147,21 @@ def _unfinished(folder: Path, settings: Mapping[str, Any], values: Mapping[str, 
         best = max(alike, key=lambda record: record[chosen]["ensemble_acc1"])[split]
         results |= {"acc1": last["acc1"], "ensemble_acc1": last["ensemble_acc1"], "best_chosen_on": chosen}
         results |= {"best_acc1": best["acc1"], "best_ensemble_acc1": best["ensemble_acc1"]}
-    rows = _summary(folder)
     if rows and _number(rows[-1].get("seconds")) is not None:
         results["seconds"] = _number(rows[-1]["seconds"])
     done = int(evaluated[-1]["epoch"]) if evaluated else 0
-    return FinishedRun(folder, settings, results, _last_figures(folder, results), is_finished=False, epochs_done=done)
+    figures = _last_figures(results, records, rows)
+    return FinishedRun(folder, settings, results, figures, is_finished=False, epochs_done=done)
 
 
-def _last_figures(folder: Path, results: Mapping[str, Any]) -> dict[str, float]:
+def _last_figures(
+    results: Mapping[str, Any], records: Sequence[Mapping[str, Any]], rows: Sequence[Mapping[str, str]]
+) -> dict[str, float]:
     """Figures of the last evaluation: in results.json, else in the last record or row of the logs."""
-    evaluated, rows = _evaluations(folder)[-1:], _summary(folder)[-1:]
     split = results.get("reported_on", "test")
     last = results.get("last")
     places: list[Mapping[str, Any]] = [results, last if isinstance(last, Mapping) else {}]
-    places += [record.get(split, record.get("val", {})) for record in evaluated] + [*rows]
+    places += [record.get(split, record.get("val", {})) for record in records[-1:]] + [*rows[-1:]]
     found = {}
     for name, title in OF_LAST.items():
         # earlier versions call one network's figure by the bare name, later ones put the group before it

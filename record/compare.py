@@ -5,14 +5,13 @@ equal budget is `record.equal_budget`'s.
 """
 
 import statistics
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from record import tables
-from record.runs import FinishedRun, Spread, grouped, networks_of, read_run, spread_numbers, spread_text
+from record.runs import FinishedRun, Spread, grouped, networks_of, read_run, spread_numbers, spread_text, telling_apart
 
 __all__ = ["compare_runs", "csv_table", "latex", "markdown", "plot_comparison", "read_run"]
 
@@ -75,26 +74,14 @@ def compare_runs(runs: Sequence[FinishedRun]) -> list[Row]:
 def _labels(runs: Sequence[FinishedRun]) -> list[str]:
     """The method and S of each, what tells it from others of the same, and how far it is if it has not ended."""
     names = [f"{run.results['method']}, S = {_count(run)}" for run in runs]
-    count = Counter(names)
     labels = []
-    for name, run in zip(names, runs, strict=True):
-        alike = [other.settings for other, its in zip(runs, names, strict=True) if its == name]
-        differing = [
-            flag
-            for flag in run.settings
-            if any(other.get(flag) != run.settings[flag] for other in alike) and flag not in ("arch", "split_factor")
-        ]
-        detail = ", ".join(f"{flag} {short(run.settings[flag])}" for flag in differing)
-        label = f"{name} ({detail})" if count[name] > 1 and detail else name
+    for name, run, own in zip(names, runs, telling_apart(names, runs, ("arch", "split_factor")), strict=True):
+        detail = ", ".join(f"{flag} {value}" for flag, value in own.items())
+        label = f"{name} ({detail})" if detail else name
         if not run.is_finished:
             label += f" (unfinished: {run.progress})"
         labels.append(label)
     return labels
-
-
-def short(value: Any) -> str:
-    """The value of a flag in a label."""
-    return ",".join(map(str, value)) if isinstance(value, list) else str(value)
 
 
 def _count(run: FinishedRun) -> int:

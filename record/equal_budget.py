@@ -14,10 +14,9 @@ from pathlib import Path
 from typing import Any
 
 from record import tables
-from record.compare import short
 from record.paired import PairedDifference
 from record.run_folder import RESULTS, read_results
-from record.runs import FinishedRun, Spread, compared, flag_values, grouped, spread_numbers
+from record.runs import FinishedRun, Spread, compared, flag_values, grouped, short, spread_numbers, telling_apart
 from utils.errors import UserError
 
 TOLERANCE = 0.02  # parts of a budget by which an equal row may differ
@@ -274,14 +273,11 @@ def _names(groups: Sequence[Sequence[FinishedRun]], rows: Sequence[BudgetRow]) -
         }
         alone = [of for of, is_met in met.items() if is_met and not all(met.values())]
         names.append(f"{group[0].results['method']}:{row.members}" + "".join(f"@{of}" for of in alone))
-    count = Counter(names)
-    told = []
-    for name, group in zip(names, groups, strict=True):
-        alike = [other[0].settings for other, its in zip(groups, names, strict=True) if its == name]
-        own = group[0].settings
-        flags = [flag for flag in own if flag not in NOT_NAMED and any(o.get(flag) != own[flag] for o in alike)]
-        told.append(name + "".join(f"+{flag}={short(own[flag])}" for flag in flags) if count[name] > 1 else name)
-    return told
+    apart = telling_apart(names, [group[0] for group in groups], NOT_NAMED)
+    return [
+        name + "".join(f"+{flag}={value}" for flag, value in own.items())
+        for name, own in zip(names, apart, strict=True)
+    ]
 
 
 # ---- what is written -------------------------------------------------------------------------------------------------

@@ -4,7 +4,7 @@ import csv
 import json
 import math
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -253,6 +253,28 @@ def grouped(runs: Sequence[FinishedRun], settings_of: Any = lambda run: run.sett
             if other != run.folder:
                 raise UserError(f"{other} and {run.folder} have the same configuration and seed: leave one out.")
     return [*groups.values()]
+
+
+def telling_apart(names: Sequence[str], runs: Sequence[FinishedRun], hidden: Collection[str]) -> list[dict[str, str]]:
+    """For each run, the flags in which it differs from others of the same name, with its values as a label has them.
+
+    Args:
+        names: of the runs.
+        runs: one of each configuration.
+        hidden: flags that are not looked at.
+    """
+    found = []
+    for name, run in zip(names, runs, strict=True):
+        own = run.settings
+        alike = [other.settings for other, its in zip(runs, names, strict=True) if its == name and other is not run]
+        flags = [flag for flag in own if flag not in hidden and any(one.get(flag) != own[flag] for one in alike)]
+        found.append({flag: short(own[flag]) for flag in flags})
+    return found
+
+
+def short(value: Any) -> str:
+    """The value of a flag in a label."""
+    return ",".join(map(str, value)) if isinstance(value, list) else str(value)
 
 
 def networks_of(run: FinishedRun) -> str:

@@ -11,9 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from record import tables
-from record.runs import FinishedRun, Spread, grouped, networks_of, read_run, spread_numbers, spread_text, telling_apart
-
-__all__ = ["compare_runs", "csv_table", "latex", "markdown", "plot_comparison", "read_run"]
+from record.runs import FinishedRun, Spread, grouped, networks_of, spread_numbers, spread_text, telling_apart
 
 GREY = "#444444"
 TITLES = (

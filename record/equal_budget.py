@@ -4,18 +4,17 @@
 makes the runs. Nothing is sorted by accuracy and no winner is named. Ours.
 """
 
-import json
 import re
 import statistics
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from record import tables
 from record.paired import PairedDifference
-from record.run_folder import RESULTS, read_results
+from record.run_folder import read_results
 from record.runs import FinishedRun, Spread, compared, flag_values, grouped, short, spread_numbers, telling_apart
 from utils.errors import UserError
 
@@ -120,7 +119,7 @@ def budget_rows(
         reference = results["params_total"], results["macs_total"]
     rows = [_row(group, first, reference, budget_of) for group in groups]
     names = entries or _names(groups, rows)
-    return [_named(row, name) for row, name in zip(rows, names, strict=True)]
+    return [replace(row, entry=name) for row, name in zip(rows, names, strict=True)]
 
 
 def _settings(run: FinishedRun) -> dict[str, Any]:
@@ -195,10 +194,6 @@ def _row(
     )
 
 
-def _named(row: BudgetRow, name: str) -> BudgetRow:
-    return BudgetRow(**{**vars(row), "entry": name})
-
-
 def _spread_of_some(values: Sequence[float | None]) -> Spread | None:
     return Spread.of_known([value for value in values if value is not None])
 
@@ -223,13 +218,13 @@ def _latencies(folder: Path) -> dict[str, float]:
     """Median milliseconds of a batch of the deployed form, in its fastest execution, of an `eval.py --benchmark`."""
     for place in ("latency", "eval"):
         try:
-            rows = json.loads((folder / place / RESULTS).read_text(encoding="utf-8"))["latency"]
+            rows = (read_results(folder / place) or {})["latency"]
             found = {}
             for name, size in LATENCIES.items():
                 medians = [row["p50_ms"] for row in rows if row["batch_size"] == size and row["name"] != "undivided"]
                 if medians:
                     found[name] = min(medians)
-        except (OSError, ValueError, KeyError, TypeError):
+        except (KeyError, TypeError):
             continue
         return found
     return {}
@@ -268,9 +263,7 @@ def _names(groups: Sequence[Sequence[FinishedRun]], rows: Sequence[BudgetRow]) -
     """`METHOD:N`, with `@macs` or `@params` where that alone is met, and the flags that tell equal names apart."""
     names = []
     for group, row in zip(groups, rows, strict=True):
-        met = {
-            of: abs(ratio - 1) <= TOLERANCE for of, ratio in (("params", row.params_ratio), ("macs", row.macs_ratio))
-        }
+        met = {of: is_within((row.params_ratio, row.macs_ratio), of) for of in ("params", "macs")}
         alone = [of for of, is_met in met.items() if is_met and not all(met.values())]
         names.append(f"{group[0].results['method']}:{row.members}" + "".join(f"@{of}" for of in alone))
     apart = telling_apart(names, [group[0] for group in groups], NOT_NAMED)
@@ -407,7 +400,7 @@ def _why_not_equal(row: BudgetRow) -> str:
         for name, ratio in (("parameters", row.params_ratio), ("MACs", row.macs_ratio))
         if abs(ratio - 1) > TOLERANCE
     ]
-    return f"{row.entry} is not equal: {' and '.join(parts) or 'see its ratios'} of the undivided network."
+    return f"{row.entry} is not equal: {' and '.join(parts)} of the undivided network."
 
 
 def plot(rows: Sequence[BudgetRow], path: Path) -> Path:

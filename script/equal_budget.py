@@ -82,29 +82,34 @@ class Entry:
         if count is not None and int(count) < 1:
             raise UserError(f"--methods {text}: expected 1 or more members or networks.")
         pairs = [part.split("=", 1) for part in flags.split("+") if part]
-        known = {flag.name for flag in flags_of(method_options.get(method))} - {"num_members", "teacher"}
-        for name, _ in pairs:
+        entry = cls(text, method, None if count is None else int(count), own_rule or rule, dict(pairs))
+        known = entry.options - {"num_members", "teacher"}
+        for name in entry.flags:
             if name not in known:
                 raise UserError(
                     f"--methods {text}: --{name} is none of the flags that rows of --method {method} may differ in "
                     f"({', '.join(sorted(known)) or 'there are none'}); what holds for all rows stands behind --."
                 )
-        entry = cls(text, method, None if count is None else int(count), own_rule or rule, dict(pairs))
         if entry.flags.get("packed_alpha", "auto") != "auto" and entry.rule != "asis":
             raise UserError(
                 f"--methods {text}: --packed_alpha says the widths, and @{entry.rule} solves them: write @asis."
             )
         return entry
 
+    @cached_property
+    def options(self) -> set[str]:
+        """Names of the method's own flags."""
+        return {flag.name for flag in flags_of(method_options.get(self.method))}
+
     @property
     def has_members(self) -> bool:
         """Whether --num_members counts, in place of networks."""
-        return any(flag.name == "num_members" for flag in flags_of(method_options.get(self.method)))
+        return "num_members" in self.options
 
     @property
     def has_teacher(self) -> bool:
         """Whether the method needs a trained network, which the undivided one's run is."""
-        return any(flag.name == "teacher" for flag in flags_of(method_options.get(self.method)))
+        return "teacher" in self.options
 
     @property
     def text(self) -> str:
@@ -240,10 +245,9 @@ class Planner:
         else:
             own += ["--arch", self.arch] + (["--split_factor", str(count)] if count > 1 else [])
         own += [word for name, value in entry.flags.items() for word in (f"--{name}", value)]
-        options = {flag.name for flag in flags_of(method_options.get(entry.method))}
-        if "member_loss" in options and "member_loss" not in entry.flags:
+        if "member_loss" in entry.options and "member_loss" not in entry.flags:
             own += ["--member_loss", "sum"]
-        own += self._without_recipe(entry, own, options)
+        own += self._without_recipe(entry, own)
         if entry.rule == "asis":
             return self._counted(entry, own, None)
         config = self._resolved(parse_config(self._words(entry, own), program="compare_methods.sh"))
@@ -262,11 +266,11 @@ class Planner:
             row = self._counted(entry, [*own, *solved], None)
         return replace(row, note=note)
 
-    def _without_recipe(self, entry: Entry, own: Sequence[str], options: set[str]) -> list[str]:
+    def _without_recipe(self, entry: Entry, own: Sequence[str]) -> list[str]:
         """Flags that put the comparison's values in the places of those that the method's recipe has."""
         words = self._words(entry, own)
         given = parse_config(words, program="compare_methods.sh").given
-        kept = options | OWN_RECIPE | (CYCLES if entry.method == "snapshot" else set())
+        kept = entry.options | OWN_RECIPE | (CYCLES if entry.method == "snapshot" else set())
         recipe = methods.get(entry.method).recipe(self.data_recipe, given.get("epochs"), given)
         values = self.base.values()
         names = [name for name in recipe if name not in kept and name not in given and values.get(name) is not None]

@@ -138,3 +138,24 @@ run() {
     exec "$@"
   fi
 }
+
+# run_requeued JOB COMMAND...: in a Slurm job, run a command on all its tasks, and end as it does. One that is stopped,
+# because the job is preempted or near its time limit, has saved a checkpoint, and JOB goes back into the queue.
+run_requeued() {
+  local id=$1 stopped=0 job code
+  shift
+  # since Slurm 22.05 srun takes no --cpus-per-task from sbatch, and would give all processes of a node one core
+  if [ -n "${SLURM_CPUS_PER_TASK:-}" ]; then export SRUN_CPUS_PER_TASK=$SLURM_CPUS_PER_TASK; fi
+  srun --kill-on-bad-exit=1 "$@" &
+  job=$!
+  # srun hands the signal on to every process of the job
+  trap 'stopped=1; kill -TERM "$job" 2>/dev/null' TERM INT
+  wait "$job"
+  code=$?
+  while kill -0 "$job" 2>/dev/null; do wait "$job"; code=$?; done
+  if [ "$stopped" -eq 1 ]; then
+    echo "stopped before the end (exit code $code): back into the queue"
+    exec scontrol requeue "$id"
+  fi
+  exit "$code"
+}

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from record.paired import PairedDifference, half_interval
+from record.runs import Spread
 from utils.text import fit_streams
 
 FIGURES = (("acc1", "top-1 %", 2), ("nll", "NLL", 3), ("ece", "ECE", 4))
@@ -53,8 +54,7 @@ def read_run(folder: Path) -> Run:
 
 def spread(values: Sequence[float], digits: int) -> str:
     """Mean ± sample standard deviation."""
-    mean = f"{statistics.fmean(values):.{digits}f}"
-    return f"{mean} ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else mean
+    return Spread.of(values).text(digits)
 
 
 def by_setting(runs: Sequence[Run]) -> list[list[Run]]:

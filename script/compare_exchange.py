@@ -15,12 +15,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from record.checkpoint import write_file
 from record.exchange import ExchangeFolder
 from script import assemble
 from script.small_images import take
 from training.exchange import LOG
-from utils.command_line import OneLineParser
-from utils.errors import RunError, UserError
+from utils.command_line import OneLineParser, at_least, several_at_least
+from utils.errors import RunError, UserError, reason
 from utils.text import fit_streams
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -113,6 +114,18 @@ def table(found: dict[str, list[dict[str, Any]]]) -> str:
     return "\n".join(rows) + "\n"
 
 
+def make_out(folder: Path) -> None:
+    """Make the folder of a comparison.
+
+    Raises:
+        UserError: it cannot be made.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"--out {folder}: cannot be made: {reason(error)}.") from None
+
+
 def main(argv: list[str] | None = None) -> int:
     """The command line; returns the exit code."""
     fit_streams()
@@ -124,14 +137,14 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("data", metavar="DATA", type=Path)
     parser.add_argument("--out", metavar="DIR", type=Path, required=True)
     parser.add_argument("--ways", default="independent,co_training,exchange_50,exchange_400")
-    parser.add_argument("--seeds", default="1,2,3")
-    parser.add_argument("--split_factor", type=int, default=2, metavar="S")
+    parser.add_argument("--seeds", type=several_at_least(0), default="1,2,3")
+    parser.add_argument("--split_factor", type=at_least(1), default=2, metavar="S")
     parser.add_argument("--arch", default="resnet20")
-    parser.add_argument("--images", type=int, default=2000, help="training images; 0: all")
-    parser.add_argument("--test_images", type=int, default=2000, help="0: all")
-    parser.add_argument("--side", type=int, default=16, metavar="PIXELS")
-    parser.add_argument("--epochs", type=int, default=16)
-    parser.add_argument("--batch_size", type=int, default=32)
+    parser.add_argument("--images", type=at_least(0), default=2000, help="training images; 0: all")
+    parser.add_argument("--test_images", type=at_least(0), default=2000, help="0: all")
+    parser.add_argument("--side", type=at_least(1), default=16, metavar="PIXELS")
+    parser.add_argument("--epochs", type=at_least(1), default=16)
+    parser.add_argument("--batch_size", type=at_least(1), default=32)
     given = parser.parse_args(argv)
     part = given.out / f"data_{given.images}_{given.test_images}_side{given.side}"
     common: list[object] = ["--dataset", "folder", "--data", part.resolve(), "--arch", given.arch, "--no_cuda"]
@@ -139,17 +152,17 @@ def main(argv: list[str] | None = None) -> int:
     common += ["--crop_size", given.side, "--padding", 2, "--amp_dtype", "fp32", "--eval_per_epoch", given.epochs]
     found: dict[str, list[dict[str, Any]]] = {way: [] for way in given.ways.split(",")}
     try:
-        given.out.mkdir(parents=True, exist_ok=True)
+        make_out(given.out)
         take(given.data, part, train=given.images, test=given.test_images, side=given.side)
-        for seed in map(int, given.seeds.split(",")):
+        for seed in given.seeds:
             for way, of_seeds in found.items():
                 folder = given.out.resolve() / f"{way}_seed{seed}"
                 done = folder / "figures.json"
                 if not done.exists():
                     figures = train_and_evaluate(way, seed, folder, common, given.split_factor)
-                    done.write_text(json.dumps(figures, indent=1) + "\n")
+                    write_file(done, json.dumps(figures, indent=1) + "\n")
                 of_seeds.append(json.loads(done.read_text()))
-                (given.out / "table.md").write_text(table(found))
+                write_file(given.out / "table.md", table(found))
     except (UserError, RunError) as error:
         print(f"compare_exchange: {error}", file=sys.stderr)
         return error.exit_code

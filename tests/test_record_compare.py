@@ -139,6 +139,14 @@ def test_a_run_that_has_not_ended_is_a_row(tmp_path: Path, capsys: pytest.Captur
     assert [row["finished"] for row in table] == ["1", "0", "0"]
 
 
+def test_without_an_evaluation_no_best_epoch_is_spoken_of(tmp_path: Path) -> None:
+    begun = make_run(tmp_path, "dml", 2, [60.0, 61.0], 64.0, epochs=9)
+    stop_short(begun, 0)
+    assert main([str(begun), "--out", str(tmp_path / "c")]) == 0
+    text = (tmp_path / "c.md").read_text()
+    assert "\nTop-1 in %, mean ± standard deviation over the seeds.\n" in text
+
+
 def test_what_is_no_finished_run_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     good = make_run(tmp_path, "dml", 1, [60.0, 62.0], 64.0)
     again = make_run(tmp_path, "dml", 1, [60.0, 62.0], 64.0)

@@ -86,7 +86,8 @@ def _side_by_side(runs: Sequence[FinishedRun], prefix: Path, arguments: argparse
     rows = compare.compare_runs(runs)
     chosen = sorted({f"{run.results['best_chosen_on']} images" for run in runs if "best_chosen_on" in run.results})
     text = compare.markdown(rows)
-    text += f"\n\nTop-1 in %, mean ± standard deviation over the seeds; best epoch chosen on the {', '.join(chosen)}."
+    best = f"; best epoch chosen on the {', '.join(chosen)}" if chosen else ""  # where one was evaluated
+    text += f"\n\nTop-1 in %, mean ± standard deviation over the seeds{best}."
     text += "\nMACs and parameters are those of the networks as deployed; seconds include the evaluations.\n"
     _write(prefix, text, compare.latex(rows), compare.csv_table(rows))
     compare.plot_comparison(rows, _place(prefix, "png"))

@@ -103,7 +103,9 @@ def test_a_full_disk_leaves_the_old_weights(tmp_path, monkeypatch):
         ExchangeFolder(tmp_path / "file" / "x").publish(facts(5), state(5))
 
 
-@pytest.mark.parametrize("change", [{"step": 6}, {"network": 1}, {"step": True}, {"classes": "ab"}, {"bytes": None}])
+@pytest.mark.parametrize(
+    "change", [{"step": 6}, {"network": 1}, {"step": True}, {"epoch": False}, {"classes": "ab"}, {"bytes": None}]
+)
 def test_facts_of_something_else_are_refused(tmp_path, change):
     folder = ExchangeFolder(tmp_path)
     whole = folder.publish(facts(5), state(5))
@@ -153,7 +155,7 @@ def test_a_killed_job_of_this_machine_is_followed_at_once(tmp_path):
         assert killed.stdout is not None
         killed.stdout.readline()
         killed.kill()
-        time.sleep(0.1)  # it is not waited for: a zombie is dead too
+        os.waitid(os.P_PID, killed.pid, os.WEXITED | os.WNOWAIT)  # it stays there: a zombie is dead too
         waits: list[float] = []
         Lock(folder, 0).claim(is_fresh=True, wait=waits.append)
     assert len(waits) == 1  # the look back, and none for signs of life

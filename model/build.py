@@ -11,7 +11,15 @@ import torch
 from model.members import FORMS, build_members
 from model.options import ModelOptions
 from model.packed import build_packed
-from model.registry import ASKED, BackboneRequest, build_network, check_request, image_shape, solved_request
+from model.registry import (
+    ARGUMENTS,
+    ASKED,
+    BackboneRequest,
+    build_network,
+    check_request,
+    image_shape,
+    solved_request,
+)
 from model.splitnet import SplitNet
 from utils.errors import UserError
 from utils.seed import STREAM_INIT, fold_in
@@ -38,14 +46,13 @@ def network_requests(
         )
     if train_separately:
         raise UserError("--is_train_sep needs one divided network: give --arch one name, with a --split_factor.")
-    if request.widths is not None and len(set(archs)) > 1:
+    one = replace(request, split_factor=1, fits_images=True)
+    if len(set(archs)) > 1 and request.way == ARGUMENTS:
+        # in a checkpoint, what fits the first of them to small images: every other is fitted for itself
+        one = replace(one, widths=None, way="", width_names=())
+    if len(set(archs)) > 1 and one.widths is not None:
         raise UserError(f"--stage_widths are those of one backbone, and --arch names {','.join(archs)}.")
-    return [
-        replace(request, arch=arch, split_factor=1, fits_images=True)
-        if request.widths is not None
-        else replace(request, arch=arch, split_factor=1, way="", width_names=(), fits_images=True)
-        for arch in archs
-    ]
+    return [replace(one, arch=arch) for arch in archs]
 
 
 def build_splitnet(

@@ -10,6 +10,7 @@ import torchvision
 from torch import nn
 
 from model import BackboneRequest, build_splitnet
+from model.registry import request_of
 from model.restore import published_keys, restore_splitnet
 from record.checkpoint import load_checkpoint
 from utils.errors import UserError
@@ -332,3 +333,23 @@ def test_released_cream_files(tmp_path, monkeypatch, caplog, zipped, prefix, ave
         restore_splitnet(read, dataset="imagenet")
     with pytest.raises(UserError, match=r"not the weights.*--arch cream_43"):
         restore_splitnet(read, arch="cream_43", dataset="imagenet")
+
+
+def test_a_list_of_backbones_comes_back_where_the_first_is_fitted_to_small_images():
+    pytest.importorskip("timm")
+    archs = ["timm/test_vit", "resnet20"]
+    network = build_splitnet(replace(REQUEST, arch=archs[0], split_factor=1), seed=3, archs=archs)
+    plan = request_of(network.models[0])
+    assert plan.width_names
+    content = {
+        "state_dict": published_keys(network.state_dict()),
+        "config": {"arch": ",".join(archs), "split_factor": 1, "dataset": "digits"},
+        "crop_size": 16,
+        "widths": list(plan.widths),
+        "way": plan.way,
+        "width_names": list(plan.width_names),
+        "library": plan.library,
+    }
+    restored, info = restore_splitnet(content)
+    assert same(restored, network)
+    assert info.archs == tuple(archs)

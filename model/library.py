@@ -19,9 +19,9 @@ from model.division import ANY_SPLIT, divided_rate
 from model.division.arguments import DROP_PATHS, Arguments, divide, last_name
 from model.division.fitting import fitted_arguments, image_arguments, sizes_around
 from model.division.plan import checked_arguments
-from model.division.rechannel import ChannelGraph, trace
-from model.division.recording import NotRecorded, Recording, build_on_meta
-from model.division.resizing import check_widths
+from model.division.rechannel import ChannelGraph
+from model.division.recording import BUILD_ERRORS, NotRecorded, Recording, build_on_meta
+from model.division.resizing import channels_of, check_widths
 from model.division.solver import TOLERANCE, solve_widths
 from model.mixing import mixes_tokens
 from model.options import LibraryOptions
@@ -46,18 +46,6 @@ from utils.macs import count_macs, count_params
 logger = logging.getLogger(__name__)
 
 RESET = "reset_parameters"  # how layers of torch call what gives them initial values
-
-# what the constructors and forward passes of libraries raise
-BUILD_ERRORS = (
-    RuntimeError,
-    ValueError,
-    AssertionError,
-    TypeError,
-    IndexError,
-    KeyError,
-    AttributeError,
-    ZeroDivisionError,
-)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -406,14 +394,7 @@ class Library:
         Raises:
             UserError: the network cannot be divided.
         """
-        network = self._on_meta(arch, num_classes)
-        try:
-            return trace(network, (3, crop_size, crop_size), arch)
-        except BUILD_ERRORS as error:
-            kind = type(error).__name__
-            raise UserError(
-                f"--arch {arch} cannot be divided: its channels cannot be followed ({kind}: {reason(error)[:80]})."
-            ) from None
+        return channels_of(self._on_meta(arch, num_classes), crop_size, arch)
 
     @lru_cache(maxsize=64)  # noqa: B019
     def _measured_channels(

@@ -17,7 +17,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from model.division.rechannel import ChannelClass, ChannelGraph, Layer, trace
+from model.division.rechannel import ChannelClass, ChannelGraph, Layer
+from model.division.resizing import channels_of
 from model.registry import BackboneRequest, build_network
 from model.staged import classifier_name
 from utils.errors import UserError
@@ -80,9 +81,8 @@ def cut(parent: Mapping[str, Tensor], request: BackboneRequest, *, networks: int
     whole_request = replace(request, split_factor=1, widths=None, way="", width_names=())
     with torch.device("meta"):
         whole, part = build_network(whole_request), build_network(request)
-    image = (3, request.crop_size, request.crop_size)
-    graph = trace(whole, image, request.arch)
-    theirs = {layer.name: layer for layer in trace(part, image, request.arch).layers}
+    graph = channels_of(whole, request.crop_size, request.arch)
+    theirs = {layer.name: layer for layer in channels_of(part, request.crop_size, request.arch).layers}
     head = classifier_name(whole)
     if head is None:
         raise UserError(f"{source}: --arch {request.arch} has no classifier that could be told from its other layers.")

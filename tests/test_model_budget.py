@@ -173,6 +173,12 @@ def test_the_command_shows_what_stage_widths_takes(capsys: pytest.CaptureFixture
     assert "--by_channels" in capsys.readouterr().err
 
 
+def test_channels_that_cannot_be_followed_are_refused_in_a_line(capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("timm")
+    assert show_plan(["timm/pit_ti_224", "--by_channels"]) == 2
+    assert "--arch timm/pit_ti_224 cannot be divided: its channels cannot be followed" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     "flags",
     ["--method co_training --split_factor 2", "--method snapshot --num_members 2", "--method mimo --num_members 2"],

@@ -146,6 +146,15 @@ def test_another_network_is_no_parent(change, complaint: str) -> None:
         slices.cut(state, request, networks=2, seed=3, source="P")
 
 
+def test_a_parent_whose_channels_cannot_be_followed_is_refused_in_a_line() -> None:
+    pytest.importorskip("timm")
+    request = BackboneRequest(arch="timm/pit_ti_224", num_classes=10, crop_size=224, shape="large")
+    with torch.device("meta"):
+        parent = build_network(request).state_dict()
+    with pytest.raises(UserError, match=r"--arch timm/pit_ti_224 .* its channels cannot be followed"):
+        slices.cut(parent, request, networks=1, seed=3, source="P")
+
+
 @pytest.mark.long
 def test_every_backbone_is_cut_or_refused_by_name() -> None:
     refused, complaints = set(), {}

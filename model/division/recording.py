@@ -25,6 +25,18 @@ Step = tuple[str, Any]  # kind of container, key in it
 DEEPEST = 8  # containers inside one another that are looked into
 _LOCK = threading.RLock()
 
+# what the constructors and forward passes of libraries raise
+BUILD_ERRORS = (
+    RuntimeError,
+    ValueError,
+    AssertionError,
+    TypeError,
+    IndexError,
+    KeyError,
+    AttributeError,
+    ZeroDivisionError,
+)
+
 
 class NotRecorded(Exception):
     """The library does not call the constructor of the network's class where it could be seen."""

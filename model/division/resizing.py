@@ -14,6 +14,7 @@ from torch import nn
 from model.division import divided_rate
 from model.division.plan import MOST
 from model.division.rechannel import ChannelGraph, Sizes, trace
+from model.division.recording import BUILD_ERRORS
 from model.division.solver import solve_both, solve_widths
 from model.registry import CHANNELS, BackboneRequest, DivisionPlan, build_network, ways
 from utils.errors import UserError, reason
@@ -36,7 +37,27 @@ def followed(request: BackboneRequest) -> tuple[nn.Module, ChannelGraph]:
     """
     with torch.device("meta"):
         network = build_network(undivided_request(request))
-    return network, trace(network, (3, request.crop_size, request.crop_size), request.arch)
+    return network, channels_of(network, request.crop_size, request.arch)
+
+
+def channels_of(network: nn.Module, crop_size: int, arch: str) -> ChannelGraph:
+    """The channels of a network without storage.
+
+    Args:
+        arch: named in errors.
+
+    Raises:
+        UserError: as `trace`; also where a network of others does something that it knows nothing of.
+    """
+    try:
+        return trace(network, (3, crop_size, crop_size), arch)
+    except UserError:
+        raise
+    except BUILD_ERRORS as error:
+        kind = type(error).__name__
+        raise UserError(
+            f"--arch {arch} cannot be divided: its channels cannot be followed ({kind}: {reason(error)[:80]})."
+        ) from None
 
 
 def times(count: int, sizes: tuple[int, int]) -> tuple[int, int]:

@@ -142,11 +142,11 @@ def _usable(name: str, networks: Sequence[nn.Module], views_SBCHW: Tensor) -> St
     Raises:
         NotStackable: it cannot run these networks; the message says why.
     """
-    if name != "stacked":
-        return _tried(name, networks, views_SBCHW)
     try:
         return _tried(name, networks, views_SBCHW)
     except NotStackable as why:
+        if name != "stacked":
+            raise
         if torch.is_autocast_enabled(views_SBCHW.device.type):
             raise NotStackable(f"{why}, and vmap leaves mixed precision out (--is_amp 0)") from None
         try:

@@ -14,7 +14,7 @@ from torch.func import functional_call, vmap
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.modules.batchnorm import _NormBase
 
-from model.execution.stacking import NotStackable, structure
+from model.execution.stacking import NotStackable, require_one_structure
 from model.layers.random import RandomLayer
 
 
@@ -31,11 +31,9 @@ class MappedNetworks:
     """
 
     def __init__(self, networks: Sequence[nn.Module]) -> None:
-        first = networks[0]
-        if any(isinstance(module, _NormBase) for module in first.modules()):
+        if any(isinstance(module, _NormBase) for module in networks[0].modules()):
             raise NotStackable("its batch norms write statistics, which vmap cannot")
-        if any(structure(network) != structure(first) for network in networks):
-            raise NotStackable("the networks differ in structure")
+        require_one_structure(networks)
         self.networks = list(networks)
         self.layers = [[part for part in one.modules() if isinstance(part, RandomLayer)] for one in networks]
 

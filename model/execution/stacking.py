@@ -451,8 +451,18 @@ class StackedRandom(nn.Module):
 # ---- networks --------------------------------------------------------------------------------------------------------
 
 
-def structure(network: nn.Module) -> Any:
-    """What networks that run as one must have in common; compared as a whole."""
+def require_one_structure(networks: Sequence[nn.Module]) -> None:
+    """Refuse networks that cannot run as one.
+
+    Raises:
+        NotStackable: their structures differ.
+    """
+    first = _structure(networks[0])
+    if any(_structure(network) != first for network in networks[1:]):
+        raise NotStackable("the networks differ in structure")
+
+
+def _structure(network: nn.Module) -> Any:
     shapes = [(name, tuple(t.shape)) for name, t in chain(network.named_parameters(), network.named_buffers())]
     return type(network), repr(network), shapes
 
@@ -463,9 +473,8 @@ def stack(networks: Sequence[nn.Module]) -> nn.Module:
     Raises:
         NotStackable: their structures differ, or a layer has no stacked form.
     """
+    require_one_structure(networks)
     first = networks[0]
-    if any(structure(network) != structure(first) for network in networks):
-        raise NotStackable("the networks differ in structure")
     # copies made by deepcopy take these for the originals' parts, wherever the network keeps them
     memo: dict[int, Any] = {}
     for parts in zip(*(network.modules() for network in networks), strict=True):

@@ -10,31 +10,15 @@ from PIL import Image
 
 from record.compare import compare_runs, csv_table
 from record.runs import read_run
+from tests.run_folders import write_run
 from utils.compare.__main__ import main
 
 
 def make_run(parent: Path, method: str, seed: int, acc1: list[float], ensemble: float, **settings: Any) -> Path:
     """What train_split.py leaves of a run, as far as it is read."""
     folder = parent / f"{method}_{seed}_{len(list(parent.iterdir()))}"
-    folder.mkdir()
-    values = {"method": method, "arch": "resnet20,resnet20", "seed": seed, "lr": 0.1} | settings
-    values |= {"model_dir": str(folder), "workers": seed}
-    hparams = {name: {"value": value, "origin": "flag"} for name, value in values.items()}
-    (folder / "hparams_train.json").write_text(json.dumps(hparams))
-    results = {
-        "method": method,
-        "arch": values["arch"],
-        "seed": seed,
-        "acc1": acc1,
-        "ensemble_acc1": ensemble,
-        "best_acc1": [value + 1 for value in acc1],
-        "best_ensemble_acc1": ensemble + 2,
-        "best_chosen_on": "test",
-        "params_total": 2000,
-        "macs_total": 4_000_000,
-        "seconds": 100.0 + seed,
-    }
-    (folder / "results.json").write_text(json.dumps(results))
+    values = {"method": method, "arch": "resnet20,resnet20", "seed": seed, "lr": 0.1, "workers": seed} | settings
+    write_run(folder, values, acc1, ensemble, {"params_total": 2000, "macs_total": 4_000_000})
     (folder / "summary.csv").write_text(
         f"epoch,ensemble_nll,eval/ensemble_ece,seconds\n1,9,9,9\n2,0.5,0.0{seed},{seed}\n"
     )

@@ -11,6 +11,7 @@ from PIL import Image
 
 from record.equal_budget import COLUMNS, budget_rows, markdown, notes, plot
 from record.runs import read_run
+from tests.run_folders import write_run
 from utils.compare.__main__ import main
 
 REFERENCE = {"params": 1000, "macs": 50_000}
@@ -30,30 +31,18 @@ def make_run(
 ) -> Path:
     """What train_split.py leaves of a run, as far as a comparison reads it."""
     folder = parent / f"{method}_{len(list(parent.iterdir()))}_seed{seed}"
-    folder.mkdir()
     values: dict[str, Any] = {"method": method, "arch": "resnet20", "seed": seed, "dataset": "digits", "epochs": 3}
-    values |= {"batch_size": 64, "split_factor": len(acc1), "stage_widths": [], "model_dir": str(folder)} | settings
-    hparams = {name: {"value": value, "origin": "flag"} for name, value in values.items()}
-    (folder / "hparams_train.json").write_text(json.dumps(hparams))
+    values |= {"batch_size": 64, "split_factor": len(acc1), "stage_widths": []} | settings
     final = {
-        "method": method,
-        "arch": values["arch"],
-        "seed": seed,
-        "acc1": acc1,
-        "ensemble_acc1": ensemble,
-        "best_acc1": [value + 1 for value in acc1],
-        "best_ensemble_acc1": ensemble + 2,
-        "best_chosen_on": "test",
         "reported_on": "test",
         "params_one": sizes[0] // len(acc1),
         "params_total": sizes[0],
         "macs_total": sizes[1],
         "macs_training": sizes[1],
         "steps": 30,
-        "seconds": 100.0 + seed,
         "precision": "bf16",
     } | (results or {})
-    (folder / "results.json").write_text(json.dumps(final))
+    write_run(folder, values, acc1, ensemble, final)
     figures: dict[str, Any] = {
         "ensemble_nll": 0.5 + seed / 100,
         "ensemble_ece": 0.03,

@@ -16,12 +16,10 @@ from parser_params import parse_config
 from record import sinks
 from record.logger import RunLog
 from record.sinks import SINKS, SinkRun, open_sink
+from tests.runs import ROOT, TINY
 from utils import packages
 from utils.errors import UserError
 from utils.packages import SINK_PACKAGES
-
-ROOT = Path(__file__).parent.parent
-TINY = ["--dataset", "digits", "--arch", "resnet20", "--batch_size", "96", "--no_cuda", "--amp_dtype", "fp32"]
 
 
 class Memory:

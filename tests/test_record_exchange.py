@@ -14,29 +14,13 @@ import torch
 from torch import Tensor
 
 from record.exchange import JOB, KEPT, SILENCE, ExchangeFolder, Lock, Refused
+from tests.exchanged import facts_of
 from tests.runs import in_fork
 from utils.errors import UserError, WriteError
 
 
 def facts(step: int, **more: object) -> dict:
-    return {
-        "network": 0,
-        "split_factor": 2,
-        "arch": "tiny",
-        "classes": ["a", "b"],
-        "mean": [0.0] * 3,
-        "std": [1.0] * 3,
-        "crop_size": 2,
-        "seed": 0,
-        "epoch": 0,
-        "step": step,
-        "finished": False,
-        "average": False,
-        **dict.fromkeys(("way", "library", "data_recipe", "config_sha256"), ""),
-        **{name: [] for name in ("widths", "width_names")},
-        **{name: {} for name in ("preprocessing", "config")},
-        **more,
-    }
+    return facts_of(0, step, **more)
 
 
 def state(step: int) -> dict[str, Tensor]:

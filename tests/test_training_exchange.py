@@ -19,6 +19,7 @@ from method import Peers
 from model import build_splitnet
 from parser_params import parse_config, resolve_config
 from record.exchange import ExchangeFolder
+from tests.exchanged import facts_of
 from train_split import Trainer
 from training import exchange as module
 from training.exchange import LOG, Courier, Exchange
@@ -188,24 +189,7 @@ def tiny() -> nn.Module:
 
 
 def facts(network: int, step: int, **more: object) -> dict:
-    return {
-        "network": network,
-        "split_factor": S,
-        "arch": "tiny",
-        "classes": list("abcde"),
-        "mean": [0.0] * 3,
-        "std": [1.0] * 3,
-        "crop_size": 2,
-        "seed": 0,
-        "epoch": 0,
-        "step": step,
-        "finished": False,
-        "average": False,
-        **dict.fromkeys(("way", "library", "data_recipe", "config_sha256"), ""),
-        **{name: [] for name in ("widths", "width_names")},
-        **{name: {} for name in ("preprocessing", "config")},
-        **more,
-    }
+    return facts_of(network, step, **{"split_factor": S, "classes": list("abcde")} | more)
 
 
 def exchange_of(folder: Path, **settings: object) -> Exchange:

@@ -1,7 +1,7 @@
 """Networks prepared for answering: the bits of autocast, few operations, one recording for each form of images."""
 
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -14,7 +14,7 @@ from evaluation.latency import Candidate
 from model import BackboneRequest, build_splitnet
 from model.casting import CastWatch
 from model.fold import fold_batch_norm
-from utils.errors import RunError
+from tests.recorders import Recorder
 from utils.precision import Precision
 from utils.recording import WARM_UP
 
@@ -71,32 +71,9 @@ def test_half_the_operations_of_two_networks_are_those_of_the_undivided_one(arch
     assert operations(large, images) < 100
 
 
-class Kept:
-    """A recorder that keeps the function, and calls it when it replays."""
-
-    def __init__(self, events: list[str], fails: bool = False) -> None:
-        self.events, self.fails = events, fails
-
-    def warm_up(self, function: Callable[[], Any]) -> Any:
-        self.events.append("warm-up")
-        return function()
-
-    def record(self, function: Callable[[], Any]) -> tuple[Any, Callable[[], None]]:
-        if self.fails:
-            raise RunError("cannot be captured")
-        self.events.append("record")
-        result = function()
-
-        def replay() -> None:
-            self.events.append("replay")
-            result.copy_(function())
-
-        return result, replay
-
-
 def test_each_form_is_one_graph_that_follows_its_images() -> None:
     events: list[str] = []
-    graphs = Graphs(torch.nn.Flatten(), lambda: Kept(events))
+    graphs = Graphs(torch.nn.Flatten(), lambda: Recorder(events))
     for size in (1, 8, 1, 8, 8):
         images = torch.rand(size, 2, 3)
         assert torch.equal(graphs(images), images.flatten(1))
@@ -109,7 +86,7 @@ def test_the_loop_and_parallel_networks_are_timed_in_graphs_too(caplog: pytest.L
 
     def names(split_factor: int, strategies: Sequence[str], *, fails: bool = False) -> list[str]:
         found = candidates_of(
-            contender("resnet20", split_factor), images, BF16, strategies, recorder=lambda: Kept([], fails)
+            contender("resnet20", split_factor), images, BF16, strategies, recorder=lambda: Recorder(fails=fails)
         )
         with answering():
             plain = found[0].forward(images)

@@ -9,30 +9,10 @@ import pytest
 import torch
 from torch import Tensor
 
+from tests.recorders import Recorder
 from training.replay import ReplayedStep, check_replayable
 from utils.errors import RunError, UserError
 from utils.recording import WARM_UP, CudaRecorder
-
-
-class Recorder:
-    """Records by keeping the function, and replays by calling it."""
-
-    def __init__(self) -> None:
-        self.calls: list[str] = []
-
-    def warm_up(self, function):
-        self.calls.append("warm-up")
-        return function()
-
-    def record(self, function):
-        self.calls.append("record")
-        result = function()
-
-        def replay() -> None:
-            self.calls.append("replay")
-            result.copy_(function())
-
-        return result, replay
 
 
 def test_a_form_is_recorded_after_its_warm_up_and_only_once() -> None:

@@ -58,7 +58,7 @@ def found(place: str) -> tuple[Any, str]:
     return owner, names[-1]
 
 
-def _wrap(place: str, before: Callable[..., None]) -> None:
+def before_calls(place: str, before: Callable[..., None]) -> None:
     """Call `before` with the arguments of each call of a function of PLACES, before that call."""
     owner, name = found(place)
     original = getattr(owner, name)
@@ -88,7 +88,7 @@ def do_at_call(place: str, number: int, action: Hook) -> Hook:
 
 def _do_at_call(place: str, number: int, action: Hook) -> None:
     due = _Countdown(number)
-    _wrap(place, lambda *_, **__: action() if due() else None)
+    before_calls(place, lambda *_, **__: action() if due() else None)
 
 
 def at_call(place: str, number: int, signal_number: int = signal.SIGKILL) -> Hook:
@@ -117,7 +117,7 @@ def _signalled_and_starved(number: int, signal_number: int, data: Path) -> None:
             (data / STALLED).touch()
             end_group(signal_number)
 
-    _wrap("wait for images", starve)
+    before_calls("wait for images", starve)
 
 
 def within_line(name: str, number: int) -> Hook:
@@ -134,7 +134,7 @@ def _within_line(name: str, number: int) -> None:
                 file.write(line[: len(line) // 2])
             end()
 
-    _wrap("line of a log", half)
+    before_calls("line of a log", half)
 
 
 def within_board(number: int) -> Hook:
@@ -150,7 +150,7 @@ def _within_board(number: int) -> None:
             file.write(record[: len(record) // 2])
             end()
 
-    _wrap("record of TensorBoard", half)
+    before_calls("record of TensorBoard", half)
 
 
 def within_checkpoint(number: int) -> Hook:
@@ -171,7 +171,7 @@ def _within_checkpoint(number: int) -> None:
             file.flush()
             end()
 
-    _wrap("checkpoint", half)
+    before_calls("checkpoint", half)
 
 
 def no_space_from_call(number: int) -> None:

@@ -5,7 +5,6 @@ import itertools
 import json
 import re
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +20,7 @@ from script import assemble, exchange_status
 from tests import kills
 from tests.runs import TINY, Finished, Run, train
 from tests.test_train_distributed import train_together
+from tests.waits import wait_until
 from training.exchange import LOG
 from utils.errors import UserError
 
@@ -45,17 +45,9 @@ def _throttle(seconds: float, awaited: Path | None) -> None:
     def wait(*_: object, **__: object) -> None:
         time.sleep(seconds)
         if next(count) == 6 and awaited is not None:
-            until(lambda: any(awaited.glob("step_*.json")))
+            wait_until(lambda: any(awaited.glob("step_*.json")), "another network was published", seconds=240)
 
-    kills._wrap("training step", wait)
-
-
-def until(is_so: Callable[[], bool], seconds: float = 240) -> None:
-    """Wait until something is so."""
-    deadline = time.monotonic() + seconds
-    while not is_so():
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
+    kills.before_calls("training step", wait)
 
 
 def records(folder: Path) -> list[dict[str, Any]]:

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 import pytest
 import torch.distributed as dist
 
+from tests.waits import wait_until
 from utils import heartbeat
 from utils.heartbeat import FAILED, SILENCE, Heartbeat
 
@@ -70,14 +71,6 @@ def start(clock: Clock) -> Iterator[Callable[..., Heartbeat]]:
     yield begin
     for beat in started:
         beat.close()
-
-
-def wait_until(condition: Callable[[], bool], what: str) -> None:
-    """Real time goes by while the threads do their work."""
-    deadline = time.monotonic() + 20
-    while not condition():
-        assert time.monotonic() < deadline, f"never happened: {what}"
-        time.sleep(0.002)
 
 
 def heard(beat: Heartbeat) -> list[int]:

@@ -1,5 +1,6 @@
-"""Tests that need a GPU, and what must not wait for it."""
+"""Tests that need a GPU, and what must not wait for it; and waiting until something is so."""
 
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, TypeVar
@@ -31,3 +32,11 @@ def nothing_waits() -> Iterator[None]:
         yield
     finally:
         torch.cuda.set_sync_debug_mode("default")
+
+
+def wait_until(condition: Callable[[], bool], what: str, *, seconds: float = 20) -> None:
+    """Wait, for so long at most, until something is so that other threads or processes do."""
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, f"never happened: {what}"
+        time.sleep(0.002)

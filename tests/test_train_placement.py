@@ -13,7 +13,7 @@ from method import methods
 from method.contract import LOGITS
 from record import checkpoint as ckpt
 from tests.kills import at_call
-from tests.runs import TINY, same_ending, train, without_times
+from tests.runs import TINY, Finished, same_ending, train, without_times
 from tests.test_train_distributed import start_together, train_together
 
 NETWORKS = ["--placement", "networks"]
@@ -151,13 +151,23 @@ def test_a_checkpoint_goes_from_networks_to_data_and_back(images: Path, tmp_path
     same_checkpoints(tmp_path / "m", tmp_path / "1")
 
 
+@pytest.fixture(scope="module")
+def unbroken(images: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[list[object], Path, Finished]:
+    """A run of two networks that is not killed: its flags, its folder and how it ended."""
+    folder = tmp_path_factory.mktemp("unbroken")
+    argv = [*EXACT, "--amp_dtype", "fp32", "--data", images, *networks(2, *ALL), *NETWORKS, "--save_steps", 2]
+    return argv, folder / "u", train_together([*argv, "--model_dir", folder / "u"], folder / "s", 2)[0]
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("killed", ["a checkpoint", "the other networks"])
 def test_killed_and_resumed_networks_end_bit_for_bit(
-    killed: str, images: Path, tmp_path: Path, record_property: Callable[[str, object], None]
+    killed: str,
+    unbroken: tuple[list[object], Path, Finished],
+    tmp_path: Path,
+    record_property: Callable[[str, object], None],
 ) -> None:
-    argv = [*EXACT, "--amp_dtype", "fp32", "--data", images, *networks(2, *ALL), *NETWORKS, "--save_steps", 2]
-    unbroken = train_together([*argv, "--model_dir", tmp_path / "u"], tmp_path / "s", 2)[0]
+    argv, expected, reference = unbroken
     again = [*argv, "--model_dir", tmp_path / "m", "--resume", "auto"]
     hook = {0: at_call("rename", 6)} if killed == "a checkpoint" else {1: at_call("training step", 6)}
     runs = start_together(again, tmp_path / "k", 2, before=hook)
@@ -166,7 +176,7 @@ def test_killed_and_resumed_networks_end_bit_for_bit(
     assert results[rank].code == -signal.SIGKILL
     assert re.search(rf"process {rank} (died|has not answered)", results[1 - rank].stderr), results[1 - rank].stderr
     record_property("kills", 1)
-    same_ending(tmp_path / "m", tmp_path / "u", train_together(again, tmp_path / "r", 2)[0], unbroken)
+    same_ending(tmp_path / "m", expected, train_together(again, tmp_path / "r", 2)[0], reference)
     record_property("identical", 1)
 
 

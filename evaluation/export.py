@@ -27,8 +27,10 @@ from utils.precision import lay_out
 METADATA = "metadata.json"  # beside the program inside a .pt2 file, and the property "metadata" of an ONNX model
 ONNX_PACKAGES = ("onnx", "onnxscript")
 OUTPUTS = ("ensemble", "logits")
+CALIBRATED = (*OUTPUTS, "probabilities")  # where temperatures were fitted
 
-Exported = Callable[[Tensor], tuple[Tensor, Tensor]]
+LogProbs = Callable[[Tensor], Tensor]  # logits [S, B, K] -> log-probabilities [B, K]
+Exported = Callable[[Tensor], tuple[Tensor, ...]]
 
 
 class Normalise(nn.Module):
@@ -53,25 +55,36 @@ class Normalise(nn.Module):
 class Ensemble(nn.Module):
     """The networks and the rule that joins them: images [B, 3, H, W] -> (ensemble scores [B, K], logits [S, B, K]).
 
+    With temperatures, the calibrated probabilities [B, K] come third, in the type of the logits.
+
     Args:
         network: its networks all see the same images.
         rule: of `evaluation.ensemble.RULES`.
         prepare: what comes before the networks; None: nothing.
+        log_probs: calibrated, of the logits; None where nothing was fitted.
     """
 
-    def __init__(self, network: nn.Module, rule: str, prepare: nn.Module | None = None) -> None:
+    def __init__(
+        self, network: nn.Module, rule: str, prepare: nn.Module | None = None, log_probs: LogProbs | None = None
+    ) -> None:
         super().__init__()
         self.network = network
         self.rule = rule
         self.prepare = prepare or nn.Identity()
+        self.log_probs = log_probs
 
-    def forward(self, images_BCHW: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(self, images_BCHW: Tensor) -> tuple[Tensor, ...]:
         logits_SBK = self.network(self.prepare(images_BCHW))
-        return ensemble_scores(logits_SBK, self.rule), logits_SBK
+        found = ensemble_scores(logits_SBK, self.rule), logits_SBK
+        return found if self.log_probs is None else (*found, self.log_probs(logits_SBK).exp().to(logits_SBK.dtype))
 
 
 def export_ensemble(
-    network: SplitNet, rule: str, image_shape: Sequence[int], prepare: Normalise | None = None
+    network: SplitNet,
+    rule: str,
+    image_shape: Sequence[int],
+    prepare: Normalise | None = None,
+    log_probs: LogProbs | None = None,
 ) -> ExportedProgram:
     """The networks and their rule as one graph for any batch size, in evaluation mode, batch norm folded.
 
@@ -80,17 +93,22 @@ def export_ensemble(
         rule: of `evaluation.ensemble.RULES`.
         image_shape: [C, H, W] of an image.
         prepare: makes the networks' floats of uint8 images inside the program; None: it takes the floats.
+        log_probs: calibrated, of the logits; None where nothing was fitted.
 
     Returns:
-        a program: images [B, C, H, W] -> (scores [B, K] that order the classes as the ensemble does, logits [S, B, K]).
+        a program: images [B, C, H, W] -> (scores [B, K] that order the classes as the ensemble does, logits [S, B, K]),
+        and with `log_probs` the probabilities [B, K].
     """
     folded = lay_out(fold_batch_norm(network, image_shape), torch.contiguous_format)
     dtype = next(folded.parameters()).dtype if prepare is None else torch.uint8
+    return for_any_batch(Ensemble(folded, rule, prepare, log_probs), image_shape, dtype)
+
+
+def for_any_batch(module: nn.Module, image_shape: Sequence[int], dtype: torch.dtype) -> ExportedProgram:
+    """A module in evaluation mode as a program for images [B, C, H, W] of any B."""
     example_BCHW = torch.zeros(2, *image_shape, dtype=dtype)
     with torch.no_grad():
-        return torch.export.export(
-            Ensemble(folded, rule, prepare).eval(), (example_BCHW,), dynamic_shapes=({0: Dim("batch", min=1)},)
-        )
+        return torch.export.export(module.eval(), (example_BCHW,), dynamic_shapes=({0: Dim("batch", min=1)},))
 
 
 def program_bytes(program: ExportedProgram, metadata: Mapping[str, Any]) -> bytes:
@@ -143,6 +161,8 @@ def require(packages: Sequence[str]) -> None:
 def load_exported(path: Path) -> tuple[Exported, dict[str, Any]]:
     """An exported file as (images [B, C, H, W] -> (ensemble [B, K], logits [S, B, K]), its metadata).
 
+    Of calibrated networks the probabilities [B, K] come third.
+
     Raises:
         UserError: a package for .onnx is missing.
     """
@@ -153,9 +173,9 @@ def load_exported(path: Path) -> tuple[Exported, dict[str, Any]]:
         session = onnxruntime.InferenceSession(path.read_bytes(), providers=["CPUExecutionProvider"])
         metadata = session.get_modelmeta().custom_metadata_map["metadata"]
 
-        def run(images_BCHW: Tensor) -> tuple[Tensor, Tensor]:
-            ensemble_BK, logits_SBK = session.run(list(OUTPUTS), {"images": images_BCHW.contiguous().numpy()})
-            return torch.from_numpy(ensemble_BK), torch.from_numpy(logits_SBK)
+        def run(images_BCHW: Tensor) -> tuple[Tensor, ...]:
+            found = session.run(None, {"images": images_BCHW.contiguous().numpy()})
+            return tuple(map(torch.from_numpy, found))
 
         return run, json.loads(metadata)
     files = {METADATA: ""}

@@ -1,27 +1,35 @@
-"""A tuned cascade as one file that runs without this project, for one image at a time: .pt2 or .onnx.
+"""A tuned cascade that runs without this project: one file for one image at a time, or a folder for batches.
 
-Written flat: scores and their number are carried through, and each further network is one `torch.cond` (in ONNX one
-`If`). Nested conditions would store the weights of the tail again and again. K classes.
+The file (.pt2, .onnx) is written flat: scores and their number are carried through, and each further network is one
+`torch.cond` (in ONNX one `If`). Nested conditions would store the weights of the tail again and again. The folder holds
+a file for each network, and `evaluation.run_cascade`, which gathers the images that go on. S networks, K classes.
 """
 
+import hashlib
 import io
-from collections.abc import Callable, Sequence
+import json
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.export import ExportedProgram
 
+from evaluation import run_cascade
 from evaluation.answers import Answers
-from evaluation.export import own_warnings_ignored, require
+from evaluation.export import for_any_batch, onnx_bytes, own_warnings_ignored, program_bytes, require
 from evaluation.selective import plogp
 from model.fold import fold_batch_norm
 from model.splitnet import SplitNet
+from utils.plain_json import plain_json
 from utils.precision import lay_out
 
 CASCADE_OUTPUTS = ("ensemble", "networks")
+RUNNER = "run_cascade.py"
 
-ExportedCascade = Callable[[Tensor], tuple[Tensor, int]]
+# images [B, C, H, W] -> (scores [B, K] of the stage that answered, how many networks ran, int64 [B])
+ExportedCascade = Callable[[Tensor], tuple[Tensor, Tensor]]
 
 
 class FlatCascade(nn.Module):
@@ -108,8 +116,66 @@ def export_cascade(network: SplitNet, answers: Answers, image_shape: Sequence[in
         return torch.export.export(flat, (torch.zeros(1, *image_shape),))
 
 
+def cascade_files(
+    network: SplitNet, answers: Answers, image_shape: Sequence[int], metadata: Mapping[str, Any], suffix: str
+) -> dict[str, bytes]:
+    """The folder of a cascade for batches, by the names of its files: networks, RUNNER and its manifest.
+
+    Args:
+        network: left as it was.
+        image_shape: [C, H, W] of an image.
+        metadata: what a user needs to know.
+        suffix: of the networks' files, .onnx or .pt2.
+
+    Raises:
+        UserError: a package for .onnx is missing.
+    """
+    cascade = answers.cascade
+    assert cascade is not None
+    folded = fold_batch_norm(network, image_shape)
+    assert isinstance(folded, SplitNet)
+    lay_out(folded, torch.contiguous_format)
+    dtype = next(folded.parameters()).dtype
+    files = {}
+    for s, one in enumerate(folded.models):
+        program, about = for_any_batch(one, image_shape, dtype), {**metadata, "network": s + 1}
+        files[f"network_{s + 1}{suffix}"] = (
+            onnx_bytes(program, about, ("logits",)) if suffix == ".onnx" else program_bytes(program, about)
+        )
+    order = cascade.order
+    own, of_stages = answers.network_temperatures(), answers.stage_temperatures()
+    manifest = {
+        **metadata,
+        "answers": answers.as_dict(),
+        "walk": {
+            "networks": [f"network_{s + 1}{suffix}" for s in order],
+            "rule": answers.rule,
+            "confidence": cascade.confidence,
+            "bounds": [list(bounds) for bounds in cascade.bounds],
+            "temperatures": [1.0 if own is None else own[s] for s in order],
+            "stage_temperatures": [1.0] * len(order) if of_stages is None else list(of_stages),
+        },
+        "files": {name: hashlib.sha256(contents).hexdigest() for name, contents in files.items()},
+    }
+    files[RUNNER] = Path(run_cascade.__file__).read_bytes()
+    files[run_cascade.MANIFEST] = (json.dumps(plain_json(manifest), indent=2) + "\n").encode()
+    return files
+
+
+def load_cascade_folder(folder: Path) -> ExportedCascade:
+    """The written cascade of a folder, run by its own code."""
+    with own_warnings_ignored():
+        cascade = run_cascade.FolderCascade(folder)
+
+    def run(images_BCHW: Tensor) -> tuple[Tensor, Tensor]:
+        scores_BK, _, networks_B = cascade(images_BCHW.contiguous().numpy())
+        return torch.from_numpy(scores_BK), torch.from_numpy(networks_B)
+
+    return run
+
+
 def load_cascade(path: Path) -> ExportedCascade:
-    """An exported cascade as image [1, C, H, W] -> (scores [1, K], how many networks ran).
+    """An exported cascade, run for one image after another.
 
     Raises:
         UserError: a package for .onnx is missing.
@@ -120,16 +186,15 @@ def load_cascade(path: Path) -> ExportedCascade:
 
         session = onnxruntime.InferenceSession(path.read_bytes(), providers=["CPUExecutionProvider"])
 
-        def run(image_1CHW: Tensor) -> tuple[Tensor, int]:
+        def answer(image_1CHW: Tensor) -> tuple[Tensor, Tensor]:
             scores, count = session.run(list(CASCADE_OUTPUTS), {"images": image_1CHW.contiguous().numpy()})
-            return torch.from_numpy(scores), int(count[0])
+            return torch.from_numpy(scores), torch.from_numpy(count)
+    else:
+        with own_warnings_ignored():
+            answer = torch.export.load(io.BytesIO(path.read_bytes())).module()
 
-        return run
-    with own_warnings_ignored():
-        module = torch.export.load(io.BytesIO(path.read_bytes())).module()
+    def run(images_BCHW: Tensor) -> tuple[Tensor, Tensor]:
+        scores, counts = zip(*(answer(image_CHW[None]) for image_CHW in images_BCHW), strict=True)
+        return torch.cat(scores), torch.cat(counts)
 
-    def run_program(image_1CHW: Tensor) -> tuple[Tensor, int]:
-        scores, count = module(image_1CHW)
-        return scores, int(count)
-
-    return run_program
+    return run

@@ -3,13 +3,17 @@
 Batch norm is folded, the ensemble rule is inside, the batch size is free; class names and `preprocessing` are in the
 file. Weights and rule are chosen as in eval.py, whose flags all work here: --is_ensembled_after_softmax,
 --is_max_ensemble, --weights, --predict PATH (images to compare on), ... Exit code 1: the file's logits are not those of
-eval.py, and it is not kept. --answer cascade writes the cascade of a tuned checkpoint, for one image at a time.
+eval.py, and it is not kept. Of a tuned checkpoint the calibrated probabilities are a further output. --answer cascade
+writes the cascade of a tuned checkpoint: as one file for one image at a time, as a folder DIR/ for batches, which
+run_cascade.py in it runs.
 """
 
 import json
 import os
-from collections.abc import Callable, Iterator, Sequence
+import shutil
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -17,10 +21,29 @@ import torch
 from torch import Tensor
 
 from dataset.unlabelled import file_inputs
-from evaluation.answer_report import check_flags
+from evaluation.answer_report import check_flags, report_mode
+from evaluation.calibration import calibrated_log_probs
 from evaluation.ensemble import ensemble_scores
-from evaluation.export import OUTPUTS, Normalise, export_ensemble, load_exported, onnx_bytes, program_bytes, require
-from evaluation.export_cascade import CASCADE_OUTPUTS, ExportedCascade, export_cascade, load_cascade
+from evaluation.export import (
+    CALIBRATED,
+    OUTPUTS,
+    LogProbs,
+    Normalise,
+    export_ensemble,
+    load_exported,
+    onnx_bytes,
+    program_bytes,
+    require,
+)
+from evaluation.export_cascade import (
+    CASCADE_OUTPUTS,
+    RUNNER,
+    ExportedCascade,
+    cascade_files,
+    export_cascade,
+    load_cascade,
+    load_cascade_folder,
+)
 from evaluation.held_out import open_reported
 from evaluation.options import SAVES_MEMORY, EvalOptions
 from evaluation.session import Session, class_names_and_statistics, open_inputs, open_session, preprocessing
@@ -40,7 +63,7 @@ BATCH_SIZES = (1, 2, 7)
 TOLERANCE = 1e-3
 COMPARED = 100  # images that an exported cascade is compared on
 CLOSE = 1e-6  # of a bound, where float32 may decide otherwise
-WRITERS = {".pt2": program_bytes, ".onnx": onnx_bytes}
+WRITERS = (".pt2", ".onnx")
 INPUTS = {
     "float32": "images [B, 3, crop, crop], float32: RGB / 255, minus mean, by std",
     "uint8": "images [B, 3, crop, crop], uint8: RGB, resized and cropped; what follows is inside",
@@ -114,21 +137,40 @@ def comparison_images(session: Session, batch_sizes: Sequence[int], dtype: str) 
         yield f"{len(images_BCHW)} image(s) of {predict}", images_BCHW
 
 
+def calibrated(session: Session) -> LogProbs | None:
+    """Log-probabilities [B, K] of logits [S, B, K] by the temperatures of a tuned checkpoint; None without.
+
+    Raises:
+        UserError: --calibrate asks for another way than was tuned.
+    """
+    answers = session.answers
+    if answers is None or answers.temperatures is None or (mode := report_mode(session, answers)) == "none":
+        return None
+    return partial(calibrated_log_probs, rule=answers.rule, mode=mode, fitted=answers.temperatures)
+
+
 def compare(
-    session: Session, path: Path, images: Iterator[tuple[str, Tensor]], prepare: Callable[[Tensor], Tensor]
+    session: Session,
+    path: Path,
+    images: Iterator[tuple[str, Tensor]],
+    prepare: Callable[[Tensor], Tensor],
+    log_probs: LogProbs | None,
 ) -> list[Difference]:
     """What the file at `path` gives, beside what eval.py gives.
 
     Args:
         images: from `comparison_images`.
         prepare: what the file does with them before its networks.
+        log_probs: from `calibrated`.
     """
     run, _ = load_exported(path)
     differences = []
     with torch.inference_mode():
         for source, images_BCHW in images:
             logits_SBK = session.network(prepare(images_BCHW))
-            expected = (ensemble_scores(logits_SBK, session.rule), logits_SBK)
+            expected = [ensemble_scores(logits_SBK, session.rule), logits_SBK]
+            if log_probs is not None:
+                expected.append(log_probs(logits_SBK).exp())
             found = run(images_BCHW)
             absolute = max(float((a - b).abs().max()) for a, b in zip(found, expected, strict=True))
             largest = max(float(tensor.abs().max()) for tensor in expected)
@@ -142,16 +184,40 @@ def write_if(out: Path, contents: bytes, judge: Callable[[Path], tuple[Found, bo
     Raises:
         RunError: it cannot be written; nothing is left.
     """
-    partial = out.with_name(f"{out.stem}{PARTIAL}{out.suffix}")
+    aside = out.with_name(f"{out.stem}{PARTIAL}{out.suffix}")
     try:
-        partial.write_bytes(contents)
-        found, agrees = judge(partial)
+        aside.write_bytes(contents)
+        found, agrees = judge(aside)
         if agrees:
-            os.replace(partial, out)
+            os.replace(aside, out)
     except OSError as error:
         raise RunError(f"--out {out}: cannot be written: {reason(error)}.") from None
     finally:
-        partial.unlink(missing_ok=True)
+        aside.unlink(missing_ok=True)
+    return found, agrees
+
+
+def write_folder_if(
+    out: Path, files: Mapping[str, bytes], judge: Callable[[Path], tuple[Found, bool]]
+) -> tuple[Found, bool]:
+    """`write_if` of a folder of files; `out` is not there, or empty.
+
+    Raises:
+        RunError: it cannot be written; nothing is left.
+    """
+    aside = out.with_name(out.name + PARTIAL)
+    try:
+        shutil.rmtree(aside, ignore_errors=True)  # of a run that was killed
+        aside.mkdir()
+        for name, contents in files.items():
+            (aside / name).write_bytes(contents)
+        found, agrees = judge(aside)
+        if agrees:
+            os.replace(aside, out)
+    except OSError as error:
+        raise RunError(f"--out {out}/: cannot be written: {reason(error)}.") from None
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
     return found, agrees
 
 
@@ -165,7 +231,13 @@ def export(argv: Sequence[str]) -> Output:
     """
     parser = OneLineParser(prog=PROGRAM, description=__doc__, allow_abbrev=False)
     parser.add_argument("checkpoint", help="a run directory, a checkpoint, or a released one (see eval.py --help)")
-    parser.add_argument("--out", type=Path, help="file to write, .pt2 or .onnx [default: CHECKPOINT's name, .pt2]")
+    parser.add_argument(
+        "--out",
+        help="file to write, .pt2 or .onnx; of a cascade also a folder DIR/ [default: CHECKPOINT's name, .pt2]",
+    )
+    parser.add_argument(
+        "--format", choices=("onnx", "pt2"), help="of the networks in a folder of --out DIR/ [default: onnx]"
+    )
     parser.add_argument(
         "--input",
         choices=INPUTS,
@@ -180,12 +252,18 @@ def export(argv: Sequence[str]) -> Output:
     )
     arguments, flags = parser.parse_known_args(argv)
     checkpoint, dtype = checkpoint_of(arguments.checkpoint), arguments.input
-    out: Path = arguments.out or checkpoint.with_name(checkpoint.name.split(".")[0] + ".pt2")
-    if out.suffix not in WRITERS:
-        raise UserError(f"--out {out}: expected a name that ends in {' or '.join(WRITERS)}.")
+    out = Path(arguments.out or checkpoint.with_name(checkpoint.name.split(".")[0] + ".pt2"))
+    is_folder = arguments.out is not None and (arguments.out.endswith("/") or out.is_dir())
+    suffix = f".{arguments.format or 'onnx'}" if is_folder else out.suffix
+    if suffix not in WRITERS:
+        raise UserError(f"--out {out}: expected a name that ends in {' or '.join(WRITERS)}, or of a cascade DIR/.")
+    if arguments.format and not is_folder:
+        raise UserError(f"--format {arguments.format}: is for a folder, --out DIR/; a file is as its name ends.")
+    if is_folder and out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise UserError(f"--out {out}/: holds something already: name a new folder.")
     if min(arguments.batch_sizes) < 1:
         raise UserError("--batch_sizes: expected numbers of 1 or more.")
-    if out.suffix == ".onnx":
+    if suffix == ".onnx":
         require(("onnx", "onnxscript", "onnxruntime"))
     if not out.parent.is_dir():
         raise UserError(f"--out {out}: the folder {out.parent} does not exist.")
@@ -195,7 +273,9 @@ def export(argv: Sequence[str]) -> Output:
     session = open_session(config, launch.join([]), [])
     check_flags(session)
     if session.options.answer == "cascade":
-        results = export_by_cascade(session, out, dtype, arguments.tolerance)
+        results = export_by_cascade(session, out, dtype, arguments.tolerance, suffix if is_folder else None)
+    elif is_folder:
+        raise UserError(f"--out {out}/: a folder is for --answer cascade; the whole ensemble is one file.")
     else:
         results = export_all(session, out, dtype, arguments.tolerance, arguments.batch_sizes)
     return Output(results, f"written: {results['out']}", config.json)
@@ -211,20 +291,28 @@ def export_all(session: Session, out: Path, dtype: str, tolerance: float, batch_
     assert isinstance(session.network, SplitNet)
     crop, metadata = session.info.crop_size, metadata_of(session, dtype)
     prepare = Normalise(metadata["mean"], metadata["std"]) if dtype == "uint8" else None
-    program = export_ensemble(session.network, session.rule, (3, crop, crop), prepare)
+    log_probs = calibrated(session)
+    outputs = OUTPUTS if log_probs is None else CALIBRATED
+    if session.answers is not None:
+        metadata["answers"] = session.answers.as_dict()
+    if log_probs is not None:
+        metadata["outputs"]["probabilities"] = "[B, K], by the temperatures of `answers`"
+    program = export_ensemble(session.network, session.rule, (3, crop, crop), prepare, log_probs)
+    is_onnx = out.suffix == ".onnx"
+    contents = onnx_bytes(program, metadata, outputs) if is_onnx else program_bytes(program, metadata)
 
-    def judge(partial: Path) -> tuple[list[Difference], bool]:
+    def judge(written: Path) -> tuple[list[Difference], bool]:
         images = comparison_images(session, batch_sizes, dtype)
-        found = compare(session, partial, images, prepare or torch.nn.Identity())
+        found = compare(session, written, images, prepare or torch.nn.Identity(), log_probs)
         return found, all(one.relative <= tolerance for one in found)  # not so where one is NaN
 
-    differences, agrees = write_if(out, WRITERS[out.suffix](program, metadata), judge)
+    differences, agrees = write_if(out, contents, judge)
     for one in differences:
         show(f"{one.source}: largest difference {one.absolute:.2e}, {one.relative:.2e} of the largest logit")
     show(f"preprocessing: {json.dumps(metadata['preprocessing'])}")
     results = {
         "out": str(out) if agrees else None,
-        "outputs": OUTPUTS,
+        "outputs": outputs,
         **{name: metadata[name] for name in ("arch", "networks", "weights", "rule", "crop_size")},
         "preprocessing": metadata["preprocessing"],
         "input": metadata["input"],
@@ -237,9 +325,12 @@ def export_all(session: Session, out: Path, dtype: str, tolerance: float, batch_
     return results
 
 
-def export_by_cascade(session: Session, out: Path, dtype: str, tolerance: float) -> dict[str, Any]:
-    """Write a tuned cascade for one image at a time, and compare it with the running one, image by image.
+def export_by_cascade(
+    session: Session, out: Path, dtype: str, tolerance: float, networks_suffix: str | None
+) -> dict[str, Any]:
+    """Write a tuned cascade, and compare it with the running one, image by image.
 
+    With `networks_suffix` a folder for batches, its networks in files that end so; else one file for one image.
     Compared are the images of --predict, else the first COMPARED reported ones where the data is there, else random
     ones. Images whose confidence is within CLOSE of a bound are left out of the count and named.
 
@@ -255,21 +346,27 @@ def export_by_cascade(session: Session, out: Path, dtype: str, tolerance: float)
         raise UserError("--input uint8 is for the whole ensemble: --answer cascade takes normalised floats.")
     crop = session.info.crop_size
     metadata = metadata_of(session, dtype)
-    metadata["input"] = "image [1, 3, crop, crop], float32: RGB / 255, minus mean, by std"
-    metadata["outputs"] = {"ensemble": "scores [1, K] of the stage that answered", "networks": "how many ran [1]"}
-    metadata["answers"] = answers.as_dict()
-    program = export_cascade(session.network, answers, (3, crop, crop))
-    if out.suffix == ".onnx":
-        contents = onnx_bytes(program, metadata, CASCADE_OUTPUTS)
-    else:
-        contents = program_bytes(program, metadata)
+    metadata["outputs"] = {"ensemble": "scores [B, K] of the stage that answered", "networks": "how many ran [B]"}
 
-    def judge(partial: Path) -> tuple[tuple[str, dict[str, Any]], bool]:
+    def judged(run: ExportedCascade) -> tuple[tuple[str, dict[str, Any]], bool]:
         source, images_BCHW = cascade_images(session)
-        found = compare_cascade(session, load_cascade(partial), images_BCHW)
+        found = compare_cascade(session, run, images_BCHW)
         return (source, found), found["other_networks"] == 0 and found["largest_relative_difference"] <= tolerance
 
-    (source, found), agrees = write_if(out, contents, judge)
+    if networks_suffix is None:
+        metadata["input"] = "image [1, 3, crop, crop], float32: RGB / 255, minus mean, by std"
+        metadata["answers"] = answers.as_dict()
+        program = export_cascade(session.network, answers, (3, crop, crop))
+        if out.suffix == ".onnx":
+            contents = onnx_bytes(program, metadata, CASCADE_OUTPUTS)
+        else:
+            contents = program_bytes(program, metadata)
+        (source, found), agrees = write_if(out, contents, lambda path: judged(load_cascade(path)))
+    else:
+        metadata["outputs"]["probabilities"] = "[B, K], by the temperatures of the stages"
+        files = cascade_files(session.network, answers, (3, crop, crop), metadata, networks_suffix)
+        (source, found), agrees = write_folder_if(out, files, lambda path: judged(load_cascade_folder(path)))
+        show(f"to run it: python {out / RUNNER} IMAGES.npy ANSWERS.npz")
     show(
         f"{source}: {found['other_networks']} of {found['compared']} took another number of networks; largest "
         f"difference {found['largest_relative_difference']:.2e} of the largest score"
@@ -312,17 +409,15 @@ def compare_cascade(session: Session, run: ExportedCascade, images_BCHW: Tensor)
     with torch.inference_mode():
         expected = answers.running_cascade(session.networks())(images_BCHW)
         stages = answers.stages(session.network(images_BCHW))
-        found = [run(image_CHW[None]) for image_CHW in images_BCHW]
+        scores_BK, used_B = run(images_BCHW)
     close_B = torch.zeros(len(images_BCHW), dtype=torch.bool)
     for k, bounds in enumerate(answers.cascade.bounds):
         for bound in bounds:
             close_B |= (stages.confidence_SN[k] - bound).abs() <= CLOSE
-    used_B = torch.tensor([count for _, count in found])
     same_B = used_B == expected.stage_B + 1
     other_B = ~same_B & ~close_B
-    scores_BK = torch.cat([scores for scores, _ in found]).double()
     largest = float(expected.scores_BK.abs().max())
-    apart = float((scores_BK - expected.scores_BK)[same_B].abs().max()) if bool(same_B.any()) else 0.0
+    apart = float((scores_BK.double() - expected.scores_BK)[same_B].abs().max()) if bool(same_B.any()) else 0.0
     return {
         "compared": int((~close_B).sum()),
         "other_networks": int(other_B.sum()),

@@ -3,7 +3,7 @@
 Checkpoints of ours and released ones go through the session of eval.py, so that both give the same numbers.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from os import PathLike, fspath
 from pathlib import Path
@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from dataset.cut import pixels
 from dataset.decode import as_rgb, read_rgb, resize_crop
 from evaluation.ensemble import ensemble_log_probs
-from evaluation.export import Normalise, load_exported
+from evaluation.export import Exported, Normalise, load_exported
 from evaluation.ood import pair_disagreement
 from evaluation.options import EvalOptions
 from evaluation.session import class_names_and_statistics, open_session, preprocessing
@@ -155,7 +155,7 @@ def _as_rgb(image: Picture) -> Image.Image:
 class _Exported(nn.Module):
     """The logits of an exported program."""
 
-    def __init__(self, run: Callable[[Tensor], tuple[Tensor, Tensor]]) -> None:
+    def __init__(self, run: Exported) -> None:
         super().__init__()
         self.run = run
 

@@ -14,6 +14,7 @@ from typing import Any, Self
 from evaluation.answer_plots import plot_cascade, plot_reliability
 from evaluation.answers import Answers
 from evaluation.calibration import FIGURES, binned
+from evaluation.cascade import Stages
 from evaluation.cascade_table import CascadeTable, Large, csv_rows, dominating, markdown
 from evaluation.collecting import Logits, collect_logits
 from evaluation.contenders import undivided
@@ -146,18 +147,19 @@ class AnswerReport:
         """
         results: dict[str, Any] = {}
         tables: list[str] = []
-        answers, labels_N = self.answers, seen.logits.labels_N
+        answers, logits_SNK, labels_N = self.answers, seen.logits.logits_SNK, seen.logits.labels_N
+        stages = None if answers.cascade is None else answers.stages(logits_SNK, labels_N)
         if answers.temperatures is not None or answers.cascade is not None:
             results["answers"] = answers.as_dict()
             if self.tuned is not None:
                 results["tuned_checkpoint"] = str(self.tuned)
             results["reported_images"] = reported_words(answers)
         if answers.temperatures is not None:
-            rows = [*answers.held_out.get("calibration", []), *self._calibration(seen)]
+            rows = [*answers.held_out.get("calibration", []), *self._calibration(seen, stages)]
             results["calibration"] = rows
             tables.append(calibration_table(rows))
-        if answers.cascade is not None:
-            table = CascadeTable(answers, seen.logits.logits_SNK, labels_N, seen.large)
+        if stages is not None:
+            table = CascadeTable(answers, logits_SNK, labels_N, stages, seen.large)
             results["cascade"] = {
                 "rows": [row.as_dict() for row in table.rows],
                 "undivided_macs": None if seen.large is None else seen.large.macs,
@@ -170,6 +172,7 @@ class AnswerReport:
                 answers=answers,
                 mode=self.mode,
                 seen=seen.logits,
+                stages=stages,
                 large_logits=None if seen.large is None else seen.large.logits_NK,
                 doubt=seen.doubt,
             )
@@ -177,9 +180,9 @@ class AnswerReport:
             tables.append(text)
         return results, "\n\n".join(tables)
 
-    def _calibration(self, seen: Collected) -> list[dict[str, Any]]:
+    def _calibration(self, seen: Collected, stages: Stages | None) -> list[dict[str, Any]]:
         logits_SNK, labels_N = seen.logits.logits_SNK, seen.logits.labels_N
-        rows = calibration_rows(self.answers, logits_SNK, labels_N, "test")
+        rows = calibration_rows(self.answers, logits_SNK, labels_N, "test", stages)
         held_out = self.answers.held_out.get("calibration", [])
         titles = ("what", "when", "split", *FIGURES)
         lines = [[row.get(title, "") for title in titles] for row in [*held_out, *rows]]

@@ -93,19 +93,22 @@ class CascadeTable:
     Args:
         answers: with a cascade.
         logits_SNK, labels_N: of the reported images.
+        stages: of the cascade on them, with their labels.
         large: the undivided network, if there is one.
 
     Attributes:
         rows: networks, first networks, ensemble, undivided network, the curve, the chosen cascade.
     """
 
-    def __init__(self, answers: Answers, logits_SNK: Tensor, labels_N: Tensor, large: Large | None) -> None:
+    def __init__(
+        self, answers: Answers, logits_SNK: Tensor, labels_N: Tensor, stages: Stages, large: Large | None
+    ) -> None:
         assert answers.cascade is not None
         self._answers, self._cascade, self._labels_N = answers, answers.cascade, labels_N
         self._macs = self._cascade.ordered_macs()
         self._total = sum(self._macs)
         self._order = tuple(s + 1 for s in self._cascade.order)
-        self._stages = answers.stages(logits_SNK, labels_N)
+        self._stages = stages
         self._right_SN = self._stages.predictions_SN == labels_N
         self.rows = [*self._networks(logits_SNK), *self._first()]
         if large is not None and large.logits_NK is not None:

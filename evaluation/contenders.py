@@ -10,8 +10,9 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from evaluation.latency import BATCH_SIZES, Candidate, Latency, measure
+from evaluation.latency import BATCH_SIZES, CASCADE, Candidate, Latency, measure
 from model import BackboneRequest, build_splitnet
+from model.cascade import Answered, Cascade
 from model.casting import cast_parameters, only_cast
 from model.fold import fold_batch_norm
 from model.options import EXECUTIONS
@@ -51,6 +52,24 @@ class Contender:
     accuracy: float | None
 
 
+@dataclass(frozen=True)
+class CascadeContender:
+    """A cascade that is timed.
+
+    Attributes:
+        over: makes the running cascade of the networks.
+        first: number of the network that runs first, from 0.
+        images_NCHW: prepared ones, such as it is for: noise leaves nowhere typical.
+        accuracy, first_accuracy: top-1 in percent of the cascade and of its first network; None where not known.
+    """
+
+    over: Callable[[Sequence[nn.Module]], Cascade]
+    first: int
+    images_NCHW: Tensor
+    accuracy: float | None
+    first_accuracy: float | None
+
+
 def compare_latencies(
     ensemble: Contender,
     large: Contender | None,
@@ -59,6 +78,7 @@ def compare_latencies(
     device: torch.device,
     precision: Precision,
     devices: Sequence[torch.device] = (),
+    cascade: CascadeContender | None = None,
 ) -> list[Latency]:
     """Time S networks, in every way of running them, beside the large one; both with batch norm folded.
 
@@ -66,13 +86,39 @@ def compare_latencies(
         large: the undivided network, or None to time the ensemble alone.
         crop_size: side of the images in pixels.
         devices: several GPUs to spread the networks over, as a further way.
+        cascade: of the ensemble's networks; with it, and its first network, everything is timed on its images.
     """
-    images_BCHW = torch.randn(
-        (max(BATCH_SIZES), 3, crop_size, crop_size), generator=torch.Generator().manual_seed(0)
-    ).to(device, precision.autocast or precision.weights, memory_format=precision.memory_format)
+    if cascade is None:
+        images_BCHW = torch.randn(
+            (max(BATCH_SIZES), 3, crop_size, crop_size), generator=torch.Generator().manual_seed(0)
+        )
+    else:
+        images_BCHW = cascade.images_NCHW
+    images_BCHW = images_BCHW.to(device, precision.autocast or precision.weights, memory_format=precision.memory_format)
     candidates = [] if large is None else candidates_of(large, images_BCHW, precision, ("loop",))
     candidates += candidates_of(ensemble, images_BCHW, precision, EXECUTIONS, devices)
-    return measure(candidates, images_BCHW, autocast_dtype=precision.autocast)
+    if cascade is not None:
+        candidates += cascade_candidates(cascade, ensemble, images_BCHW, precision)
+    return measure(candidates, images_BCHW, autocast_dtype=precision.autocast, each_image=cascade is not None)
+
+
+def cascade_candidates(
+    cascade: CascadeContender, ensemble: Contender, images_BCHW: Tensor, precision: Precision
+) -> list[Candidate]:
+    """The cascade over folded copies of the ensemble's networks, and its first network alone."""
+    assert isinstance(ensemble.network, SplitNet)
+    first = Contender("first network", SplitNet([ensemble.network.models[cascade.first]]), cascade.first_accuracy)
+    found = candidates_of(first, images_BCHW, precision, ("loop",))
+    network, cast = _prepared(ensemble, images_BCHW, precision)
+    if precision.autocast is not None:
+        cast_parameters(network, cast, precision.autocast)
+    running = cascade.over(list(network.models))
+
+    def forward(images: Tensor) -> Tensor:
+        answered: Answered = running(images)
+        return answered.scores_BK
+
+    return [*found, Candidate(name=ensemble.name, strategy=CASCADE, forward=forward, accuracy=cascade.accuracy)]
 
 
 def candidates_of(
@@ -95,12 +141,8 @@ def candidates_of(
         devices: several GPUs to spread the networks over, as a further way.
         recorder: makes what graphs are recorded by; None: `CudaRecorder` on a GPU, and no graphs on a CPU.
     """
-    device = images_BCHW.device
-    folded = fold_batch_norm(contender.network, tuple(images_BCHW.shape[1:]))
-    assert isinstance(folded, SplitNet)
-    prepared = lay_out(folded.to(device, precision.weights), precision.memory_format)
-    few_BCHW = images_BCHW[:2]
-    cast = [] if precision.autocast is None else only_cast(prepared, few_BCHW, precision.autocast)
+    device, few_BCHW = images_BCHW.device, images_BCHW[:2]
+    prepared, cast = _prepared(contender, images_BCHW, precision)
     if recorder is None and device.type == "cuda":
         recorder = partial(CudaRecorder, device, NO_GRAPH)
     several = len(prepared.models) > 1
@@ -134,6 +176,16 @@ def candidates_of(
             else:
                 found.append(replace(candidate, strategy=f"{strategy} + graph", forward=graphs))
     return found
+
+
+def _prepared(contender: Contender, images_BCHW: Tensor, precision: Precision) -> tuple[SplitNet, list[str]]:
+    """(a folded copy of the networks where the images are, names of parameters that autocast would cast in a pass)."""
+    folded = fold_batch_norm(contender.network, tuple(images_BCHW.shape[1:]))
+    assert isinstance(folded, SplitNet)
+    prepared = lay_out(folded.to(images_BCHW.device, precision.weights), precision.memory_format)
+    if precision.autocast is None:
+        return prepared, []
+    return prepared, only_cast(prepared, images_BCHW[:2], precision.autocast)
 
 
 @contextmanager

@@ -44,7 +44,7 @@ from evaluation.export_cascade import (
     load_cascade,
     load_cascade_folder,
 )
-from evaluation.held_out import open_reported
+from evaluation.held_out import reported_images
 from evaluation.options import SAVES_MEMORY, EvalOptions
 from evaluation.session import Session, class_names_and_statistics, open_inputs, open_session, preprocessing
 from model.splitnet import SplitNet
@@ -389,12 +389,8 @@ def cascade_images(session: Session) -> tuple[str, Tensor]:
     """(what they are, prepared images [B, 3, H, W]) to compare a cascade on; random ones leave early almost never."""
     if session.options.predict is None:
         try:
-            source = open_reported(session)
-            mean, std = session.info.mean or source.mean, session.info.std or source.std
-            loader = session.loader(source.test.subset(torch.arange(min(len(source.test), COMPARED))), source.recipe)
-            prepare = session.prepare(mean, std)
-            images = torch.cat([prepare(batch.images) for batch in loader])
-            return f"{len(images)} {source.reported} image(s)", images
+            images = reported_images(session, COMPARED)
+            return f"{len(images)} reported image(s)", images
         except UserError as error:
             show(f"no images of the data set to compare on: {error}")
     parts = list(comparison_images(session, (COMPARED,), "float32"))

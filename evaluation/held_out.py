@@ -10,6 +10,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import torch
+from torch import Tensor
+
 from dataset import (
     DataSource,
     ImageSet,
@@ -29,6 +32,7 @@ logger = logging.getLogger("eval")
 
 FEWEST, FEW = 100, 1000
 TEST_PART = "test:"
+SHUFFLED = 4  # stream of an order of test images, behind STREAM_SPLIT and the streams of evaluation/tuning.py
 WAYS = "train with --val_fraction F, or give --tune_on DIR of labelled images, or --tune_on test:F"
 
 
@@ -220,3 +224,23 @@ def open_reported(session: Session, answers: Answers | None = None) -> DataSourc
         )
         return source
     return replace(source, test=rest)
+
+
+def reported_images(session: Session, count: int, answers: Answers | None = None, *, shuffled: bool = False) -> Tensor:
+    """The first prepared images of those that are evaluated on, on the host: [B, 3, H, W], B <= count.
+
+    Args:
+        answers: as `open_reported`.
+        shuffled: in an order by the seed of the run, instead of that of the data set.
+
+    Raises:
+        UserError: as `open_reported`.
+    """
+    source = open_reported(session, answers)
+    images = len(source.test)
+    numbers = torch.arange(images)
+    if shuffled:
+        numbers = torch.from_numpy(numpy_generator(session.seed, STREAM_SPLIT, SHUFFLED).permutation(images))
+    loader = session.loader(source.test.subset(numbers[:count]), session.info.data_recipe or source.recipe)
+    prepare = session.prepare(session.info.mean or source.mean, session.info.std or source.std)
+    return torch.cat([prepare(batch.images).cpu() for batch in loader])

@@ -4,11 +4,12 @@ Nothing here expects a winner: what was measured is what is returned and drawn.
 """
 
 import math
+import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor
@@ -17,6 +18,7 @@ BATCH_SIZES = (1, 8, 32, 128)
 WARMUP_SECONDS = 0.3
 SECONDS = 3.0  # of timed rounds, for each batch size and candidate
 LEAST, MOST = 10, 1000  # timed rounds
+CASCADE = "cascade"  # the strategy that takes another time for every image
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,10 +46,34 @@ class Latency:
     strategy: str
     batch_size: int
     p50_ms: float
+    p95_ms: float
     p99_ms: float
+    mean_ms: float
     images_per_second: float
     rounds: int
     accuracy: float | None
+
+    @classmethod
+    def of(cls, candidate: Candidate, batch_size: int, seconds: Sequence[float]) -> Self:
+        """What the times of all rounds come to."""
+        ordered = sorted(seconds)
+        middle = ordered[len(ordered) // 2]
+
+        def reached_by(share: float) -> float:
+            return 1000 * ordered[math.ceil(share * len(ordered)) - 1]
+
+        return cls(
+            name=candidate.name,
+            strategy=candidate.strategy,
+            batch_size=batch_size,
+            p50_ms=1000 * middle,
+            p95_ms=reached_by(0.95),
+            p99_ms=reached_by(0.99),
+            mean_ms=1000 * statistics.fmean(ordered),
+            images_per_second=batch_size / middle,
+            rounds=len(ordered),
+            accuracy=candidate.accuracy,
+        )
 
 
 @torch.inference_mode()
@@ -58,6 +84,7 @@ def measure(
     autocast_dtype: torch.dtype | None = None,
     batch_sizes: Sequence[int] = BATCH_SIZES,
     seconds: float = SECONDS,
+    each_image: bool = False,
 ) -> list[Latency]:
     """Time all candidates in turns at every batch size; each round waits for its answer on the device.
 
@@ -65,40 +92,36 @@ def measure(
         images_BCHW: prepared images on the device, at least one; repeated to fill a batch.
         autocast_dtype: type of matrix products and convolutions, or None for that of the weights.
         seconds: of timed rounds for each candidate and batch size, as far as the least number of rounds allows.
+        each_image: every round takes the next images, so that each is timed as often as the others, at least once; else
+            all rounds take the first ones.
     """
     device = images_BCHW.device
     found = []
     with torch.autocast(device.type, autocast_dtype, enabled=autocast_dtype is not None):
         for size in batch_sizes:
-            repeats = -(-size // len(images_BCHW))
-            like = torch.channels_last if _is_channels_last(images_BCHW) else torch.contiguous_format
-            batch_BCHW = images_BCHW.repeat(repeats, 1, 1, 1)[:size].contiguous(memory_format=like)
+            batches = _batches(images_BCHW, size, each_image)
             for candidate in candidates:
-                _warm_up(candidate, batch_BCHW)
+                _warm_up(candidate, batches[0])
             times: list[list[float]] = [[] for _ in candidates]
             started = time.perf_counter()
-            for number in range(MOST):
-                if number >= LEAST and time.perf_counter() - started > seconds * len(candidates):
+            for number in range(max(MOST, len(batches))):
+                turns_are_whole = number >= LEAST and number % len(batches) == 0
+                if turns_are_whole and time.perf_counter() - started > seconds * len(candidates):
                     break
                 for i in range(len(candidates)):
                     at = (i + number) % len(candidates)  # so that none always comes after the same other
-                    times[at].append(_seconds(candidates[at], batch_BCHW))
-            for candidate, own in zip(candidates, times, strict=True):
-                ordered = sorted(own)
-                middle = ordered[len(ordered) // 2]
-                found.append(
-                    Latency(
-                        name=candidate.name,
-                        strategy=candidate.strategy,
-                        batch_size=size,
-                        p50_ms=1000 * middle,
-                        p99_ms=1000 * ordered[math.ceil(0.99 * len(ordered)) - 1],
-                        images_per_second=size / middle,
-                        rounds=len(ordered),
-                        accuracy=candidate.accuracy,
-                    )
-                )
+                    times[at].append(_seconds(candidates[at], batches[number % len(batches)]))
+            found += [Latency.of(candidate, size, own) for candidate, own in zip(candidates, times, strict=True)]
     return found
+
+
+def _batches(images_BCHW: Tensor, size: int, each_image: bool) -> Sequence[Tensor]:
+    """Whole batches of the images, repeated to fill one; without `each_image` the first alone."""
+    like = torch.channels_last if _is_channels_last(images_BCHW) else torch.contiguous_format
+    repeats = -(-size // len(images_BCHW))
+    many_BCHW = images_BCHW.repeat(repeats, 1, 1, 1) if repeats > 1 else images_BCHW
+    count = len(many_BCHW) // size if each_image else 1
+    return [many_BCHW[i * size : (i + 1) * size].contiguous(memory_format=like) for i in range(count)]
 
 
 def _is_channels_last(images_BCHW: Tensor) -> bool:
@@ -127,7 +150,10 @@ def _seconds(candidate: Candidate, batch_BCHW: Tensor) -> float:
 
 def format_latencies(rows: Sequence[Latency]) -> str:
     """All rows as a Markdown table, by batch size; the fastest median of each size is in bold."""
-    lines = ["| batch | network | strategy | p50 ms | p99 ms | images/s |", "|---:|---|---|---:|---:|---:|"]
+    lines = [
+        "| batch | network | strategy | p50 ms | p95 ms | p99 ms | mean ms | images/s |",
+        "|---:|---|---|---:|---:|---:|---:|---:|",
+    ]
     best = {
         size: min(row.p50_ms for row in rows if row.batch_size == size) for size in {row.batch_size for row in rows}
     }
@@ -135,7 +161,14 @@ def format_latencies(rows: Sequence[Latency]) -> str:
         median = f"{row.p50_ms:.2f}"
         shown = f"**{median}**" if row.p50_ms == best[row.batch_size] else median
         speed = f"{row.images_per_second:,.0f}"
-        lines.append(f"| {row.batch_size} | {row.name} | {row.strategy} | {shown} | {row.p99_ms:.2f} | {speed} |")
+        others = " | ".join(f"{value:.2f}" for value in (row.p95_ms, row.p99_ms, row.mean_ms))
+        lines.append(f"| {row.batch_size} | {row.name} | {row.strategy} | {shown} | {others} | {speed} |")
+    if any(row.strategy == CASCADE for row in rows):
+        lines += [
+            "",
+            "Of test images, each timed as often as the others. A cascade runs its networks one after another, on the "
+            "images that go on: it cannot be parallel or stacked, and its p99 pays for all of them.",
+        ]
     return "\n".join(lines)
 
 

@@ -16,11 +16,12 @@ from torch import Tensor, nn
 
 from evaluation.answer_report import AnswerReport, check_flags, report_mode
 from evaluation.answered import CascadeLogits, answer_images, cascade_summary
+from evaluation.answers import Answers
 from evaluation.collecting import Logits
-from evaluation.contenders import Contender, compare_latencies, undivided
+from evaluation.contenders import CascadeContender, Contender, compare_latencies, undivided
 from evaluation.counts import logits_figures
 from evaluation.files import evaluation_results, write_evaluation, write_latencies
-from evaluation.held_out import open_reported
+from evaluation.held_out import open_reported, reported_images
 from evaluation.latency import Latency, as_plain
 from evaluation.metrics import LogitsMetric, metrics
 from evaluation.options import PROGRAM, SAVES_MEMORY, EvalOptions
@@ -51,6 +52,8 @@ from utils.text import escaped
 
 logger = logging.getLogger("eval")
 
+CASCADE_IMAGES = 1024  # that a cascade is timed on
+
 
 def run_evaluation(session: Session) -> dict[str, Any]:
     """Evaluate on the split that --split names and, with --benchmark, time the networks; process 0 writes and prints.
@@ -79,7 +82,7 @@ def run_evaluation(session: Session) -> dict[str, Any]:
             write_file(folder / RESULTS, as_json(results))
             show(f"\n{tables}")
         if timing is not None:
-            rows = timing.run(results["ensemble_acc1"])
+            rows = timing.run(results, None if answers is None else answers.answers)
             results["latency"] = as_plain(rows)
             write_file(folder / RESULTS, as_json(results))
             show(f"\n{write_latencies(rows, folder)}")
@@ -127,9 +130,14 @@ class Timing:
             large = Contender("undivided", other.network, accuracy)
         return cls(session, large, devices)
 
-    def run(self, accuracy: float) -> list[Latency]:
-        """Time the networks in every way of running them; `accuracy` is the ensemble's, in percent."""
-        info = self.session.info
+    def run(self, results: Mapping[str, Any], answers: Answers | None) -> list[Latency]:
+        """Time the networks in every way of running them, and the cascade of `answers` if there is one.
+
+        Args:
+            results: of the evaluation.
+        """
+        info, accuracy = self.session.info, results["ensemble_acc1"]
+        has_cascade = answers is not None and answers.cascade is not None
         return compare_latencies(
             Contender(f"{','.join(info.archs)}, S = {info.num_networks}", self.session.network, accuracy),
             self.large,
@@ -137,6 +145,21 @@ class Timing:
             device=self.session.world.device,
             precision=self.session.precision,
             devices=self.devices,
+            cascade=self._cascade(results, answers) if answers is not None and has_cascade else None,
+        )
+
+    def _cascade(self, results: Mapping[str, Any], answers: Answers) -> CascadeContender:
+        """On test images that are reported, in an order by the seed."""
+        session, cascade = self.session, answers.cascade
+        assert cascade is not None
+        first = cascade.order[0]
+        chosen = next(row for row in results["cascade"]["rows"] if row["chosen"])
+        return CascadeContender(
+            over=answers.running_cascade,
+            first=first,
+            images_NCHW=reported_images(session, CASCADE_IMAGES, answers, shuffled=True),
+            accuracy=chosen["test_acc1"],
+            first_accuracy=results["networks"][first]["acc1"],
         )
 
 

@@ -234,7 +234,7 @@ def fit(
     mode = options.calibrate
     fitted = None if mode == "none" else fit_temperatures(logits_SNK, labels_N, rule)
     own = None if fitted is None else fitted.of_networks(mode)
-    cascade = None
+    cascade, stages = None, None
     if request.cascade:
         networks = len(logits_SNK)
         order = (
@@ -244,9 +244,9 @@ def fit(
         )
         if fitted is not None:
             fitted = replace(fitted, stages=fit_stages(logits_SNK, labels_N, rule, order, own))
-        cascade = _choose(logits_SNK, labels_N, request, rule, order, macs, own, fitted)
+        cascade, stages = _choose(logits_SNK, labels_N, request, rule, order, macs, own, fitted)
     answers = Answers(rule=rule, mode=mode, temperatures=fitted, cascade=cascade, held_out={}, **identity)
-    rows = calibration_rows(answers, logits_SNK, labels_N, "held_out")
+    rows = calibration_rows(answers, logits_SNK, labels_N, "held_out", stages)
     return replace(answers, held_out={"calibration": rows})
 
 
@@ -259,7 +259,8 @@ def _choose(
     macs: Sequence[int],
     own: Sequence[float] | None,
     fitted: Temperatures | None,
-) -> CascadeAnswers:
+) -> tuple[CascadeAnswers, Stages]:
+    """(the cascade, what its stages say of the images)."""
     options, target = request.options, request.target
     kind = "max_prob" if options.cascade_kind == "window" else options.cascade_confidence
     stages = run_stages(
@@ -300,7 +301,7 @@ def _choose(
     accept = operating_point(final_N, ~right_N, request.point, request.share).tau
     images = len(labels_N)
     alone = [float((one_NK.argmax(dim=-1) == labels_N).double().mean()) for one_NK in logits_SNK]
-    return CascadeAnswers(
+    chosen_cascade = CascadeAnswers(
         kind=options.cascade_kind,
         order=tuple(order),
         confidence=kind,
@@ -318,6 +319,7 @@ def _choose(
             "curve": [{"thresholds": one.thresholds, **held_out_figures(one, images)} for one in curve],
         },
     )
+    return chosen_cascade, stages
 
 
 def held_out_figures(choice: Choice, images: int) -> dict[str, float]:
@@ -368,9 +370,13 @@ def log_probs_of(answers: Answers, logits_SNK: Tensor, mode: str | None = None) 
 
 
 def calibration_rows(
-    answers: Answers, logits_SNK: Tensor, labels_N: Tensor, split: str
+    answers: Answers, logits_SNK: Tensor, labels_N: Tensor, split: str, stages: Stages | None
 ) -> list[dict[str, str | float | None]]:
-    """Figures before and after calibration of the ensemble, each network, and the cascade: one row for each."""
+    """Figures before and after calibration of the ensemble, each network, and the cascade: one row for each.
+
+    Args:
+        stages: of the cascade, if there is one, on these images.
+    """
     fitted, rows = answers.temperatures, []
 
     def add(what: str, when: str, log_probs_NK: Tensor) -> None:
@@ -384,7 +390,8 @@ def calibration_rows(
         for when, temperature in (("before", 1.0), ("after", 1.0 if fitted is None else fitted.networks[s])):
             add(f"network {s + 1}", when, (one_NK.double() / temperature).log_softmax(dim=-1))
     if answers.cascade is not None:
-        stage_N = answers.cascade.leave(answers.stages(logits_SNK).confidence_SN)
+        assert stages is not None
+        stage_N = answers.cascade.leave(stages.confidence_SN)
         scores_NK = cascade_scores(answers, logits_SNK, stage_N)
         add("cascade", "before", scores_NK.log_softmax(dim=-1))
         add("cascade", "after", answers.stage_log_probs(scores_NK, stage_N))

@@ -16,7 +16,7 @@ from dataset.source.corrupted import CorruptedSets, open_corrupted
 from evaluation.answer_plots import plot_diversity, plot_ood, plot_risk_coverage, plot_shift
 from evaluation.answers import Answers
 from evaluation.calibration import binned, scores_of
-from evaluation.cascade import at_stage
+from evaluation.cascade import Stages, at_stage
 from evaluation.collecting import Logits, collect_logits
 from evaluation.conformal import conformal_figures, conformal_sets
 from evaluation.diversity import PAIRS, diversity_figures
@@ -147,6 +147,7 @@ class Report:
     Attributes:
         mode: how the ensemble's probabilities are calibrated.
         seen: of the reported images.
+        stages: of the cascade on them; None without one.
         large_logits: of the undivided network on them, [N, K]; None without.
     """
 
@@ -154,19 +155,24 @@ class Report:
     answers: Answers
     mode: str
     seen: Logits
+    stages: Stages | None
     large_logits: Tensor | None
     doubt: Doubt
 
-    def answerers(self, logits_SNK: Tensor) -> dict[str, Tensor]:
-        """Log-probabilities of the ensemble, of each network and of the cascade: float64 [N, K]."""
+    def answerers(self, logits_SNK: Tensor, stages: Stages | None) -> dict[str, Tensor]:
+        """Log-probabilities of the ensemble, of each network and of the cascade: float64 [N, K].
+
+        Args:
+            stages: of the cascade on these images; None without one.
+        """
         answers = self.answers
         found = {"ensemble": log_probs_of(answers, logits_SNK, self.mode)}
         own = None if answers.temperatures is None else answers.temperatures.of_networks(self.mode)
         for s, one_NK in enumerate(logits_SNK):
             scores_NK = scores_of(one_NK[None], "mean_logits", None if own is None else [own[s]])
             found[f"network {s + 1}"] = scores_NK.log_softmax(dim=-1)
-        if answers.cascade is not None:
-            stage_N = answers.cascade.leave(answers.stages(logits_SNK).confidence_SN)
+        if answers.cascade is not None and stages is not None:
+            stage_N = answers.cascade.leave(stages.confidence_SN)
             found["cascade"] = answers.stage_log_probs(cascade_scores(answers, logits_SNK, stage_N), stage_N)
         return found
 
@@ -177,7 +183,7 @@ class Report:
             WriteError: a file cannot be written.
         """
         figures: dict[str, Any] = {}
-        rows = self.answerers(self.seen.logits_SNK)
+        rows = self.answerers(self.seen.logits_SNK, self.stages)
         wrong = {name: one_NK.argmax(dim=-1) != self.seen.labels_N for name, one_NK in rows.items()}
         if self.session.options.uncertainty:
             figures["selective"] = {
@@ -206,7 +212,8 @@ class Report:
         found: dict[str, Any] = {}
         pictures = {}
         for name, logits_SNK in self.doubt.foreign.items():
-            foreign = self._scores(logits_SNK, self.answerers(logits_SNK))
+            stages = None if self.answers.cascade is None else self.answers.stages(logits_SNK)
+            foreign = self._scores(logits_SNK, self.answerers(logits_SNK, stages))
             found[name] = {
                 "images": logits_SNK.shape[1],
                 "fpr95": "share of foreign images accepted where 95 % of the own are; fpr95_out: the reverse",

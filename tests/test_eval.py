@@ -201,7 +201,8 @@ def test_pictures_that_cannot_be_written_are_one_line(run_dir, tmp_path, capsys)
         (tmp_path / name).mkdir()
     line = refuse("--resume", run_dir / "checkpoint_1.pth.tar", "--model_dir", tmp_path, capsys=capsys, code=1)
     assert line == f"eval.py: {tmp_path / 'confusion.png'}: could not be written: Is a directory."
-    figures = {"p50_ms": 1.0, "p99_ms": 1.0, "images_per_second": 1.0, "rounds": 1, "accuracy": 50.0}
+    times = dict.fromkeys(("p50_ms", "p95_ms", "p99_ms", "mean_ms"), 1.0)
+    figures = {**times, "images_per_second": 1.0, "rounds": 1, "accuracy": 50.0}
     row = latency.Latency(name="a", strategy="loop", batch_size=1, **figures)
     with pytest.raises(WriteError, match=r"latency.png: could not be written: Is a directory\."):
         write_latencies([row], tmp_path)

@@ -3,18 +3,29 @@
 import logging
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
-from evaluation.contenders import Contender, Graphs, candidates_of, undivided
+from evaluation.contenders import (
+    CascadeContender,
+    Contender,
+    Graphs,
+    candidates_of,
+    cascade_candidates,
+    undivided,
+)
 from evaluation.latency import Candidate
 from model import BackboneRequest, build_splitnet
 from model.casting import CastWatch
 from model.fold import fold_batch_norm
+from model.splitnet import SplitNet
 from tests.recorders import Recorder
+from tests.test_evaluation_answers import answers_of
+from utils.errors import RunError
 from utils.precision import Precision
 from utils.recording import WARM_UP
 
@@ -99,3 +110,27 @@ def test_the_loop_and_parallel_networks_are_timed_in_graphs_too(caplog: pytest.L
     with caplog.at_level(logging.INFO):
         assert names(2, ("loop",), fails=True) == ["loop"]
     assert caplog.messages == ["some, loop: cannot be captured"]
+
+
+def test_a_cascade_is_timed_over_folded_networks_with_its_first_one() -> None:
+    four = build_splitnet(BackboneRequest(arch="resnet20", split_factor=4), seed=0).eval()
+    network = SplitNet(list(four.models)[:3]).eval()
+    images = torch.randn(6, 3, 32, 32, generator=torch.Generator().manual_seed(1))
+    answers = answers_of()
+    assert answers.cascade is not None
+    with torch.inference_mode():
+        sure = answers.stages(network(images)).confidence_SN[0].sort().values
+        between = float((sure[2] + sure[3]) / 2)
+        answers = replace(answers, cascade=replace(answers.cascade, bounds=((between,), (0.0,))))
+        expected = answers.running_cascade(list(network.models))(images)
+    assert expected.stage_B.bincount().tolist() == [3, 3]
+    order = answers.cascade.order
+    cascade = CascadeContender(answers.running_cascade, order[0], images, 91.0, 88.0)
+    precision = Precision("fp32", torch.float32, None, scaler=False, memory_format=torch.contiguous_format)
+    first, together = cascade_candidates(cascade, Contender("three", network, 92.0), images, precision)
+    assert (first.name, first.strategy, first.accuracy) == ("first network", "one network", 88.0)
+    assert (together.name, together.strategy, together.accuracy) == ("three", "cascade", 91.0)
+    with torch.inference_mode():
+        torch.testing.assert_close(together.forward(images), expected.scores_BK, rtol=1e-4, atol=1e-4)
+        alone = network.models[order[0]](images)
+        torch.testing.assert_close(first.forward(images)[0], alone, rtol=1e-4, atol=1e-4)

@@ -1,6 +1,7 @@
 """eval.py --tune as a user runs it: the tuned checkpoint, its evaluation, and what is refused."""
 
 import csv
+import functools
 import hashlib
 import json
 import os
@@ -16,13 +17,16 @@ from PIL import Image
 
 import eval as program
 from dataset import DataSource, held_out_digest
-from evaluation import held_out
+from evaluation import answers as answers_module
+from evaluation import contenders, held_out, latency, tuning
+from evaluation import run as evaluation_run
+from evaluation.cascade import run_stages
 from evaluation.held_out import split_test
 from evaluation.options import EvalOptions
 from evaluation.tuning import Request, tuned_path, uniform_of
 from record.checkpoint import load_checkpoint, save_checkpoint
 from tests.runs import train
-from tests.tuned_run import digits, fitted_network, write_run
+from tests.tuned_run import digits, fitted_network, prepared, write_run
 
 ROOT = Path(__file__).parent.parent
 
@@ -102,6 +106,54 @@ def test_a_later_evaluation_says_the_same(tuned: Path, checkpoint: Path, tmp_pat
     answers = tuned / "answers.json"
     assert run("--resume", checkpoint, "--answers", answers, "--model_dir", tmp_path / "b") == 0
     assert read(tmp_path / "b" / "results.json")["cascade"] == first["cascade"]
+
+
+@pytest.mark.slow
+def test_the_stages_of_a_set_of_images_are_made_once(
+    checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made: list[int] = []
+
+    def counted(logits_SNK: torch.Tensor, *arguments: Any, **options: Any) -> Any:
+        made.append(logits_SNK.shape[1])
+        return run_stages(logits_SNK, *arguments, **options)
+
+    monkeypatch.setattr(answers_module, "run_stages", counted)
+    monkeypatch.setattr(tuning, "run_stages", counted)
+    flags = ("--tune", "calibration,cascade", "--uncertainty", 1, "--model_dir", tmp_path)
+    assert run("--resume", checkpoint, *flags) == 0
+    assert made == [len(digits().val), len(digits().test)]
+
+
+@pytest.mark.slow
+def test_a_cascade_is_timed_on_reported_images(tuned: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    quick = functools.partial(latency.measure, batch_sizes=(1, 3), seconds=0)
+    asked: list[torch.Tensor] = []
+
+    def measured(candidates: Any, images_BCHW: torch.Tensor, **options: Any) -> Any:
+        asked.append(images_BCHW)
+        return quick(candidates, images_BCHW, **options)
+
+    monkeypatch.setattr(contenders, "measure", measured)
+    monkeypatch.setattr(evaluation_run, "CASCADE_IMAGES", 12)
+    argv = ("--resume", tuned / "model_best.tuned.pth.tar", "--model_dir", tmp_path)
+    assert run(*argv, "--benchmark") == 0
+    results = read(tmp_path / "results.json")
+    rows = [row for row in results["latency"] if row["batch_size"] == 1]
+    ensemble = [("resnet20, S = 2", name) for name in ("loop", "parallel", "stacked")]
+    expected = [("undivided", "one network"), *ensemble, ("first network", "one network"), (ensemble[0][0], "cascade")]
+    assert [(row["name"], row["strategy"]) for row in rows] == expected
+    assert {row["rounds"] for row in rows} == {12}
+    chosen = next(row for row in results["cascade"]["rows"] if row["chosen"])
+    order = results["answers"]["cascade"]["order"]
+    accuracies = (results["networks"][order[0] - 1]["acc1"], chosen["test_acc1"])
+    assert (rows[-2]["accuracy"], rows[-1]["accuracy"]) == accuracies
+    assert all(row["p50_ms"] <= row["p95_ms"] <= row["p99_ms"] and row["mean_ms"] > 0 for row in rows)
+    assert "it cannot be parallel or stacked" in (tmp_path / "latency.md").read_text()
+    every = prepared(digits().test.images)
+    for image in asked[0]:
+        assert (every == image).flatten(1).all(dim=1).any()
+    assert not torch.equal(asked[0], every[:12])
 
 
 @pytest.mark.slow

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 
+import eval as program
 from evaluation import run_cascade
 from evaluation.answers import read_answers
 from evaluation.calibration import scores_of
@@ -27,7 +28,7 @@ from evaluation.tuning import tuned_path
 from model.splitnet import SplitNet
 from record.checkpoint import save_checkpoint, state_sha256
 from tests.test_evaluation_answers import answers_of
-from tests.tuned_run import content_of, digits, fitted_network, prepared
+from tests.tuned_run import content_of, digits, fitted_network, prepared, write_run
 
 HAS_ONNX = all(importlib.util.find_spec(name) for name in ("onnx", "onnxscript", "onnxruntime"))
 needs_onnx = pytest.mark.skipif(not HAS_ONNX, reason="onnx, onnxscript and onnxruntime are not installed")
@@ -51,10 +52,10 @@ def test_the_same_networks_for_every_image(
     assert answers.cascade is not None
     answers = replace(answers, rule=rule, cascade=replace(answers.cascade, confidence=confidence))
     images = prepared(digits().test.images[:40])
-    program = export_cascade(three, answers, (3, 16, 16))
+    exported = export_cascade(three, answers, (3, 16, 16))
     path = tmp_path / f"cascade{suffix}"
     is_onnx = suffix == ".onnx"
-    path.write_bytes(onnx_bytes(program, {}, CASCADE_OUTPUTS) if is_onnx else program_bytes(program, {}))
+    path.write_bytes(onnx_bytes(exported, {}, CASCADE_OUTPUTS) if is_onnx else program_bytes(exported, {}))
     run = load_cascade(path)
     with torch.inference_mode():
         expected = answers.running_cascade(list(three.models))(images)
@@ -209,3 +210,55 @@ def test_a_tuned_ensemble_gives_calibrated_probabilities(
     torch.testing.assert_close(probabilities, (own.mean(dim=0) / 0.8).softmax(dim=-1), rtol=1e-3, atol=1e-5)
     assert main([str(path), "--out", str(tmp_path / f"raw{suffix}"), "--calibrate", "none"]) == 0
     assert len(load_exported(tmp_path / f"raw{suffix}")[0](images)) == 2
+
+
+# answers of every form by what a user has of each; argv: the folder of the exports, images, where the counts go
+EVERY_FORM = """
+import json, subprocess, sys
+from pathlib import Path
+import numpy as np, onnxruntime, torch
+exports, images_path, out = map(Path, sys.argv[1:])
+images = np.load(images_path)
+session = onnxruntime.InferenceSession(str(exports / "cascade.onnx"), providers=["CPUExecutionProvider"])
+program = torch.export.load(str(exports / "cascade.pt2")).module()
+found = {
+    "onnx": [int(session.run(["networks"], {"images": image[None]})[0][0]) for image in images],
+    "pt2": [int(program(torch.from_numpy(image[None]))[1]) for image in images],
+}
+out.write_text(json.dumps(found))
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not HAS_ONNX, reason="onnx, onnxscript and onnxruntime are not installed")
+@pytest.mark.filterwarnings("ignore")
+def test_every_form_of_a_tuned_cascade_takes_the_same_networks(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """From a run to its tuned checkpoint, prediction, both files and the folder, run where the project is not."""
+    run_folder, exports = tmp_path / "run", tmp_path / "exports"
+    run_folder.mkdir()
+    exports.mkdir()
+    best = write_run(run_folder, fitted_network())
+    assert program.main(["--resume", str(best), "--tune", "calibration,cascade", "--no_cuda", "--workers", "0"]) == 0
+    tuned = run_folder / "eval" / "model_best.tuned.pth.tar"
+    np.save(tmp_path / "images.npy", prepared(digits().test.images[:60]).numpy())
+    flags = ["--predict", str(tmp_path / "images.npy"), "--model_dir", str(tmp_path / "out"), "--no_cuda"]
+    assert program.main(["--resume", str(tuned), "--answer", "cascade", *flags]) == 0
+    for name in ("cascade.onnx", "cascade.pt2", "folder/"):
+        assert main([str(tuned), "--answer", "cascade", "--out", f"{exports}/{name}"]) == 0, capsys.readouterr().err
+    with np.load(tmp_path / "out" / "predict_images.npy" / "logits.npz") as stored:
+        expected = stored["networks_used"].tolist()
+    assert set(expected) == {1, 2}
+
+    (tmp_path / "every_form.py").write_text(EVERY_FORM)
+    done = run_alone(tmp_path / "every_form.py", exports, tmp_path / "images.npy", tmp_path / "counts.json")
+    assert done.returncode == 0, done.stderr
+    found = json.loads((tmp_path / "counts.json").read_text())
+    runner = exports / "folder" / "run_cascade.py"
+    for batch in (1, 7, 128):
+        done = run_alone(runner, tmp_path / "images.npy", tmp_path / "answers.npz", batch)
+        assert done.returncode == 0, done.stderr
+        with np.load(tmp_path / "answers.npz") as answered:
+            found[f"folder, batch {batch}"] = answered["networks"].tolist()
+    assert found == dict.fromkeys(("onnx", "pt2", "folder, batch 1", "folder, batch 7", "folder, batch 128"), expected)

@@ -5,12 +5,14 @@ import functools
 import hashlib
 import json
 import os
+import signal
 import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -24,8 +26,9 @@ from evaluation.cascade import run_stages
 from evaluation.held_out import split_test
 from evaluation.options import EvalOptions
 from evaluation.tuning import Request, tuned_path, uniform_of
-from record.checkpoint import load_checkpoint, save_checkpoint
-from tests.runs import train
+from record.checkpoint import PARTIAL, load_checkpoint, save_checkpoint
+from tests.kills import at_call
+from tests.runs import Run, train
 from tests.tuned_run import digits, fitted_network, prepared, write_run
 
 ROOT = Path(__file__).parent.parent
@@ -335,20 +338,115 @@ def test_names_and_draws() -> None:
     assert (request.cascade, request.alphas, request.point, request.share) == (False, [], "tpr", 0.9)
 
 
-@pytest.mark.slow
-def test_two_processes_write_the_same_answers(tuned: Path, checkpoint: Path, tmp_path: Path) -> None:
+def run_in_two_processes(*flags: object) -> None:
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    flags = ["--no_cuda", "--workers", "0", "--tune", "all", "--conformal", "0.1,0.05", "--model_dir", str(tmp_path)]
     done = subprocess.run(
-        [*launcher, "eval.py", "--resume", str(checkpoint), *flags],
+        [*launcher, "eval.py", "--no_cuda", "--workers", "0", *map(str, flags)],
         cwd=ROOT,
         env={**os.environ, "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
     )
     assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.slow
+def test_two_processes_write_the_same_answers(tuned: Path, checkpoint: Path, tmp_path: Path) -> None:
+    flags = ("--tune", "all", "--conformal", "0.1,0.05", "--model_dir", tmp_path)
+    run_in_two_processes("--resume", checkpoint, *flags)
     assert (tmp_path / "answers.json").read_bytes() == (tuned / "answers.json").read_bytes()
     assert read(tmp_path / "results.json")["cascade"] == read(tuned / "results.json")["cascade"]
+
+
+@pytest.mark.slow
+def test_two_processes_predict_the_same_by_the_cascade(tuned: Path, tmp_path: Path) -> None:
+    """An odd number of images, so that one process has one more; the networks used of each image, and every score."""
+    source = digits()
+    photos = save_folder(tmp_path / "photos", source.test.images[:41], source.test.targets[:41])
+    argv = ("--resume", tuned / "model_best.tuned.pth.tar", "--predict", photos, "--answer", "cascade")
+    run_in_two_processes(*argv, "--model_dir", tmp_path / "two")
+    assert run(*argv, "--model_dir", tmp_path / "one") == 0
+    one, two = (tmp_path / name / "predict_photos" for name in ("one", "two"))
+    assert (two / "predictions.csv").read_bytes() == (one / "predictions.csv").read_bytes()
+    with np.load(one / "logits.npz") as expected, np.load(two / "logits.npz") as found:
+        assert set(found) == set(expected)
+        assert set(expected["networks_used"].tolist()) == {1, 2}
+        for name in expected:
+            np.testing.assert_array_equal(found[name], expected[name])
+    summaries = [read(folder / "predictions.json") for folder in (one, two)]
+    assert summaries[0]["average_macs"] == summaries[1]["average_macs"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("place", "number", "left"),
+    [
+        ("batch of an evaluation", 1, set()),  # over the held-out images
+        ("batch of an evaluation", 2, {"answers.json", "model_best.tuned.pth.tar"}),  # over the test images
+        ("batch of an evaluation", 3, {"answers.json", "model_best.tuned.pth.tar"}),  # over the foreign ones
+        ("rename", 2, {"answers.json"}),  # before the tuned checkpoint has its name
+    ],
+)
+def test_a_killed_tuning_leaves_whole_files_and_can_be_started_again(
+    place: str, number: int, left: set[str], tuned: Path, checkpoint: Path, tmp_path: Path
+) -> None:
+    np.save(tmp_path / "foreign.npy", digits().test.images[:9].permute(0, 2, 3, 1).contiguous().numpy())
+    folder = tmp_path / "out"
+    argv = ["--no_cuda", "--workers", "0", "--resume", checkpoint, "--tune", "all", "--conformal", "0.1,0.05"]
+    argv += ["--ood", tmp_path / "foreign.npy", "--eval_batch_size", 1024, "--model_dir", folder]
+    killed = Run(argv, tmp_path / "streams", module="eval", before=at_call(place, number)).wait()
+    assert killed.code == -signal.SIGKILL
+    names = {path.name for path in folder.iterdir() if not path.name.endswith(PARTIAL)}
+    assert names == left
+    if place != "rename":
+        assert set(os.listdir(folder)) == left
+    if "answers.json" in left:
+        assert (folder / "answers.json").read_bytes() == (tuned / "answers.json").read_bytes()
+    if "model_best.tuned.pth.tar" in left:
+        assert load_checkpoint(folder / "model_best.tuned.pth.tar")["answers"] == read(tuned / "answers.json")
+    assert run(*argv) == 0
+    assert (folder / "answers.json").read_bytes() == (tuned / "answers.json").read_bytes()
+    assert read(folder / "results.json")["cascade"] == read(tuned / "results.json")["cascade"]
+    assert not [path for path in folder.iterdir() if path.name.endswith(PARTIAL)]
+
+
+@pytest.mark.parametrize(
+    ("word", "named"),
+    [
+        ("nowhere", "nowhere: expected a folder of images, a .npy array"),
+        ("empty", "empty: expected a folder of images, a .npy array"),
+        ("text.npy", "text.npy: expected a .npy array"),
+        ("floats.npy", "floats.npy: expected a .npy array [N, H, W, 3] of uint8, found float32 [2, 4, 4, 3]"),
+        ("planes.npy", "planes.npy: expected a .npy array [N, H, W, 3] of uint8, found uint8 [2, 3, 4, 4]"),
+        ("none.npy", "none.npy: expected a .npy array [N, H, W, 3] of uint8, found uint8 [0, 4, 4, 3]"),
+        ("pickled.npy", "pickled.npy: expected a .npy array [N, H, W, 3] of uint8"),
+        ("good.npy,,good.npy", "an entry is empty"),
+        ("imagenet:nowhere", "nowhere"),
+    ],
+)
+def test_bad_sets_of_foreign_images_are_one_line(
+    word: str, named: str, checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data, out = tmp_path / "data", tmp_path / "out"
+    (data / "empty").mkdir(parents=True)
+    good = np.zeros((2, 4, 4, 3), dtype=np.uint8)
+    arrays = {"good": good, "floats": good.astype(np.float32), "planes": good.transpose(0, 3, 1, 2), "none": good[:0]}
+    for name, array in arrays.items():
+        np.save(data / f"{name}.npy", array)
+    (data / "text.npy").write_text("no array")
+    np.save(data / "pickled.npy", np.array([Exploding()], dtype=object), allow_pickle=True)
+    name, colon, place = word.rpartition(":")
+    words = ",".join(f"{name}{colon}{data / part}" if part else "" for part in place.split(","))
+    line = error(capsys, "--resume", checkpoint, "--model_dir", out, "--ood", words)
+    assert named in line
+    assert not list(out.iterdir())
+
+
+class Exploding:
+    """Read as a pickle, it fails the test that reads it."""
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return pytest.fail, ("a pickle was run",)
 
 
 @pytest.mark.slow

@@ -9,7 +9,7 @@ import itertools
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -18,6 +18,8 @@ from evaluation.calibration import chunks, scores_of
 from evaluation.selective import confidence_of, operating_point
 from model.cascade import leaves_above, leaves_window
 from utils.errors import UserError
+
+Item = TypeVar("Item")
 
 NOBODY = 2.0  # the threshold that no confidence reaches
 MIDPOINTS = 128
@@ -398,7 +400,7 @@ class EachStage:
         return zip(right_J.tolist(), macs_J.tolist(), strict=True)
 
 
-def thinned(choices: Sequence[Choice], most: int) -> list[Choice]:
+def thinned(choices: Sequence[Item], most: int) -> list[Item]:
     """At most so many, evenly over their places, first and last among them."""
     if len(choices) <= most:
         return list(choices)

@@ -58,6 +58,8 @@ def student_settings(run: Path, epochs: int | None, student: str) -> dict[str, A
     )
     kinds = (DataOptions, OptimizerOptions, EvaluationOptions, DeviceOptions)
     names = {flag.name for kind in kinds for flag in flags_of(kind) if flag.resume != OF_CALL}
+    if "test_fraction" not in given:
+        names.discard("test_fraction")  # data with a split of its own refuses it
     settings = {name: value for name, value in config.values().items() if name in names and value is not None}
     settings |= {"seed": values["seed"], "data": values["data"], "dataset": values["dataset"]}
     # its epochs and the network come last, and a division's own weight decay is in the settings already

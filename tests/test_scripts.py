@@ -280,6 +280,7 @@ def test_mistakes_are_one_line_and_exit_code_2(arguments, variables, message):
         (("gpu.sh", "--check"), {}),
         (("multinode.sh",), {"NODES": "2", "RANK": "0", "HOST": "first"}),
         (("claim.sh", "--dataset", "digits"), {}),
+        (("answers.sh",), {}),
     ],
 )
 def test_a_python_without_torch_is_one_line_that_says_what_to_do(arguments, variables, tmp_path):

@@ -42,6 +42,7 @@ def test_the_student_has_the_data_recipe_and_seed_of_the_run(tmp_path: Path) -> 
     assert (found.method, found.arch, found.split_factor, found.epochs) == ("kd", "resnet20", 1, 7)
     assert (found.lr, found.seed, found.is_mixup, found.method_options.kd_temperature) == (0.3, 5, True, 4.0)
     assert found.weight_decay == plain.weight_decay  # not that of one of four
+    assert "test_fraction" not in found.given  # digits have a split of their own, and refuse it
 
     one = student_of(tmp_path, student_settings(run, None, "one"))
     taught = json.loads((run / HPARAMS).read_text())

@@ -50,7 +50,8 @@ class EvalOptions(Options):
     )
     benchmark: bool = option(
         False,
-        "after the evaluation, time the networks beside the undivided one: latency.md, .json and .png",
+        "after the evaluation, time the networks, and their tuned cascade, beside the undivided one: latency.md, .json "
+        "and .png",
         bare="1",
         resume=OF_CALL,
     )

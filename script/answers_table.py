@@ -317,7 +317,7 @@ def plot(name: str, seeds: Sequence[Seed], path: Path) -> Path:
         axes.spines[["top", "right"]].set_visible(False)
     left.set(xlabel="average million MACs of an image", ylabel="top-1 in %")
     right.set(xlabel="measured mean ms of an image, batch 1")
-    figure.suptitle(f"{NAMES[name]}: {len(seeds)} seed(s) pale, their means full")
+    figure.suptitle(f"{NAMES[name]}: every seed of {len(seeds)} pale, their means full")
     handles, labels = left.get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=4, frameon=False, fontsize=9)
     figure.savefig(path, dpi=120)

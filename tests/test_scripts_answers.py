@@ -1,9 +1,6 @@
 """script/answers.sh: which steps it starts and keeps, what is timed, and what its table says of the goals."""
 
 import json
-import os
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,10 +13,10 @@ from model import build_splitnet
 from record.checkpoint import save_checkpoint, state_sha256
 from script import answers_times
 from script.answers_table import conditions, main, read_sets
+from tests.stub_python import StubPython
 from tests.test_evaluation_answers import answers_of
 from tests.tuned_run import REQUEST, content_of, fitted_network
 
-ROOT = Path(__file__).parent.parent
 # Stands for Python: notes its arguments; fails once where a file says at which word
 STUB = """#!{python}
 import json, pathlib, sys
@@ -36,27 +33,10 @@ if fails.exists() and fails.read_text() in " ".join(words):
 
 
 @pytest.fixture
-def answers(tmp_path: Path) -> Any:
+def answers(tmp_path: Path) -> StubPython:
     """Runs the script with the stub; returns the commands that it started and the finished process."""
-    log, stub = tmp_path / "log", tmp_path / "python"
-    stub.write_text(STUB.format(python=sys.executable, log=str(log), fails=str(tmp_path / "fails")))
-    stub.chmod(0o755)
-
-    def call(*words: str) -> tuple[list[list[str]], subprocess.CompletedProcess[str]]:
-        log.write_text("")
-        names = ("DATA", "SEEDS", "SETS", "DIGITS_EPOCHS", "EPOCHS", "SMALL_EPOCHS", "IMAGES", "TIMED", "OUT")
-        environment = {name: value for name, value in os.environ.items() if name not in (*names, "DRY_RUN")}
-        done = subprocess.run(
-            [ROOT / "script" / "answers.sh", *words],
-            env=environment | {"PYTHON": str(stub)},
-            cwd=tmp_path,
-            capture_output=True,
-            text=True,
-            check=False,
-        )
-        return [json.loads(line) for line in log.read_text().splitlines()], done
-
-    return call
+    names = ("DATA", "SEEDS", "SETS", "DIGITS_EPOCHS", "EPOCHS", "SMALL_EPOCHS", "IMAGES", "TIMED", "OUT")
+    return StubPython.write("answers.sh", tmp_path, names, STUB, fails=str(tmp_path / "fails"))
 
 
 def programs(commands: list[list[str]]) -> list[str]:
@@ -70,7 +50,7 @@ def after(words: list[str], flag: str) -> str:
 TUNED = ["train_split.py", "train_split.py", "eval.py", "eval.py", "eval.py", "eval.py", "export.py", "export.py"]
 
 
-def test_a_killed_measurement_goes_on_where_it_was(answers: Any, tmp_path: Path) -> None:
+def test_a_killed_measurement_goes_on_where_it_was(answers: StubPython, tmp_path: Path) -> None:
     data = tmp_path / "data"
     data.mkdir()
     (tmp_path / "fails").write_text("--cascade_confidence entropy")
@@ -101,7 +81,7 @@ def test_a_killed_measurement_goes_on_where_it_was(answers: Any, tmp_path: Path)
         (["--seeds", "1,x"], "x: expected a number of 1 or more"),
     ],
 )
-def test_mistakes(answers: Any, words: list[str], named: str) -> None:
+def test_mistakes(answers: StubPython, words: list[str], named: str) -> None:
     started, done = answers(*words)
     assert (done.returncode, started) == (2, [])
     assert named in done.stderr

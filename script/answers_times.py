@@ -62,7 +62,7 @@ def candidates(session: Session, large: Session, answers: Answers, images_BCHW: 
         bounds = tuple((threshold,) for threshold in thresholds)
         other = replace(answers, cascade=replace(cascade, bounds=bounds))
         contender = CascadeContender(other.running_cascade, cascade.order[0], images_BCHW, None, None)
-        _, running = cascade_candidates(contender, Contender("ensemble", network, None), images_BCHW, precision)
+        *_, running = cascade_candidates(contender, Contender("ensemble", network, None), images_BCHW, precision)
         found.append(replace(running, name=threshold_text(thresholds)))
     return found
 

@@ -29,17 +29,17 @@ def require_stages(network: nn.Module, method: str, *, at_least: int = 1) -> Sta
         UserError: it has none, or too few; the message names the method.
     """
     parts = staged_parts(network)
+    request = known_request(network)
+    name = type(network).__name__ if request is None else request.arch
     if parts is None:
-        request = known_request(network)
-        name = type(network).__name__ if request is None else request.arch
         raise UserError(
             f"--method {method}: {name} has no stages that run one after another; use --method co_training, dml or "
             "independent, or another --arch."
         )
     if len(parts.stages) < at_least:
         raise UserError(
-            f"--method {method} needs a backbone with {at_least} stages or more, and --arch has {len(parts.stages)} "
-            f"({type(network).__name__}). Pick another --arch."
+            f"--method {method} needs a backbone with {at_least} stages or more, and {name} has {len(parts.stages)}. "
+            "Pick another --arch."
         )
     return parts
 

@@ -332,8 +332,8 @@ class MCDropoutNet(MemberNet):
             parts = staged_parts(network)
             if parts is None:
                 raise UserError(
-                    "--method mc_dropout needs a backbone with stages, and --arch has none "
-                    f"({type(network).__name__}). Pick another --arch, or --mc_dropout_place own."
+                    f"--method mc_dropout: {request_of(network).arch} has no stages that run one after another; pick "
+                    "another --arch, or --mc_dropout_place own."
                 )
             self._staged = (parts,)
             count = len(parts.stages) if place == "stages" else 0

@@ -16,6 +16,7 @@ from model.division import ANY_SPLIT
 from model.division.solver import solve_factor
 from model.library import refuse_a_miss
 from model.registry import LARGE, SMALL, Backbone, BackboneRequest, DivisionPlan, backbones, names_user_code
+from model.staged import Staged
 from utils.errors import UserError, reason
 from utils.macs import count_macs, count_params
 
@@ -159,6 +160,8 @@ def build(request: BackboneRequest) -> nn.Module:
     device = torch.get_default_device()
     with torch.device("cpu"):
         network = _call(request.arch, width, request.num_classes)
+    if isinstance(network, Staged):
+        network.request = request  # heads behind its stages are made of fresh copies
     return network.to(device)
 
 

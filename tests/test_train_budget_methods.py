@@ -16,10 +16,13 @@ from evaluation.exporting import main as export
 from method import methods
 from record.checkpoint import load_checkpoint
 from record.run_folder import read_results
+from tests.test_method_contract import make, optimizer_of, step
 from train_split import Trainer
 from utils.errors import UserError
+from utils.precision import Precision
 
-# three batches of 96 images an epoch
+FP16 = Precision("fp16", torch.float32, torch.float16, scaler=False, memory_format=torch.contiguous_format)
+# two batches of 96 images an epoch
 BASE = "--dataset digits --arch resnet20 --batch_size 96 --workers 0 --seed 1 --no_cuda --val_fraction 0.8"
 METHODS = {
     "packed": "--num_members 2",
@@ -89,11 +92,38 @@ def test_a_compiled_run_learns_the_same_and_is_evaluated_timed_and_exported(
     assert (tmp_path / "all.pt2").stat().st_size > 0
 
 
-@pytest.mark.long
+@pytest.mark.parametrize("name", METHODS)
+def test_a_step_in_half_precision_is_near_that_in_single(name: str) -> None:
+    """Without the scaler, which multiplies and divides by the same number; softmax, KL and gates stay in float32."""
+    method = make(name)
+    output = step(method, 1, optimizer_of(method))
+    low = make(name)
+    rough = step(low, 1, optimizer_of(low), precision=FP16)
+    assert rough.loss.dtype == torch.float32
+    torch.testing.assert_close(rough.loss, output.loss, rtol=0.01, atol=0)
+    assert not torch.equal(rough.logits_SBK.float(), output.logits_SBK)
+    for (key, parameter), (_, fine) in zip(low.named_parameters(), method.named_parameters(), strict=True):
+        if fine.grad is not None:
+            assert parameter.grad.isfinite().all(), key
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("name", METHODS)
 def test_half_precision_trains(name: str, teacher: Path, tmp_path: Path, logging_restored: None) -> None:
-    train(name, tmp_path, teacher, "--max_steps", "2", "--print_freq", "1", "--amp_dtype", "fp16")
+    words = [word for word in words_of(name, teacher) if word != "--no_cuda"]
+    words += ["--max_steps", "2", "--print_freq", "1", "--amp_dtype", "fp16", "--model_dir", str(tmp_path)]
+    assert train_split.main(words) == 0
     assert all(loss > 0 for loss in losses(tmp_path))
+
+
+def test_half_precision_is_refused_on_a_cpu(
+    teacher: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], logging_restored: None
+) -> None:
+    words = [*words_of("packed", teacher), "--amp_dtype", "fp16", "--model_dir", str(tmp_path)]
+    assert train_split.main(words) == UserError.exit_code
+    *_, error = capsys.readouterr().err.splitlines()
+    assert "--amp_dtype fp16 needs a GPU" in error
 
 
 @pytest.mark.long
@@ -104,10 +134,10 @@ def test_two_epochs_in_one_go_or_in_two_give_the_same_weights(
     flags = ["--epochs", "2", "--amp_dtype", "fp32", "--slow_start_epochs", "0"]
     flags = flags[:4] if name == "snapshot" else flags  # its schedule has no warm-up
     train(name, tmp_path / "whole", teacher, *flags)
-    train(name, tmp_path / "halves", teacher, *flags, "--max_steps", "4")
+    train(name, tmp_path / "halves", teacher, *flags, "--max_steps", "3")
     train(name, tmp_path / "halves", teacher, *flags, "--resume", "auto")
     whole, halves = (read_results(tmp_path / part) or {} for part in ("whole", "halves"))
-    assert whole["steps"] == halves["steps"] > 4
+    assert whole["steps"] == halves["steps"] > 3
     assert whole["state_sha256"] == halves["state_sha256"]
     assert load_checkpoint(tmp_path / "halves" / "checkpoint_2.pth.tar")["epoch"] == 2
 

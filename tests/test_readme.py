@@ -14,6 +14,7 @@ from PIL import Image
 
 import eval as eval_program
 from method import methods
+from model.division.coverage import LISTS
 from parser_params import parse_config, resolve_config
 from tests.kills import library_weights_at_hand
 from tests.runs import Run
@@ -231,3 +232,28 @@ def test_the_first_screens_commands_run_as_they_stand(photos: Path) -> None:
     assert json.loads((photos / "runs/photos/results.json").read_text())["ensemble_acc1"] > 75
     for name in ("curves.png", "split.csv", "predict_new_photos/predictions.csv", "eval/confusion.png"):
         assert (photos / "runs/photos" / name).is_file(), name
+
+
+def test_pages_agree_on_how_many_networks_divide() -> None:
+    """The rows of the table of coverage, the line under them, and what other pages say of both."""
+    page = (ROOT / "miscs" / "coverage.md").read_text()
+    counts: dict[str, tuple[int, int]] = {}
+    for title, names in LISTS.items():
+        heading = f'"{title}"' if " " in title else title
+        part = page.partition(f"## `--coverage {heading}`")[2].partition("\n## ")[0]
+        rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in part.splitlines() if line.startswith("| ")]
+        rows = [row for row in rows if row[0] != "network"]
+        assert [row[:2] for row in rows] == [[name, s] for name in names for s in ("2", "4")], title
+        two, four = (sum(row[1] == s and row[2] != "refused" for row in rows) for s in ("2", "4"))
+        assert f"S = 2: {two} of {len(names)} divide, S = 4: {four} of {len(names)} divide." in part
+        counts[title] = (two, four)
+    (torchvision, same), timm, held_out = (counts[title] for title in ("torchvision", "timm", "held out"))
+    assert torchvision == same
+    prose = " ".join((ROOT / "miscs" / "divide_anything.md").read_text().split())
+    assert (
+        f"of {len(LISTS['torchvision'])} networks of torchvision {torchvision} divide by 2 and by 4, of "
+        f"{len(LISTS['timm'])} families of timm {timm[0]} and {timm[1]}, of {len(LISTS['held out'])} others, for which "
+        f"no rule was made, {held_out[0]} and {held_out[1]}."
+    ) in prose
+    for said in re.findall(r"(\d+) of (?:timm's )?79", TEXT):
+        assert int(said) in timm

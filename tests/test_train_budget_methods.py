@@ -1,4 +1,4 @@
-"""Methods that spend one budget otherwise, by the ways a run may take: compiled, in fp16, timed, exported, in a graph."""
+"""Methods that spend one budget otherwise, by the ways of a run: compiled, in fp16, timed, exported, in a graph."""
 
 import json
 from functools import partial

@@ -18,7 +18,7 @@ from utils.macs import count_macs, count_params
 
 pytest.importorskip("timm")
 
-BASE = "--dataset synthetic --num_classes 10 --batch_size 16 --workers 0 --seed 1 --no_cuda --amp_dtype fp32".split()
+BASE = "--dataset synthetic --num_classes 10 --batch_size 16 --workers 0 --seed 1 --no_cuda --amp_dtype fp32"
 # one of a class, with the smallest of a few usual sizes that it takes
 OTHERS = {
     "timm/swin_tiny_patch4_window7_224": 32,
@@ -38,13 +38,23 @@ OTHERS = {
 
 
 def train(arch: str, folder: Path, crop_size: int, *flags: str) -> dict[str, object]:
-    words = [*BASE, "--arch", arch, "--split_factor", "2", "--crop_size", str(crop_size), "--model_dir", str(folder)]
+    words = [
+        *BASE.split(),
+        "--arch",
+        arch,
+        "--split_factor",
+        "2",
+        "--crop_size",
+        str(crop_size),
+        "--model_dir",
+        str(folder),
+    ]
     assert train_split.main([*words, *flags]) == 0
     return read_results(folder) or {}
 
 
 def live(arch: str, crop_size: int, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Two steps at once or in two goes are the same; evaluation, export and summary are those of the trained network."""
+    """Two steps in one go or two are the same; evaluation, export and summary are those of the trained network."""
     whole = train(arch, folder / "whole", crop_size, "--max_steps", "2")
     train(arch, folder / "halves", crop_size, "--max_steps", "1")
     assert (

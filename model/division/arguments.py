@@ -387,7 +387,8 @@ def _judged(arguments: Arguments, changes: Changes, classifier: str | None) -> F
     for name, value in changes.items():
         before = arguments.recording.leaves[name]
         kind = arguments.kinds[name]
-        bounded = kind in ("", "factor") and before > 64
+        # a width of 64 or less may have to be rounded further
+        bounded = kind == "factor" or (kind == "" and before > 64)
         if bounded and not arguments.factor / 2 <= value / before <= 2 * arguments.factor:
             return Found(changes, miss, f"its {name} would be {value:g} for {before:g}")
     return Found(changes, miss, "")

@@ -10,11 +10,12 @@ import math
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 
 from torch import nn
 
 from model.division.recording import Recording
-from model.division.solver import AIM, TOLERANCE, bisected_widths, channel_unit, scaled_width, solve_widths
+from model.division.solver import AIM, TOLERANCE, bisected_widths, channel_unit, nearest_widths, scaled_width
 
 Changes = dict[str, int | float]
 Cost = Callable[[nn.Module], int]
@@ -53,6 +54,7 @@ KEPT = frozenset(
         "se_ratio",
         "output_stride",
         "reg_tokens",
+        "ch_div",
         "depth",
         "depths",
         "stride",
@@ -65,10 +67,30 @@ KEPT = frozenset(
         "sr_ratios",
     ]
 )
-# Classes whose widths cannot be told one by one: their leaves, by pattern.
-ROWS: Mapping[str, frozenset[str]] = {
+
+
+@dataclass(frozen=True)
+class Row:
+    """The leaves that are widths of a class in which they cannot be told one by one.
+
+    Attributes:
+        widths: their patterns.
+        kept: names of leaves among these that stay.
+        tied: leaves of one value move together wherever they stand: the class lists what each of its layers takes.
+    """
+
+    widths: frozenset[str]
+    kept: frozenset[str] = frozenset()
+    tied: bool = False
+
+
+ROWS: Mapping[str, Row] = {
     # a width that differs from its neighbour's adds a projection
-    "MaxxVit": frozenset(("cfg.embed_dim.*", "cfg.stem_width", "cfg.stem_width.*")),
+    "MaxxVit": Row(frozenset(("cfg.embed_dim.*", "cfg.stem_width", "cfg.stem_width.*"))),
+    # the stem's 32 channels stand in the code
+    "SelecSls": Row(
+        frozenset(("cfg.features.*.*", "cfg.head.*.*", "cfg.num_features")), frozenset(("cfg.features.0.0",)), tied=True
+    ),
 }
 NARROWEST = 8  # a smaller number is no width
 FLOORS = (8, 16, 32)  # units that are tried in turn where finer widths do not build
@@ -257,7 +279,8 @@ class Arguments:
         }
         row = ROWS.get(self.recording.kind.__name__)
         if row is not None:
-            return grouped((name, value) for name, value in candidates.items() if pattern(name) in row)
+            named = {n: v for n, v in candidates.items() if pattern(n) in row.widths and n not in row.kept}
+            return grouped(named.items(), tied=row.tied)
         by_pattern: dict[str, list[str]] = {}
         for name in candidates:
             by_pattern.setdefault(pattern(name), []).append(name)
@@ -324,11 +347,11 @@ def _moved(values: Mapping[str, int | float], names: Iterable[str], number: int)
     return {name: type(values[name])(move[number](values[name])) for name in names}
 
 
-def grouped(leaves: Iterable[tuple[str, int | float]]) -> list[Group]:
-    """Leaves of one pattern and one value together."""
+def grouped(leaves: Iterable[tuple[str, int | float]], *, tied: bool = False) -> list[Group]:
+    """Leaves of one value together: those of one pattern, or all where they are tied."""
     groups: dict[tuple[str, int | float], list[str]] = {}
     for name, value in leaves:
-        groups.setdefault((pattern(name), value), []).append(name)
+        groups.setdefault(("" if tied else pattern(name), value), []).append(name)
     return [Group(tuple(names), value) for (_, value), names in groups.items()]
 
 
@@ -390,7 +413,7 @@ def _judged(arguments: Arguments, changes: Changes, classifier: str | None) -> F
         # a width of 64 or less may have to be rounded further
         bounded = kind == "factor" or (kind == "" and before > 64)
         if bounded and not arguments.factor / 2 <= value / before <= 2 * arguments.factor:
-            return Found(changes, miss, f"its {name} would be {value:g} for {before:g}")
+            return Found(changes, miss, f"takes {name} from {before:g} to {value:g}")
     return Found(changes, miss, "")
 
 
@@ -405,6 +428,9 @@ def _candidates(arguments: Arguments) -> Iterable[Changes]:
     for rule in rules:
         for floor in _floors(arguments):
             yield from _by_widths(arguments, attention, rule, floor)
+    if arguments.of_kind("group size", least=NARROWEST - 1):
+        for floor in (1, NARROWEST):
+            yield from _by_widths(arguments, attention, rules[-1], floor, thinner_groups=True)
 
 
 def _floors(arguments: Arguments) -> list[int]:
@@ -446,8 +472,18 @@ def _by_factor(arguments: Arguments) -> Iterable[Changes]:
     yield best if arguments.miss(best) <= AIM else with_ratio(arguments, best) or best
 
 
-def _by_widths(arguments: Arguments, attention: Attention | None, rule: str, floor: int) -> Iterable[Changes]:
-    """All widths by one factor, then the ratios, then single groups by one unit; nothing where it does not build."""
+def _by_widths(
+    arguments: Arguments, attention: Attention | None, rule: str, floor: int, *, thinner_groups: bool = False
+) -> Iterable[Changes]:
+    """All widths by one factor, then the ratios, then single groups by one unit; nothing where it does not build.
+
+    Args:
+        arguments: what the leaves are.
+        attention: its heads, or None.
+        rule: "whole" heads follow widths, "narrow" ones keep their number, "none": there are none.
+        floor: units are multiples of this.
+        thinner_groups: sizes of groups are divided too, for widths of which one copy has less than a group.
+    """
     groups = arguments.widths
     heads_of: dict[str, list[tuple[Group, int]]] = {}
     units = []
@@ -476,6 +512,9 @@ def _by_widths(arguments: Arguments, attention: Attention | None, rule: str, flo
                 changes |= heads.to(max(1, width // size) * heads.value / first)
         for group in arguments.of_kind("group count", least=1):
             changes |= group.to(max(1, round(group.value * arguments.factor)))
+        for group in arguments.of_kind("group size", least=NARROWEST - 1) if thinner_groups else ():
+            unit = max(floor, channel_unit(int(group.value)))
+            changes |= group.to(scaled_width(int(group.value), arguments.factor, unit))
         return changes
 
     if not groups:
@@ -486,20 +525,24 @@ def _by_widths(arguments: Arguments, attention: Attention | None, rule: str, flo
         return
     begun = arguments.builds
 
-    def cost(widths: Sequence[int]) -> int:
+    def cost(widths: Sequence[int], unbuilt: int = 10 * arguments.full) -> int:
         if list(widths) == full:
             return arguments.full
         spent = arguments.builds - begun > MOST_BUILDS
         priced = None if spent else arguments.priced(at(widths))
-        return 10 * arguments.full if priced is None else priced
+        return unbuilt if priced is None else priced
 
-    near = at(bisected_widths(full, units, cost, cost(full) / arguments.split_factor))
+    # widths of which a copy has less than a group do not build: too narrow
+    bisected_cost = partial(cost, unbuilt=0) if thinner_groups else cost
+    budget = arguments.full / arguments.split_factor
+    nearest = bisected_widths(full, units, bisected_cost, budget)
+    near = at(nearest)
     if arguments.miss(near) <= AIM:
         yield near
     tuned = with_ratio(arguments, near)
     if tuned is not None and arguments.miss(tuned) <= TOLERANCE:
         yield tuned  # a class may split what a ratio gives, and an odd number cannot be
-    yield at(solve_widths(full, units, cost, arguments.split_factor))
+    yield at(nearest_widths(full, units, lambda widths: abs(cost(widths) - budget) / budget, nearest))
 
 
 def with_ratio(arguments: Arguments, changes: Changes, widths: Mapping[str, float] | None = None) -> Changes | None:

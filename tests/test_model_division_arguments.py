@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from model import BackboneRequest, backbones, build_network, solved_request
-from model.division.arguments import Arguments, Structure, divide, leaf_kind, pattern
+from model.division.arguments import Arguments, Structure, divide, grouped, leaf_kind, pattern
 from model.division.fitting import fitted_arguments, image_arguments
 from model.division.plan import division_plan
 from model.division.recording import Recording, watched_constructor
@@ -232,3 +232,59 @@ def test_which_way(arch, way):
 def test_refused_by_name():
     with pytest.raises(UserError, match=r"timm/dpn68 cannot be divided.*Others that can be divided: resnet50"):
         solved_request(request_for("timm/dpn68", 2))
+
+
+def leaves_of(arch: str, split_factor: int, crop_size: int) -> dict[str, float]:
+    plan = division_plan(request_for(arch, split_factor, crop_size))
+    assert plan.way == "arguments"
+    assert abs(plan.params_difference) <= 0.02
+    return dict(zip(plan.stages, plan.widths, strict=True))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["nfnet_f0", "dm_nfnet_f0"])
+def test_groups_get_thinner_where_a_copy_has_less_than_one(name):
+    """The first stage of NFNet-F0 has 128 channels inside, one group: 0.7 of them are none of 128."""
+    found = leaves_of(f"timm/{name}", 2, 192)
+    assert found["cfg.group_size"] == 88
+    for stage, full in enumerate((256, 512, 1536, 1536)):
+        assert found[f"cfg.channels.{stage}"] / full == pytest.approx(0.5**0.5, rel=0.03)
+    assert "cfg.ch_div" not in found  # what widths are rounded to is none
+
+
+@pytest.mark.slow
+def test_groups_keep_their_size_where_a_copy_has_some():
+    found = leaves_of("timm/regnetz_b16", 2, 224)
+    assert not [name for name in found if "group_size" in name]
+
+
+def test_a_class_that_lists_what_each_layer_takes():
+    """Every channel of SelecSls stands in the list twice or more, as what one block gives and another takes."""
+    found = leaves_of("timm/selecsls42", 2, 224)
+    assert "cfg.features.0.0" not in found  # the stem's 32 channels stand in the code
+    for block in range(1, 6):
+        assert found[f"cfg.features.{block}.0"] == found[f"cfg.features.{block - 1}.3"]
+    assert found["cfg.head.0.0"] == found["cfg.features.5.3"]
+    assert found["cfg.num_features"] == found["cfg.head.3.1"]
+
+
+def test_tied_leaves_move_together():
+    leaves = [("layers.0.out", 64), ("layers.1.in", 64), ("last", 64), ("layers.1.out", 32)]
+    assert [group.names for group in grouped(leaves)] == [
+        ("layers.0.out",),
+        ("layers.1.in",),
+        ("last",),
+        ("layers.1.out",),
+    ]
+    assert [group.names for group in grouped(leaves, tied=True)] == [
+        ("layers.0.out", "layers.1.in", "last"),
+        ("layers.1.out",),
+    ]
+
+
+@pytest.mark.long
+def test_a_factor_for_the_whole_network_stays_near_its_share():
+    """A quarter of GhostNet's parameters is hardly more than its classifier, which keeps 1280 features."""
+    with pytest.raises(UserError, match=r"the nearest plan takes width from 1 to 0\.0078125\. Others"):
+        solved_request(request_for("timm/ghostnet_100", 4))
+    assert solved_request(request_for("timm/ghostnetv2_100", 4)).way == "channels"

@@ -13,8 +13,11 @@ from method import Method, Progress, StepOutput, Targets, methods
 from method.inner import TeacherRamp
 from method.options.one import ONEOptions
 from model.heads import NativeEnsemble, require_stages
+from model.members import GatedNet
+from model.registry import BackboneRequest, MemberForm
 from model.splitnet import SplitNet
 from recipe.published import sgd_steps
+from utils.errors import UserError
 
 
 @methods.register("one")
@@ -23,7 +26,8 @@ class NativeEnsembleLearning(Method[ONEOptions]):
 
     z_e = Σ_j g_j z_j mixes the logits of the branches by the weights of a gate on the map that they share. Several
     networks learn side by side, each with its own branches and gate; the losses add up. What lies beside the networks
-    exists in training only: the network itself is branch 1.
+    exists in training only: the network itself is branch 1. With --one_deploy gated the branches and the gate belong to
+    the network (`model.members.GatedNet`), and the mixture is its answer.
 
     Args:
         network: S networks with two stages or more, made by `model.registry.build_network`.
@@ -40,8 +44,9 @@ class NativeEnsembleLearning(Method[ONEOptions]):
 
     def __init__(self, network: SplitNet, options: ONEOptions, *, class_loss: ClassLoss = CROSS_ENTROPY) -> None:
         super().__init__(network, options, class_loss=class_loss)
+        beside = nn.ModuleList() if isinstance(network, GatedNet) else network.models
         self.ensembles = nn.ModuleList(
-            NativeEnsemble(require_stages(one, "one", at_least=2), options.one_branches) for one in network.models
+            NativeEnsemble(require_stages(one, "one", at_least=2), options.one_branches) for one in beside
         )
         self.ramp = TeacherRamp(options.one_ramp_epochs)
 
@@ -54,12 +59,30 @@ class NativeEnsembleLearning(Method[ONEOptions]):
             return {}
         return sgd_steps(epochs, usual=300, milestones=(151, 225), batch_size=128, lr=0.1, weight_decay=1e-4)
 
+    @classmethod
+    def implied_flags(cls, given: Mapping[str, Any]) -> Mapping[str, Any]:
+        """Nothing; refuses several networks where the gated mixture is deployed."""
+        several = "," in str(given.get("arch", "")) or given.get("split_factor", 1) != 1 or given.get("is_train_sep")
+        if given.get("one_deploy") == "gated" and several:
+            raise UserError(
+                "--one_deploy gated is one network with its branches: give --arch one name, without --split_factor "
+                "and --is_train_sep."
+            )
+        return {}
+
+    @classmethod
+    def member_form(cls, options: ONEOptions, request: BackboneRequest, seed: int) -> MemberForm | None:
+        """The branches and the gate as parts of the network, where they are deployed."""
+        if options.one_deploy == "network":
+            return None
+        return MemberForm(kind="gated", members=1, numbers={"branches": options.one_branches})
+
     def before_step(self, views_SBCHW: Tensor, targets: Targets, progress: Progress) -> None:
         """Bring the weight of the teacher up to date."""
         self.ramp.bring_to(progress.epoch, progress.epochs)
 
     def forward(self, views_SBCHW: Tensor, targets: Targets, progress: Progress) -> StepOutput:
-        """Views [S, B, C, H, W], or one shared view -> loss, metrics, logits [S, B, K] of the networks themselves.
+        """Views [S, B, C, H, W], or one shared view -> loss, metrics, logits [S, B, K] of what is deployed.
 
         Metrics, summed over the networks: loss_ce (of branches and mixture), loss_kl (weighted), and the ramp.
         """
@@ -69,7 +92,7 @@ class NativeEnsembleLearning(Method[ONEOptions]):
             losses_ce.append(self.summed_class_loss((*logits_MBK, gated_BK), targets))
             fits_MB = distillation_kl(logits_MBK, gated_BK, temperature=self.options.one_temperature)
             losses_kl.append(fits_MB.mean(dim=1).sum())
-            main.append(logits_MBK[0])
+            main.append(logits_MBK[0] if self.ensembles else gated_BK)
         loss_ce = torch.stack(losses_ce).sum()
         weight = self.ramp(loss_ce.dtype)
         loss_kl = self.options.one_weight * weight * torch.stack(losses_kl).sum()
@@ -78,20 +101,27 @@ class NativeEnsembleLearning(Method[ONEOptions]):
 
     def compiled_parts(self) -> list[nn.Module]:
         """The ensembles, each of which runs its network."""
-        return [*self.ensembles]
+        return [self._ensemble(i) for i in range(self.network.split_factor)]
 
     def extra_logits(self, images_BCHW: Tensor) -> dict[str, Tensor]:
-        """Logits [B, K] of every branch but the networks' own, and of the gated mixtures."""
+        """Logits [B, K] of the branches and the gated mixtures but for what is deployed."""
         found: dict[str, Tensor] = {}
         for i in range(self.network.split_factor):
             of = self.row_prefix(i)
             logits_MBK, gated_BK = self._branches(i, images_BCHW)
-            found |= {f"{of}branch{j}": logits_BK for j, logits_BK in enumerate(logits_MBK[1:], start=2)}
-            found[f"{of}gated"] = gated_BK
+            found |= {f"{of}branch{j}": logits_BK for j, logits_BK in enumerate(logits_MBK, start=1)}
+            if self.ensembles:
+                del found[f"{of}branch1"]
+                found[f"{of}gated"] = gated_BK
         return found
 
     def _branches(self, i: int, images_BCHW: Tensor) -> tuple[Tensor, Tensor]:
         """Logits of the branches of network i, its own first, [M, B, K], and of their mixture [B, K]."""
-        logits_MBK, weights_BM = self.ensembles[i](require_stages(self.network.models[i], "one"), images_BCHW)
+        parts = require_stages(self.network.models[i], "one")
+        logits_MBK, weights_BM = self._ensemble(i)(parts, images_BCHW)
         logits_MBK = at_least_float32(logits_MBK)
-        return logits_MBK, (weights_BM.T.to(logits_MBK.dtype)[..., None] * logits_MBK).sum(dim=0)
+        return logits_MBK, NativeEnsemble.mixture(logits_MBK, weights_BM)
+
+    def _ensemble(self, i: int) -> nn.Module:
+        """The branches and the gate of network i."""
+        return self.network.ensemble if isinstance(self.network, GatedNet) else self.ensembles[i]

@@ -12,6 +12,7 @@ from torch import nn
 from model.division.rechannel import ChannelGraph, count_layers
 from model.division.resizing import followed, times
 from model.division.solver import AIM, bisected_widths, nearest_widths, solve_both
+from model.heads import require_stages
 from model.packed import packed_plan
 from model.registry import BackboneRequest
 from model.staged import staged_parts
@@ -64,7 +65,7 @@ def deployed_counter(request: BackboneRequest, networks: int) -> tuple[ChannelGr
     network, graph = followed(request)
     if form is None:
         return graph, lambda widths: times(networks, graph.count(widths))
-    counters = {"mimo": _mimo, "batch_ensemble": _batch_ensemble, "mc_dropout": _mc_dropout}
+    counters = {"mimo": _mimo, "batch_ensemble": _batch_ensemble, "mc_dropout": _mc_dropout, "gated": _gated}
     return graph, counters[form.kind](network, graph, form.members, form.numbers)
 
 
@@ -120,5 +121,25 @@ def _mc_dropout(network: nn.Module, graph: ChannelGraph, members: int, numbers: 
         channels = graph.channels(widths)
         before = count_layers((layer, graph.sizes(layer, channels)) for layer in shared)[1]
         return params, before + members * (macs - before)
+
+    return count
+
+
+def _gated(network: nn.Module, graph: ChannelGraph, members: int, numbers: object) -> Counter:
+    """What lies behind the last stage but one as often as there are branches, and the gate on its map."""
+    assert isinstance(numbers, dict)
+    branches = int(numbers["branches"])
+    last_stage = {id(part) for part in require_stages(network, "one", at_least=2).stages[-1].modules()}
+    first = next(i for i, layer in enumerate(graph.layers) if id(network.get_submodule(layer.name)) in last_stage)
+    behind = graph.layers[first:]
+    entry = next(layer for layer in behind if layer.kind != "norm")
+
+    def count(widths: Sequence[int]) -> tuple[int, int]:
+        params, macs = graph.count(widths)
+        channels = graph.channels(widths)
+        more_params, more_macs = count_layers((layer, graph.sizes(layer, channels)) for layer in behind)
+        gate = graph.sizes(entry, channels).inputs * branches
+        # the gate: a linear layer with bias, and a batch norm
+        return params + (branches - 1) * more_params + gate + 3 * branches, macs + (branches - 1) * more_macs + gate
 
     return count

@@ -306,7 +306,7 @@ class MapGate(nn.Module):
 
 
 class NativeEnsemble(nn.Module):
-    """The training-only parts of an on-the-fly native ensemble: M - 1 branches beside a network's own, and the gate.
+    """What an on-the-fly native ensemble has beside its network: M - 1 branches beside the network's own, and the gate.
 
     Args:
         network: N stages; stem and stages 1 to N - 1 are the trunk that the branches share.
@@ -322,6 +322,11 @@ class NativeEnsemble(nn.Module):
         """Images [B, 3, H, W] -> logits [M, B, K], the network's own first, and the gate's weights [B, M]."""
         taps, _, logits = self.branches.with_taps(network, images_BCHW)
         return torch.stack([logits[-1], *logits[:-1]]), self.gate(network.as_map(taps[-2]))
+
+    @staticmethod
+    def mixture(logits_MBK: Tensor, weights_BM: Tensor) -> Tensor:
+        """The branches' logits, mixed by the gate's weights -> [B, K]."""
+        return (weights_BM.T.to(logits_MBK.dtype)[..., None] * logits_MBK).sum(dim=0)
 
 
 class PeerAttention(nn.Module):

@@ -1,4 +1,4 @@
-"""Forms in which M members share one network: BatchEnsemble, multi-input multi-output, Monte-Carlo dropout.
+"""Forms in which M members share one network: BatchEnsemble, multi-input multi-output, Monte-Carlo dropout, branches.
 
 Each looks like a SplitNet of M networks: images or views in, logits [M, B, K] out. State-dict keys are `models.0.*`.
 Shapes: M members, B images, V views (M or 1), K classes, C and D channels.
@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from model.heads import NativeEnsemble, require_stages
 from model.layers.random import Dropout, RandomLayer, RandomScale
 from model.registry import BackboneRequest, MemberForm, build_network, note_request, request_of
 from model.splitnet import SplitNet
@@ -400,4 +401,43 @@ class MCDropoutNet(MemberNet):
         return parts.classify(of_embedding(shared))
 
 
-FORMS: Mapping[str, Any] = {"batch_ensemble": BatchEnsembleNet, "mimo": MimoNet, "mc_dropout": MCDropoutNet}
+# ---- branches and their gate -----------------------------------------------------------------------------------------
+
+
+class GatedNet(MemberNet):
+    """A network with branches behind its last stage but one, and their gated mixture as its answer (arXiv:1806.04606).
+
+    Branch 1 is the network's own last stage; the one member is the mixture.
+
+    Raises:
+        UserError: a network without stages, or with one only.
+    """
+
+    def __init__(self, network: nn.Module, form: MemberForm, seed: int) -> None:
+        parts = require_stages(network, "one", at_least=2)
+        ensemble = NativeEnsemble(parts, int(form.numbers["branches"]))
+        super().__init__(network, form)
+        # in a tuple, as above
+        self._staged = (parts,)
+        network.add_module("native_ensemble", ensemble)
+
+    @property
+    def ensemble(self) -> NativeEnsemble:
+        """The branches beside the network's own, and the gate."""
+        found = self.models[0].native_ensemble
+        assert isinstance(found, NativeEnsemble)
+        return found
+
+    def forward(self, views_VBCHW: Tensor) -> Tensor:
+        """Images [B, C, H, W], or one view -> logits [1, B, K] of the mixture."""
+        images = views_VBCHW if views_VBCHW.dim() == 4 else views_VBCHW[0]
+        logits_MBK, weights_BM = self.ensemble(self._staged[0], images)
+        return self.ensemble.mixture(logits_MBK.to(weights_BM.dtype), weights_BM)[None]
+
+
+FORMS: Mapping[str, Any] = {
+    "batch_ensemble": BatchEnsembleNet,
+    "mimo": MimoNet,
+    "mc_dropout": MCDropoutNet,
+    "gated": GatedNet,
+}

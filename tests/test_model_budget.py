@@ -27,6 +27,7 @@ FORMS: dict[str, dict[str, Any]] = {
     "mimo": {},
     "batch_ensemble": {"norm": "shared", "init": -0.5},
     "mc_dropout": {"place": "stages", "rate": 0.1, "mask_seed": 1},
+    "gated": {"branches": 3},
     "packed": {"alpha": "auto", "gamma": 2, "min_channels": 8},
 }
 

@@ -16,6 +16,12 @@ class ONEOptions(Options):
     )
     one_temperature: float = option(3.0, "temperature of the predictions that are compared", above=0, resume=TAKES)
     one_weight: float = option(1.0, "weight of the gated mixture as a teacher", least=0, resume=TAKES)
+    one_deploy: str = option(
+        "network",
+        "what is evaluated, saved and counted: the network alone, or it with its branches and their gate (one network)",
+        choices=("network", "gated"),
+        resume=SAME,
+    )
     one_ramp_epochs: int | None = option(
         None,
         "rise of that weight",

@@ -396,7 +396,8 @@ class Trainer:
     def _plan_before(self, request: BackboneRequest, resumed: Checkpoint | None) -> dict[str, Any]:
         """The plan of the resumed run's networks; of a new run, whether the networks are fitted to small images."""
         if resumed is None:
-            return {"fits_images": self.config.pretrained is None}
+            own = methods.get(self.config.method).network_plan(self.config.method_options)
+            return {"fits_images": self.config.pretrained is None, **own}
         stored = stored_plan(resumed, "--resume")
         return stored | {"widths": stored["widths"] or request.widths}
 

@@ -170,6 +170,15 @@ class Method(nn.Module, Generic[OwnOptions]):
         """How the method's members share one network; None: they are networks of their own."""
         return None
 
+    @classmethod
+    def network_plan(cls, options: OwnOptions) -> Mapping[str, Any]:
+        """Fields of the networks' request (`BackboneRequest`) that a file of the method's own decides; none by default.
+
+        Raises:
+            UserError: the file cannot be read.
+        """
+        return {}
+
     def undecayed_parameters(self) -> set[str]:
         """Names of parameters that take no weight decay whatever they are."""
         return set()

@@ -13,7 +13,7 @@ from method import Method, Progress, StepOutput, Targets, TrainingData, methods
 from method.inner import Asleep, EpochNumber
 from method.options.kd import KDOptions
 from model.registry import ARGUMENTS, request_of
-from model.restore import NetworkInfo, restore_splitnet, stored_widths
+from model.restore import NetworkInfo, restore_splitnet, stored_plan, stored_widths
 from model.splitnet import SplitNet
 from recipe.published import sgd_steps
 from record.checkpoint import load_checkpoint, state_sha256
@@ -115,8 +115,16 @@ class Distillation(Method[KDOptions]):
         assert isinstance(trained, Mapping)
         widths = stored_widths(content, f"--teacher {path}")
         implied = {"arch": arch, "split_factor": factor, "is_train_sep": True, "divide_by": trained.get("divide_by")}
-        by_names = content.get("way") == ARGUMENTS  # the same plan is found again
+        by_names = content.get("way") == ARGUMENTS  # numbers without order: `network_plan` has them
         return implied if widths is None or by_names else implied | {"stage_widths": widths}
+
+    @classmethod
+    def network_plan(cls, options: KDOptions) -> Mapping[str, Any]:
+        """With --student_of 1, the teacher's plan where that is one of constructor arguments."""
+        if not options.student_of or options.teacher is None:
+            return {}
+        content = load_checkpoint(options.teacher, "--teacher")
+        return stored_plan(content, f"--teacher {options.teacher}") if content.get("way") == ARGUMENTS else {}
 
     def meet(self, data: TrainingData) -> None:
         """Hold the teacher against the data, and find the map from the student's normalisation to the teacher's."""

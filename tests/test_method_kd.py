@@ -16,6 +16,7 @@ from loss.distillation import decoupled_kl, distillation_kl, joint_teacher, mixe
 from method import Progress, Targets, TrainingData, methods
 from method.kd import KDOptions
 from model import BackboneRequest, build_splitnet, request_of
+from model.backbone import timm_nets
 from model.restore import published_keys
 from parser_params import parse_config, resolve_config
 from record.checkpoint import load_checkpoint, save_checkpoint, state_sha256
@@ -333,3 +334,49 @@ def test_a_run_resumes_with_its_teacher_only_and_keeps_the_students_alone(
     capsys.readouterr()
     assert evaluation.main(["--resume", str(run / "checkpoint_0_2.pth.tar"), "--no_cuda", "--workers", "0"]) == 0
     assert json.loads(capsys.readouterr().out.splitlines()[-1])["split_factor"] == 1
+
+
+def test_a_student_of_a_transformer_has_the_teachers_plan_without_the_solver(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], logging_restored: None
+) -> None:
+    """Its plan is one of constructor arguments: names and numbers, here others than the solver's."""
+    pytest.importorskip("timm")
+    base = ["--dataset", "digits", "--crop_size", "16", "--no_cuda", "--amp_dtype", "fp32", "--batch_size", "96"]
+    base += ["--workers", "0", "--seed", "1", "--val_fraction", "0.8", "--max_steps", "1"]
+    split = ["--arch", "timm/test_vit", "--split_factor", "2", "--method", "independent"]
+    assert train_split.main([*base, *split, "--model_dir", str(tmp_path / "teacher")]) == 0
+    plan = load_checkpoint(tmp_path / "teacher" / "checkpoint_0_1.pth.tar")
+    ratio = plan["width_names"].index("mlp_ratio")
+    widths = [width * (1.25 if i == ratio else 1) for i, width in enumerate(plan["widths"])]
+    request = BackboneRequest(
+        arch="timm/test_vit",
+        split_factor=2,
+        num_classes=10,
+        dataset="digits",
+        crop_size=16,
+        widths=tuple(widths),
+        way=plan["way"],
+        width_names=tuple(plan["width_names"]),
+        library=plan["library"],
+    )
+    network = build_splitnet(request, seed=3)
+    teacher = tmp_path / "teacher.pth.tar"
+    save_checkpoint(plan | {"widths": widths, "state_dict": published_keys(network.state_dict())}, teacher)
+
+    def refuse(*args: Any, **kwargs: Any) -> Any:
+        raise AssertionError("solved again")
+
+    monkeypatch.setattr("model.library.divide", refuse)
+    timm_nets.library()._plan.cache_clear()
+    argv = [*base, "--method", "kd", "--teacher", str(teacher), "--student_of", "1"]
+    assert train_split.main([*argv, "--model_dir", str(tmp_path / "student")]) == 0
+    student = load_checkpoint(tmp_path / "student" / "checkpoint_0_1.pth.tar")
+    assert {name: student[name] for name in ("way", "widths", "width_names")} == {
+        "way": "arguments",
+        "widths": widths,
+        "width_names": plan["width_names"],
+    }
+    one = network.models[0].state_dict()
+    assert {key.removeprefix("module.models.0."): value.shape for key, value in student["state_dict"].items()} == {
+        key: value.shape for key, value in one.items()
+    }

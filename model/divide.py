@@ -1,9 +1,12 @@
 """`divide(module_or_name, S)`: S copies with the budget of one network, for somebody else's program. Ours."""
 
 import copy
+from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
+import torchvision
 from torch import Tensor, nn
 
 from model.backbone import torchvision_nets
@@ -12,7 +15,7 @@ from model.division.plan import division_plan, usual_request
 from model.division.rechannel import ChannelGraph, trace
 from model.division.solver import solve_widths
 from model.library import divide_rates, rates_of, refuse_a_miss, reset_parameters
-from model.registry import DivisionPlan, planned
+from model.registry import BackboneRequest, DivisionPlan, build_network, planned
 from model.splitnet import SplitNet
 from utils.errors import UserError, reason
 from utils.macs import count_macs, count_params
@@ -32,7 +35,9 @@ def divide(
 
     Of a name the networks are those of `--arch NAME --split_factor S`. Of an instance its channels are followed through
     one pass without storage, as for torchvision's networks, and every copy is resized and has new values; the instance
-    is left as it was. What cannot be followed is refused: no copy ever keeps a layer at full width in silence.
+    is left as it was. Where they cannot be followed, and the instance is a network of torchvision or timm as these make
+    it, it is divided as by its name: built again with smaller arguments. What else cannot be followed is refused: no
+    copy ever keeps a layer at full width in silence.
 
     Args:
         module_or_name: a classifier [B, 3, H, W] -> logits [B, K], or a name: of ours, torchvision/NAME, timm/NAME,
@@ -61,7 +66,70 @@ def divide(
         raise UserError("divide: num_classes goes with a name; a module has its own.")
     if divide_by not in (None, "params", "macs"):
         raise UserError(f"divide: divide_by is params or macs, got {divide_by!r}.")
-    return _divide_module(module_or_name, split_factor, crop_size or 224, divide_by or "params", seed)
+    crop_size, divide_by = crop_size or 224, divide_by or "params"
+    try:
+        return _divide_module(module_or_name, split_factor, crop_size, divide_by, seed)
+    except UserError as refused:
+        request = named_request(module_or_name, split_factor, crop_size, divide_by) if split_factor > 1 else None
+        if request is None:
+            raise
+        try:
+            plan = division_plan(request)
+        except UserError:
+            raise refused from None
+    return build_splitnet(planned(request, plan), seed=seed), plan
+
+
+def named_request(
+    module: nn.Module, split_factor: int, crop_size: int, divide_by: str | None = None
+) -> BackboneRequest | None:
+    """What a network of torchvision or timm is by its name; None where no name gives just this network.
+
+    Its class, its tensors' names and shapes, and every plain number, text and switch of its parts must be those of the
+    network that the library makes of the name: heads, windows and rates show in no tensor.
+    """
+    image = (3, crop_size, crop_size)
+    try:
+        num_classes = _logits(copy.deepcopy(module).to("meta"), image)
+    except Exception:  # somebody else's code may raise anything
+        return None
+    for arch in _names_of_the_class(module):
+        request = usual_request(arch, split_factor, num_classes=num_classes, crop_size=crop_size, divide_by=divide_by)
+        request = replace(request, fits_images=False)
+        try:
+            with torch.device("meta"):
+                one = build_network(replace(request, split_factor=1))
+        except UserError:
+            continue
+        if _described(one) == _described(module):
+            return request
+    return None
+
+
+def _names_of_the_class(module: nn.Module) -> Iterable[str]:
+    """Names that may have made a network: what timm noted in it, or all of torchvision's of the same file."""
+    home = type(module).__module__
+    if home.startswith("timm."):
+        noted = getattr(module, "pretrained_cfg", None)
+        name = noted.get("architecture") if isinstance(noted, Mapping) else None
+        return [f"timm/{name}"] if isinstance(name, str) else []
+    if not home.startswith("torchvision.models."):
+        return []
+    names = torchvision.models.list_models(module=torchvision.models)
+    same = [name for name in names if torchvision.models.get_model_builder(name).__module__ == home]
+    return [f"{torchvision_nets.PREFIX}{name}" for name in same]
+
+
+def _described(network: nn.Module) -> tuple[object, ...]:
+    """Class, tensors and plain attributes of a network; whether it trains is none of these."""
+    shapes = {key: tuple(value.shape) for key, value in network.state_dict().items()}
+    plain = {
+        (name, key): value
+        for name, part in network.named_modules()
+        for key, value in vars(part).items()
+        if isinstance(value, bool | int | float | str | tuple) and key != "training" and not key.startswith("_")
+    }
+    return type(network), shapes, plain
 
 
 def _divide_module(
@@ -114,15 +182,25 @@ def _followed(module: nn.Module, image: tuple[int, int, int], name: str) -> tupl
     """
     twin = copy.deepcopy(module).to("meta")
     try:
-        logits_BK = twin.eval()(torch.empty(2, *image, device="meta"))
-        if not (isinstance(logits_BK, Tensor) and logits_BK.dim() == 2 and len(logits_BK) == 2):
-            found = list(logits_BK.shape) if isinstance(logits_BK, Tensor) else type(logits_BK).__name__
-            raise UserError(f"two images give {found}, expected logits [2, K].")
-        return trace(twin, image, name), logits_BK.shape[1]
+        num_classes = _logits(twin, image)
+        return trace(twin, image, name), num_classes
     except UserError as error:
         raise _refusal(name, str(error).removeprefix(f"--arch {name} ")) from None
     except Exception as error:  # somebody else's code may raise anything
         raise _refusal(name, f"{type(error).__name__}: {reason(error)[:200]}.") from None
+
+
+def _logits(network: nn.Module, image: tuple[int, int, int]) -> int:
+    """K of the logits [2, K] that a network without storage gives for two images.
+
+    Raises:
+        UserError: it gives something else.
+    """
+    logits_BK = network.eval()(torch.empty(2, *image, device="meta"))
+    if not (isinstance(logits_BK, Tensor) and logits_BK.dim() == 2 and len(logits_BK) == 2):
+        found = list(logits_BK.shape) if isinstance(logits_BK, Tensor) else type(logits_BK).__name__
+        raise UserError(f"two images give {found}, expected logits [2, K].")
+    return logits_BK.shape[1]
 
 
 def _make_smaller(

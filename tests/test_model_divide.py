@@ -155,3 +155,27 @@ def test_arguments_that_do_not_fit():
     ):
         with pytest.raises(UserError, match=message):
             divide(plain_network(), **arguments)
+
+
+@pytest.mark.slow
+def test_an_instance_of_a_transformer_is_divided_as_its_name_is():
+    timm = pytest.importorskip("timm")
+    module = timm.create_model("test_vit", num_classes=5)
+    before = copy.deepcopy(module.state_dict())
+    network, plan = divide(module, 2, crop_size=160, seed=1)
+    named, plan_of_name = divide("timm/test_vit", 2, num_classes=5, crop_size=160, seed=1)
+    assert plan.way == "arguments"
+    assert plan == plan_of_name
+    ours, theirs = network.state_dict(), named.state_dict()
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+    assert all(torch.equal(value, before[name]) for name, value in module.state_dict().items())
+
+
+@pytest.mark.parametrize("changed", [{"num_heads": 1}, {"drop_rate": 0.3}, {"mlp_ratio": 2.0}])
+def test_an_instance_that_no_name_gives_is_refused(changed):
+    """What no tensor shows decides too: other heads or rates are another network."""
+    timm = pytest.importorskip("timm")
+    module = timm.create_model("test_vit", num_classes=5, **changed)
+    with pytest.raises(UserError, match="this VisionTransformer cannot be followed"):
+        divide(module, 2, crop_size=160)

@@ -70,14 +70,14 @@ def divide(
     try:
         return _divide_module(module_or_name, split_factor, crop_size, divide_by, seed)
     except UserError as refused:
-        request = named_request(module_or_name, split_factor, crop_size, divide_by) if split_factor > 1 else None
-        if request is None:
+        named = named_request(module_or_name, split_factor, crop_size, divide_by) if split_factor > 1 else None
+        if named is None:
             raise
         try:
-            plan = division_plan(request)
+            plan = division_plan(named)
         except UserError:
             raise refused from None
-    return build_splitnet(planned(request, plan), seed=seed), plan
+    return build_splitnet(planned(named, plan), seed=seed), plan
 
 
 def named_request(

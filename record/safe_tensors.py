@@ -18,7 +18,7 @@ AVERAGE = "ema."  # in front of the names of the moving average's tensors
 
 
 def pack(content: Mapping[str, Any]) -> bytes:
-    """A checkpoint as the bytes of a safetensors file.
+    """A checkpoint as the bytes of a safetensors file; the same bytes for the same content.
 
     Args:
         content: `state_dict`, perhaps `ema`, both tensors by name; the rest plain values that JSON knows.
@@ -28,8 +28,17 @@ def pack(content: Mapping[str, Any]) -> bytes:
     rest = {key: value for key, value in content.items() if key not in ("state_dict", "ema")}
     # the format knows no tensors that share memory
     apart = {name: value.detach().cpu().contiguous().clone() for name, value in tensors.items()}
-    data: bytes = safetensors.torch.save(apart, metadata={"format": "pt", HEADER: json.dumps(rest)})
-    return data
+    return _ordered(safetensors.torch.save(apart, metadata={"format": "pt", HEADER: json.dumps(rest)}))
+
+
+def _ordered(data: bytes) -> bytes:
+    """A file whose header names its metadata in order: the library writes these in another order every time."""
+    end = 8 + int.from_bytes(data[:8], "little")
+    header = json.loads(data[8:end])
+    header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)  # the tensors begin at a multiple of 8 bytes
+    return b"".join((len(text).to_bytes(8, "little"), text, memoryview(data)[end:]))
 
 
 def read(path: Path, flag: str) -> dict[str, Any]:

@@ -25,7 +25,6 @@ from model.fold import fold_batch_norm
 from model.splitnet import SplitNet
 from tests.recorders import Recorder
 from tests.test_evaluation_answers import answers_of
-from utils.errors import RunError
 from utils.precision import Precision
 from utils.recording import WARM_UP
 

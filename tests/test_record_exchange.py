@@ -13,6 +13,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from record import safe_tensors
 from record.exchange import JOB, KEPT, SILENCE, ExchangeFolder, Lock, Refused
 from tests.exchanged import facts_of
 from tests.runs import in_fork
@@ -222,3 +223,12 @@ def test_no_torn_file_is_read_whenever_a_publisher_is_killed(tmp_path, kills):
     assert wrong == 0  # and nothing was Refused, which would have been raised
     assert read >= kills
     assert newest > kills // 10
+
+
+def test_the_same_weights_are_the_same_bytes():
+    content = {"state_dict": {"weight": torch.arange(6.0).view(2, 3), "größe": torch.ones(3)}, "epoch": 3}
+    packed = {safe_tensors.pack(content) for _ in range(20)}  # the library orders its header anew every time
+    assert len(packed) == 1
+    tensors = safe_tensors.unpack(packed.pop())
+    assert sorted(tensors) == ["größe", "weight"]
+    torch.testing.assert_close(tensors["weight"], content["state_dict"]["weight"], rtol=0, atol=0)

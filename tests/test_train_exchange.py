@@ -50,6 +50,16 @@ def _throttle(seconds: float, awaited: Path | None) -> None:
     kills.before_calls("training step", wait)
 
 
+def killed_in_step(number: int, model_dir: Path) -> kills.Hook:
+    """The run is killed in a step, but not before one of its checkpoints is written, which happens beside the steps."""
+    return kills.do_at_call("training step", number, functools.partial(_kill_with_checkpoint, model_dir))
+
+
+def _kill_with_checkpoint(model_dir: Path) -> None:
+    wait_until(lambda: bool(ckpt.list_checkpoints(model_dir)), "a checkpoint was written", seconds=240)
+    kills.end()
+
+
 def records(folder: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (folder / LOG).read_text().splitlines()]
 
@@ -62,7 +72,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[Finis
     started = {
         0: Run(job(0, folder), folder / "streams0", before=throttled(0.1)),
         1: Run(job(1, folder), folder / "streams1", before=throttled(0.4, folder / "x" / "network_3")),
-        2: Run(job(2, folder, *saving), folder / "streams2", before=kills.at_call("training step", 8)),
+        2: Run(job(2, folder, *saving), folder / "streams2", before=killed_in_step(8, folder / "net2")),
     }
     assert started[2].wait().code == -9
     again = Run(job(2, folder, *saving, "--resume", "auto"), folder / "streams2", before=throttled(0.1))

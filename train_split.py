@@ -459,7 +459,9 @@ class Trainer:
         if self.config.network is None:
             renewed = start.load_into(self.network, seed=self.seed)
         else:  # the weights that it has among all
-            whole = build_splitnet(request_of(self.network.models[0]), seed=self.seed)
+            whole = build_splitnet(
+                request_of(self.network.models[0]), seed=self.seed, identical_init=self.config.is_identical_init
+            )
             heads = start.load_into(whole, seed=self.seed)
             own = f"models.{self.config.network}."
             self.network.models[0].load_state_dict(whole.models[self.config.network].state_dict())

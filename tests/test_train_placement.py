@@ -11,6 +11,7 @@ from PIL import Image
 
 from method import methods
 from method.contract import LOGITS
+from model import BackboneRequest, build_splitnet
 from record import checkpoint as ckpt
 from tests.kills import at_call
 from tests.runs import TINY, Finished, same_ending, train, without_times
@@ -140,6 +141,23 @@ def test_several_groups_and_losses_give_the_run_of_one(case: str, images: Path, 
 @pytest.mark.parametrize("case", LONG)
 def test_every_loss_and_execution_gives_the_run_of_one(case: str, images: Path, tmp_path: Path) -> None:
     same_run(images, tmp_path, *LONG[case])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("of", ["one whole network", pytest.param("each network", marks=pytest.mark.long)])
+def test_networks_that_start_from_files_give_the_run_of_one(of: str, images: Path, tmp_path: Path) -> None:
+    """Slices of a parent with statistics made anew; a file each, of which one brings no head that fits."""
+    names, flags = ["whole"], networks(2)
+    if of == "each network":
+        names, flags = ["fits", "other"], ["--arch", "resnet20,resnet20"]
+    for number, name in enumerate(names):
+        request = BackboneRequest(arch="resnet20", num_classes=2 if name == "fits" else 7, dataset="digits")
+        torch.save(build_splitnet(request, seed=number).state_dict(), tmp_path / f"{name}.pth")
+    files = ",".join(str(tmp_path / f"{name}.pth") for name in names)
+    same_run(images, tmp_path, [*flags, *ALL, "--pretrained", files, "--lr_multiplier", 5], 2)
+    started = (tmp_path / "many" / "rank0" / "err0").read_text()
+    assert ("running statistics made anew" in started) == (of == "one whole network")
+    assert "the head models.1.fc has another size there and starts anew" in started
 
 
 @pytest.mark.slow

@@ -7,16 +7,18 @@ import math
 import re
 import threading
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor, nn
 
+import train_split
 from dataset import SourceRequest, open_source
 from dataset.views import ViewMaker, view_spec
 from method import Peers
-from model import build_splitnet
+from model import BackboneRequest, build_splitnet
 from parser_params import parse_config, resolve_config
 from record.exchange import ExchangeFolder
 from tests.exchanged import facts_of
@@ -30,40 +32,23 @@ S, ROUNDS, SEED, MOMENTUM = 4, 3, 7, 0.9
 WORLD = World(0, 1, 0, 1, torch.device("cpu"))
 
 
-def job(number: int, folder: Path, *flags: object, split_factor: int = S) -> Trainer:
-    """The trainer of one job of S, in float64, without decay of its weights."""
-    argv = [
-        "--dataset",
-        "digits",
-        "--arch",
-        "resnet20",
-        "--split_factor",
-        split_factor,
-        "--seed",
-        SEED,
-        "--batch_size",
-        8,
-    ]
-    argv += [
-        "--amp_dtype",
-        "fp64",
-        "--no_cuda",
-        "--epochs",
-        2,
-        "--weight_decay",
-        0,
-        "--model_dir",
-        folder / f"{number}",
-    ]
-    argv += ["--exchange", folder / "x", "--network", number, "--exchange_every", 1, "--exchange_burn_in", 0, *flags]
+def trainer_of(folder: Path, *flags: object) -> Trainer:
+    """The trainer of a run on digits, in float64, without decay of its weights."""
+    argv = [*("--dataset", "digits", "--arch", "resnet20", "--seed", SEED, "--batch_size", 8, "--epochs", 2)]
+    argv += ["--amp_dtype", "fp64", "--no_cuda", "--weight_decay", 0, "--model_dir", folder, *flags]
     config = parse_config([str(word) for word in argv])
-    request = SourceRequest(dataset="digits", root=folder, cache_dir=folder, seed=SEED)
-    source = open_source(request)
+    source = open_source(SourceRequest(dataset="digits", root=folder, cache_dir=folder, seed=SEED))
     config = resolve_config(config, data_recipe=source.recipe, crop_size=source.crop_size)
-    Path(config.model_dir).mkdir()
-    trainer = Trainer(config, WORLD, source, None)
-    trainer.method.train()
-    return trainer
+    folder.mkdir()
+    made = Trainer(config, WORLD, source, None)
+    made.method.train()
+    return made
+
+
+def job(number: int, folder: Path, *flags: object, split_factor: int = S) -> Trainer:
+    """The trainer of one job of S."""
+    where = ["--split_factor", split_factor, "--exchange", folder / "x", "--network", number]
+    return trainer_of(folder / f"{number}", *where, "--exchange_every", 1, "--exchange_burn_in", 0, *flags)
 
 
 def agreement_js(logits: list[Tensor]) -> Tensor:
@@ -160,6 +145,48 @@ def test_jobs_stepped_in_turn_make_the_written_out_update(tmp_path, split_factor
     assert [(line["network"], line["step"], line["own_step"]) for line in lines] == [
         (j, step, step) for step in range(1, ROUNDS) for j in range(last)
     ]
+
+
+@pytest.mark.parametrize(
+    ("of", "flags"),
+    [
+        ("one whole network", ()),
+        ("one whole network of other classes", ()),
+        ("one whole network of other classes", ("--is_identical_init", 1)),
+        ("all networks", ()),
+        ("each network", ()),
+    ],
+)
+def test_a_pretrained_network_i_begins_as_it_does_among_all(tmp_path, monkeypatch, of, flags):
+    """Slices, statistics made anew, and heads that start anew are those of one joint run."""
+    monkeypatch.setattr(train_split, "STATISTICS_BATCHES", 3)
+    request = BackboneRequest(
+        arch="resnet20",
+        num_classes=7 if "other" in of else 10,
+        split_factor=1 if "whole" in of else 2,
+        dataset="digits",
+        crop_size=16,
+    )
+    states = [build_splitnet(request, seed=1).state_dict()]
+    if of == "each network":
+        other = replace(request, num_classes=7)
+        states = [one.models[0].state_dict() for one in (build_splitnet(r, seed=1) for r in (request, other))]
+    for number, state in enumerate(states):
+        torch.save(state, tmp_path / f"{number}.pth")
+    files = ",".join(str(tmp_path / f"{number}.pth") for number in range(len(states)))
+    pretrained = ["--pretrained", files, *flags]
+    joint = trainer_of(tmp_path / "joint", "--split_factor", 2, *pretrained)
+    for number in range(2):
+        alone = job(number, tmp_path, *pretrained, split_factor=2)
+        alone.exchange.close()
+        alone.saver.close()
+        expected = joint.network.models[number].state_dict()
+        for name, value in alone.network.models[0].state_dict().items():
+            assert torch.equal(value, expected[name]), (number, name)
+        is_new = f"network.models.{number}.fc." in joint.state.new_heads
+        assert alone.state.new_heads == ("network.models.0.fc.",) * is_new
+    assert bool(joint.state.new_heads) == ("other" in of or of == "each network")
+    joint.saver.close()
 
 
 def test_the_moving_average_is_what_is_published(tmp_path):

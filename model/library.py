@@ -540,7 +540,9 @@ class Library:
         arguments = Arguments(recording, fixed, cost, runs, common["split_factor"])
         found = divide(arguments, classifier_name(recording.build(fixed)))
         if found is None:
-            raise UserError(f"--arch {arch} cannot be divided: no argument of {recording.kind.__name__} is a width.")
+            known = bool(arguments.widths or arguments.factors)
+            why = "takes no others for those that are widths" if known else "has no argument that is a width"
+            raise UserError(f"--arch {arch} cannot be divided: {recording.kind.__name__} {why}.")
         if found.trouble:
             raise UserError(
                 f"--arch {arch} cannot be divided by --split_factor {common['split_factor']}: the nearest plan "

@@ -65,10 +65,10 @@ def live(arch: str, crop_size: int, folder: Path, capsys: pytest.CaptureFixture[
     assert content["widths"]
     network, _ = restore_splitnet(content)
     network.eval()
-    assert gradients_are_missing(network, crop_size) == set()
     images_BCHW = torch.randn(3, 3, crop_size, crop_size, generator=torch.Generator().manual_seed(1))
     with torch.no_grad():
         logits_SBK = network(images_BCHW)
+    assert gradients_are_missing(network, crop_size) == set()  # after the logits: it moves batch statistics
 
     capsys.readouterr()
     checkpoint = str(folder / "whole" / "checkpoint_0_2.pth.tar")
@@ -81,7 +81,7 @@ def live(arch: str, crop_size: int, folder: Path, capsys: pytest.CaptureFixture[
     run, _ = load_exported(folder / "all.pt2")
     for size in (1, 3):
         _, found_SBK = run(images_BCHW[:size])
-        torch.testing.assert_close(found_SBK, logits_SBK[:, :size], rtol=1e-3, atol=1e-3)
+        torch.testing.assert_close(found_SBK, logits_SBK[:, :size], rtol=1e-3, atol=1e-4)
 
     capsys.readouterr()
     train(arch, folder / "summary", crop_size, "--is_summary", "1", "--json")

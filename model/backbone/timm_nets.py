@@ -142,7 +142,9 @@ def library() -> Library:
             family(models.densenet.DenseNet, lambda n: list(n.features), _initialise_densenet, stem=3, tail=1),
         ),
         layer_numbers=layer_numbers,
-        by_channels=frozenset(("VGG", "XceptionAligned", "Xception", "SENet", "StarNet", "HighPerfGpuNet")),
+        by_channels=frozenset(
+            ("VGG", "XceptionAligned", "Xception", "SENet", "StarNet", "HighPerfGpuNet", "HighResolutionNet")
+        ),
         version=f"timm {timm.__version__}",
         examples="resnet50, resnext50_32x4d, seresnet50, wide_resnet50_2, regnety_004, mobilenetv2_100, "
         "mobilenetv3_small_100, efficientnet_b0, convnext_atto, densenet121",

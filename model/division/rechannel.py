@@ -296,8 +296,9 @@ def trace(network: nn.Module, image: Sequence[int], arch: str) -> ChannelGraph:
             recorder.unit = name
 
         def leave(module: nn.Module, inputs: Any, output: Any, name: str = name) -> None:
-            if isinstance(output, Tensor) and output.dim() > 1:
-                recorder.order[name] = output.shape[1]
+            given = output[-1] if isinstance(output, list) and output else output  # of parallel branches the last
+            if isinstance(given, Tensor) and given.dim() > 1:
+                recorder.order[name] = given.shape[1]
 
         handles += [unit.register_forward_pre_hook(enter), unit.register_forward_hook(leave)]
     try:

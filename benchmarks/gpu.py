@@ -65,7 +65,7 @@ class Part:
         commands: see `arguments_of`.
         tiny: the same at the smallest size.
         judges: whether a failure of it means that results are wrong, not that they are missing.
-        needs: "data", or a package, without which it is left out.
+        needs: "data", "two GPUs", or a package, without which it is left out.
     """
 
     name: str
@@ -78,7 +78,7 @@ class Part:
     needs: str = ""
 
 
-FAST = "bf16+loop,bf16+loop+graph,bf16+parallel+graph,bf16+stacked+graph"
+FAST = "bf16+loop,bf16+loop+graph,bf16+parallel+graph,bf16+stacked+graph,bf16+stacked+nchw+graph"
 EXACT = "fp64+loop+graph,fp64+parallel+graph,fp64+stacked+graph"  # with rates in float32, as every graph has them
 COMPILED = "bf16+loop+compile,bf16+loop+compile+graph,bf16+parallel+compile+graph"
 STEP = "bench step --calls 5 --rounds 30 --seconds 15"
@@ -111,6 +111,16 @@ PARTS = (
         judges=True,
     ),
     Part("resume", "is a resumed run the same", 90, 50, ("check graphs,resume",), ("check resume",), judges=True),
+    Part(
+        "ddp",
+        "do two GPUs train as one",
+        60,
+        40,
+        ("check processes",),
+        ("check processes",),
+        judges=True,
+        needs="two GPUs",
+    ),
     Part(
         "g1",
         "G1, and what the device can do at most",
@@ -304,6 +314,8 @@ class Turn:
         """What the part needs and is not there; "" where nothing is."""
         if part.needs == "data":
             return "" if self.tiny or self.data is not None else "--data, the images of CIFAR-10"
+        if part.needs == "two GPUs":
+            return "" if self.device == "cpu" or torch.cuda.device_count() > 1 else part.needs
         return part.needs if part.needs and importlib.util.find_spec(part.needs) is None else ""
 
     def describe(self, part: Part) -> str:

@@ -1,14 +1,16 @@
 """What must hold on a GPU before anything is trained on it: `python -m benchmarks.gpu_check`, or script/gpu.sh --check.
 
 One line for each check: views by the kernel equal those by plain operations bit for bit, replayed graphs equal eager
-steps, half precisions stay near single, a killed run ends as one that was not. On a CPU (`--device cpu --tiny`, for the
-tests) replays are left out, and Triton's interpreter stands for the kernel. Exit code 1 if a check fails.
+steps, half precisions stay near single, a killed run ends as one that was not, two GPUs train as one. On a CPU
+(`--device cpu --tiny`, for the tests) replays are left out, Triton's interpreter stands for the kernel, and gloo for
+NCCL. Exit code 1 if a check fails.
 """
 
 import argparse
 import itertools
 import logging
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -21,21 +23,24 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
+from PIL import Image
 
 from benchmarks import own
 from benchmarks.report import hardware, release, versions
 from dataset.views import HAS_TRITON, KERNEL_SIZES, ViewMaker, ViewSpec
+from record.checkpoint import load_newest
 from record.run_folder import read_results
 from train_split import Trainer
 from training.compiling import missing_for_triton
 from utils.command_line import OneLineParser
 from utils.errors import RunError, UserError, reason
-from utils.launch import unused_gpu
+from utils.launch import free_port, unused_gpu
 from utils.precision import has_fast_bf16
 from utils.text import fit_streams
 
 ROOT = Path(__file__).resolve().parent.parent
 STEPS = 12  # of a comparison
+LEAVES_WITHIN = 10.0  # seconds that a process has to end after another has failed
 NEAR, NEAR_LATER = 0.02, 0.1  # relative differences of the first and the last loss in half precision
 
 
@@ -116,10 +121,11 @@ def graphs(place: Place) -> str:
     with _deterministic():
         expected = _state(["--execution", "loop"], place, replayed=False)
         again = _state(["--execution", "loop"], place, replayed=replays)
-        _require_alike(again, expected, 0.0, "the replayed loop" if replays else "the loop once more")
+        once_more = "the replayed loop" if replays else "the loop once more"
+        _require_alike(again, expected, 0.0, once_more, than="the eager loop")
         for execution in ("parallel", "stacked"):
             found = _state(["--execution", execution], place, replayed=replays)
-            _require_alike(found, expected, 1e-9, execution)
+            _require_alike(found, expected, 1e-9, execution, than="the eager loop")
     what = "replayed steps equal eager ones bit for bit" if replays else "without replays: equal runs are equal"
     return f"{what}; parallel and stacked agree with the loop to 1e-9 in float64"
 
@@ -157,12 +163,32 @@ def resume(place: Place) -> str:
     return "with --deterministic 1 a killed run ends with the weights of one that was not, bit for bit"
 
 
+def processes(place: Place) -> str:
+    """Two processes, a GPU each, train to the weights of one, and one that fails ends the other at once."""
+    if place.device.type == "cuda" and torch.cuda.device_count() < 2:
+        return "left out: it needs two GPUs"
+    flags = ["--deterministic", "1", "--amp_dtype", "fp64", "--is_syncbn", "1", "--is_mixup", "1"]
+    flags += ["--max_steps", "4" if place.tiny else "20"]
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        finished(start(folder / "one", place, flags))
+        for run in start_two(folder / "two", place, flags):
+            finished(run)
+        _require_alike(_weights(folder / "two"), _weights(folder / "one"), 1e-9, "two processes", than="one process")
+        _write_images(folder / "images")
+        files = ["--dataset", "folder", "--data", str(folder / "images"), "--crop_size", "16", "--is_autoaugment", "0"]
+        files += ["--batch_size", "8", "--max_steps", "400", "--on_bad_image", "fail"]
+        end_together(start_two(folder / "bad", place, files), within=LEAVES_WITHIN)
+    return "two processes train to the weights of one, to 1e-9 in float64 with SyncBN; one that fails ends the other"
+
+
 CHECKS: dict[str, Check] = {
     "machine": machine,
     "kernel": kernel,
     "graphs": graphs,
     "precisions": precisions,
     "resume": resume,
+    "processes": processes,
 }
 
 
@@ -223,12 +249,12 @@ def _state(flags: Sequence[str], place: Place, *, replayed: bool) -> dict[str, t
 
 
 def _require_alike(
-    found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor], tolerance: float, what: str
+    found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor], tolerance: float, what: str, *, than: str
 ) -> None:
     for name, value in expected.items():
         distance = float((found[name].double() - value.double()).abs().max())
         limit = tolerance * max(1.0, float(value.double().abs().max()))
-        _require(distance <= limit, f"{what}: {name} is {distance:.1e} away from the eager loop's")
+        _require(distance <= limit, f"{what}: {name} is {distance:.1e} away from {than}'s")
 
 
 # ---- training in processes of its own --------------------------------------------------------------------------------
@@ -243,11 +269,27 @@ class Run(NamedTuple):
 
 def start(folder: Path, place: Place, flags: Sequence[str]) -> Run:
     """Begin to train two small networks on the digits."""
+    device = ["--no_cuda"] if place.device.type == "cpu" else ["--gpu", str(place.device.index or 0)]
+    return _started(folder, [*_sizes(place), *device, *flags], {})
+
+
+def start_two(folder: Path, place: Place, flags: Sequence[str]) -> list[Run]:
+    """The same by two processes, as torchrun starts them; on GPUs the first two."""
+    device = ["--no_cuda"] if place.device.type == "cpu" else ["--gpu_ids", "0,1"]
+    job = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
+    words = [*_sizes(place), *device, *flags]
+    return [_started(folder, words, {**job, "RANK": str(rank), "LOCAL_RANK": str(rank)}) for rank in range(2)]
+
+
+def _sizes(place: Place) -> list[str]:
+    return ["--batch_size", "64", "--max_steps", "8" if place.tiny else "160"]
+
+
+def _started(folder: Path, flags: Sequence[str], environment: dict[str, str]) -> Run:
     command = [sys.executable, str(ROOT / "train_split.py"), "--dataset", "digits", "--arch", "resnet20"]
     command += ["--split_factor", "2", "--seed", "1", "--epochs", "8", "--workers", "0", "--model_dir", str(folder)]
-    command += ["--batch_size", "64", "--max_steps", "8" if place.tiny else "160", *flags]
-    command += ["--no_cuda"] if place.device.type == "cpu" else ["--gpu", str(place.device.index or 0)]
-    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    pipes = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE}
+    process = subprocess.Popen([*command, *flags], cwd=ROOT, text=True, env={**os.environ, **environment}, **pipes)
     return Run(process, folder)
 
 
@@ -276,6 +318,53 @@ def kill_once_saved(run: Run) -> None:
     _, errors = run.process.communicate()
     if run.process.returncode != -signal.SIGKILL:
         raise RunError(f"train_split.py ended before it could be killed: {errors.strip()[-300:] or 'it was done'}")
+
+
+def end_together(runs: Sequence[Run], *, within: float) -> None:
+    """Wait until one has failed, and the others have ended because of it.
+
+    Args:
+        within: seconds that the others have for it.
+
+    Raises:
+        RunError: they had not ended by then, or not as those that follow another one's failure.
+    """
+    while all(run.process.poll() is None for run in runs):
+        time.sleep(0.01)
+    began, late = time.monotonic(), False
+    for run in runs:
+        try:
+            run.process.wait(max(within - (time.monotonic() - began), 0.0))
+        except subprocess.TimeoutExpired:
+            run.process.kill()
+            late = True
+    told = [run.process.communicate()[1] for run in runs]
+    _require(not late, f"one process failed, and another had not ended {within:.0f} s later")
+    codes = [run.process.returncode for run in runs]
+    _require(codes == len(runs) * [RunError.exit_code], f"of processes that fail together the exit codes are {codes}")
+    named = [re.search(r"process \d+ (failed|died)", text) is not None for text in told]
+    _require(any(named), "no process names the one that has failed")
+
+
+def _weights(folder: Path) -> dict[str, torch.Tensor]:
+    """Of the newest checkpoint."""
+    found = load_newest(folder)
+    if found is None:
+        raise RunError(f"{folder} holds no checkpoint")
+    weights: dict[str, torch.Tensor] = found[0]["state_dict"]
+    return weights
+
+
+def _write_images(folder: Path) -> None:
+    """Noise in two class folders, too large to lie in memory: processes decode what they need. One file is cut off."""
+    random = np.random.default_rng(0)
+    for number in range(32):
+        for part in ("train", "val"):
+            path = folder / part / str(number % 2) / f"{number}.jpg"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(random.integers(0, 256, (70, 70, 3), dtype=np.uint8)).save(path)
+    path = folder / "train" / "1" / "31.jpg"
+    path.write_bytes(path.read_bytes()[:1000])
 
 
 # ---- the command -----------------------------------------------------------------------------------------------------

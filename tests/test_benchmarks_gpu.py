@@ -103,14 +103,22 @@ def test_only_wrong_results_are_a_failure(tmp_path, monkeypatch, capsys, part, c
 
 
 def test_parts_without_what_they_need_are_left_out_and_named(tmp_path, monkeypatch, capsys):
-    machine = Machine(monkeypatch, tests={"needs": "no_such_package"}, run={"needs": "data"})
+    machine = Machine(monkeypatch, tests={"needs": "no_such_package"}, run={"needs": "data"}, ddp={"needs": "two GPUs"})
     monkeypatch.setattr(gpu, "JPEGS", tmp_path / "nowhere")
     assert turn(tmp_path / "out", "--tiny") == 0
-    assert machine.ran == ["run"]  # at the smallest size it trains on what is always there
+    # at the smallest size it trains on what is always there, and a CPU has room for two processes
+    assert machine.ran == ["run", "ddp"]
     assert "left out: needs no_such_package" in capsys.readouterr().out
-    assert turn(tmp_path / "full") == 0
-    assert machine.ran == ["run"]
-    assert "left out: needs --data" in capsys.readouterr().out
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "a GPU")
+    for count, ran in ((1, []), (2, ["ddp"])):
+        machine.ran.clear()
+        monkeypatch.setattr(torch.cuda, "device_count", lambda count=count: count)
+        assert turn(tmp_path / f"of {count}", "--device", "cuda") == 0
+        assert machine.ran == ran
+        out = capsys.readouterr().out
+        assert "left out: needs --data" in out
+        assert ("left out: needs two GPUs" in out) == (count == 1)
 
 
 def test_results_of_two_machines_do_not_mix(tmp_path, monkeypatch, capsys):
@@ -202,8 +210,9 @@ def test_every_command_is_one_that_its_program_knows(name, tiny, words):
 
 
 def test_the_first_turn_reaches_the_parts_that_say_whether_results_are_right():
-    assert [part.name for part in PARTS if part.judges] == [part.name for part in PARTS[:4]]
-    assert sum(part.usual for part in PARTS[:9]) <= 600
+    assert [part.name for part in PARTS if part.judges] == [part.name for part in PARTS[:5]]
+    on_one_gpu = [part for part in PARTS[:10] if part.needs != "two GPUs"]
+    assert sum(part.usual for part in on_one_gpu) <= 8 * 60
 
 
 def test_files_with_gpu_tests_are_found():
@@ -262,5 +271,5 @@ def test_all_parts_at_their_smallest_on_a_cpu(tmp_path):
     state = json.loads((tmp_path / "state.json").read_text())
     assert all(one["ok"] for one in state["done"].values())
     names = {path.name for path in tmp_path.iterdir()}
-    assert {"04_g1.json", "04_g1_2.json", "07_g9.json", "summary.md", "goals.json"} <= names
+    assert {"05_g1.json", "05_g1_2.json", "08_g9.json", "summary.md", "goals.json"} <= names
     assert (tmp_path / "g12" / "results.json").exists()

@@ -1,5 +1,7 @@
 """The checks before a GPU is trusted: each can fail, a failure costs no other one, and without a GPU it is one line."""
 
+import subprocess
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -149,6 +151,58 @@ def test_a_resume_that_ends_elsewhere_is_found(monkeypatch, same):
         return
     with pytest.raises(RunError, match="other weights"):
         CHECKS["resume"](CPU)
+
+
+def test_two_processes_need_two_gpus(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    assert CHECKS["processes"](Place(torch.device("cuda"), tiny=True)) == "left out: it needs two GPUs"
+
+
+@pytest.mark.parametrize(("distance", "line"), [(0.0, None), (1e-8, "two processes: w is 1.0e-08 away from one")])
+def test_processes_that_train_to_other_weights_are_found(monkeypatch, distance, line):
+    monkeypatch.setattr(gpu_check, "start", lambda folder, place, flags: folder)
+    monkeypatch.setattr(gpu_check, "start_two", lambda folder, place, flags: [folder, folder])
+    monkeypatch.setattr(gpu_check, "finished", lambda run: "")
+    monkeypatch.setattr(gpu_check, "end_together", lambda runs, *, within: None)
+    monkeypatch.setattr(
+        gpu_check,
+        "_weights",
+        lambda folder: {"w": torch.ones(1, dtype=torch.float64) + distance * (folder.name == "two")},
+    )
+    if line is None:
+        assert "to the weights of one" in CHECKS["processes"](CPU)
+        return
+    with pytest.raises(RunError, match=line):
+        CHECKS["processes"](CPU)
+
+
+NAMES_IT = "process 0 failed; stopping."
+
+
+@pytest.mark.parametrize(
+    ("other", "line"),
+    [
+        (f"sys.exit({NAMES_IT!r})", None),
+        ("time.sleep(600)", "another had not ended 1 s later"),
+        (f"print({NAMES_IT!r}, file=sys.stderr)", r"exit codes are \[1, 0\]"),
+        ("sys.exit('out of memory')", "no process names the one that has failed"),
+    ],
+)
+def test_a_process_that_outlives_a_failure_is_found(other, line):
+    runs = [
+        gpu_check.Run(
+            subprocess.Popen([sys.executable, "-c", f"import sys, time; {code}"], stderr=subprocess.PIPE, text=True),
+            Path(),
+        )
+        for code in ("sys.exit(1)", other)
+    ]
+    within = 1 if "sleep" in other else 60
+    if line is None:
+        gpu_check.end_together(runs, within=within)
+    else:
+        with pytest.raises(RunError, match=line):
+            gpu_check.end_together(runs, within=within)
+    assert all(run.process.returncode is not None for run in runs)
 
 
 def test_a_gpu_that_torch_cannot_use_is_noticed(monkeypatch):

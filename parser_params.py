@@ -189,8 +189,8 @@ class DeviceOptions(Options):
     )
     cuda_graph: str = option(
         "0",
-        "replay forward, backward and update as one CUDA graph (one GPU); auto: where a step can be, and as before in "
-        "a run that goes on",
+        "replay forward, backward and update as one CUDA graph (one GPU), and the passes of long evaluations; auto: "
+        "where a step can be, and as before in a run that goes on",
         choices=SWITCH,
         resume=TAKES,
     )

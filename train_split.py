@@ -33,7 +33,7 @@ from dataset.pipeline import build_eval_loader, build_train_loader, evaluation_p
 from dataset.views import ViewMaker, view_spec
 from evaluation.ensemble import ensemble_rule
 from evaluation.metrics import counted
-from evaluation.passes import evaluate
+from evaluation.passes import evaluate, recorder_of_passes
 from evaluation.run import evaluate_arguments
 from evaluation.run import output as evaluation_output
 from evaluation.sizes import summarise
@@ -959,6 +959,7 @@ class Trainer:
                 autocast_dtype=precision.autocast,
                 extra=self.method.extra_logits,
                 all_reduce=distributed.add_once(self.world),
+                recorder=recorder_of_passes(self.world.device, rounds) if self.is_replayed else None,
             )
             return self.method.complete_figures(evaluation.figures)
 

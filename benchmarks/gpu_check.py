@@ -288,8 +288,14 @@ def _sizes(place: Place) -> list[str]:
 def _started(folder: Path, flags: Sequence[str], environment: dict[str, str]) -> Run:
     command = [sys.executable, str(ROOT / "train_split.py"), "--dataset", "digits", "--arch", "resnet20"]
     command += ["--split_factor", "2", "--seed", "1", "--epochs", "8", "--workers", "0", "--model_dir", str(folder)]
-    pipes = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE}
-    process = subprocess.Popen([*command, *flags], cwd=ROOT, text=True, env={**os.environ, **environment}, **pipes)
+    process = subprocess.Popen(
+        [*command, *flags],
+        cwd=ROOT,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, **environment},
+    )
     return Run(process, folder)
 
 

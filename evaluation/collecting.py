@@ -67,6 +67,7 @@ def collect_logits(
         all_reduce=distributed.all_reduce_sum,
         keep_logits=True,
         gather_rows=distributed.all_gather_rows,
+        recorder=session.recorder(len(loader)),
     )
     tell_bad_images(loader.bad_images)
     assert evaluation.logits_SNK is not None

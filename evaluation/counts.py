@@ -39,6 +39,7 @@ class EvaluationCounts:
         self.metrics = counted()
         self.seen = self.shape.counts()
         self.confusion_KK = self.shape.counts(num_classes, num_classes)
+        self._one = self.shape.counts() + 1
         self.sums = {name: metric.zeros(self.shape) for name, metric in self.metrics.items()}
 
     @torch.no_grad()
@@ -53,8 +54,8 @@ class EvaluationCounts:
             raise ValueError(f"expected logits ({num_networks}, B, {num_classes}), got {tuple(logits_SBK.shape)}")
         batch = Scored(logits_SBK.double(), labels_B)
         self.seen += len(labels_B)
-        cells_B = labels_B * num_classes + batch.predictions_RB[self._chosen]
-        self.confusion_KK.view(-1).scatter_add_(0, cells_B, torch.ones_like(cells_B))
+        cells_B = torch.add(batch.predictions_RB[self._chosen], labels_B, alpha=num_classes)
+        self.confusion_KK.view(-1).scatter_add_(0, cells_B, self._one.expand_as(cells_B))
         for name, metric in self.metrics.items():
             metric.add(self.sums[name], batch)
 

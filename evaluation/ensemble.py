@@ -6,6 +6,7 @@ from torch import Tensor
 from utils.errors import UserError
 
 RULES = ("mean_logits", "mean_softmax", "max_logits", "max_softmax", "geometric_mean")
+OF_LOGITS = ("mean_logits", "max_logits")  # the others are of probabilities
 
 
 def ensemble_rule(after_softmax: bool, maximum: bool) -> str:
@@ -35,16 +36,20 @@ def ensemble_scores(logits_SBK: Tensor, rule: str) -> Tensor:
     """
     rule_index(rule)
     logits_SBK = logits_SBK.to(torch.promote_types(logits_SBK.dtype, torch.float32))
-    if rule == "mean_logits":
-        return logits_SBK.mean(dim=0)
-    if rule == "max_logits":
-        return logits_SBK.amax(dim=0)
+    return _joined(logits_SBK if rule in OF_LOGITS else logits_SBK.log_softmax(dim=-1), rule)
+
+
+def scores_of_all_rules(logits_SBK: Tensor) -> list[Tensor]:
+    """`ensemble_scores` of every rule in the order of RULES; the probabilities are computed once."""
     log_probs_SBK = logits_SBK.log_softmax(dim=-1)
+    return [_joined(logits_SBK if rule in OF_LOGITS else log_probs_SBK, rule) for rule in RULES]
+
+
+def _joined(values_SBK: Tensor, rule: str) -> Tensor:
+    """Logits or log-probabilities, as the rule has them, as scores: (S, B, K) -> (B, K)."""
     if rule == "mean_softmax":
-        return log_probs_SBK.logsumexp(dim=0)
-    if rule == "max_softmax":
-        return log_probs_SBK.amax(dim=0)
-    return log_probs_SBK.mean(dim=0)
+        return values_SBK.logsumexp(dim=0)
+    return values_SBK.amax(dim=0) if rule.startswith("max") else values_SBK.mean(dim=0)
 
 
 def ensemble_log_probs(logits_SBK: Tensor, rule: str = "mean_logits") -> Tensor:

@@ -1,5 +1,6 @@
 """One pass over a split: counts on this process's shard, added over all processes, divided once."""
 
+import logging
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any, Protocol, TypeVar
@@ -8,6 +9,14 @@ import torch
 from torch import Tensor, nn
 
 from evaluation.counts import EvaluationCounts
+from training.replay import ReplayedStep
+from utils.errors import RunError
+from utils.recording import CudaRecorder, Recorder
+
+logger = logging.getLogger(__name__)
+
+REPLAYED_FROM = 16  # batches of an evaluation: the first ones warm up, and to record takes as long as some
+NOT_CAPTURED = "a pass over images cannot be captured as a CUDA graph ({}): passes are not replayed."
 
 
 class LabelledImages(Protocol):
@@ -39,6 +48,31 @@ class Evaluation:
     labels_N: Tensor | None = None
 
 
+def recorder_of_passes(device: torch.device, batches: int) -> Recorder | None:
+    """What an evaluation of so many batches is recorded by on a GPU; None where they are too few to gain anything."""
+    return CudaRecorder(device, NOT_CAPTURED) if batches >= REPLAYED_FROM else None
+
+
+class _Replayed:
+    """A function of prepared images and labels that is replayed; where it cannot be recorded, it is called.
+
+    Its result is valid until the next call.
+    """
+
+    def __init__(self, look: Callable[[Tensor, Tensor], Tensor], recorder: Recorder) -> None:
+        self._look, self._step = look, ReplayedStep(recorder)
+        self._gave_up = False
+
+    def __call__(self, images: Tensor, labels_B: Tensor) -> Tensor:
+        if not self._gave_up:
+            try:
+                return self._step(self._look, images, labels_B)
+            except RunError as error:  # before anything was counted
+                logger.info("%s", error)
+                self._gave_up = True
+        return self._look(images, labels_B)
+
+
 def _alone(value: Tensor) -> Tensor:
     return value
 
@@ -59,6 +93,7 @@ def evaluate(
     keep_logits: bool = False,
     gather_rows: Callable[[Tensor], Tensor] = _alone,
     each: Callable[[Images, Tensor], None] | None = None,
+    recorder: Recorder | None = None,
 ) -> Evaluation:
     """Evaluate S networks and their ensembles; nothing inside the loop waits for the device.
 
@@ -74,23 +109,31 @@ def evaluate(
         all_reduce: sum over all processes, in place.
         keep_logits: also return all logits and labels; each batch then waits for the device.
         gather_rows: rows [B_r, ...] of every process one after another, [N, ...].
-        each: is shown every batch and its logits [S, B, K].
+        each: is shown every batch and its logits [S, B, K], which are valid until the next one.
+        recorder: of what is replayed: the pass of a batch and what it adds to the counts, for batches of one size;
+            None: everything is computed as it is written.
     """
     counts = EvaluationCounts(num_networks, num_classes, rule, device)
     correct: dict[str, Tensor] = {}
     kept_logits: list[Tensor] = []
     kept_labels: list[Tensor] = []
+
+    def look(images: Tensor, labels_B: Tensor) -> Tensor:
+        logits_SBK: Tensor = network(images)
+        counts.update(logits_SBK, labels_B)
+        return logits_SBK
+
+    answer = look if recorder is None else _Replayed(look, recorder)
     # around the loop, not in it: autocast then casts each weight once. The counts are float64, which it leaves alone.
     with torch.autocast(device.type, autocast_dtype, enabled=autocast_dtype is not None):
         for batch in batches:
             images = prepare(batch.images)
-            logits_SBK = network(images)
-            counts.update(logits_SBK, batch.labels_B)
+            logits_SBK = answer(images, batch.labels_B)
             if each is not None:
                 each(batch, logits_SBK)
             if keep_logits:
                 exact = torch.promote_types(logits_SBK.dtype, torch.float32)
-                kept_logits.append(logits_SBK.transpose(0, 1).to("cpu", exact))
+                kept_logits.append(logits_SBK.transpose(0, 1).to("cpu", exact, copy=recorder is not None))
                 kept_labels.append(batch.labels_B.cpu())
             for name, logits_BK in (extra(images) if extra is not None else {}).items():
                 hits = (logits_BK.argmax(dim=-1) == batch.labels_B).sum()

@@ -205,6 +205,7 @@ def evaluate_session(session: Session, *, with_further: bool = True, keep_logits
         all_reduce=distributed.all_reduce_sum,
         keep_logits=bool(further) or keep_logits,
         gather_rows=distributed.all_gather_rows,
+        recorder=session.recorder(len(loader)),
         each=images.add,
     )
     answers_NC = images.gather(distributed.all_gather_rows)

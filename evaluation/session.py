@@ -20,6 +20,7 @@ from dataset.views import ViewMaker, plain_spec
 from evaluation.answers import Answers, check_tuned_for, read_answers, read_answers_file
 from evaluation.ensemble import ensemble_rule
 from evaluation.options import EvalOptions
+from evaluation.passes import recorder_of_passes
 from evaluation.tta import FlipAveraged
 from method import methods
 from model import SplitNet, backbones, split_list
@@ -35,6 +36,7 @@ from utils.errors import UserError, reason
 from utils.launch import World
 from utils.plain_json import plain_json
 from utils.precision import Precision, choose_precision, lay_out
+from utils.recording import Recorder
 
 logger = logging.getLogger("eval")
 
@@ -119,6 +121,26 @@ class Session:
         on_gpu = self.world.device.type == "cuda"
         batch_size = self.config.evaluation_batch(in_memory=split.images is not None, on_gpu=on_gpu)
         return build_eval_loader(split, options, self.world, resize=resize, batch_size=batch_size)
+
+    def recorder(self, batches: int) -> Recorder | None:
+        """What passes over so many batches are replayed by, where --cuda_graph asks for it; a line says what is done.
+
+        None: they are computed as they are written.
+        """
+        asked = self.config.cuda_graph
+        if asked == "0":
+            return None
+        found, why = None, ""
+        if self.world.device.type != "cuda":
+            why = "there is no GPU"
+        elif self.config.is_test_on_multigpus:
+            why = "the networks are on several GPUs"
+        else:
+            found = recorder_of_passes(self.world.device, batches)
+            why = f"{batches} batches are too few"
+        done = f"not replayed: {why}" if found is None else "replayed as one CUDA graph"
+        logger.info("--cuda_graph %s: passes over images are %s.", asked, done)
+        return found
 
     @property
     def file_recipe(self) -> str:

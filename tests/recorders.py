@@ -1,7 +1,9 @@
 """What stands for a recorder of CUDA graphs where there is no GPU."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
+
+from torch import Tensor
 
 from utils.errors import RunError
 
@@ -12,11 +14,19 @@ class Recorder:
     Args:
         calls: what was called, in order; of several recorders, where they are given one list.
         fails: it refuses to record.
+        changed: the tensors that the function writes in place, which recording leaves alone.
     """
 
-    def __init__(self, calls: list[str] | None = None, *, fails: bool = False) -> None:
+    def __init__(
+        self,
+        calls: list[str] | None = None,
+        *,
+        fails: bool = False,
+        changed: Callable[[], Sequence[Tensor]] = tuple,
+    ) -> None:
         self.calls = [] if calls is None else calls
         self.fails = fails
+        self.changed = changed
 
     def warm_up(self, function: Callable[[], Any]) -> Any:
         """As it is."""
@@ -28,7 +38,10 @@ class Recorder:
         if self.fails:
             raise RunError("cannot be captured")
         self.calls.append("record")
+        before = [(tensor, tensor.clone()) for tensor in self.changed()]
         result = function()
+        for tensor, value in before:
+            tensor.copy_(value)
 
         def replay() -> None:
             self.calls.append("replay")

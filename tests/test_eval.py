@@ -8,6 +8,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -20,15 +21,19 @@ import train_split
 from dataset import SourceRequest, open_source
 from dataset.views import ViewMaker, plain_spec
 from evaluation import contenders as inference
-from evaluation import latency
+from evaluation import latency, passes
+from evaluation.counts import EvaluationCounts
 from evaluation.files import write_latencies
+from evaluation.session import Session
 from model import BackboneRequest, build_splitnet
 from model.restore import published_keys
 from model.splitnet import SplitNet
 from record.checkpoint import FORMAT_VERSION, save_checkpoint
 from tests.golden.fill import fill, image
+from tests.recorders import Recorder
 from tests.waits import needs_gpu
 from utils.errors import WriteError
+from utils.recording import WARM_UP
 
 ROOT = Path(__file__).parent.parent
 GOLDEN = Path(__file__).parent / "golden"
@@ -164,6 +169,72 @@ def test_evaluation(run_dir, test_logits_SNK, tmp_path, capsys):
     assert sum(float(row["disagreement"]) for row in rows) / 359 == pytest.approx(results["disagreement"])
     with Image.open(tmp_path / "confusion.png") as confusion:
         assert confusion.size[0] > 300
+
+
+@pytest.mark.parametrize(
+    ("asked", "device", "spread", "batches", "line"),
+    [
+        ("0", "cuda", False, 100, None),
+        ("1", "cuda", False, 100, "1: passes over images are replayed as one CUDA graph."),
+        ("auto", "cuda", False, 3, "auto: passes over images are not replayed: 3 batches are too few."),
+        ("1", "cuda", True, 100, "1: passes over images are not replayed: the networks are on several GPUs."),
+        ("1", "cpu", False, 100, "1: passes over images are not replayed: there is no GPU."),
+    ],
+)
+def test_passes_are_replayed_where_that_is_asked_for_and_can_be(
+    monkeypatch, caplog, asked, device, spread, batches, line
+):
+    caplog.set_level("INFO")
+    monkeypatch.setattr(passes, "CudaRecorder", lambda device, refusal: "recorder")
+    session: Any = SimpleNamespace(
+        config=SimpleNamespace(cuda_graph=asked, is_test_on_multigpus=spread),
+        world=SimpleNamespace(device=torch.device(device)),
+    )
+    found = Session.recorder(session, batches)
+    assert (found == "recorder") == (line is not None and line.endswith("graph."))
+    assert caplog.messages == ([] if line is None else [f"--cuda_graph {line}"])
+
+
+def test_a_replayed_evaluation_finds_what_another_finds(run_dir, tmp_path, monkeypatch, capsys):
+    """As on a GPU: with a recorder of its passes, in 18 batches of which the last is smaller."""
+    argv = ["--resume", run_dir / "checkpoint_1.pth.tar", "--eval_batch_size", 20]
+    plain = succeed(*argv, "--model_dir", tmp_path / "plain", capsys=capsys)
+    made: list[EvaluationCounts] = []
+    calls: list[str] = []
+
+    class Kept(EvaluationCounts):
+        def __init__(self, *args: Any) -> None:
+            super().__init__(*args)
+            made.append(self)
+
+    def recorder(session: Session, batches: int) -> Recorder:
+        return Recorder(calls, changed=lambda: made[-1].tensors())
+
+    monkeypatch.setattr(passes, "EvaluationCounts", Kept)
+    monkeypatch.setattr(Session, "recorder", recorder)
+    replayed = succeed(*argv, "--model_dir", tmp_path / "replayed", capsys=capsys)
+    assert calls.count("replay") == 18 - 1 - WARM_UP
+    for name in ("acc1", "networks", "ensembles", "disagreement", "per_class_acc"):
+        assert replayed[name] == plain[name]
+    tables = [(tmp_path / name / "test_predictions.csv").read_text() for name in ("plain", "replayed")]
+    assert tables[0] == tables[1]
+
+
+@needs_gpu
+@pytest.mark.parametrize("execution", ["loop", "parallel", "stacked"])
+def test_an_evaluation_as_one_graph_finds_what_another_finds(run_dir, tmp_path, capsys, execution):
+    found = []
+    for replayed in ("0", "1"):
+        argv = ["--resume", str(run_dir / "checkpoint_1.pth.tar"), "--workers", "0", "--eval_batch_size", "20"]
+        argv += ["--execution", execution, "--model_dir", str(tmp_path / replayed), "--cuda_graph", replayed]
+        assert program.main([*argv, "--deterministic", "1"]) == 0
+        captured = capsys.readouterr()
+        assert ("replayed as one CUDA graph" in captured.err) == (replayed == "1")
+        assert "cannot be captured" not in captured.err
+        found.append(json.loads(captured.out.splitlines()[-1]))
+    assert found[0]["acc1"] == found[1]["acc1"]
+    nll = [one["ensembles"]["mean_logits"]["nll"] for one in found]
+    assert nll[0] == pytest.approx(nll[1], rel=1e-6)
 
 
 def test_flips_at_test_time_answer_for_the_mean_of_both(run_dir, test_logits_SNK, tmp_path, capsys):

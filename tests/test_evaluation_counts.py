@@ -2,6 +2,7 @@
 
 import json
 import math
+from functools import partial
 from itertools import combinations
 
 import pytest
@@ -10,9 +11,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from benchmarks.passes import dispatched
 from evaluation.counts import EvaluationCounts
 from evaluation.ensemble import RULES, ensemble_log_probs
-from evaluation.metrics import label_ranks
+from evaluation.metrics import label_ranks, mean_pairwise_js
 from evaluation.metrics.ece import NUM_BINS
 from utils.errors import UserError
 
@@ -104,6 +106,23 @@ def test_any_cut_and_any_sharding_give_the_same(cuts: list[int], shards: int, se
     for found, value in zip(pieces[0].tensors(), whole.tensors(), strict=True):
         tolerance = 1e-12 if value.is_floating_point() else 0
         torch.testing.assert_close(found, value, rtol=tolerance, atol=tolerance)
+
+
+def test_an_update_launches_the_same_few_operations_for_any_number_of_networks() -> None:
+    counts = []
+    for num_networks in (1, 2, 4):
+        logits_SBK, labels_B = draw(num_networks, 20, 10)
+        evaluation = EvaluationCounts(num_networks, 10, "mean_logits")
+        counts.append(dispatched(partial(evaluation.update, logits_SBK, labels_B)))
+    assert counts[0] < counts[1] == counts[2] <= 60
+
+
+def test_more_networks_than_pairs_at_once_have_the_same_divergence(monkeypatch: pytest.MonkeyPatch) -> None:
+    logits_SBK, labels_B = draw(5, 12, 4)
+    expected = evaluate(logits_SBK, labels_B, []).result()["js_divergence"]
+    for at_once in (1, 10):  # networks by themselves, and in twos
+        monkeypatch.setattr(mean_pairwise_js, "PAIRS", at_once)
+        assert evaluate(logits_SBK, labels_B, []).result()["js_divergence"] == pytest.approx(expected, rel=1e-13)
 
 
 def test_equal_scores_go_by_class_index() -> None:

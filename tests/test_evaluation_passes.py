@@ -1,6 +1,7 @@
 """An evaluation counts every image once, however the images are spread over batches and processes."""
 
 import itertools
+from functools import partial
 from typing import Any, NamedTuple
 
 import pytest
@@ -9,8 +10,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from evaluation import passes
 from evaluation.counts import EvaluationCounts
-from evaluation.passes import evaluate
+from evaluation.passes import REPLAYED_FROM, evaluate
+from tests.recorders import Recorder
+from utils.recording import WARM_UP
 
 S, K, N = 3, 7, 40
 CPU = torch.device("cpu")
@@ -150,3 +154,48 @@ def test_autocast_reaches_the_network_and_spares_the_counts():
     assert seen == [torch.bfloat16]
     exact = evaluate(NETWORK, batches(slice(None), N), **fixed)
     assert found.figures["ensemble_nll"] == pytest.approx(exact.figures["ensemble_nll"], rel=0.02)
+
+
+# ---- replayed --------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def recorder(monkeypatch):
+    """Makes recorders that leave the counts alone while they record, as a CUDA graph does."""
+    made: list[EvaluationCounts] = []
+
+    class Kept(EvaluationCounts):
+        def __init__(self, *args: Any) -> None:
+            super().__init__(*args)
+            made.append(self)
+
+    monkeypatch.setattr(passes, "EvaluationCounts", Kept)
+    return partial(Recorder, changed=lambda: made[-1].tensors())
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_replayed_passes_find_what_others_find(recorder, caplog, fails):
+    """Five batches of 7 images, and a last one of 5 that is no replay; or none, where recording fails."""
+    caplog.set_level("INFO")
+    shown: list[list[Tensor]] = []
+
+    def keep(batch: Labelled, logits_SBK: Tensor) -> None:
+        shown[-1].append(logits_SBK.clone())
+
+    calls: list[str] = []
+    found = []
+    for one in (None, recorder(calls, fails=fails)):
+        shown.append([])
+        found.append(run(batches(slice(None), 7), extra=exits, keep_logits=True, each=keep, recorder=one))
+    assert found[1].figures == found[0].figures
+    assert torch.equal(found[1].confusion, found[0].confusion)
+    assert torch.equal(found[1].logits_SNK, found[0].logits_SNK)
+    assert all(torch.equal(*pair) for pair in zip(*shown, strict=True))
+    assert calls == WARM_UP * ["warm-up"] + ([] if fails else ["record", "replay", "replay"])
+    assert [message for message in caplog.messages if "captured" in message] == ["cannot be captured"] * fails
+
+
+def test_a_short_evaluation_is_not_worth_a_graph(monkeypatch):
+    monkeypatch.setattr(passes, "CudaRecorder", lambda device, refusal: refusal.format("why"))
+    found = [passes.recorder_of_passes(CPU, batches) for batches in (REPLAYED_FROM - 1, REPLAYED_FROM)]
+    assert found == [None, "a pass over images cannot be captured as a CUDA graph (why): passes are not replayed."]

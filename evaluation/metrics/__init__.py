@@ -18,7 +18,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from evaluation.ensemble import RULES, ensemble_scores
+from evaluation.ensemble import RULES, scores_of_all_rules
 from utils.registry import Registry
 
 Sums = Mapping[str, Tensor]  # what a metric adds up: int64 counts and float64 sums by name
@@ -39,7 +39,7 @@ class Scored:
     @cached_property
     def scores_RBK(self) -> Tensor:
         """Logits of the networks, then the scores of every ensemble rule in the order of RULES."""
-        return torch.cat([self.logits_SBK, torch.stack([ensemble_scores(self.logits_SBK, rule) for rule in RULES])])
+        return torch.cat([self.logits_SBK, *(row_BK.unsqueeze(0) for row_BK in scores_of_all_rules(self.logits_SBK))])
 
     @cached_property
     def log_probs_RBK(self) -> Tensor:
@@ -60,6 +60,11 @@ class Scored:
     def ranks_RB(self) -> Tensor:
         """How many classes come before the labelled one, int64; 0 is a correct top-1."""
         return label_ranks(self.scores_RBK, self.labels_B)
+
+    @cached_property
+    def hits_RB(self) -> Tensor:
+        """Whether the labelled class has the highest score."""
+        return self.ranks_RB == 0
 
     @cached_property
     def label_log_probs_RB(self) -> Tensor:
@@ -181,6 +186,7 @@ def label_ranks(scores_RBK: Tensor, labels_B: Tensor) -> Tensor:
     """
     index_RB1 = labels_B.expand(scores_RBK.shape[:2]).unsqueeze(-1)
     own_RB1 = scores_RBK.gather(-1, index_RB1)
-    classes_K = torch.arange(scores_RBK.shape[-1], device=scores_RBK.device)
-    before_RBK = ~(scores_RBK <= own_RB1) | ((scores_RBK == own_RB1) & (classes_K < index_RB1))
-    return before_RBK.sum(dim=-1)
+    num_classes = scores_RBK.shape[-1]
+    is_earlier_RBK = torch.arange(num_classes, device=scores_RBK.device) < index_RB1
+    not_before_RBK = torch.where(is_earlier_RBK, scores_RBK < own_RB1, scores_RBK <= own_RB1)
+    return num_classes - not_before_RBK.sum(dim=-1)

@@ -17,7 +17,8 @@ class TopK(CountedMetric):
         return {"correct": shape.counts(shape.num_rows)}
 
     def add(self, sums: Sums, batch: Scored) -> None:
-        sums["correct"].add_((batch.ranks_RB < self.k).sum(dim=1))
+        hits_RB = batch.hits_RB if self.k == 1 else batch.ranks_RB < self.k
+        sums["correct"].add_(hits_RB.sum(dim=1))
 
     def figure(self, sums: Sums, seen: Tensor, shape: Shape) -> Tensor:
         return 100 * sums["correct"] / seen

@@ -1,5 +1,6 @@
 """The Brier score."""
 
+import torch
 from torch import Tensor
 
 from evaluation.metrics import CountedMetric, Scored, Shape, Sums, metrics
@@ -15,10 +16,10 @@ class Brier(CountedMetric):
 
     def add(self, sums: Sums, batch: Scored) -> None:
         squares_RB = batch.probs_RBK.square().sum(dim=-1)
-        sums["brier"].add_((squares_RB - 2 * batch.label_log_probs_RB.exp() + 1).sum(dim=1))
+        sums["brier"].add_(torch.sub(squares_RB, batch.label_log_probs_RB.exp(), alpha=2).sum(dim=1))
 
     def figure(self, sums: Sums, seen: Tensor, shape: Shape) -> Tensor:
-        return sums["brier"] / seen
+        return sums["brier"] / seen + 1
 
 
 metrics.add("brier", Brier())

@@ -16,7 +16,8 @@ class Disagreement(CountedMetric):
 
     def add(self, sums: Sums, batch: Scored) -> None:
         own_SB = batch.predictions_RB[: len(batch.logits_SBK)]
-        sums["apart"].add_((own_SB.unsqueeze(1) != own_SB).sum())
+        if len(own_SB) > 1:
+            sums["apart"].add_((own_SB.unsqueeze(1) != own_SB).sum())
 
     def figure(self, sums: Sums, seen: Tensor, shape: Shape) -> Tensor:
         return sums["apart"] / (shape.num_pairs * seen)

@@ -22,10 +22,10 @@ class ExpectedCalibrationError(CountedMetric):
 
     def add(self, sums: Sums, batch: Scored) -> None:
         confidence_RB = batch.probs_RBK.amax(dim=-1)
-        bins_RB = (confidence_RB * NUM_BINS).ceil() - 1
-        in_bin_RBM = bins_RB.unsqueeze(-1) == torch.arange(NUM_BINS, device=bins_RB.device)
+        bins_RB = (confidence_RB * NUM_BINS).ceil()  # from 1
+        in_bin_RBM = bins_RB.unsqueeze(-1) == torch.arange(1, NUM_BINS + 1, device=bins_RB.device)
         sums["seen"].add_(in_bin_RBM.sum(dim=1))
-        sums["correct"].add_((in_bin_RBM & (batch.ranks_RB == 0).unsqueeze(-1)).sum(dim=1))
+        sums["correct"].add_((in_bin_RBM & batch.hits_RB.unsqueeze(-1)).sum(dim=1))
         sums["confidence"].add_(torch.where(in_bin_RBM, confidence_RB.unsqueeze(-1), 0.0).sum(dim=1))
 
     def figure(self, sums: Sums, seen: Tensor, shape: Shape) -> Tensor:

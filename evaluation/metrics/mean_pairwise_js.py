@@ -7,6 +7,8 @@ from torch import Tensor
 
 from evaluation.metrics import CountedMetric, Scored, Shape, Sums, metrics
 
+PAIRS = 16  # of networks at a time: those of four in one go, and no more memory than that where there are more
+
 
 class MeanPairwiseJS(CountedMetric):
     """Jensen-Shannon divergence of two networks' predictions in nats, mean over pairs of networks and images."""
@@ -18,7 +20,13 @@ class MeanPairwiseJS(CountedMetric):
         return {"js": shape.sums()}
 
     def add(self, sums: Sums, batch: Scored) -> None:
-        sums["js"].add_(summed_js(batch.log_probs_RBK[: len(batch.logits_SBK)]))
+        num_networks = len(batch.logits_SBK)
+        log_probs_SBK, probs_SBK = batch.log_probs_RBK[:num_networks], batch.probs_RBK[:num_networks]
+        if num_networks == 1:
+            return
+        at_once = max(PAIRS // num_networks, 1)
+        for log_probs_sBK, probs_sBK in zip(log_probs_SBK.split(at_once), probs_SBK.split(at_once), strict=True):
+            sums["js"].add_(summed_js(log_probs_sBK, probs_sBK, log_probs_SBK))
 
     def figure(self, sums: Sums, seen: Tensor, shape: Shape) -> Tensor:
         return sums["js"] / (shape.num_pairs * seen)
@@ -28,16 +36,15 @@ class MeanPairwiseJS(CountedMetric):
         return f"their mean JS divergence is {self.cell(value)} nats"
 
 
-def summed_js(log_probs_SBK: Tensor) -> Tensor:
-    """Jensen-Shannon divergence summed over ordered pairs of networks and over images: (S, B, K) -> scalar.
+def summed_js(log_probs_sBK: Tensor, probs_sBK: Tensor, log_probs_SBK: Tensor) -> Tensor:
+    """KL(p_i ‖ (p_i + p_j) / 2) summed over s of the networks i, all S networks j, and images: a scalar.
 
-    The sum over i and j of KL(p_i ‖ (p_i + p_j) / 2): (i, j) and (j, i) together are twice the pair's divergence.
+    Over all i it is the Jensen-Shannon divergence summed over ordered pairs: (i, j) and (j, i) together are twice the
+    pair's divergence.
     """
-    sums = []
-    for own_BK in log_probs_SBK:
-        log_means_SBK = torch.logaddexp(own_BK, log_probs_SBK) - math.log(2)
-        sums.append((own_BK.exp() * (own_BK - log_means_SBK)).sum())
-    return torch.stack(sums).sum()
+    own_s1BK = (log_probs_sBK + math.log(2)).unsqueeze(1)
+    sums_sSBK = torch.logaddexp(log_probs_sBK.unsqueeze(1), log_probs_SBK)
+    return (probs_sBK.unsqueeze(1) * (own_s1BK - sums_sSBK)).sum()
 
 
 metrics.add("mean_pairwise_js", MeanPairwiseJS())

@@ -367,7 +367,7 @@ class Turn:
         """Write state.json, goals.json and summary.md anew."""
         write_file(self.out / "state.json", as_json({"place": self.place, "done": self.done}))
         found = goals_of(committed_rows()) | goals_of(self.rows("*.json")) | self._other_goals()
-        open_goal = {"value": None, "met": None, "file": None}
+        open_goal = {"value": None, "met": None, "file": None, "on": None}
         goals = {name: {"promise": text, **found.get(name, open_goal)} for name, text in PROMISES.items()}
         write_file(self.out / "goals.json", as_json(goals))
         write_file(self.out / "summary.md", self._summary(parts, goals))
@@ -381,11 +381,12 @@ class Turn:
             ran = [case for case in waits if case.find("skipped") is None]
             bad = [case for case in ran if case.find("failure") is not None or case.find("error") is not None]
             if ran:
-                found["G8"] = {"value": len(bad), "met": not bad, "file": report.name}
+                found["G8"] = {"value": len(bad), "met": not bad, "file": report.name, "on": self.place}
         results = read_results(self.out / "g12")
         if results is not None and results["epochs"] >= 200:
             minutes = results["seconds"] / 60
-            found["G12"] = {"value": round(minutes, 2), "met": minutes <= 30, "file": "g12/results.json"}
+            rounded, file = round(minutes, 2), "g12/results.json"
+            found["G12"] = {"value": rounded, "met": minutes <= 30, "file": file, "on": self.place}
         return found
 
     def _summary(self, parts: Sequence[Part], goals: Mapping[str, Mapping[str, Any]]) -> str:
@@ -393,11 +394,13 @@ class Turn:
         for part in parts:
             what = self.describe(part) if part.name in self.done else "open"
             lines.append(f"| {part.name} | {part.settles} | {what} |")
-        lines += ["", "# Goals", "", "| goal | promised | measured | met | file |", "| --- | --- | --- | --- | --- |"]
+        lines += ["", "# Goals", "", "| goal | promised | measured | met | on | file |"]
+        lines += ["| --- | --- | --- | --- | --- | --- |"]
         for name, goal in goals.items():
             verdict = {True: "yes", False: "no", None: "–"}[goal["met"]]
             value = "open" if goal["value"] is None else goal["value"]
-            lines.append(f"| {name} | {PROMISES[name]} | {value} | {verdict} | {goal['file'] or ''} |")
+            where = f"{goal['on'] or ''} | {goal['file'] or ''}"
+            lines.append(f"| {name} | {PROMISES[name]} | {value} | {verdict} | {where} |")
         for table in sorted(self.out.glob("[0-9][0-9]_*.md")):
             lines += ["", f"# {table.stem}", "", table.read_text(encoding="utf-8").rstrip()]
         return "\n".join(lines) + "\n"
@@ -435,14 +438,16 @@ def goals_of(rows: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
             best[key] = row
     found: dict[str, dict[str, Any]] = {}
     for (goal, *_), row in best.items():
-        entry = found.setdefault(goal, {"value": [], "promises": [], "met": [], "file": []})
+        entry = found.setdefault(goal, {"value": [], "promises": [], "met": [], "file": [], "on": []})
         entry["value"].append(round(row["ratio"], 3))
         entry["promises"].append(row["commit"])
         entry["met"].append(row["met"])
         entry["file"].append(row["file"])
+        entry["on"].append(row["hardware"]["device"])
     for entry in found.values():
         entry["met"] = None if None in entry["met"] else all(entry["met"])
-        entry["file"] = ", ".join(dict.fromkeys(entry["file"]))
+        for name in ("file", "on"):
+            entry[name] = ", ".join(dict.fromkeys(entry[name]))
     return found
 
 

@@ -49,8 +49,8 @@ class Evaluation:
 
 
 def recorder_of_passes(device: torch.device, batches: int) -> Recorder | None:
-    """What an evaluation of so many batches is recorded by on a GPU; None where they are too few to gain anything."""
-    return CudaRecorder(device, NOT_CAPTURED) if batches >= REPLAYED_FROM else None
+    """What an evaluation of so many batches is recorded by; None on a CPU, and where they are too few to gain by it."""
+    return CudaRecorder(device, NOT_CAPTURED) if device.type == "cuda" and batches >= REPLAYED_FROM else None
 
 
 class _Replayed:

@@ -258,12 +258,33 @@ def test_passes_count_what_is_dispatched_of_three_kinds(capsys, tmp_path):
     assert one[2]["operations"] < one[1]["operations"] < one[0]["operations"]
 
 
-def test_peers_train_on_the_same_images(capsys, tmp_path):
+OF_LIBRARIES = ["timm", "torchvision"]
+
+
+@pytest.mark.parametrize(
+    ("only", "workers", "sides", "where"),
+    [
+        ("memory", "0", OF_LIBRARIES, ["32x32 px in memory"]),
+        ("ensemble", "0", ["plain loop"], ["32x32 px in memory"]),
+        pytest.param(
+            "files_64,files_500",
+            "1",
+            2 * OF_LIBRARIES,
+            2 * ["64x64 px JPEG files"] + 2 * ["500x375 px JPEG files"],
+            marks=pytest.mark.slow,
+        ),
+    ],
+)
+def test_peers_train_on_the_same_images(capsys, tmp_path, only, workers, sides, where):
     pytest.importorskip("timm")
-    argv = ["peers", "--images", "8", "--batch_size", "4", "--workers", "0", "--only", "memory"]
+    argv = ["peers", "--images", "8", "--batch_size", "4", "--crop_size", "32", "--workers", workers, "--only", only]
     rows, _ = rows_of(capsys, tmp_path, *argv)
-    assert [row["baseline"] for row in rows] == ["timm", "torchvision"]
+    assert [row["baseline"] for row in rows] == sides
     assert all("error" not in row and row["case"] == "ours" and row["ratio"] > 0 for row in rows)
+    for row, of_images in zip(rows, where if len(where) == len(rows) else len(rows) * where, strict=True):
+        assert of_images in row["subject"]
+        assert f"{workers} workers" in row["subject"]
+        assert ("deep ensemble of 4" in row["subject"]) == (only == "ensemble")
 
 
 def test_operations_are_counted_once_and_views_not_at_all():

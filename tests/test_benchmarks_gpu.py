@@ -63,13 +63,16 @@ def test_what_does_not_fit_is_left_and_the_next_turn_goes_on_with_it(tmp_path, m
 
 def test_a_part_that_is_cut_off_keeps_its_rows_and_goes_on_in_the_next_turn(tmp_path, monkeypatch, capsys):
     row = {"goal": "G1", "subject": "s", "baseline": "b", "ratio": 6.0, "commit": 5.0, "met": True}
+    row["hardware"] = {"device": "a GPU"}
     machine = Machine(monkeypatch, slow={"limit": 30, "takes": 40, "rows": [row], "judges": True}, b={})
     assert turn(tmp_path) == 0  # not done is not wrong
     assert machine.limits == [30, 60]
     assert "slow           not done after 30 s: goes on in the next turn" in capsys.readouterr().out
     goals = json.loads((tmp_path / "goals.json").read_text())
-    assert goals["G1"] == {"promise": "≥ 5×", "value": [6.0], "promises": [5.0], "met": True, "file": "00_slow.json"}
+    measured = {"value": [6.0], "promises": [5.0], "met": True, "file": "00_slow.json", "on": "a GPU"}
+    assert goals["G1"] == {"promise": "≥ 5×", **measured}
     assert goals["G2"]["value"] is None
+    assert "| G1 | ≥ 5× | [6.0] | yes | a GPU | 00_slow.json |" in (tmp_path / "summary.md").read_text()
     assert "| slow |  | not done after 30 s" in (tmp_path / "summary.md").read_text()
     machine.takes["slow"] = 1
     assert turn(tmp_path) == 0
@@ -141,14 +144,14 @@ def test_mistakes_are_one_line(tmp_path, monkeypatch, capsys):
 def test_the_best_of_every_promise_counts_and_all_of_a_goal_must_be_kept():
     def row(goal: str, subject: str, ratio: float, commit: float, met: bool | None = None) -> dict[str, Any]:
         met = ratio >= commit if met is None else met
-        names = {"goal": goal, "subject": subject, "baseline": "b", "file": subject}
+        names = {"goal": goal, "subject": subject, "baseline": "b", "file": subject, "hardware": {"device": "a GPU"}}
         return {**names, "ratio": ratio, "commit": commit, "met": met}
 
     rows = [row("G1", "step", 4.0, 5.0), row("G1", "step", 6.0, 5.0), row("G9", "1", 6.0, 5.0)]
     rows += [row("G9", "128", 1.0, 1.3)]
     rows += [{"goal": None, "ratio": 9.0}, {"goal": "G3", "error": "failed", "ratio": None}]
     found = goals_of(rows)
-    assert found["G1"] == {"value": [6.0], "promises": [5.0], "met": True, "file": "step"}
+    assert found["G1"] == {"value": [6.0], "promises": [5.0], "met": True, "file": "step", "on": "a GPU"}
     assert (found["G9"]["value"], found["G9"]["met"], found["G9"]["file"]) == ([6.0, 1.0], False, "1, 128")
     assert "G3" not in found
     assert goals_of([{**row("G1", "step", 6.0, 5.0), "met": None}])["G1"]["met"] is None  # not on an H200

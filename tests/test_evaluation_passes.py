@@ -197,5 +197,7 @@ def test_replayed_passes_find_what_others_find(recorder, caplog, fails):
 
 def test_a_short_evaluation_is_not_worth_a_graph(monkeypatch):
     monkeypatch.setattr(passes, "CudaRecorder", lambda device, refusal: refusal.format("why"))
-    found = [passes.recorder_of_passes(CPU, batches) for batches in (REPLAYED_FROM - 1, REPLAYED_FROM)]
-    assert found == [None, "a pass over images cannot be captured as a CUDA graph (why): passes are not replayed."]
+    places = (("cuda", REPLAYED_FROM - 1), ("cpu", REPLAYED_FROM), ("cuda", REPLAYED_FROM))
+    found = [passes.recorder_of_passes(torch.device(device), batches) for device, batches in places]
+    line = "a pass over images cannot be captured as a CUDA graph (why): passes are not replayed."
+    assert found == [None, None, line]

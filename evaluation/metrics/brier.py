@@ -7,7 +7,10 @@ from evaluation.metrics import CountedMetric, Scored, Shape, Sums, metrics
 
 
 class Brier(CountedMetric):
-    """Mean squared distance of the probabilities from the label, summed over the classes: 0 to 2."""
+    """Mean squared distance of the probabilities from the label, summed over the classes: 0 to 2.
+
+    Of an image it is Σ p² - 2 p(label) + 1; the 1 is added to the mean.
+    """
 
     title, place = "Brier", 4
 

@@ -265,7 +265,7 @@ OF_LIBRARIES = ["timm", "torchvision"]
     ("only", "workers", "sides", "where"),
     [
         ("memory", "0", OF_LIBRARIES, ["32x32 px in memory"]),
-        ("ensemble", "0", ["plain loop"], ["32x32 px in memory"]),
+        pytest.param("ensemble", "0", ["plain loop"], ["32x32 px in memory"], marks=pytest.mark.slow),
         pytest.param(
             "files_64,files_500",
             "1",

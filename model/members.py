@@ -53,6 +53,17 @@ class MemberNet(SplitNet):
         if name != "loop":
             logger.info("execution %s: these members share one network; it runs as it is (loop).", name)
 
+    def from_whole(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """What a plain network of this backbone gives the members; what it does not give stays as it is.
+
+        Args:
+            state: the plain network's tensors, by its own names.
+
+        Returns:
+            tensors by the names of `models[0]`.
+        """
+        return dict(state)
+
     def members_first(self, views_VBCHW: Tensor) -> Tensor:
         """Every member's view [M, B, C, H, W]: one view is repeated without a copy.
 
@@ -181,6 +192,20 @@ class BatchEnsembleNet(MemberNet):
         parts = ((name, part) for name, part in self.named_modules() if isinstance(part, RankOne))
         return {f"{name}.{which}": getattr(part, which) for name, part in parts for which in ("r", "s")}
 
+    def from_whole(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Kernels are shared, biases every member's, norms too where each has its own; the factors stay as drawn."""
+        given: dict[str, Tensor] = {}
+        for name, value in state.items():
+            owner, _, leaf = name.rpartition(".")
+            part = self.models[0].get_submodule(owner)
+            if isinstance(part, MemberNorms):
+                given |= {f"{owner}.{member}.{leaf}": value for member in range(self.num_members)}
+            elif isinstance(part, RankOne) and leaf == "bias":
+                given[name] = value.expand(self.num_members, -1)
+            else:
+                given[f"{owner}.layer.{leaf}" if isinstance(part, RankOne) else name] = value
+        return given
+
     def forward(self, views_VBCHW: Tensor) -> Tensor:
         """Views [M, B, C, H, W], or one for all -> logits [M, B, K]."""
         views = self.members_first(views_VBCHW)
@@ -225,6 +250,7 @@ class MimoNet(MemberNet):
     def __init__(self, network: nn.Module, form: MemberForm, seed: int) -> None:
         super().__init__(network, form)
         request = request_of(network)
+        self._wider = ("", "")  # names of the layers with M inputs, and M outputs
         if form.members == 1:
             return
         first, last = _first_convolution(network, request), classifier_name(network)
@@ -232,6 +258,7 @@ class MimoNet(MemberNet):
             raise UserError(
                 f"--arch {request.arch} has no convolution of the image and no classifier for --method mimo."
             )
+        self._wider = first, last
         generator = torch_generator(seed, STREAM_INIT, _MEMBER_INIT)
         for name in (first, last):
             parent, _, own = name.rpartition(".")
@@ -251,6 +278,16 @@ class MimoNet(MemberNet):
             if wider.bias is not None and isinstance(wider, nn.Linear):
                 wider.bias = nn.Parameter(wider.bias.new_zeros(wider.out_features))
             setattr(network.get_submodule(parent), own, wider)
+
+    def from_whole(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The first kernel M times, each 1/M of it: M equal images give what one gave. The classifier stays new."""
+        if self.num_members == 1:
+            return super().from_whole(state)
+        first, last = self._wider
+        given = {name: value for name, value in state.items() if name.rpartition(".")[0] != last}
+        kernel = f"{first}.weight"
+        given[kernel] = given[kernel].repeat(1, self.num_members, 1, 1) / self.num_members
+        return given
 
     def forward(self, views_VBCHW: Tensor) -> Tensor:
         """Views [M, B, C, H, W], or one for all -> logits [M, B, K]; all members in one pass."""

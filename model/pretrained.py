@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from model.members import MemberNet
 from model.registry import LARGE, BackboneRequest, backbones, build_network, request_of, split_list
 from model.restore import library_state, load_state, network_state, stored_networks
 from model.slices import cut
@@ -100,8 +101,9 @@ class Start:
     def load_into(self, network: SplitNet, *, seed: int = 0) -> list[str]:
         """Give the networks the weights; returns the names of the classifiers that another size keeps as new.
 
-        A file of one network serves each of several full ones; a file of S networks serves S; a whole network gives
-        the parts of its division slices (`model.slices`), whose running statistics are to be made anew.
+        A file of one network serves each of several full ones, and members that share one (`model.members`); a file of
+        S networks serves S; a whole network gives the parts of its division slices (`model.slices`), whose running
+        statistics are to be made anew.
 
         Args:
             seed: of the run; decides which channels a part takes.
@@ -117,14 +119,22 @@ class Start:
         else:
             for i in range(len(network.models)):
                 state |= self._one(i, network)
+        if isinstance(network, MemberNet) and _has(plain := _plain(network), _of_one(state)):
+            return _into_members(network, _of_one(state), f"{classifier_name(plain)}.")
         try:
             return load_state(network, state, f"--pretrained {','.join(self.names)}")
         except UserError as error:
             form = request_of(network.models[0]).form
             if form is not None and form.kind != "mc_dropout":
+                one = (
+                    ""
+                    if form.kind == "packed"
+                    else f" one network's of --arch {request_of(network.models[0]).arch}, or"
+                )
                 raise UserError(
                     f"--pretrained {','.join(self.names)}: members of the form {form.kind} are not built as the file's "
-                    "networks are. Give a checkpoint of the same form and number of members, or leave the flag away."
+                    f"networks are. Give{one} a checkpoint of the same form and number of members, or leave the flag "
+                    "away."
                 ) from None
             near = self._near(network, state)
             raise UserError(f"{error}{near}") from None
@@ -178,6 +188,27 @@ class Start:
         if not names:
             return ""
         return f" {' or '.join(names)} load{'s' * (len(names) == 1)} this file: --arch {names[0]}."
+
+
+def _plain(network: MemberNet) -> nn.Module:
+    """The network that members share as it is without them, on the meta device."""
+    with torch.device("meta"):
+        return build_network(replace(request_of(network.models[0]), form=None))
+
+
+def _into_members(network: MemberNet, state: Mapping[str, Tensor], head: str) -> list[str]:
+    """Give members the weights of one plain network; returns the name of the classifier where it starts anew.
+
+    Args:
+        state: by the plain network's own names.
+        head: prefix of its classifier's names.
+    """
+    given, own = network.from_whole(state), network.models[0].state_dict()
+    heads = {key for key in given if key.startswith(head)}
+    is_new = not heads or any(given[key].shape != own[key].shape for key in heads)
+    kept = {key: value for key, value in given.items() if not (is_new and key in heads)}
+    network.models[0].load_state_dict({**own, **kept})
+    return [f"models.0.{head.removesuffix('.')}"] * is_new
 
 
 def _of_one(state: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -17,11 +17,13 @@ from typing import Any
 
 from record.checkpoint import write_file
 from record.exchange import ExchangeFolder
+from record.run_folder import read_results
 from script import assemble
 from script.small_images import take
 from training.exchange import LOG
 from utils.command_line import OneLineParser, at_least, several_at_least
-from utils.errors import RunError, UserError, reason
+from utils.errors import Interrupted, RunError, UserError, reason
+from utils.signals import Interruption
 from utils.text import fit_streams
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -44,16 +46,35 @@ def run_together(commands: Sequence[list[str]], folder: Path) -> str:
         RunError: one of them failed.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    started = []
-    for number, command in enumerate(commands):
-        with (folder / f"{number}.out").open("w") as out, (folder / f"{number}.err").open("w") as err:
-            started.append(subprocess.Popen(command, cwd=ROOT, stdout=out, stderr=err))
-    codes = [process.wait() for process in started]
+    started: list[subprocess.Popen[bytes]] = []
+    try:
+        for number, command in enumerate(commands):
+            with (folder / f"{number}.out").open("w") as out, (folder / f"{number}.err").open("w") as err:
+                started.append(subprocess.Popen(command, cwd=ROOT, stdout=out, stderr=err))
+        codes = [process.wait() for process in started]
+    except BaseException:  # a job that went on alone would be in the way of the same command, given again
+        for process in started:
+            process.terminate()
+        for process in started:
+            process.wait()
+        raise
     if any(codes):
         number = next(i for i, code in enumerate(codes) if code)
         last = (folder / f"{number}.err").read_text().strip().splitlines()[-1:]
         raise RunError(f"{folder}: job {number} ended with {codes[number]}: {' '.join(last)}")
     return (folder / "0.out").read_text()
+
+
+def finished(model: Path) -> dict[str, Any]:
+    """The results of a training.
+
+    Raises:
+        RunError: it has not come to its end; a signal that stops a training alone makes it end as if all were well.
+    """
+    results = read_results(model)
+    if results is None:
+        raise RunError(f"{model}: its training was stopped before its end. Give the same command again.")
+    return results
 
 
 def train_and_evaluate(way: str, seed: int, folder: Path, common: Sequence[object], networks: int) -> dict[str, Any]:
@@ -65,6 +86,9 @@ def train_and_evaluate(way: str, seed: int, folder: Path, common: Sequence[objec
         folder: of the way and seed.
         common: flags of every run.
         networks: S.
+
+    Raises:
+        RunError: a training or the evaluation failed, or was stopped.
     """
     flags = [*common, "--seed", seed, "--resume", "auto"]
     volume = 0
@@ -74,6 +98,7 @@ def train_and_evaluate(way: str, seed: int, folder: Path, common: Sequence[objec
         flags += ["--method", "co_training", "--exchange", shared, "--exchange_every", every]
         jobs = [program("train_split.py", *flags, "--network", i, "--model_dir", models[i]) for i in range(networks)]
         run_together(jobs, folder / "log")
+        results = [finished(model) for model in models]
         checkpoint = folder / "ensemble.pth.tar"
         content, facts = assemble.assemble(ExchangeFolder(shared))
         assemble.write(content, checkpoint)
@@ -84,18 +109,17 @@ def train_and_evaluate(way: str, seed: int, folder: Path, common: Sequence[objec
     else:
         models = [folder / "joint"]
         run_together([program("train_split.py", *flags, "--method", way, "--model_dir", models[0])], folder / "log")
-        results = json.loads((models[0] / "results.json").read_text())
-        checkpoint = models[0] / f"checkpoint_{results['epochs']}.pth.tar"
+        results = [finished(models[0])]
+        checkpoint = models[0] / f"checkpoint_{results[0]['epochs']}.pth.tar"
     data = common[list(common).index("--data") + 1]
     shown = run_together([program("eval.py", "--resume", checkpoint, "--data", data, "--no_cuda")], folder / "eval")
     figures = json.loads(shown.strip().splitlines()[-1])
-    seconds = [json.loads((model / "results.json").read_text())["seconds"] for model in models]
     return {
         "ensemble_acc1": figures["ensemble_acc1"],
         "single_acc1": statistics.mean(figures["acc1"]),
         "ensemble_nll": figures["ensemble_nll"],
         "disagreement": 100 * figures["disagreement"],
-        "seconds": max(seconds),
+        "seconds": max(of_model["seconds"] for of_model in results),
         "bytes": volume,
     }
 
@@ -138,7 +162,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--out", metavar="DIR", type=Path, required=True)
     parser.add_argument("--ways", default="independent,co_training,exchange_50,exchange_400")
     parser.add_argument("--seeds", type=several_at_least(0), default="1,2,3")
-    parser.add_argument("--split_factor", type=at_least(1), default=2, metavar="S")
+    parser.add_argument("--split_factor", type=at_least(2), default=2, metavar="S")
     parser.add_argument("--arch", default="resnet20")
     parser.add_argument("--images", type=at_least(0), default=2000, help="training images; 0: all")
     parser.add_argument("--test_images", type=at_least(0), default=2000, help="0: all")
@@ -152,18 +176,19 @@ def main(argv: list[str] | None = None) -> int:
     common += ["--crop_size", given.side, "--padding", 2, "--amp_dtype", "fp32", "--eval_per_epoch", given.epochs]
     found: dict[str, list[dict[str, Any]]] = {way: [] for way in given.ways.split(",")}
     try:
-        make_out(given.out)
-        take(given.data, part, train=given.images, test=given.test_images, side=given.side)
-        for seed in given.seeds:
-            for way, of_seeds in found.items():
-                folder = given.out.resolve() / f"{way}_seed{seed}"
-                done = folder / "figures.json"
-                if not done.exists():
-                    figures = train_and_evaluate(way, seed, folder, common, given.split_factor)
-                    write_file(done, json.dumps(figures, indent=1) + "\n")
-                of_seeds.append(json.loads(done.read_text()))
-                write_file(given.out / "table.md", table(found))
-    except (UserError, RunError) as error:
+        with Interruption():
+            make_out(given.out)
+            take(given.data, part, train=given.images, test=given.test_images, side=given.side)
+            for seed in given.seeds:
+                for way, of_seeds in found.items():
+                    folder = given.out.resolve() / f"{way}_seed{seed}"
+                    done = folder / "figures.json"
+                    if not done.exists():
+                        figures = train_and_evaluate(way, seed, folder, common, given.split_factor)
+                        write_file(done, json.dumps(figures, indent=1) + "\n")
+                    of_seeds.append(json.loads(done.read_text()))
+                    write_file(given.out / "table.md", table(found))
+    except (UserError, RunError, Interrupted) as error:
         print(f"compare_exchange: {error}", file=sys.stderr)
         return error.exit_code
     print(table(found), end="")

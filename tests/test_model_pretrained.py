@@ -17,6 +17,7 @@ from model.pretrained import Start, archs_that_fit, has_layer_norm
 from model.registry import MemberForm, request_of
 from model.restore import published_keys
 from model.slices import cut
+from model.staged import staged_parts
 from recipe.preprocessing import Preprocessing
 from utils.errors import UserError
 
@@ -72,15 +73,79 @@ def test_networks_of_several_archs_take_files_of_their_own() -> None:
         start_of(resnet18(0), resnet18(0)).load_into(network)
 
 
-def test_members_that_share_a_network_take_a_file_of_their_own_form_only() -> None:
+FORMS = {
+    "batch_ensemble": {"norm": "shared", "init": 0},
+    "batch_ensemble, norms of its own": {"norm": "member", "init": 0},
+    "mimo": {},
+    "mc_dropout": {"place": "stages", "rate": 0.2, "mask_seed": 5},
+    "gated": {"branches": 3},
+}
+
+
+def members(form: str, count: int, request: BackboneRequest = RESNET18) -> Any:
+    kind = form.partition(",")[0]
+    return build_splitnet(replace(request, form=MemberForm(kind=kind, members=count, numbers=FORMS[form])), seed=3)
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_members_that_share_a_network_take_one_networks_file(form: str) -> None:
+    """In evaluation they answer as it does, up to what is their own: factors of 1, no masks, the gate at branch 1."""
+    count = 1 if form == "gated" else 2
+    network, file = members(form, count), resnet18(0, 5)
+    plain = build_splitnet(RESNET18, seed=9).models[0].eval()
+    plain.load_state_dict(file)
+    before = {key: value.clone() for key, value in network.state_dict().items()}
+    renewed = start_of(file).load_into(network)
+    assert renewed == ["models.0.fc"] * (form == "mimo")
+    images = torch.randn(3, 3, 64, 64, generator=torch.Generator().manual_seed(1))
+    network.eval()
+    if form == "mimo":  # its classifier is its own, what comes before is not
+        assert torch.equal(network.models[0].fc.weight, before["models.0.fc.weight"])
+        network.models[0].fc = plain.fc = torch.nn.Identity()
+    with torch.no_grad():
+        expected = plain(images)
+        if form == "gated":
+            parts = staged_parts(network.models[0])
+            assert torch.equal(network.ensemble(parts, images)[0][0], expected)
+            state = network.state_dict()
+            own = [key for key in state if "native_ensemble" in key]
+            assert own
+            assert all(torch.equal(state[key], before[key]) for key in own)
+            return
+        if form == "mc_dropout":
+            assert all(torch.equal(network.models[0].state_dict()[key], value) for key, value in file.items())
+            return
+        views = images.repeat(1, 2, 1, 1) if form == "mimo" else None
+        answers = network(images) if views is None else network.models[0](views)[None]
+    torch.testing.assert_close(answers, expected.expand_as(answers), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_a_classifier_of_other_classes_is_new_for_members_too(form: str) -> None:
+    """Also where M times K happens to be the number of the file's classes."""
+    network = members(form, 1 if form == "gated" else 2)
+    before = {key: value.clone() for key, value in network.state_dict().items() if ".fc." in key}
+    assert start_of(resnet18(0, 10)).load_into(network) == ["models.0.fc"]
+    state = network.state_dict()
+    assert all(torch.equal(state[key], value) for key, value in before.items())
+    norm = "models.0.layer4.1.bn2.1.weight" if "own" in form else "models.0.layer4.1.bn2.weight"
+    assert torch.equal(state[norm], resnet18(0)["layer4.1.bn2.weight"])
+
+
+def test_members_take_a_file_of_their_own_form_and_no_other() -> None:
     plain = replace(SMALL_RESNET, split_factor=1)
-    form = MemberForm(kind="mimo", members=2, numbers={})
-    members = build_splitnet(replace(plain, form=form), seed=0)
-    with pytest.raises(UserError, match=r"--pretrained 0.pth: members of the form mimo"):
-        start_of({"state_dict": build_splitnet(plain, seed=1).state_dict()}).load_into(members)
-    other = build_splitnet(replace(plain, form=form), seed=1).state_dict()
-    start_of({"state_dict": other}).load_into(members)
-    assert same(members.state_dict(), other)
+    network, other = members("mimo", 2, plain), members("mimo", 2, replace(plain, dataset="cifar10"))
+    other.models[0].fc.weight.data.add_(1)
+    start_of({"state_dict": other.state_dict()}).load_into(network)
+    assert same(network.state_dict(), other.state_dict())
+    for content in (members("mimo", 3, plain).state_dict(), members("batch_ensemble", 2, plain).state_dict()):
+        with pytest.raises(UserError, match=r"members of the form mimo .* one network's of --arch resnet20, or a"):
+            start_of({"state_dict": content}).load_into(network)
+    packed = MemberForm(kind="packed", members=2, numbers={"alpha": 1.0, "gamma": 1, "min_channels": 64})
+    thin = build_splitnet(replace(plain, form=packed), seed=0)
+    whole = {"state_dict": build_splitnet(plain, seed=1).state_dict()}
+    with pytest.raises(UserError, match=r"--pretrained 0.pth: members of the form packed .*Give a checkpoint of the"):
+        start_of(whole).load_into(thin)
 
 
 def test_a_list_of_another_length_is_refused() -> None:

@@ -94,3 +94,26 @@ def test_a_file_of_another_network_is_refused_in_one_line(tmp_path: Path, images
     assert result.code == 2
     line = result.stderr.splitlines()[-1]
     assert "not the weights of these 2 networks: models.0.layer1.2.conv1.weight is missing" in line
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("method", "flags"),
+    [
+        ("mimo", ()),
+        pytest.param("batch_ensemble", ("--be_norm", "member"), marks=pytest.mark.long),
+        pytest.param("one", ("--one_deploy", "gated"), marks=pytest.mark.long),
+    ],
+)
+def test_members_of_one_network_start_from_its_file_and_go_on(
+    tmp_path: Path, images: Path, weights: Path, method: str, flags: tuple
+) -> None:
+    one = ["--arch", "torchvision/resnet18", "--method", method, *flags, "--lr_multiplier", 5, "--epochs", 1]
+    whole = tune(tmp_path / "whole", images, weights, *one)
+    assert whole.code == 0, whole.stderr
+    assert "the head models.0.fc has another size there and starts anew" in whole.stderr
+    broken = tmp_path / "broken"
+    assert tune(broken, images, weights, *one, "--max_steps", 1).code == 0
+    resumed = tune(broken, images, tmp_path / "gone.pth", *one, "--resume", "auto")
+    assert resumed.code == 0, resumed.stderr
+    assert resumed.result["state_sha256"] == whole.result["state_sha256"]

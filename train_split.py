@@ -10,50 +10,48 @@ if __name__ == "__main__":  # torch takes seconds to import: --help and a wrong 
     FLAGS = read_flags("train_split.py", parse_config)
 
 import logging
-import os
-import shutil
 import sys
-import tempfile
-import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import nullcontext
-from dataclasses import dataclass, replace
 from functools import partial
 from itertools import islice
 from pathlib import Path
-from typing import Any, NamedTuple, NoReturn
+from typing import Any, NoReturn
 
-import torch
 from torch import Tensor
 
-from dataset import DataSource, SourceRequest, open_source
-from dataset.class_files import class_weights, with_names
+from dataset import DataSource
 from dataset.loader import Batch, EvalLoader, TrainLoader
-from dataset.pipeline import build_eval_loader, build_train_loader, evaluation_preprocessing
+from dataset.pipeline import build_train_loader, evaluation_preprocessing
 from dataset.views import ViewMaker, view_spec
 from evaluation.ensemble import ensemble_rule
-from evaluation.metrics import counted
-from evaluation.passes import evaluate, recorder_of_passes
+from evaluation.passes import evaluate, figure_names, recorder_of_passes
 from evaluation.run import evaluate_arguments
 from evaluation.run import output as evaluation_output
 from evaluation.sizes import summarise
-from loss.classification import ClassLoss
-from method import Method, Peers, Progress, TrainingData, methods
+from method import Progress
 from method.costs import training_macs, training_params
-from model import BackboneRequest, build_splitnet
-from model.depth import freeze, layer_factors, layer_rates
 from model.layers.narrow_norm import restore_narrow_norms
 from model.layers.sync_norm import synchronise_batchnorm
 from model.pretrained import Start
-from model.registry import SMALL, has_two_forms, image_shape, request_of, solved_request
-from model.restore import published_keys, stored_plan
+from model.restore import published_keys
+from opening.announce import announce, warn_of_unused_flags
+from opening.data import build_eval_loaders, open_shared_source, resident, start_images
+from opening.dry_run import dry_run
+from opening.earlier import finished_results, settle_seed
+from opening.networks import (
+    build_method,
+    choose_execution,
+    freeze_in_all,
+    let_go_of_others,
+    load_start,
+    open_start,
+    spread_over,
+)
 from parser_params import Config, answer_at_once, parse_config, resolve_config
-from recipe.fine_tuning import flags_before, image_flags
 from record import checkpoint as ckpt
 from record.allowance import Allowance
-from record.checkpoint import Checkpoint
 from record.ending import format_ending
-from record.exchange import ExchangeFolder
 from record.logger import RunLog, set_up_text_log
 from record.plots import curves_png
 from record.report import Reporter, RunClock
@@ -70,7 +68,6 @@ from record.run_folder import (
     make_folder,
     open_run,
     put_aside,
-    read_results,
     split_table,
 )
 from record.saving import Saver
@@ -78,41 +75,35 @@ from record.screen import watched
 from record.sinks import open_sink
 from training.compiling import as_written, compile_modules
 from training.copies import WeightCopies
-from training.cost import RunCost, nearest_folder, peak_memory
-from training.exchange import Courier, Exchange
-from training.guard import NonfiniteGuard, NonfiniteSteps, judge_nonfinite
+from training.exchange import open_exchange
+from training.guard import NonfiniteSteps, judge_nonfinite
 from training.interrupt import PACE, StopRequest
+from training.intervals import Interval, Intervals
 from training.lone_image import refuse_lone_images
-from training.meters import MeanMeter, Means, Reading
-from training.optim import WeightAverage, build_optimizer, parameter_groups, start_anew
-from training.replay import ReplayedStep, check_replayable
-from training.resume import Pace, Position, changed_flags
+from training.meters import MeanMeter, Means
+from training.optim import start_anew
+from training.replay import ReplayedStep, choose_recorder
+from training.resume import Pace, Position
 from training.schedule import Schedule
 from training.state import (
     RunState,
-    execution_before,
-    has_ended,
     heads_before,
     is_out_of_patience,
     replayed_before,
-    seed_before,
-    steps_before,
 )
 from training.statistics import renew_statistics
 from training.step import TrainingStep
-from training.update import KeptBuffers, WeightUpdate
+from training.update import build_update
 from utils import distributed, launch
 from utils.cpus import settle_threads
 from utils.device import ask_for_determinism, wait_for
 from utils.errors import Incomplete, Interrupted, RunError, Stopped, UserError
 from utils.launch import World
 from utils.macs import count_macs, count_params
-from utils.mesh import build_mesh, choose_groups
 from utils.plain_json import plain_json
 from utils.precision import choose_precision, lay_out
-from utils.program import Output, program_name, run_program, show
-from utils.recording import CudaRecorder, Recorder
-from utils.seed import STREAM_INIT, draw_seed, fold_in
+from utils.program import Output, program_name, run_program, set_process_title, show
+from utils.recording import Recorder
 from utils.text import escaped, one_line
 
 logger = logging.getLogger("train_split")
@@ -121,7 +112,6 @@ STATISTICS_BATCHES = 100  # that slices of a parent get their running statistics
 
 PROGRAM = program_name("train_split.py", "train")
 
-LABEL_SMOOTHING = 0.1
 CURVES = "curves.png"
 DRAWING_SHARE = 0.02  # of the run's time that its curves may take while it goes on
 DRAWING_SECONDS = 1.0  # that drawing is thought to take before it was done
@@ -131,37 +121,6 @@ SAVES_MEMORY = (
     "a smaller --batch_size (with --iters_to_accumulate an update covers as many images as before), a smaller "
     "--eval_batch_size, or --execution loop"
 )
-METHOD_INIT = 1_000_000  # the part of the initialisation stream that a method's own layers use
-
-
-class Mark(NamedTuple):
-    """Images trained on, seconds waited for data and seconds of the run, at one moment."""
-
-    images: int
-    waiting: float
-    seconds: float
-
-
-@dataclass(kw_only=True)
-class Interval:
-    """What a line will say of the steps since the one before, once the device has done them.
-
-    Attributes:
-        progress: of its last batch.
-        done: steps of the run at its end.
-        images, waiting: as in `Mark`, at its end.
-        means: of the meter.
-        nonfinite: what the guard has found.
-        seconds: as in `Mark`, when it was seen that the device is done with it.
-    """
-
-    progress: Progress
-    done: int
-    images: int
-    waiting: float
-    means: Reading
-    nonfinite: Callable[[], NonfiniteSteps | None]
-    seconds: float | None = None
 
 
 class Trainer:
@@ -195,8 +154,8 @@ class Trainer:
 
         # networks and method
         before = None if resumed is None else resumed.state
-        self.method = self._build_method(before)
-        execution = self._choose_execution(before)
+        self.method = build_method(config, source, seed=self.seed, device=world.device, before=before)
+        execution = choose_execution(config, self.method, before)
         self.precision = choose_precision(
             world.device,
             is_amp=config.is_amp,
@@ -211,13 +170,30 @@ class Trainer:
         self.macs_total = count_macs(deployed, (3, config.crop_size, config.crop_size))
         self.params_training = training_params(self.method)
         self.macs_training = training_macs(self.method, config.crop_size)
-        recorder = self._recorder(before)
+        recorder = choose_recorder(
+            config.cuda_graph,
+            self.method,
+            name=config.method,
+            has_exchange=config.exchange is not None,
+            iters_to_accumulate=config.iters_to_accumulate,
+            scaler=self.precision.scaler,
+            world=world,
+            before=None if before is None else replayed_before(before),
+        )
         self.is_replayed = recorder is not None
         start = None if before is not None else start or open_start(config)
-        new_heads = heads_before(before) if before is not None else self._load_pretrained(start)
-        self._spread()
+        new_heads = () if before is None else heads_before(before)
+        if start is not None:
+            new_heads = load_start(
+                start,
+                self.network,
+                number=config.network,
+                seed=self.seed,
+                identical_init=config.is_identical_init,
+            )
+        let_go_of_others(self.method, world, config.method)
         self._place(execution, recorder)
-        self.params_frozen = self._freeze(config.freeze) if config.freeze else 0
+        self.params_frozen = freeze_in_all(self.network, config.freeze, world) if config.freeze else 0
 
         # data, and how long the run is
         views = ViewMaker(view_spec(source.recipe, config, mean=source.mean, std=source.std), self.seed)
@@ -230,20 +206,8 @@ class Trainer:
             sampler=self.method.sampler,
             first_view=self.first_view,
         )
-        splits = {"val": source.val, source.reported: source.test}
-        self.eval_loaders = {
-            name: build_eval_loader(
-                split,
-                config,
-                world,
-                batch_size=config.evaluation_batch(
-                    in_memory=split.images is not None, on_gpu=world.device.type == "cuda"
-                ),
-            )
-            for name, split in splits.items()
-            if split is not None
-        }
-        self.source = source = self._resident()
+        self.eval_loaders = build_eval_loaders(source, config, world)
+        self.source = source = resident(source, self.loader, self.eval_loaders)
         if config.patience is not None and "val" not in self.eval_loaders:
             raise UserError(
                 f"--patience {config.patience}: there are no held-out images to judge by, and test images are none: "
@@ -277,14 +241,20 @@ class Trainer:
         self.fresh_optimizer_at = self.method.fresh_optimizer_at(
             config.lr_milestones if config.lr_mode == "step" else ()
         )
-        update = self._build_update(new_heads)
+        update = build_update(
+            self.method,
+            config,
+            new_heads=new_heads,
+            on_nonfinite=config.on_nonfinite,
+            scaler=self.precision.scaler,
+            capturable=self.is_replayed,
+            world=world,
+        )
         self.guard, self.average = update.guard, update.average
 
         # what it knows of itself, and what it writes
         self.clock = RunClock(partial(wait_for, world.device))
         self.meter, self.epoch_meter = MeanMeter(world.device), MeanMeter(world.device)
-        self.since = Mark(0, 0.0, 0.0)  # the end of the last interval that was reported
-        self.intervals: list[Interval] = []  # those that were not, and that a GPU may not be done with
         self.bad_images: dict[Path, str] = {}
         self.newest = ""  # name of the checkpoint that was saved last, the best one aside
         self.drawing = Allowance(DRAWING_SHARE, DRAWING_SECONDS)
@@ -306,6 +276,15 @@ class Trainer:
             visible=world.is_main,
             reported=source.reported,
             losses=self.method.losses_in_sum(),
+        )
+        self.intervals = Intervals(
+            meter=self.meter,
+            guard=self.guard,
+            clock=self.clock,
+            report=self.report,
+            waited=lambda: self.loader.time_waiting,
+            check=self.check_interval,
+            world=world,
         )
         self.state = RunState(
             flags=config.values(),
@@ -331,7 +310,14 @@ class Trainer:
             is_replayed=self.is_replayed,
         )
         self._begin(resumed)
-        self.exchange = self._build_exchange()
+        self.exchange = open_exchange(
+            config,
+            self.state,
+            split_factor=config.split_factor,
+            epochs=config.epochs,
+            folder=self.folder,
+            failed=self.saver.failed,
+        )
 
         # last, because compiled parts and DDP's wrapper hold what the networks are now
         if config.compile is not None:
@@ -357,140 +343,11 @@ class Trainer:
 
     # ---- building ----------------------------------------------------------------------------------------------------
 
-    def _build_method(self, resumed: Checkpoint | None) -> Method[Any]:
-        config = self.config
-        kind = methods.get(config.method)
-        names = kind.backbone_names(config.arch, config.method_options)
-        if len(names) > 1 and not kind.networks_from_list:
-            raise UserError(f"--method {config.method} takes one backbone; --arch names {len(names)}.")
-        request = config.backbone_request(len(self.source.classes))
-        request = replace(
-            request,
-            form=kind.member_form(config.method_options, request, self.seed),
-            arch=names[0],
-            **self._plan_before(request, resumed),
-        )
-        if request.form is None and len(names) == 1:  # one search for all processes, and one plan
-            request = distributed.said_by_first(partial(solved_request, request))
-        network = build_splitnet(
-            request,
-            seed=self.seed,
-            identical_init=config.is_identical_init,
-            train_separately=config.is_train_sep,
-            archs=names if len(names) > 1 else None,
-            number=config.network,
-        )
-        weights_K = None if config.class_weights is None else class_weights(config.class_weights, self.source)
-        class_loss = ClassLoss(
-            kind=config.class_loss,
-            label_smoothing=LABEL_SMOOTHING if config.is_label_smoothing else 0.0,
-            weights_K=None if weights_K is None else weights_K.to(self.world.device),
-        )
-        with torch.random.fork_rng(devices=[]):
-            torch.default_generator.manual_seed(fold_in(self.seed, STREAM_INIT, METHOD_INIT))
-            method: Method[Any] = kind(network, config.method_options, class_loss=class_loss)
-        source = self.source
-        method.meet(TrainingData(source.classes, source.mean, source.std, config.crop_size))
-        return method
-
-    def _plan_before(self, request: BackboneRequest, resumed: Checkpoint | None) -> dict[str, Any]:
-        """The plan of the resumed run's networks; of a new run, whether the networks are fitted to small images."""
-        if resumed is None:
-            own = methods.get(self.config.method).network_plan(self.config.method_options)
-            return {"fits_images": self.config.pretrained is None, **own}
-        stored = stored_plan(resumed, "--resume")
-        return stored | {"widths": stored["widths"] or request.widths}
-
-    def _recorder(self, resumed: Checkpoint | None) -> Recorder | None:
-        """What replayed steps are recorded by, where --cuda_graph asks for them.
-
-        `auto` asks where a step can be replayed, and does as the resumed run did. With 0, a line tells what it would do
-        on a GPU.
-
-        Raises:
-            UserError: a step cannot be replayed, and shall be.
-        """
-        asked, device = self.config.cuda_graph, self.world.device
-        if asked == "0" and device.type != "cuda":
-            return None
-        try:
-            if why := self.method.incompatible.get("cuda_graph"):
-                raise UserError(f"--cuda_graph cannot go with --method {self.config.method}: {why}.")
-            if self.config.exchange is not None:
-                raise UserError("--cuda_graph replays one and the same step, and peers come and go in an --exchange.")
-            check_replayable(
-                device=device,
-                world_size=self.world.world_size,
-                scaler=self.precision.scaler,
-                iters_to_accumulate=self.config.iters_to_accumulate,
-                decides_on_host=self.method.decides_on_host,
-            )
-        except UserError as error:
-            if asked == "1":
-                raise
-            logger.info("--cuda_graph %s: steps are not replayed. %s", asked, error)
-            return None
-        if asked == "0":
-            logger.info("--cuda_graph 0: steps are not replayed; with auto, or 1, they would be, as one CUDA graph.")
-            return None
-        before = None if resumed is None else replayed_before(resumed)
-        if asked == "auto":
-            is_wanted = before is None or before
-            as_before = "" if before is None else ", as the run before did"
-            logger.info(
-                "--cuda_graph auto: steps are %s%s.",
-                "replayed as one CUDA graph" if is_wanted else "not replayed",
-                as_before,
-            )
-            if not is_wanted:
-                return None
-        return CudaRecorder(device)
-
     def _copies(self) -> WeightCopies | None:
         """Copies of the weights that replayed steps would cast; compiled networks cast within their own kernels."""
         if not self.is_replayed or self.precision.autocast is None or self.config.compile is not None:
             return None
         return WeightCopies(self.method, self.network, self.precision.autocast)
-
-    def _load_pretrained(self, start: Start | None) -> tuple[str, ...]:
-        """Take the weights of --pretrained, if any; returns the names of the heads that stay new, as prefixes."""
-        if start is None:
-            return ()
-        if self.config.network is None:
-            renewed = start.load_into(self.network, seed=self.seed)
-        else:  # the weights that it has among all
-            whole = build_splitnet(
-                request_of(self.network.models[0]), seed=self.seed, identical_init=self.config.is_identical_init
-            )
-            heads = start.load_into(whole, seed=self.seed)
-            own = f"models.{self.config.network}."
-            self.network.models[0].load_state_dict(whole.models[self.config.network].state_dict())
-            renewed = [f"models.0.{name.removeprefix(own)}" for name in heads if name.startswith(own)]
-        for name in renewed:
-            logger.info("--pretrained: the head %s has another size there and starts anew.", name)
-        return tuple(f"network.{name}." for name in renewed)
-
-    def _spread(self) -> None:
-        """Let go of the networks that other processes hold, where --placement asks for it."""
-        mesh = self.world.mesh
-        if mesh is None:
-            return
-        if self.params_training:
-            raise UserError(
-                f"--placement networks: --method {self.config.method} trains parameters beside its networks. Use "
-                "--placement data."
-            )
-        self.method.mesh = mesh
-        self.network.hold(mesh)
-        if self.world.is_main:
-            logger.info("--placement networks: %d group(s) of %d process(es)", mesh.groups, mesh.replicas)
-
-    def _freeze(self, what: str) -> int:
-        """Freeze a part of every network; how many parameters that are in all of them."""
-        frozen = freeze(self.network, what)
-        if self.world.mesh is None:
-            return frozen
-        return int(self.world.mesh.sum_networks(torch.tensor([frozen], device=self.world.device)))
 
     def _renew_statistics(self, views: ViewMaker) -> None:
         """Batch norms of slices get the statistics of what the slices give, from views as the first epoch has them."""
@@ -519,16 +376,6 @@ class Trainer:
         """Whether batch norms take the statistics of all shards of a batch."""
         return self.config.is_syncbn and self.world.num_shards > 1
 
-    def _choose_execution(self, resumed: Checkpoint | None) -> str:
-        """How the networks run: as the resumed run's did, unless another strategy is asked for."""
-        asked = self.config.execution
-        if self.method.runs_networks_itself:
-            if asked != "loop":
-                logger.info("--execution %s: this method runs parts of networks, so it keeps to loop.", asked)
-            return "loop"
-        before = None if resumed is None else execution_before(resumed)
-        return before if before and (asked == "auto" or "execution" not in self.config.given) else asked
-
     @property
     def num_views(self) -> int:
         """V: one view for each network held, or one for all where they must, or shall, see the same."""
@@ -545,81 +392,6 @@ class Trainer:
     def first_view(self) -> int:
         """Number of the first view made here, among those of all networks."""
         return 0 if self.shares_view else self.network.first_network
-
-    def _resident(self) -> DataSource:
-        """The data with its images where the loaders have them, so that no second copy of them stays on the host."""
-        source, loaders = self.source, self.eval_loaders
-        return replace(
-            source,
-            train=self.loader.resident(source.train),
-            test=loaders[source.reported].resident(source.test),
-            val=None if source.val is None else loaders["val"].resident(source.val),
-        )
-
-    def _build_update(self, new_heads: tuple[str, ...]) -> WeightUpdate:
-        """Optimiser, and what else follows a backward pass.
-
-        Args:
-            new_heads: prefixes of the parameters that --pretrained did not bring.
-        """
-        config, device = self.config, self.world.device
-        trained = self.method.trained_parameters()
-        factors = layer_factors(self.network, config.layer_decay) if config.layer_decay < 1 else {}
-        groups = parameter_groups(
-            self.method,
-            trained,
-            config,
-            new_heads=new_heads,
-            factors={f"network.{name}": factor for name, factor in factors.items()} | self.method.rate_factors(),
-            undecayed=self.method.undecayed_parameters(),
-        )
-        return WeightUpdate(
-            network=self.network,
-            parameters=[parameter for _, parameter in trained],
-            optimizer=build_optimizer(config, groups, capturable=self.is_replayed),
-            scaler=torch.amp.GradScaler(device.type, enabled=self.precision.scaler),
-            guard=NonfiniteGuard(self.num_networks, device, sticky=config.on_nonfinite == "stop"),
-            average=WeightAverage(self.network, config.ema_decay) if config.ema_decay > 0 else None,
-            clip_grad=config.clip_grad,
-            kept=KeptBuffers(self.network) if config.on_nonfinite == "skip" else None,
-            others=None if self.world.mesh is None else self.world.mesh.network_dim,
-        )
-
-    def _build_exchange(self) -> Exchange | None:
-        """What learns from the jobs that train the other networks, where --exchange has this one train one of them."""
-        config = self.config
-        if config.exchange is None:
-            return None
-        assert config.network is not None
-        own, burn_in = self.network.models[0], config.exchange_burn_in
-        self.method.peers = peers = Peers(
-            own,
-            number=config.network,
-            split_factor=config.split_factor,
-            seed=self.seed,
-            burn_in=self.method.peers_warm_up(config.epochs) if burn_in is None else burn_in,
-            most=config.exchange_peers,
-        )
-        describe = partial(self.state.describe_network, config.network)
-        courier = None
-        if self.world.is_main:
-            folder = ExchangeFolder(Path(config.exchange))
-            courier = Courier(folder, config.network, peers.numbers, own.state_dict(), describe())
-        return Exchange(
-            courier,
-            peers,
-            describe=describe,
-            state=self._own_weights,
-            every=config.exchange_every,
-            patience=config.exchange_patience or 20 * config.exchange_every,
-            folder=self.folder,
-            failed=self.saver.failed,
-        )
-
-    def _own_weights(self) -> dict[str, Tensor]:
-        """The weights of the one network of a job that are published: the moving average's, where there is one."""
-        state = self.network.state_dict() if self.average is None else self.average.state_dict()
-        return {name.removeprefix("models.0."): value for name, value in state.items()}
 
     def _begin(self, resumed: Resumed | None) -> None:
         """Go to where the resumed run was stopped, or to the start, or to --start_epoch."""
@@ -674,7 +446,7 @@ class Trainer:
                 start_anew(self.training_step.update.optimizer)
             self.meter.reset()
             self.epoch_meter.reset()
-        self.since = self.mark()
+        self.intervals.begin()
         self.stop.begin()
         with self.clock.training():
             for batch in self.loader.epoch(self.position.epoch, start_batch=self.position.batch):
@@ -688,8 +460,8 @@ class Trainer:
                 if self.exchange is not None:
                     self.exchange.after_step(self.position.done, self.position.epoch)
                 if self.line_is_due(progress):
-                    self.end_interval(progress)
-                self.report_intervals(all_of_them=progress.is_last)
+                    self.intervals.end(progress, self.position.done)
+                self.intervals.report(all_of_them=progress.is_last)
                 if progress.updates and self.asked_to_stop():
                     self.save_and_stop()
                 if progress.updates and self.save_is_due(progress):
@@ -697,6 +469,16 @@ class Trainer:
                 if progress.is_last:
                     return
         raise RunError("The training data ended within an epoch.")
+
+    def next_steps(self, count: int) -> Iterator[Mapping[str, Tensor]]:
+        """Make the next steps of the epoch, so many if it has them, and say nothing of them: for a dry run."""
+        self.method.train()
+        position = self.position
+        start = position.batch
+        for batch in self.loader.epoch(position.epoch, start_batch=start, end_batch=start + count):
+            progress = self.progress(batch)._replace(updates=True)  # what an update needs is there then
+            yield self.training_step(batch, progress)
+            position.batch, position.step, position.done = position.batch + 1, position.step + 1, position.done + 1
 
     def progress(self, batch: Batch) -> Progress:
         """Where training stands before this batch."""
@@ -781,77 +563,17 @@ class Trainer:
                 raise RunError(f"stopped; {what}. Go on with --resume auto.")
             raise Stopped(self.stop.number, what)
 
-    def end_interval(self, progress: Progress) -> None:
-        """Begin to read the meters for a line, and begin the next interval.
-
-        Args:
-            progress: of the interval's last batch.
-        """
-        here, everywhere = self.mark(), distributed.all_reduce_sum
-        self.intervals.append(
-            Interval(
-                progress=progress,
-                done=self.position.done,
-                images=here.images,
-                waiting=here.waiting,
-                means=self.meter.reading(distributed.add_once(self.world)),
-                nonfinite=self.guard.reading(everywhere),
-            )
-        )
-        self.meter.reset()
-
-    def report_intervals(self, *, all_of_them: bool) -> None:
-        """Log the intervals that the device is done with, and look for non-finite steps.
-
-        A GPU has the next steps to do meanwhile, and no more than an interval of them, so no line makes it idle.
-        Several processes, which must find the same, look at the same step.
-
-        Args:
-            all_of_them: wait for what the device is not done with.
+    def check_interval(self, interval: Interval, means: Means) -> None:
+        """Whether training may go on, asked before the line about these steps is written.
 
         Raises:
-            RunError: a non-finite step, a full disk under --on_save_error stop.
+            RunError: a non-finite step, a full disk under --on_save_error stop, another job in this one's place.
         """
-        alone = self.world.world_size == 1 or self.world.device.type == "cpu"
-        while self.intervals:
-            interval = self.intervals[0]
-            is_here = interval.means.is_here()
-            if is_here and interval.seconds is None:
-                self.clock.count()
-                interval.seconds = self.clock.seconds
-            if not (all_of_them or len(self.intervals) > 1 or (is_here and alone)):
-                return
-            means = interval.means.get()  # in the steps' time, which on a GPU passes here
-            del self.intervals[0]
-            is_idle = self.world.device.type == "cpu" or (all_of_them and not self.intervals)
-            # a pause would wait for the next steps too
-            with self.clock.paused() if is_idle else self.clock.counted():
-                self._report(interval, means)
-
-    def _report(self, interval: Interval, means: Means) -> None:
-        ended = self.clock.seconds if interval.seconds is None else interval.seconds
-        since, self.since = self.since, Mark(interval.images, interval.waiting, ended)
-        seconds = max(ended - since.seconds, 1e-9)
         self._judge(interval.nonfinite())
         self.saver.check()
         if self.exchange is not None:
             self.exchange.note(means, interval.done, interval.progress.epoch)
             self.exchange.check()
-        self.report.interval(
-            epoch=interval.progress.epoch,
-            step=interval.done - 1,
-            batch=interval.progress.batch,
-            rate=interval.progress.learning_rate,
-            means=means,
-            speed={
-                "images_per_second": round((interval.images - since.images) / seconds, 1),
-                "data_wait": round((interval.waiting - since.waiting) / seconds, 4),
-            },
-        )
-
-    def mark(self) -> Mark:
-        """What the speed of an interval is measured by."""
-        return Mark(self.clock.images, self.loader.time_waiting, self.clock.seconds)
 
     def _show_views(self, batch: Batch) -> None:
         """A picture of the first images' views."""
@@ -872,7 +594,7 @@ class Trainer:
         """Begin to write a checkpoint of this name (process 0); the oldest ones beyond --max_ckpt_nums go then."""
         if name != ckpt.BEST:
             self.newest = name
-        self.report_intervals(all_of_them=True)  # a checkpoint knows all lines that were written before it
+        self.intervals.report(all_of_them=True)  # a checkpoint knows all lines that were written before it
         with self.clock.paused():
             state = self.state.gather()
 
@@ -890,7 +612,7 @@ class Trainer:
             Stopped: always, unless
             RunError: the checkpoint could not be written.
         """
-        self.report_intervals(all_of_them=True)
+        self.intervals.report(all_of_them=True)
         self._judge(self.guard.read(distributed.all_reduce_sum))
         self.save(f"checkpoint_{self.position.epoch}_{self.position.done}.pth.tar")
         self.saver.wait()
@@ -963,63 +685,6 @@ class Trainer:
             )
             return self.method.complete_figures(evaluation.figures)
 
-    # ---- a dry run ---------------------------------------------------------------------------------------------------
-
-    def measure(self, *, free_bytes: int) -> RunCost:
-        """Make the next step and evaluate one batch, each twice where there are two, the second time by the clock.
-
-        Args:
-            free_bytes: on the disk of the run folder.
-
-        Raises:
-            RunError: a bad image, a non-finite step.
-        """
-        steps, config = self.steps_left(), self.config
-        epochs = max(-(-steps // self.steps_per_epoch), 1)
-        step_seconds = self._time_steps()
-        if (found := self.guard.read(distributed.all_reduce_sum)) is not None:
-            logger.warning("%s", judge_nonfinite(found, None, self.steps_per_epoch))
-        self.method.synchronise()
-        self.method.eval()
-        evaluation_seconds = sum(self._time_evaluation(name) for name in self.eval_loaders)
-        state = self.state.gather()
-        saves = epochs + (steps // config.save_steps if config.save_steps else 0)
-        return RunCost(
-            steps=steps,
-            evaluations=max(epochs // config.eval_per_epoch, 1),
-            step_seconds=step_seconds,
-            evaluation_seconds=evaluation_seconds,
-            memory_bytes=peak_memory(self.world.device),
-            device=self.world.device.type,
-            checkpoint_bytes=0 if state is None else ckpt.checkpoint_size(state),
-            checkpoints=min(saves, config.max_ckpt_nums) + 2,
-            free_bytes=free_bytes,
-        )
-
-    def _time_steps(self) -> float:
-        """Seconds of the second step from here, or of the first where that is the last."""
-        self.method.train()
-        position, seconds = self.position, 0.0
-        batches = self.loader.epoch(position.epoch, start_batch=position.batch, end_batch=position.batch + 2)
-        began = time.perf_counter()
-        for batch in batches:
-            progress = self.progress(batch)._replace(updates=True)  # what an update needs is there then
-            self.training_step(batch, progress)
-            wait_for(self.world.device)
-            position.batch, position.step, position.done = position.batch + 1, position.step + 1, position.done + 1
-            seconds, began = time.perf_counter() - began, time.perf_counter()
-        return seconds
-
-    def _time_evaluation(self, name: str) -> float:
-        """Seconds of a whole evaluation on a split, from one batch."""
-        seconds = 0.0
-        for _ in range(2):
-            began = time.perf_counter()
-            self.evaluate_split(name, most=1)
-            wait_for(self.world.device)
-            seconds = time.perf_counter() - began
-        return seconds * self.eval_loaders[name].rounds
-
     # ---- the run -----------------------------------------------------------------------------------------------------
 
     def run(self) -> dict[str, Any]:
@@ -1044,11 +709,15 @@ class Trainer:
             finally:
                 if self.exchange is not None:
                     self.exchange.close()
-                self.saver.close()
+                self.close()
                 if self.log.sink is not None:
                     self.log.sink.end(complete=is_complete)
-                for loader in self.loaders:
-                    loader.close()
+
+    def close(self) -> None:
+        """End the processes that decode images, and the thread that writes."""
+        self.saver.close()
+        for loader in self.loaders:
+            loader.close()
 
     def _begin_exchange(self) -> None:
         if self.exchange is None:
@@ -1193,19 +862,6 @@ class Trainer:
 # ---- entry -----------------------------------------------------------------------------------------------------------
 
 
-def settle_seed(config: Config, world: World, resumed: Resumed | None) -> Config:
-    """The configuration with its seed: the user's, else the resumed run's, else one drawn by process 0."""
-    seed = config.seed
-    if seed is None and resumed is not None:
-        seed = seed_before(resumed.state)
-    if seed is None:
-        drawn = torch.tensor([draw_seed()], device=world.device)
-        if world.world_size > 1:
-            torch.distributed.broadcast(drawn, src=0)
-        seed = int(drawn)
-    return replace(config, seed=seed)
-
-
 def run(config: Config) -> dict[str, Any]:
     """Train as `config` says, in this process of the job; returns the final figures.
 
@@ -1226,29 +882,6 @@ def run(config: Config) -> dict[str, Any]:
         launch.leave(world)
 
 
-def count_networks(config: Config) -> int:
-    """How many networks the flags ask for: those of a list, or S."""
-    names = methods.get(config.method).backbone_names(config.arch, config.method_options)
-    if len(names) > 1:
-        return len(names)
-    return 1 if config.is_train_sep else config.split_factor
-
-
-def spread_over(world: World, config: Config) -> World:
-    """The process's place with the networks spread over the processes, where --placement asks for it.
-
-    Raises:
-        UserError: one process, one network, or a number of groups that does not fit.
-    """
-    if config.placement == "data":
-        return world
-    num_networks = count_networks(config)
-    if num_networks == 1:
-        raise UserError("--placement networks needs several networks, and there is one: give a --split_factor.")
-    groups = choose_groups(num_networks, world.world_size, config.network_groups)
-    return replace(world, mesh=build_mesh(groups, world.device))
-
-
 def run_in(world: World, config: Config) -> dict[str, Any]:
     """`run` in a process that has found its place."""
     folder = Path(config.model_dir)
@@ -1261,7 +894,10 @@ def run_in(world: World, config: Config) -> dict[str, Any]:
             return finished
         config = settle_seed(config, world, resumed)
         if config.dry_run:
-            return dry_run(world, config, resumed)
+            cost = dry_run(world, config, lambda passing: build_trainer(world, passing, resumed))
+            if world.is_main:
+                show(cost.text())
+            return cost.as_dict()
         make_folder(folder)
         set_up_text_log(folder, rank=world.rank)
         return build_trainer(world, config, resumed).run()
@@ -1293,194 +929,14 @@ def build_trainer(world: World, config: Config, resumed: Resumed | None) -> Trai
             ckpt.write_file(folder / SPLIT, split_table(source.membership))
         ckpt.write_file(folder / "env.json", as_json(describe_environment(world)))
     trainer = Trainer(config, world, source, resumed, start)
-    announce(trainer)
+    announce(
+        config,
+        trainer.state,
+        params=trainer.params_total,
+        macs=trainer.macs_total,
+        frozen=trainer.params_frozen,
+    )
     return trainer
-
-
-def dry_run(world: World, config: Config, resumed: Resumed | None) -> dict[str, Any]:
-    """One step and one evaluation batch in a folder that goes again; says, and returns, what the run would cost.
-
-    Raises:
-        UserError, RunError: as the run itself would at its beginning.
-    """
-    disk = nearest_folder(Path(config.model_dir))
-    if not os.access(disk, os.W_OK):
-        raise UserError(f"--model_dir {config.model_dir}: cannot be written.")
-    with tempfile.TemporaryDirectory() as own:
-        place = distributed.gather_values(own)[0]  # process 0 writes, others may read what it wrote
-        given = {**config.given, "model_dir": place}
-        trainer = build_trainer(world, replace(config, model_dir=place, given=given), resumed)
-        try:
-            cost = trainer.measure(free_bytes=shutil.disk_usage(disk).free)
-        finally:
-            trainer.saver.close()
-            for loader in trainer.loaders:
-                loader.close()
-        distributed.barrier()  # nobody looks into the folder any more
-    if world.is_main:
-        show(cost.text())
-    return cost.as_dict()
-
-
-def finished_results(folder: Path, config: Config, resumed: Resumed | None) -> dict[str, Any] | None:
-    """The results of a run that `--resume auto` finds with nothing left to do.
-
-    Raises:
-        UserError: a flag that was given makes it another run.
-    """
-    results = read_results(folder) if config.resume == "auto" and config.start_epoch is None else None
-    if results is None or resumed is None:
-        return None
-    epochs = config.given.get("epochs")
-    done = has_ended(
-        resumed.state,
-        epochs=epochs,
-        max_steps=config.max_steps,
-        default_epochs=config.epochs,
-        patience=config.given.get("patience", resumed.state.get("config", {}).get("patience")),
-    )
-    if not done or results.get("steps") != steps_before(resumed.state):
-        return None
-    given = {name: value for name, value in config.values().items() if name in config.given}
-    changed = changed_flags(resumed.state.get("config", {}), given, config.resume_choices(), config.origins)
-    logger.warning("already finished: nothing was trained%s", f"; without effect: {', '.join(changed)}" * bool(changed))
-    if not (folder / ckpt.BEST).exists():
-        logger.warning("%s is not there any more; %s is the newest checkpoint", ckpt.BEST, resumed.path.name)
-    return results
-
-
-def figure_names(splits: Sequence[str], reported: str) -> list[str]:
-    """Names of the figures of an evaluation, as `record.report.flat_figures` has them."""
-    rows = [f"ensemble_{name}" for name, metric in counted().items() if metric.of_rows]
-    together = [name for name, metric in counted().items() if not metric.of_rows]
-    others = [f"{split}_{name}" for split in splits if split != reported for name in (*rows, "loss")]
-    return [*rows, *together, "loss", *others]
-
-
-def warn_of_unused_flags(config: Config) -> None:
-    """Say which of the flags, and of the keys in a published --config, have no effect."""
-    for line in config.warnings:
-        logger.warning("%s", line)
-    for name in ("gn_num_groups", "div_wd_den", "amp_opt_level"):
-        if name in config.given:
-            logger.warning("--%s has no effect, as in the published code.", name)
-
-
-def open_start(config: Config) -> Start | None:
-    """What --pretrained names, read; None without it.
-
-    Raises:
-        UserError: a file that is none of ours or of a library's, or another number of files than of networks.
-    """
-    if config.pretrained is None:
-        return None
-    return Start.open(config.pretrained, count_networks(config), partial(ckpt.load_checkpoint, flag="--pretrained"))
-
-
-def start_images(config: Config, start: Start | None, resumed: Resumed | None) -> dict[str, Any] | None:
-    """For a run that fine-tunes, the flags under which its weights see what they were trained on; None: another run.
-
-    Raises:
-        UserError: the networks' weights want images of different means.
-    """
-    kind = methods.get(config.method)
-    if config.pretrained is None or not kind.fine_tunes:
-        return None
-    if resumed is not None:  # the run before has settled it, if it was one that fine-tuned
-        before = resumed.state.get("config", {})
-        return flags_before(before) if "layer_decay" in before else None
-    assert start is not None
-    names = kind.backbone_names(config.arch, config.method_options)
-    settled = {"mean", "std"} <= config.given.keys()
-    wanted = start.preprocessing(names, may_differ=settled)
-    return {} if wanted is None else image_flags(wanted)
-
-
-def open_shared_source(config: Config, world: World, own_size: int | None = None) -> DataSource:
-    """Open the data set, in process 0 first, because it may download archives or measure statistics.
-
-    Args:
-        own_size: side in pixels of the images that pretrained weights want, where --crop_size says no other.
-    """
-    request = SourceRequest(
-        dataset=config.dataset,
-        root=Path(config.data),
-        cache_dir=Path(config.model_dir),
-        num_classes=config.num_classes,
-        crop_size=config.given.get("crop_size", own_size),
-        seed=config.seed or 0,
-        val_fraction=config.val_fraction,
-        test_fraction=config.test_fraction,
-        image_column=config.image_column,
-        label_column=config.label_column,
-        split_column=config.split_column,
-        on_bad_image=config.on_bad_image,
-        workers=config.workers,
-    )
-    source = distributed.main_first(world, partial(open_source, request))
-    if config.class_map is not None:
-        source = with_names(source, config.class_map)
-    if "test_fraction" in config.given and not source.fractions:
-        raise UserError(
-            f"--test_fraction {config.test_fraction:g}: --data {config.data} has its own split. Leave the flag away."
-        )
-    return source
-
-
-def announce(trainer: Trainer) -> None:
-    """Say at the start what was decided and by whom."""
-    config, source = trainer.config, trainer.source
-    held_out = "held-out" if config.val_fraction else "validation"
-    names = {"val": "validation", "test": "test"}
-    evaluated = f"{len(source.test)} {names[source.reported]}"
-    if source.val is not None:
-        evaluated = f"{len(source.val)} {held_out}, {evaluated}"
-    supplied: dict[str, list[str]] = {}
-    for name, item in config.described().items():
-        if item["origin"].startswith("recipe"):
-            supplied.setdefault(item["origin"], []).append(f"{name} {item['value']}")
-    logger.info(
-        "%s: %d x %s (S = %d) on %s, %d classes, %d training, %s images; %.3f M parameters, %.1f M MACs",
-        config.method,
-        trainer.num_networks,
-        config.arch,
-        config.split_factor,
-        config.dataset,
-        len(source.classes),
-        len(source.train),
-        evaluated,
-        trainer.params_total / 1e6,
-        trainer.macs_total / 1e6,
-    )
-    logger.info(
-        "device %s, precision %s, %d process(es), seed %d, best epoch chosen on the %s images",
-        trainer.world.device,
-        trainer.precision.name,
-        trainer.world.world_size,
-        trainer.seed,
-        names[source.reported] if source.val is None else held_out,
-    )
-    small = [name for name in dict.fromkeys(config.archs()) if has_two_forms(name)]
-    if small and image_shape(config.dataset, config.crop_size) == SMALL:
-        logger.info(
-            "%s: the CIFAR form, for images of %d pixels (3x3 stem, fewer strides); on ImageNet it is another network",
-            ", ".join(small),
-            config.crop_size,
-        )
-    if trainer.method.peers is not None:
-        logger.info(
-            "network %d of %d (from 0), with its peers through %s every %d steps after %d epoch(s) alone",
-            *(config.network, config.split_factor, config.exchange, config.exchange_every),
-            trainer.method.peers.burn_in,
-        )
-    for origin, flags in supplied.items():
-        logger.info("from the %s: %s", origin, ", ".join(flags))
-    if config.freeze:
-        frozen, total = trainer.params_frozen, trainer.params_total
-        logger.info("--freeze %s: %.3f of %.3f M parameters are not trained", config.freeze, frozen / 1e6, total / 1e6)
-    if config.layer_decay < 1:
-        for line in layer_rates(trainer.network, config.layer_decay, config.lr):
-            logger.info("learning rates of %s", line)
 
 
 def train_arguments(argv: list[str], config: Config | None = None) -> Output | None:
@@ -1534,15 +990,6 @@ def main(argv: list[str] | None = None, config: Config | None = None) -> int:
     """
     work = partial(train_arguments, config=config)
     return run_program(PROGRAM, work, argv, saves_memory=SAVES_MEMORY, signalled=before_training)
-
-
-def set_process_title(name: str) -> None:
-    """Show the run under this name in process lists, where setproctitle is installed."""
-    try:
-        import setproctitle
-    except ImportError:
-        return
-    setproctitle.setproctitle(name)
 
 
 if __name__ == "__main__":

@@ -13,8 +13,10 @@ from dataset import ImageSet
 from dataset.pipeline import build_eval_loader, build_train_loader
 from dataset.views import ViewMaker
 from model.options import EXECUTIONS
+from opening.data import open_shared_source
+from opening.earlier import settle_seed
 from parser_params import parse_config, resolve_config
-from train_split import Trainer, open_shared_source, settle_seed
+from train_split import Trainer
 from utils import launch
 from utils.errors import UserError
 from utils.precision import has_fast_bf16

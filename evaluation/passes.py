@@ -1,7 +1,7 @@
 """One pass over a split: counts on this process's shard, added over all processes, divided once."""
 
 import logging
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, TypeVar
 
@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from evaluation.counts import EvaluationCounts
+from evaluation.metrics import counted
 from training.replay import ReplayedStep
 from utils.errors import RunError
 from utils.recording import CudaRecorder, Recorder
@@ -156,3 +157,11 @@ def evaluate(
     logits_NSK = gather_rows(torch.cat([empty, *kept_logits]).to(device)).cpu()
     labels_N = gather_rows(torch.cat([torch.empty(0, dtype=torch.int64), *kept_labels]).to(device)).cpu()
     return Evaluation(figures, confusion_KK, logits_NSK.transpose(0, 1), labels_N)
+
+
+def figure_names(splits: Sequence[str], reported: str) -> list[str]:
+    """Names of the figures of an evaluation, as `record.report.flat_figures` has them."""
+    rows = [f"ensemble_{name}" for name, metric in counted().items() if metric.of_rows]
+    together = [name for name, metric in counted().items() if not metric.of_rows]
+    others = [f"{split}_{name}" for split in splits if split != reported for name in (*rows, "loss")]
+    return [*rows, *together, "loss", *others]

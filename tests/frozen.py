@@ -29,6 +29,7 @@ from torch.utils import _pytree as pytree
 import eval as evaluation_program
 import parser_params
 import train_split
+from training import replay
 
 ROOT = Path(__file__).parent.parent
 TIMES = {"images_per_second", "data_wait", "seconds", "clock", "model_dir", "results_dir", "checkpoint", "log"}
@@ -153,12 +154,8 @@ class Rerun:
 def replaying_on_a_cpu() -> contextlib.ExitStack:
     """Within the block --cuda_graph 1 replays steps on a CPU."""
     stack = contextlib.ExitStack()
-    for name in ("train_split", "training.replay", "training.step"):
-        module = sys.modules.get(name)
-        if hasattr(module, "CudaRecorder"):
-            stack.enter_context(mock.patch.object(module, "CudaRecorder", Rerun))
-        if hasattr(module, "check_replayable"):
-            stack.enter_context(mock.patch.object(module, "check_replayable", return_value=None))
+    stack.enter_context(mock.patch.object(replay, "CudaRecorder", Rerun))
+    stack.enter_context(mock.patch.object(replay, "check_replayable", return_value=None))
     return stack
 
 

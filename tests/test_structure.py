@@ -19,6 +19,7 @@ ALLOWED = {
     "dataset": {"dataset", "recipe", "utils"},
     "method": {"method", "record", *BELOW_METHOD},
     "training": {"training", "method", "dataset", "record", *BELOW_METHOD},
+    "opening": {"opening", "parser_params", "training", "method", "dataset", "record", *BELOW_METHOD},
     "parser_params": {"training", "method", "dataset", *BELOW_METHOD},
     "evaluation": {"evaluation", "parser_params", "training", "method", "dataset", "record", *BELOW_METHOD},
 }

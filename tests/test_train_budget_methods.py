@@ -3,7 +3,6 @@
 import json
 from functools import partial
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -17,8 +16,10 @@ from method import methods
 from record.checkpoint import load_checkpoint
 from record.run_folder import read_results
 from tests.test_method_contract import make, optimizer_of, step
-from train_split import Trainer
+from training import replay
+from training.replay import choose_recorder
 from utils.errors import UserError
+from utils.launch import World
 from utils.precision import Precision
 
 FP16 = Precision("fp16", torch.float32, torch.float16, scaler=False, memory_format=torch.contiguous_format)
@@ -159,15 +160,19 @@ def test_one_line_says_whether_its_steps_are_replayed(
     name: str, scaler: bool, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     """All ten may be: what they draw for a step is made before it. With fp16 no step is."""
-    monkeypatch.setattr(train_split, "CudaRecorder", lambda device: device)
-    trainer: Any = SimpleNamespace(
-        config=SimpleNamespace(cuda_graph="auto", method=name, iters_to_accumulate=1, exchange=None),
-        world=SimpleNamespace(device=torch.device("cuda"), world_size=1),
-        precision=SimpleNamespace(scaler=scaler),
-        method=methods.get(name),
-    )
+    monkeypatch.setattr(replay, "CudaRecorder", lambda device: device)
+    method: Any = methods.get(name)  # what is asked for are traits of the class
     with caplog.at_level("INFO"):
-        recorder = Trainer._recorder(trainer, None)
+        recorder = choose_recorder(
+            "auto",
+            method,
+            name=name,
+            has_exchange=False,
+            iters_to_accumulate=1,
+            scaler=scaler,
+            world=World(0, 1, 0, 1, torch.device("cuda")),
+            before=None,
+        )
     assert (recorder is None) == scaler
     (line,) = caplog.messages
     assert line == (

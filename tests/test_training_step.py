@@ -34,11 +34,12 @@ from tests.processes import run_processes
 from tests.spaces import SPACE
 from tests.waits import needs_gpu, nothing_waits
 from train_split import Trainer
-from training import compiling
+from training import compiling, replay
 from training.compiling import compile_modules
 from training.meters import Reading
 from training.optim import build_optimizer, guarded_step, parameter_groups
 from training.options import OptimizerOptions
+from training.replay import choose_recorder
 from training.state import RunState
 from utils.errors import UserError
 from utils.launch import World
@@ -308,7 +309,8 @@ def test_a_gpu_has_its_next_steps_before_a_line_is_written(trainer_of, monkeypat
         if device == "late":
             monkeypatch.setattr("training.meters.Fetched", LateFetched)
             monkeypatch.setattr("training.guard.Fetched", LateFetched)
-            monkeypatch.setattr(trainer, "world", replace(trainer.world, device=SimpleNamespace(type="cuda")))
+            on_gpu: Any = replace(trainer.world, device=SimpleNamespace(type="cuda"))
+            monkeypatch.setattr(trainer.intervals, "world", on_gpu)
             monkeypatch.setattr(trainer, "asked_to_stop", lambda: False)
         lines = written[device] = []
 
@@ -333,11 +335,11 @@ def test_a_line_that_is_here_is_written_before_the_next_one_is_due(trainer_of, m
     monkeypatch.setattr(trainer.report, "interval", lambda **line: lines.append(line["step"]))
     batches = trainer.loader.epoch(0)
     steps(trainer, batches)
-    trainer.end_interval(trainer.progress(next(batches)))
-    trainer.report_intervals(all_of_them=False)
+    trainer.intervals.end(trainer.progress(next(batches)), trainer.position.done)
+    trainer.intervals.report(all_of_them=False)
     assert lines == []
     here[0] = True
-    trainer.report_intervals(all_of_them=False)
+    trainer.intervals.report(all_of_them=False)
     assert lines == [1]
 
 
@@ -615,8 +617,8 @@ def test_a_replayed_step_is_the_step(trainer_of, monkeypatch, optimizer, precisi
     flags = [*AUGMENTED, "--split_factor", 2, "--ema_decay", 0.9, "--clip_grad", 1, "--on_nonfinite", "skip"]
     flags += ["--optimizer", optimizer, "--lr_mode", "epoch_cos", "--amp_dtype", precision, "--lr", 0.01]
     flags += ["--cot_weight_warm_up_epochs", 3, "--decay_epochs", 5]
-    monkeypatch.setattr(train_split, "check_replayable", lambda **_: None)
-    monkeypatch.setattr(train_split, "CudaRecorder", lambda _: Rerun(lambda: trainer))
+    monkeypatch.setattr(replay, "check_replayable", lambda **_: None)
+    monkeypatch.setattr(replay, "CudaRecorder", lambda _: Rerun(lambda: trainer))
     plain, trainer = (trainer_of(*flags, "--cuda_graph", 1) for _ in range(2))
     assert (trainer.training_step.copies is not None) == (precision == "bf16")
     plain.training_step.replayed = plain.training_step.copies = None
@@ -674,17 +676,20 @@ def test_what_cannot_be_replayed_is_refused(trainer_of, flags, line):
     ],
 )
 def test_a_line_says_whether_steps_are_replayed(monkeypatch, caplog, asked, change, before, is_replayed, line):
-    monkeypatch.setattr(train_split, "CudaRecorder", lambda device: device)
+    monkeypatch.setattr(replay, "CudaRecorder", lambda device: device)
     why, device = change.get("why"), torch.device(change.get("device", "cuda"))
-    trainer: Any = SimpleNamespace(
-        config=SimpleNamespace(cuda_graph=asked, method="some", iters_to_accumulate=1, exchange=None),
-        world=SimpleNamespace(device=device, world_size=change.get("world_size", 1)),
-        precision=SimpleNamespace(scaler=change.get("scaler", False)),
-        method=SimpleNamespace(decides_on_host=False, incompatible={} if why is None else {"cuda_graph": why}),
-    )
-    resumed: Any = None if before is None else {"environment": {"cuda_graph": before}}
+    method: Any = SimpleNamespace(decides_on_host=False, incompatible={} if why is None else {"cuda_graph": why})
     with caplog.at_level("INFO"):
-        recorder = Trainer._recorder(trainer, resumed)
+        recorder = choose_recorder(
+            asked,
+            method,
+            name="some",
+            has_exchange=False,
+            iters_to_accumulate=1,
+            scaler=change.get("scaler", False),
+            world=World(0, change.get("world_size", 1), 0, 1, device),
+            before=before,
+        )
     assert (recorder is not None) == is_replayed
     assert len(caplog.messages) == bool(line)
     assert all(found.startswith(f"--cuda_graph {line}") for found in caplog.messages)

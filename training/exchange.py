@@ -11,6 +11,7 @@ import threading
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -32,6 +33,8 @@ from record.exchange import (
 )
 from record.logger import LineFile
 from record.saving import snapshot
+from training.options import MachineOptions
+from training.state import RunState
 from utils import distributed
 from utils.errors import RunError, WriteError, reason
 
@@ -425,3 +428,57 @@ def _taken_at(line: str) -> float:
         return int(json.loads(line)["own_step"])
     except (ValueError, KeyError, TypeError):
         return float("inf")
+
+
+def open_exchange(
+    options: MachineOptions,
+    state: RunState,
+    *,
+    split_factor: int,
+    epochs: int,
+    folder: Path,
+    failed: Callable[[WriteError], None],
+) -> Exchange | None:
+    """The exchange of a job that trains one of S networks, from which the job's method gets its peers; None of another.
+
+    Args:
+        options: --exchange, --network and what belongs to them.
+        state: of the run, at the place where it begins.
+        split_factor, epochs: of the run.
+        folder, failed: as of `Exchange`.
+    """
+    if options.exchange is None:
+        return None
+    assert options.network is not None
+    method, burn_in = state.method, options.exchange_burn_in
+    own = method.network.models[0]
+    method.peers = peers = Peers(
+        own,
+        number=options.network,
+        split_factor=split_factor,
+        seed=state.seed,
+        burn_in=method.peers_warm_up(epochs) if burn_in is None else burn_in,
+        most=options.exchange_peers,
+    )
+    describe = partial(state.describe_network, options.network)
+    courier = None
+    if state.world.is_main:
+        courier = Courier(
+            ExchangeFolder(Path(options.exchange)), options.network, peers.numbers, own.state_dict(), describe()
+        )
+    return Exchange(
+        courier,
+        peers,
+        describe=describe,
+        state=partial(_own_weights, state),
+        every=options.exchange_every,
+        patience=options.exchange_patience or 20 * options.exchange_every,
+        folder=folder,
+        failed=failed,
+    )
+
+
+def _own_weights(state: RunState) -> dict[str, Tensor]:
+    """The weights of the one network of a job that are published: the moving average's, where there is one."""
+    source = state.method.network if state.average is None else state.average
+    return {name.removeprefix("models.0."): value for name, value in source.state_dict().items()}

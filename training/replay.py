@@ -3,14 +3,19 @@
 All that changes from step to step must lie in tensors on the device that are written in place.
 """
 
+import logging
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
+from method import Method
 from utils.errors import UserError
-from utils.recording import WARM_UP, Recorder
+from utils.launch import World
+from utils.recording import WARM_UP, CudaRecorder, Recorder
+
+logger = logging.getLogger(__name__)
 
 Result = TypeVar("Result")
 
@@ -91,3 +96,66 @@ def check_replayable(
     for text, holds in why.items():
         if holds:
             raise UserError(f"--cuda_graph 1 {text}.")
+
+
+def choose_recorder(
+    asked: str,
+    method: Method[Any],
+    *,
+    name: str,
+    has_exchange: bool,
+    iters_to_accumulate: int,
+    scaler: bool,
+    world: World,
+    before: bool | None,
+) -> Recorder | None:
+    """What replayed steps are recorded by, where --cuda_graph asks for them.
+
+    `auto` asks where a step can be replayed, and does as the resumed run did. With 0, a line tells what it would do
+    on a GPU.
+
+    Args:
+        asked: --cuda_graph.
+        method, name: what is trained, and its name.
+        has_exchange: whether peers come and go.
+        iters_to_accumulate, scaler: as of `check_replayable`.
+        world: where the run computes.
+        before: whether the resumed run replayed its steps; None: unknown, or there is none.
+
+    Raises:
+        UserError: a step cannot be replayed, and shall be.
+    """
+    device = world.device
+    if asked == "0" and device.type != "cuda":
+        return None
+    try:
+        if why := method.incompatible.get("cuda_graph"):
+            raise UserError(f"--cuda_graph cannot go with --method {name}: {why}.")
+        if has_exchange:
+            raise UserError("--cuda_graph replays one and the same step, and peers come and go in an --exchange.")
+        check_replayable(
+            device=device,
+            world_size=world.world_size,
+            scaler=scaler,
+            iters_to_accumulate=iters_to_accumulate,
+            decides_on_host=method.decides_on_host,
+        )
+    except UserError as error:
+        if asked == "1":
+            raise
+        logger.info("--cuda_graph %s: steps are not replayed. %s", asked, error)
+        return None
+    if asked == "0":
+        logger.info("--cuda_graph 0: steps are not replayed; with auto, or 1, they would be, as one CUDA graph.")
+        return None
+    if asked == "auto":
+        is_wanted = before is None or before
+        as_before = "" if before is None else ", as the run before did"
+        logger.info(
+            "--cuda_graph auto: steps are %s%s.",
+            "replayed as one CUDA graph" if is_wanted else "not replayed",
+            as_before,
+        )
+        if not is_wanted:
+            return None
+    return CudaRecorder(device)

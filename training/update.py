@@ -2,16 +2,21 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from method import Method
+from model.depth import layer_factors
 from training.flat import Flat
 from training.guard import NonfiniteGuard
-from training.optim import WeightAverage, clip_gradients, guarded_step
+from training.optim import WeightAverage, build_optimizer, clip_gradients, guarded_step, parameter_groups
+from training.options import OptimizerOptions
 from utils.device import by_type
+from utils.launch import World
 
 
 class KeptBuffers:
@@ -113,3 +118,47 @@ class WeightUpdate:
             self.kept.restore(bad > 0)
         if self.average is not None:
             self.average.update(self.network)
+
+
+def build_update(
+    method: Method[Any],
+    options: OptimizerOptions,
+    *,
+    new_heads: tuple[str, ...],
+    on_nonfinite: str,
+    scaler: bool,
+    capturable: bool,
+    world: World,
+) -> WeightUpdate:
+    """Optimiser, and what else follows a backward pass.
+
+    Args:
+        method: what is trained, on its device.
+        options: of the optimiser.
+        new_heads: prefixes of the parameters that --pretrained did not bring.
+        on_nonfinite: "stop", or "skip" such steps.
+        scaler: fp16 with a gradient scaler.
+        capturable: steps are replayed as a CUDA graph.
+        world: this process's place among all.
+    """
+    network, trained = method.network, method.trained_parameters()
+    factors = layer_factors(network, options.layer_decay) if options.layer_decay < 1 else {}
+    groups = parameter_groups(
+        method,
+        trained,
+        options,
+        new_heads=new_heads,
+        factors={f"network.{name}": factor for name, factor in factors.items()} | method.rate_factors(),
+        undecayed=method.undecayed_parameters(),
+    )
+    return WeightUpdate(
+        network=network,
+        parameters=[parameter for _, parameter in trained],
+        optimizer=build_optimizer(options, groups, capturable=capturable),
+        scaler=torch.amp.GradScaler(world.device.type, enabled=scaler),
+        guard=NonfiniteGuard(network.num_members, world.device, sticky=on_nonfinite == "stop"),
+        average=WeightAverage(network, options.ema_decay) if options.ema_decay > 0 else None,
+        clip_grad=options.clip_grad,
+        kept=KeptBuffers(network) if on_nonfinite == "skip" else None,
+        others=None if world.mesh is None else world.mesh.network_dim,
+    )

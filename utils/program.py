@@ -143,6 +143,15 @@ def run_program(
             return _failed(name, why, why.exit_code)
 
 
+def set_process_title(name: str) -> None:
+    """Show the run under this name in process lists, where setproctitle is installed."""
+    try:
+        import setproctitle
+    except ImportError:
+        return
+    setproctitle.setproctitle(name)
+
+
 def _show_output(output: Output) -> None:
     if int(os.environ.get("RANK", "0")) == 0 and (text := output.shown()):
         show(text)

@@ -699,7 +699,9 @@ class Trainer:
         with self.stop:
             try:
                 if self.config.sink is not None and self.world.is_main:
-                    self.log.sink = open_sink(self.config.sink, self.folder, plain_json(self.config.values()))
+                    self.log.sink = open_sink(
+                        self.config.sink, self.folder, plain_json(self.config.values()), self.log.reached
+                    )
                 with launch.naming_lost_processes(self.world), self.report.running(left=self.steps_left()):
                     self._begin_exchange()
                     self._train_and_evaluate()

@@ -19,6 +19,7 @@ from benchmarks import baseline, own
 from benchmarks.step import published_step
 from benchmarks.sync_audit import SyncAudit
 from dataset.augment.color import count_without_waiting
+from record.tables import markdown_table
 from utils.command_line import at_least
 
 ROOT = Path(__file__).parent.parent
@@ -120,19 +121,16 @@ def count_waits(step: Callable[[], object], device: torch.device) -> list[str]:
 
 def markdown(rows: list[dict[str, Any]]) -> str:
     """The rows as a Markdown table."""
-    lines = [
-        "| goal | subject | case | operations | fewer than published | host waits |",
-        "|---|---|---|---:|---:|---:|",
-    ]
-    for row in rows:
-        ratio = "–" if row["ratio"] is None else f"{row['ratio']:.2f}×"
-        cells = (
+    titles = ("goal", "subject", "case", "operations", "fewer than published", "host waits")
+    cells = [
+        (
             row["goal"] or "–",
             row["subject"],
             row["case"],
             f"{row['operations']:,}",
-            ratio,
+            "–" if row["ratio"] is None else f"{row['ratio']:.2f}×",
             str(row["host_waits"]),
         )
-        lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join(lines)
+        for row in rows
+    ]
+    return markdown_table(titles, (False, False, False, True, True, True), [cells])

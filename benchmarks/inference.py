@@ -21,7 +21,7 @@ from evaluation.latency import Candidate
 from model import BackboneRequest, build_splitnet
 from model.options import EXECUTIONS
 from utils.command_line import several_at_least
-from utils.precision import choose_precision
+from utils.precision import autocast, choose_precision
 
 OWN_LARGE = 0.85  # G9, beside our own large network
 
@@ -117,12 +117,10 @@ def _published(network: torch.nn.Module, batch: Tensor, device: torch.device) ->
     return call
 
 
-def _ours(
-    candidate: Candidate, batch: Tensor, autocast: torch.dtype | None, device: torch.device
-) -> Callable[[], object]:
+def _ours(candidate: Candidate, batch: Tensor, dtype: torch.dtype | None, device: torch.device) -> Callable[[], object]:
     @torch.inference_mode()
     def call() -> object:
-        with torch.autocast(device.type, autocast, enabled=autocast is not None):
+        with autocast(device, dtype):
             return candidate.forward(batch)
 
     return call

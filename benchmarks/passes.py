@@ -18,8 +18,10 @@ from benchmarks.counts import FREE
 from benchmarks.dispatched import CountedOperations
 from evaluation.contenders import Contender, candidates_of
 from evaluation.counts import EvaluationCounts
+from record.tables import markdown_table
 from train_split import Trainer
 from utils.errors import UserError
+from utils.precision import autocast
 
 NETWORKS = "resnet110:1,resnet110:2,resnet110:4,wide_resnet28_10:1,wide_resnet28_10:2,wide_resnet28_10:4"
 NETWORKS += ",efficientnetb0:2"
@@ -74,11 +76,6 @@ def dispatched(call: Callable[[], object]) -> int:
     return sum(number for operation, number in counted.calls.items() if operation.name().partition(".")[0] not in FREE)
 
 
-def _autocast(trainer: Trainer) -> torch.autocast:
-    dtype = trainer.precision.autocast
-    return torch.autocast(trainer.world.device.type, dtype, enabled=dtype is not None)
-
-
 def _of_evaluation(trainer: Trainer) -> int:
     """Of a batch in the middle: with autocast around all of them, weights are cast in the first."""
     trainer.method.eval()
@@ -90,7 +87,7 @@ def _of_evaluation(trainer: Trainer) -> int:
         images = views.evaluate(batch.images, precision.weights, memory_format=precision.memory_format)
         counts.update(trainer.network(images), batch.labels_B)
 
-    with torch.no_grad(), _autocast(trainer):
+    with torch.no_grad(), autocast(trainer.world.device, precision.autocast):
         return dispatched(call)
 
 
@@ -102,7 +99,7 @@ def _of_inference(trainer: Trainer) -> int:
 
     @torch.no_grad()  # in inference mode, the dispatcher would not see what operations are made of
     def call() -> None:
-        with _autocast(trainer):
+        with autocast(trainer.world.device, precision.autocast):
             candidate.forward(images)
 
     return dispatched(call)
@@ -110,6 +107,5 @@ def _of_inference(trainer: Trainer) -> int:
 
 def markdown(rows: list[dict[str, Any]]) -> str:
     """The rows as a Markdown table."""
-    lines = ["| subject | case | operations |", "|---|---|---:|"]
-    lines += [f"| {row['subject']} | {row['case']} | {row['operations']:,} |" for row in rows]
-    return "\n".join(lines)
+    cells = [(row["subject"], row["case"], f"{row['operations']:,}") for row in rows]
+    return markdown_table(("subject", "case", "operations"), (False, False, True), [cells])

@@ -23,6 +23,7 @@ from typing import Any
 import torch
 
 from benchmarks.report import shown_number
+from record.tables import markdown_table
 from utils.command_line import at_least
 from utils.cpus import allowed_cpus
 from utils.errors import RunError, UserError
@@ -150,26 +151,27 @@ def _row(
 
 def markdown(rows: Sequence[Mapping[str, Any]]) -> str:
     """The rows as a Markdown table."""
-    lines = [
-        "| goal | subject | quantity | data | networks | data / networks (min – max) | promised |",
-        "| --- | --- | --- | ---: | ---: | ---: | ---: |",
-    ]
+    titles = ("goal", "subject", "quantity", "data", "networks", "data / networks (min – max)", "promised")
+    cells = []
     for one in rows:
         promised = "–" if one.get("commit") is None else f"≥ {one['commit']:,.1f}: {'met' if one['met'] else 'missed'}"
         shown = [shown_number(one[side]) for side in ("baseline_value", "value")]
         ratio = f"{one['ratio']:,.2f} ({one['ratio_min']:,.2f} – {one['ratio_max']:,.2f})"
-        lines.append(
-            f"| {' | '.join([one['goal'] or '–', one['subject'], one['quantity'], *shown, ratio, promised])} |"
-        )
-    lines += ["", "Bytes that process 0 hands to the collectives of one step:", ""]
-    lines += ["| subject | placement | collective | bytes |", "| --- | --- | --- | ---: |"]
+        cells.append((one["goal"] or "–", one["subject"], one["quantity"], *shown, ratio, promised))
     sent = [
-        f"| {one['subject']} | {placement} | {name} | {count:,} |"
+        (one["subject"], placement, name, f"{count:,}")
         for one in rows
         for placement, of_one in one["collectives"].items()
         for name, count in of_one.items()
     ]
-    return "\n".join([*lines, *dict.fromkeys(sent)])
+    collectives = ("subject", "placement", "collective", "bytes")
+    return "\n\n".join(
+        (
+            markdown_table(titles, (False, False, False, True, True, True, True), [cells]),
+            "Bytes that process 0 hands to the collectives of one step:",
+            markdown_table(collectives, (False, False, False, True), [[*dict.fromkeys(sent)]]),
+        )
+    )
 
 
 # ---- processes and the link between them -----------------------------------------------------------------------------

@@ -42,9 +42,12 @@ def _predict(arguments: list[str]) -> int:
 
 
 def _export(arguments: list[str]) -> int:
-    from evaluation.exporting import main
+    from evaluation.export_flags import PROGRAM, read
 
-    return main(arguments)
+    flags = read_flags(PROGRAM, lambda: read(arguments))
+    from evaluation.exporting import main  # imports torch
+
+    return main(arguments, flags)
 
 
 COMMANDS: dict[str, Callable[[list[str]], int]] = {

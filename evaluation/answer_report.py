@@ -93,7 +93,9 @@ class AnswerReport:
         further = FurtherImages.open(session)
         answers, tuned = session.answers, None
         if request is not None:
-            held_out: HeldOut = distributed.main_first(session.world, partial(open_held_out, session))
+            held_out: HeldOut = distributed.main_first(
+                session.world, partial(open_held_out, session), what="opened the held-out images"
+            )
             answers, _ = tune(session, request, held_out)
             open_reported(session, answers)  # refuses before anything is written
             if session.world.is_main:

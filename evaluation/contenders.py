@@ -19,7 +19,7 @@ from model.options import EXECUTIONS
 from model.splitnet import SplitNet
 from training.replay import ReplayedStep
 from utils.errors import RunError
-from utils.precision import Precision, lay_out
+from utils.precision import Precision, autocast, lay_out
 from utils.recording import WARM_UP, CudaRecorder, Recorder
 
 logger = logging.getLogger(__name__)
@@ -192,7 +192,7 @@ def _prepared(contender: Contender, images_BCHW: Tensor, precision: Precision) -
 def _answering(device: torch.device, precision: Precision) -> Iterator[None]:
     """Inside, networks compute as they do when they answer."""
     dtype = precision.autocast
-    with torch.inference_mode(), torch.autocast(device.type, dtype, enabled=dtype is not None):
+    with torch.inference_mode(), autocast(device, dtype):
         yield
 
 

@@ -1,11 +1,6 @@
-"""Writes the whole ensemble of a checkpoint as one file, .pt2 or .onnx: the program `script/export.py`.
+"""Writes the ensemble of a checkpoint, or its cascade, as a file and compares it: the program `script/export.py`.
 
-Batch norm is folded, the ensemble rule is inside, the batch size is free; class names and `preprocessing` are in the
-file. Weights and rule are chosen as in eval.py, whose flags all work here: --is_ensembled_after_softmax,
---is_max_ensemble, --weights, --predict PATH (images to compare on), ... Exit code 1: the file's logits are not those of
-eval.py, and it is not kept. Of a tuned checkpoint the calibrated probabilities are a further output. --answer cascade
-writes the cascade of a tuned checkpoint: as one file for one image at a time, as a folder DIR/ for batches, which
-run_cascade.py in it runs.
+What it writes and when it refuses to is `evaluation.export_flags.ABOUT`, which its --help shows.
 """
 
 import json
@@ -44,30 +39,22 @@ from evaluation.export_cascade import (
     load_cascade,
     load_cascade_folder,
 )
+from evaluation.export_flags import FORMATS, INPUTS, PROGRAM, ExportFlags, read
 from evaluation.held_out import reported_images
-from evaluation.options import SAVES_MEMORY, EvalOptions
+from evaluation.options import SAVES_MEMORY
 from evaluation.session import Session, class_names_and_statistics, open_inputs, open_session, preprocessing
 from model.splitnet import SplitNet
-from parser_params import parse_config
 from record.checkpoint import PARTIAL
 from record.run_folder import checkpoint_of
 from utils import launch
-from utils.command_line import OneLineParser
 from utils.errors import Incomplete, RunError, UserError, reason
-from utils.program import Output, program_name, run_program, show
+from utils.program import Output, run_program, show
 
 Found = TypeVar("Found")
 
-PROGRAM = program_name("export.py", "export")
-BATCH_SIZES = (1, 2, 7)
-TOLERANCE = 1e-3
 COMPARED = 100  # images that an exported cascade is compared on
 CLOSE = 1e-6  # of a bound, where float32 may decide otherwise
-WRITERS = (".pt2", ".onnx")
-INPUTS = {
-    "float32": "images [B, 3, crop, crop], float32: RGB / 255, minus mean, by std",
-    "uint8": "images [B, 3, crop, crop], uint8: RGB, resized and cropped; what follows is inside",
-}
+WRITERS = tuple(f".{name}" for name in FORMATS)
 
 
 @dataclass(frozen=True)
@@ -221,64 +208,42 @@ def write_folder_if(
     return found, agrees
 
 
-def export(argv: Sequence[str]) -> Output:
+def export(argv: list[str], flags: ExportFlags | None = None) -> Output:
     """Write and compare as a command line says, and show the differences; returns what the program ends with.
+
+    Args:
+        argv: the command line.
+        flags: what it says, where it has been read already.
 
     Raises:
         UserError: a wrong flag or checkpoint, a missing package.
         RunError: the file cannot be written.
         Incomplete: it differs beyond the tolerance, and is not kept.
     """
-    parser = OneLineParser(prog=PROGRAM, description=__doc__, allow_abbrev=False)
-    parser.add_argument("checkpoint", help="a run directory, a checkpoint, or a released one (see eval.py --help)")
-    parser.add_argument(
-        "--out",
-        help="file to write, .pt2 or .onnx; of a cascade also a folder DIR/ [default: CHECKPOINT's name, .pt2]",
-    )
-    parser.add_argument(
-        "--format", choices=("onnx", "pt2"), help="of the networks in a folder of --out DIR/ [default: onnx]"
-    )
-    parser.add_argument(
-        "--input",
-        choices=INPUTS,
-        default="float32",
-        help="what the file takes: normalised floats, or the pixels of resized and cropped images [default: float32]",
-    )
-    parser.add_argument(
-        "--batch_sizes", type=int, nargs="+", default=BATCH_SIZES, metavar="N", help="compared [default: 1 2 7]"
-    )
-    parser.add_argument(
-        "--tolerance", type=float, default=TOLERANCE, help="allowed difference by the largest logit [default: 0.001]"
-    )
-    arguments, flags = parser.parse_known_args(argv)
-    checkpoint, dtype = checkpoint_of(arguments.checkpoint), arguments.input
-    out = Path(arguments.out or checkpoint.with_name(checkpoint.name.split(".")[0] + ".pt2"))
-    is_folder = arguments.out is not None and (arguments.out.endswith("/") or out.is_dir())
-    suffix = f".{arguments.format or 'onnx'}" if is_folder else out.suffix
+    flags = flags or read(argv)
+    checkpoint = checkpoint_of(flags.checkpoint)
+    out = Path(flags.out or checkpoint.with_name(checkpoint.name.split(".")[0] + ".pt2"))
+    is_folder = flags.out is not None and (flags.out.endswith("/") or out.is_dir())
+    suffix = f".{flags.networks_format or 'onnx'}" if is_folder else out.suffix
     if suffix not in WRITERS:
         raise UserError(f"--out {out}: expected a name that ends in {' or '.join(WRITERS)}, or of a cascade DIR/.")
-    if arguments.format and not is_folder:
-        raise UserError(f"--format {arguments.format}: is for a folder, --out DIR/; a file is as its name ends.")
+    if flags.networks_format and not is_folder:
+        raise UserError(f"--format {flags.networks_format}: is for a folder, --out DIR/; a file is as its name ends.")
     if is_folder and out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UserError(f"--out {out}/: holds something already: name a new folder.")
-    if min(arguments.batch_sizes) < 1:
-        raise UserError("--batch_sizes: expected numbers of 1 or more.")
     if suffix == ".onnx":
         require(("onnx", "onnxscript", "onnxruntime"))
     if not out.parent.is_dir():
         raise UserError(f"--out {out}: the folder {out.parent} does not exist.")
-    # the file runs on any device and in full precision, whatever evaluates here
-    words = ["--resume", str(checkpoint), *flags, "--no_cuda", "--amp_dtype", "fp32"]
-    config = parse_config(words, program=PROGRAM, extra=EvalOptions)
-    session = open_session(config, launch.join([]), [])
+    session = open_session(flags.config, launch.join([]), [])
     check_flags(session)
     if session.options.answer == "cascade":
-        results = export_by_cascade(session, out, dtype, arguments.tolerance, suffix if is_folder else None)
+        results = export_by_cascade(session, out, flags.input, flags.tolerance, suffix if is_folder else None)
     elif is_folder:
         raise UserError(f"--out {out}/: a folder is for --answer cascade; the whole ensemble is one file.")
     else:
-        results = export_all(session, out, dtype, arguments.tolerance, arguments.batch_sizes)
-    return Output(results, f"written: {results['out']}", config.json)
+        results = export_all(session, out, flags.input, flags.tolerance, flags.batch_sizes)
+    return Output(results, f"written: {results['out']}", flags.config.json)
 
 
 def export_all(session: Session, out: Path, dtype: str, tolerance: float, batch_sizes: Sequence[int]) -> dict[str, Any]:
@@ -423,6 +388,11 @@ def compare_cascade(session: Session, run: ExportedCascade, images_BCHW: Tensor)
     }
 
 
-def main(argv: list[str] | None = None) -> int:
-    """The command line; returns the exit code: 0 done, 1 the file differs or cannot be written, 2 a user's mistake."""
-    return run_program(PROGRAM, export, argv, saves_memory=SAVES_MEMORY)
+def main(argv: list[str] | None = None, flags: ExportFlags | None = None) -> int:
+    """The command line; returns the exit code: 0 done, 1 the file differs or cannot be written, 2 a user's mistake.
+
+    Args:
+        argv: the arguments without the program's name; None takes those of this process.
+        flags: what they say, where they have been read already.
+    """
+    return run_program(PROGRAM, partial(export, flags=flags), argv, saves_memory=SAVES_MEMORY)

@@ -14,6 +14,8 @@ from typing import Any, Self
 import torch
 from torch import Tensor
 
+from utils.precision import autocast
+
 BATCH_SIZES = (1, 8, 32, 128)
 WARMUP_SECONDS = 0.3
 SECONDS = 3.0  # of timed rounds, for each batch size and candidate
@@ -97,7 +99,7 @@ def measure(
     """
     device = images_BCHW.device
     found = []
-    with torch.autocast(device.type, autocast_dtype, enabled=autocast_dtype is not None):
+    with autocast(device, autocast_dtype):
         for size in batch_sizes:
             batches = _batches(images_BCHW, size, each_image)
             for candidate in candidates:

@@ -12,6 +12,7 @@ from evaluation.counts import EvaluationCounts
 from evaluation.metrics import counted
 from training.replay import ReplayedStep
 from utils.errors import RunError
+from utils.precision import autocast
 from utils.recording import CudaRecorder, Recorder
 
 logger = logging.getLogger(__name__)
@@ -126,7 +127,7 @@ def evaluate(
 
     answer = look if recorder is None else _Replayed(look, recorder)
     # around the loop, not in it: autocast then casts each weight once. The counts are float64, which it leaves alone.
-    with torch.autocast(device.type, autocast_dtype, enabled=autocast_dtype is not None):
+    with autocast(device, autocast_dtype):
         for batch in batches:
             images = prepare(batch.images)
             logits_SBK = answer(images, batch.labels_B)

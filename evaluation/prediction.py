@@ -18,6 +18,7 @@ from record.tables import csv_table
 from utils import distributed
 from utils.errors import RunError, reason
 from utils.memory import is_out_of_memory
+from utils.precision import autocast
 
 TOP = 5  # classes listed per image
 SHOWN = 10  # predictions that are printed
@@ -70,7 +71,7 @@ def predict(
     exact = torch.promote_types(dtype, torch.float32)
     indices: list[Tensor] = [torch.empty(0, dtype=torch.int64)]
     logits: list[Tensor] = [torch.empty(0, num_networks, num_classes, dtype=exact)]
-    with torch.autocast(device.type, autocast_dtype, enabled=autocast_dtype is not None):
+    with autocast(device, autocast_dtype):
         for indices_B, images in batches:
             try:
                 logits_SBK = network(images)

@@ -419,15 +419,19 @@ def prediction_folder(session: Session, path: Path) -> Path:
             folder = below / f"{name}_{next(numbers)}"
         return _made(folder)
 
-    return distributed.main_first(session.world, first_free)
+    return distributed.main_first(session.world, first_free, what="made the folder of the predictions")
 
 
 def _may_hold(folder: Path, path: Path) -> bool:
-    """Whether a folder is new, empty, or holds the predictions of this input."""
-    if not folder.is_dir():
+    """Whether a folder is new, empty, or holds the predictions of this input; one that cannot be looked into is not."""
+    if not os.path.isdir(folder):
         return not os.path.lexists(folder)
-    before = read_results(folder, PREDICTIONS)
-    return not any(folder.iterdir()) if before is None else before.get("input") == plain_json(str(path.resolve()))
+    if (before := read_results(folder, PREDICTIONS)) is not None:
+        return before.get("input") == plain_json(str(path.resolve()))
+    try:
+        return not any(folder.iterdir())
+    except OSError:
+        return False
 
 
 def _made(folder: Path) -> Path:

@@ -60,7 +60,7 @@ def open_shared_source(config: Config, world: World, own_size: int | None = None
         on_bad_image=config.on_bad_image,
         workers=config.workers,
     )
-    source = distributed.main_first(world, partial(open_source, request))
+    source = distributed.main_first(world, partial(open_source, request), what="opened the data")
     if config.class_map is not None:
         source = with_names(source, config.class_map)
     if "test_fraction" in config.given and not source.fractions:

@@ -132,6 +132,16 @@ def _first_epoch(metrics: Path) -> int:
         return 1
 
 
+def _reached(metrics: Path) -> dict[str, int]:
+    """The last step whose figures are in metrics.jsonl, as "train", and the last epoch that was evaluated, as "val"."""
+    found: dict[str, int] = {}
+    with contextlib.suppress(OSError, ValueError, KeyError), metrics.open(encoding="utf-8") as file:
+        for record in map(json.loads, file):
+            kind, place = ("train", "step") if record["kind"] == "train" else ("val", "epoch")
+            found[kind] = max(found.get(kind, -1), int(record[place]))
+    return found
+
+
 def _evaluated_later(epoch: int, line: str) -> bool:
     """The same for a row of summary.csv; its header lies before everything."""
     number = line.split(",", 1)[0]
@@ -151,6 +161,7 @@ class RunLog:
         columns: of summary.csv.
         sink: takes the scalars too, where one is open.
         first_epoch: the number of the first epoch in the records of metrics.jsonl that training writes.
+        reached: place of the last scalars of each kind in metrics.jsonl before it was rewound.
     """
 
     def __init__(self, folder: Path, num_networks: int, *, active: bool, figures: Sequence[str] = ()) -> None:
@@ -177,6 +188,7 @@ class RunLog:
         self._has_boards = active
         self._purge: dict[str, int] = {}
         self.sink: SinkThread | None = None
+        self.reached: Mapping[str, int] = {}
 
     def positions(self) -> dict[str, int]:
         """Lines written so far, for a checkpoint."""
@@ -186,6 +198,7 @@ class RunLog:
         """Go back to where a checkpoint was written, after `epoch` whole epochs and `step` steps."""
         if not self.active:
             return
+        self.reached = _reached(self.metrics.path)
         self.metrics.rewind(int(positions.get("metrics", 0)))
         self.summary.rewind(int(positions.get("summary", 0)))
         # a run that began with other columns, or with another count, keeps them

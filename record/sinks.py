@@ -16,6 +16,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, Protocol
 
 from record.checkpoint import write_file
@@ -24,7 +25,7 @@ from utils.text import escaped
 
 logger = logging.getLogger(__name__)
 
-RUNS = "sinks.json"  # in the run folder: the sink's own name of the run, by sink
+RUNS = "sinks.json"  # in the run folder, by sink: its own name of the run, and the places up to which it has figures
 AXES = {"train": "step", "val": "epoch"}  # what the axis of a kind of figures counts
 WAITING = 10_000  # records that may wait for a slow sink
 FAILURES = 3  # in a row, after which a sink is left alone
@@ -129,10 +130,12 @@ class SinkThread:
     Args:
         name: of the sink, for the log.
         sink: what takes them.
+        had: place of the last figures of each kind that it has from before; it gets none up to there again.
     """
 
-    def __init__(self, name: str, sink: Sink) -> None:
+    def __init__(self, name: str, sink: Sink, had: Mapping[str, int]) -> None:
         self.name, self.sink = name, sink
+        self._had = dict(had)
         self._failures = 0
         self._is_complete = False
         self._queue: queue.Queue[tuple[str, Mapping[str, float], int] | None] = queue.Queue(WAITING)
@@ -141,7 +144,13 @@ class SinkThread:
         self._thread.start()
 
     def log(self, kind: str, values: Mapping[str, float], index: int) -> None:
-        """Figures by tag, of a kind of AXES; returns at once. What is not finite is left out."""
+        """Figures by tag, of a kind of AXES; returns at once. What is not finite is left out.
+
+        A place of an axis has its figures once: what a resumed run does again is not sent again.
+        """
+        if index <= self._had.get(kind, -1):
+            return
+        self._had[kind] = index
         try:
             self._queue.put_nowait((kind, {tag: v for tag, v in values.items() if math.isfinite(v)}, index))
         except queue.Full:
@@ -178,26 +187,34 @@ class SinkThread:
             logger.warning("--sink %s: figures were lost%s: %s", self.name, after, reason(error)[:300])
 
 
-def open_sink(name: str, folder: Path, flags: Mapping[str, Any]) -> SinkThread | None:
+def open_sink(
+    name: str, folder: Path, flags: Mapping[str, Any], reached: Mapping[str, int] = MappingProxyType({})
+) -> SinkThread | None:
     """Begin a sink's run, or go on with the one that the run folder names; None, and a line, where that fails.
 
     Args:
         name: one of SINKS.
         folder: of the run.
         flags: every flag's value, as plain data.
+        reached: place of the last figures of each kind that the run folder had before the run went back to a checkpoint.
     """
     runs = _runs_before(folder)
-    for run_id in _tries(runs.get(name)):
+    before, had = _run_before(runs.get(name))
+    for run_id in _tries(before):
         run = SinkRun(name=folder.resolve().name, folder=folder, flags=flags, run_id=run_id)
         sink = SINKS[name]()
         try:
-            runs[name] = sink.begin(run)
+            begun = sink.begin(run)
         except Exception as error:  # as above
             again = "beginning a new run" if run_id is not None else "going on without it"
             logger.warning("--sink %s: %s: %s", name, again, reason(error)[:300])
             continue
-        _keep(folder, runs)
-        return SinkThread(name, sink)
+        if run_id is None:
+            had = {}
+        else:
+            had = {kind: max(had.get(kind, -1), reached.get(kind, -1)) for kind in AXES}
+        _keep(folder, {**runs, name: {"run": begun, "had": had}})
+        return SinkThread(name, sink, had)
     return None
 
 
@@ -206,15 +223,25 @@ def _tries(run_id: str | None) -> Sequence[str | None]:
     return (None,) if run_id is None else (run_id, None)
 
 
-def _runs_before(folder: Path) -> dict[str, str]:
+def _runs_before(folder: Path) -> dict[str, Any]:
     try:
         found = json.loads((folder / RUNS).read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return {}
-    return {key: value for key, value in found.items() if isinstance(value, str)} if isinstance(found, dict) else {}
+    return found if isinstance(found, dict) else {}
 
 
-def _keep(folder: Path, runs: Mapping[str, str]) -> None:
+def _run_before(entry: object) -> tuple[str | None, dict[str, int]]:
+    """(the sink's name of the run, up to where it has figures) of an entry in RUNS; earlier versions kept the name."""
+    if isinstance(entry, str):
+        return entry, {}
+    if not isinstance(entry, dict) or not isinstance(entry.get("run"), str):
+        return None, {}
+    had = entry.get("had")
+    return entry["run"], {k: v for k, v in had.items() if isinstance(v, int)} if isinstance(had, dict) else {}
+
+
+def _keep(folder: Path, runs: Mapping[str, Any]) -> None:
     try:
         write_file(folder / RUNS, json.dumps(runs, indent=2) + "\n")
     except WriteError as error:

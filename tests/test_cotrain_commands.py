@@ -15,7 +15,7 @@ def started(monkeypatch):
     calls = []
     for program in (evaluation_program, exporting):
 
-        def called(argv, config=None, name=program.__name__):
+        def called(argv, read=None, name=program.__name__):
             return calls.append((name, argv)) or 7
 
         monkeypatch.setattr(program, "main", called)

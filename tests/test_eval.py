@@ -21,7 +21,7 @@ import train_split
 from dataset import SourceRequest, open_source
 from dataset.views import ViewMaker, plain_spec
 from evaluation import contenders as inference
-from evaluation import latency, passes
+from evaluation import latency, passes, session
 from evaluation.counts import EvaluationCounts
 from evaluation.files import write_latencies
 from evaluation.session import Session
@@ -394,6 +394,19 @@ def test_every_input_has_a_folder_of_its_own(best_dir, one_image, tmp_path, caps
     assert places == ["predict_one.npy", "predict_one.npy_3"] * 2
     assert os.listdir(best_dir / "predict_one.npy_2") == ["mine.txt"]
     assert not (best_dir / "eval").exists()
+
+
+def test_a_folder_that_cannot_be_looked_into_is_left_to_whom_it_belongs(tmp_path, monkeypatch):
+    """As of another user's; whoever runs this as root would be let in."""
+
+    def refused(folder: Path) -> Any:
+        raise PermissionError(13, "Permission denied", str(folder))
+
+    folder = tmp_path / "predict_photos"
+    folder.mkdir()
+    assert session._may_hold(folder, tmp_path / "photos")
+    monkeypatch.setattr(Path, "iterdir", refused)
+    assert not session._may_hold(folder, tmp_path / "photos")
 
 
 @pytest.mark.parametrize("after_softmax", [0, 1])

@@ -268,6 +268,19 @@ for line in lines:
 """
 
 
+def answered(program: str, lines: list[list[str]]) -> list[Any]:
+    """For each of the command lines: itself, the exit code, and what was imported of what takes seconds."""
+    result = subprocess.run(
+        [sys.executable, "-c", ANSWERED, program, json.dumps(lines)],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=True,
+        timeout=120,
+    )
+    return [json.loads(line) for line in result.stdout.splitlines()]
+
+
 @pytest.mark.parametrize("program", ["train_split.py", "eval.py"])
 def test_help_and_a_typo_are_answered_without_importing_torch(program: str) -> None:
     """Importing torch takes seconds; a method's and a family's flags lie where they are read without it."""
@@ -281,17 +294,15 @@ def test_help_and_a_typo_are_answered_without_importing_torch(program: str) -> N
         ["--no_cuda", "--gpu", "0"],
         ["lrr", "1"],
     ]
-    lines = json.dumps([*helps, *typos])
-    result = subprocess.run(
-        [sys.executable, "-c", ANSWERED, program, lines],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        check=True,
-        timeout=120,
-    )
-    found = [json.loads(line) for line in result.stdout.splitlines()]
-    assert found == [[line, 0, []] for line in helps] + [[line, 2, []] for line in typos]
+    assert answered(program, helps + typos) == [[line, 0, []] for line in helps] + [[line, 2, []] for line in typos]
+
+
+def test_the_flags_of_an_export_are_read_without_importing_torch() -> None:
+    wrong = [["a.pth.tar", "--otu", "b.pt2"], ["a.pth.tar", "--input", "int8"], ["a.pth.tar", "--tta", "flip"]]
+    assert answered("script/export.py", [["--help"], *wrong]) == [
+        [["--help"], 0, []],
+        *([line, 2, []] for line in wrong),
+    ]
 
 
 def test_the_parser_knows_what_the_methods_and_backbones_have() -> None:

@@ -134,7 +134,7 @@ loss_ce = losses.cross_entropy(logits_SBK[0], torch.tensor([0, 1, 2])).mean()
 (losses.js_divergence(logits_SBK).mean() + loss_ce).backward()
 assert all(parameter.grad is not None for parameter in network.models[0].parameters())
 assert "co_training" in methods.names()
-rooms = {"record", "recipe", "method", "training", "evaluation", "parser_params", "train_split", "script"}
+rooms = {"record", "recipe", "method", "training", "opening", "evaluation", "parser_params", "train_split", "script"}
 mine = ("model.", "utils.", "dataset.")
 ours = [name for name in sys.modules if name.split(".")[0] in rooms or name.startswith(mine)]
 assert not ours, ours

@@ -53,7 +53,7 @@ def test_the_others_wait_for_process_0_however_long_it_takes_and_in_no_exchange(
 
     def follow() -> None:
         for number in range(2):
-            distributed.main_first(two[1], lambda number=number: order.append(f"other {number}"))
+            distributed.main_first(two[1], lambda number=number: order.append(f"other {number}"), what="worked")
 
     def work(number: int) -> None:
         may_end[number].wait(10)
@@ -64,7 +64,7 @@ def test_the_others_wait_for_process_0_however_long_it_takes_and_in_no_exchange(
     for number in range(2):
         assert order == [word for i in range(number) for word in (f"main {i}", f"other {i}")]
         may_end[number].set()
-        distributed.main_first(two[0], lambda number=number: work(number))
+        distributed.main_first(two[0], lambda number=number: work(number), what="worked")
         while len(order) < 2 * number + 2:
             time.sleep(0.001)
     other.join(10)
@@ -74,7 +74,7 @@ def test_the_others_wait_for_process_0_however_long_it_takes_and_in_no_exchange(
 def test_nobody_waits_for_ever(two: list[World], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(distributed, "PATIENCE", 0.0)
     with pytest.raises(RunError, match="process 0 has not opened the data after 0 hours"):
-        distributed.main_first(two[1], lambda: None)
+        distributed.main_first(two[1], lambda: None, what="opened the data")
 
 
 def test_the_others_wait_outside_of_exchanges_until_process_0_has_done_what_is_its_own(two: list[World]) -> None:
@@ -117,7 +117,7 @@ def test_buffers_are_sent_by_type_and_not_one_by_one(monkeypatch: pytest.MonkeyP
 
 
 def test_a_process_alone_waits_for_nobody() -> None:
-    assert distributed.main_first(World(0, 1, 0, 1, torch.device("cpu")), lambda: 3) == 3
+    assert distributed.main_first(World(0, 1, 0, 1, torch.device("cpu")), lambda: 3, what="counted") == 3
 
 
 def test_networks_on_streams_of_their_own_are_no_mistake_to_warn_of(monkeypatch: pytest.MonkeyPatch) -> None:

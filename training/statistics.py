@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from model import SplitNet
-from utils.precision import Precision
+from utils.precision import Precision, autocast
 
 
 @torch.no_grad()
@@ -33,7 +33,7 @@ def renew_statistics(network: SplitNet, batches: Iterable[Tensor], precision: Pr
         norm.momentum = None  # the mean of all batches, each of one weight
     count = 0
     for views_VBCHW in batches:
-        with torch.autocast(views_VBCHW.device.type, precision.autocast, enabled=precision.autocast is not None):
+        with autocast(views_VBCHW.device, precision.autocast):
             network(views_VBCHW)
         count += 1
     for norm, momentum in zip(norms, momenta, strict=True):

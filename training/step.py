@@ -23,7 +23,7 @@ from training.update import WeightUpdate
 from utils import distributed
 from utils.errors import RunError
 from utils.launch import World
-from utils.precision import Precision
+from utils.precision import Precision, autocast
 from utils.seed import STREAM_STEP, fold_in
 from utils.targets import Targets, plain_targets
 
@@ -48,9 +48,8 @@ def forward_backward(
             the images where shards are uneven.
         copies: of weights that are cast; None: autocast casts them.
     """
-    device = views_VBCHW.device.type
     with copies or nullcontext():
-        with torch.autocast(device, precision.autocast, enabled=precision.autocast is not None):
+        with autocast(views_VBCHW.device, precision.autocast):
             output: StepOutput = model(views_VBCHW, targets, progress)
         scaler.scale(output.loss * scale).backward()
     return output

@@ -146,16 +146,19 @@ def barrier() -> None:
         dist.barrier()
 
 
-def main_first(world: World, work: Callable[[], T]) -> T:
+def main_first(world: World, work: Callable[[], T], *, what: str) -> T:
     """What `work` gives, in every process, after it is done in process 0: that one may write what the others read.
 
     The others look into the store until then. In an exchange they would wait no longer than its time limit, which a
     download may well take.
 
+    Args:
+        what: process 0 has done then, as the end of "process 0 has not …".
+
     Raises:
         RunError: process 0 is not done after PATIENCE.
     """
-    result = main_alone(world, work, what="opened the data")
+    result = main_alone(world, work, what=what)
     return result if world.store is None or world.is_main else work()  # type: ignore[return-value]
 
 
@@ -163,7 +166,7 @@ def main_alone(world: World, work: Callable[[], T], *, what: str) -> T | None:
     """What `work` gives, in process 0; the others wait for it as in `main_first`, and get None.
 
     Args:
-        what: it has done then, as the end of "process 0 has not …".
+        what: as of `main_first`.
 
     Raises:
         RunError: as `main_first`.

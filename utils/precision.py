@@ -83,6 +83,11 @@ def choose_precision(
     )
 
 
+def autocast(device: torch.device, dtype: torch.dtype | None) -> torch.autocast:
+    """Within it, matrix products and convolutions are in this type; None: in that of the weights."""
+    return torch.autocast(device.type, dtype, enabled=dtype is not None)
+
+
 def lay_out(module: AnyModule, memory_format: torch.memory_format) -> AnyModule:
     """Give the module's 4-dimensional parameters and buffers this layout, in place; returns the module."""
     layout: dict[str, Any] = {"memory_format": memory_format}  # an overload that the stubs of torch 2.11 do not have

@@ -234,6 +234,11 @@ def open_session(config: Config, world: World, gpus: list[int], flag: str = "--r
         world.device, is_amp=config.is_amp, amp_dtype=amp_dtype, layout=config.layout, execution=config.execution
     )
     _say_of_precision(content.get("environment"), precision.name)
+    if config.class_map is not None and flag == "--resume":  # --large has the same flags
+        logger.warning(
+            "--class_map %s is for training, and has no effect here: classes are named as the checkpoint names them.",
+            config.class_map,
+        )
     answers, weights_sha256 = _answers(content, network, info, config, f"{flag} {path}")
     held_out = content.get("held_out_sha256")
     return Session(

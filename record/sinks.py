@@ -196,7 +196,7 @@ def open_sink(
         name: one of SINKS.
         folder: of the run.
         flags: every flag's value, as plain data.
-        reached: place of the last figures of each kind that the run folder had before the run went back to a checkpoint.
+        reached: place of the last figures of each kind in the run folder, before the run went back to a checkpoint.
     """
     runs = _runs_before(folder)
     before, had = _run_before(runs.get(name))

@@ -396,6 +396,16 @@ def test_every_input_has_a_folder_of_its_own(best_dir, one_image, tmp_path, caps
     assert not (best_dir / "eval").exists()
 
 
+def test_names_for_classes_that_an_evaluation_does_not_take_cost_a_line(best_dir, one_image, tmp_path, capsys):
+    names = tmp_path / "names.txt"
+    names.write_text("0 zero\n")
+    code, _, err = run("--resume", best_dir, "--predict", one_image, "--class_map", names, capsys=capsys)
+    assert code == 0
+    assert [line for line in err.splitlines() if "class_map" in line] == [
+        f"--class_map {names} is for training, and has no effect here: classes are named as the checkpoint names them."
+    ]
+
+
 def test_a_folder_that_cannot_be_looked_into_is_left_to_whom_it_belongs(tmp_path, monkeypatch):
     """As of another user's; whoever runs this as root would be let in."""
 

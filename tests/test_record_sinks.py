@@ -55,12 +55,16 @@ def memory(monkeypatch: pytest.MonkeyPatch) -> Memory:
     return found
 
 
+def kept_in(folder: Path) -> Any:
+    return json.loads((folder / "sinks.json").read_text())
+
+
 def test_a_run_tells_its_figures_and_a_resumed_one_goes_on(
     memory: Memory, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     argv = [*TINY, "--sink", "mlflow", "--model_dir", str(tmp_path / "run"), "--seed", "1", "--print_freq", "1"]
     assert train_split.main([*argv, "--max_steps", "2"]) == 0
-    assert json.loads((tmp_path / "run" / "sinks.json").read_text()) == {"mlflow": "run-0"}
+    assert kept_in(tmp_path / "run") == {"mlflow": {"run": "run-0", "had": {}}}
     assert (memory.begun[0].name, memory.begun[0].run_id) == ("run", None)
     assert (memory.begun[0].flags["seed"], memory.begun[0].flags["max_steps"]) == (1, 2)
     steps = [(index, values) for kind, values, index in memory.logged if kind == "train"]
@@ -75,6 +79,32 @@ def test_a_run_tells_its_figures_and_a_resumed_one_goes_on(
     assert [run.run_id for run in memory.begun] == [None, "run-0"]
     assert max(index for kind, _, index in memory.logged if kind == "train") == 2
     assert memory.ended == [True, True]
+
+
+def test_a_run_that_goes_back_sends_nothing_twice(memory: Memory, tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    argv = [*TINY, "--sink", "mlflow", "--model_dir", str(folder), "--seed", "1", "--print_freq", "1"]
+    assert train_split.main([*argv, "--max_steps", "4", "--save_steps", "2"]) == 0
+    early = str(folder / "checkpoint_0_2.pth.tar")
+    assert train_split.main([*argv, "--max_steps", "3", "--resume", early]) == 0
+    assert train_split.main([*argv, "--max_steps", "6", "--resume", "auto"]) == 0
+    assert [run.run_id for run in memory.begun] == [None, "run-0", "run-0"]
+    assert [index for kind, _, index in memory.logged if kind == "train"] == [0, 1, 2, 3, 4, 5]
+    assert [index for kind, _, index in memory.logged if kind == "val"] == [0]
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines if line["kind"] == "train"] == [0, 1, 2, 3, 4, 5]
+
+
+def test_what_an_earlier_version_kept_is_the_name_of_the_run(memory: Memory, tmp_path: Path) -> None:
+    (tmp_path / "sinks.json").write_text('{"mlflow": "run-0"}')
+    sink = open_sink("mlflow", tmp_path, {}, {"train": 3})
+    assert sink is not None
+    for index in (3, 4):
+        sink.log("train", {"train/loss": 1.0}, index)
+    sink.log("val", {"eval/loss": 1.0}, 0)
+    sink.end(complete=True)
+    assert memory.logged == [("train", {"train/loss": 1.0}, 4), ("val", {"eval/loss": 1.0}, 0)]
+    assert kept_in(tmp_path) == {"mlflow": {"run": "run-0", "had": {"train": 3, "val": -1}}}
 
 
 def test_a_run_whose_sink_always_fails_is_the_same_run(
@@ -114,7 +144,7 @@ def test_a_run_that_the_sink_has_forgotten_is_begun_anew(
     assert sink is not None
     sink.end(complete=True)
     assert [run.run_id for run in memory.begun] == ["gone", None]
-    assert json.loads((tmp_path / "sinks.json").read_text()) == {"mlflow": "run-1", "wandb": "other"}
+    assert kept_in(tmp_path) == {"mlflow": {"run": "run-1", "had": {}}, "wandb": "other"}
     assert "--sink mlflow: beginning a new run: no such run" in caplog.text
 
 
@@ -222,7 +252,7 @@ def test_wandb_is_asked_for_the_same_run_again(tmp_path: Path, monkeypatch: pyte
         sink.log("val", {"eval/ensemble_acc1": 50.0}, 3)
         sink.end(complete=complete)
     ids = [entry[1]["id"] for entry in log if entry[0] == "init"]
-    assert ids[0] == ids[1] == json.loads((tmp_path / "sinks.json").read_text())["wandb"]
+    assert ids[0] == ids[1] == kept_in(tmp_path)["wandb"]["run"]
     given = log[0][1]
     assert (given["resume"], given["name"], given["dir"]) == ("allow", tmp_path.name, str(tmp_path))
     assert given["settings"] == {"console": "off"}

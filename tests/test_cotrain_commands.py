@@ -76,6 +76,14 @@ def test_wrong_flags_of_an_evaluation_end_before_it_begins(words, started, capsy
     assert not started
 
 
+def test_flipped_images_are_nothing_that_an_exported_file_has(started, capsys):
+    with pytest.raises(SystemExit) as end:
+        commands.main(["export", "RUN", "--tta", "flip"])
+    assert end.value.code == 2
+    assert capsys.readouterr().err.startswith("export.py: --tta flip: an exported file answers for an image as it is.")
+    assert not started
+
+
 @pytest.mark.parametrize("command", ["eval", "predict"])
 def test_help_of_an_evaluation_is_its_programs(command, started, capsys):
     with pytest.raises(SystemExit) as end:

@@ -298,11 +298,9 @@ def test_help_and_a_typo_are_answered_without_importing_torch(program: str) -> N
 
 
 def test_the_flags_of_an_export_are_read_without_importing_torch() -> None:
-    wrong = [["a.pth.tar", "--otu", "b.pt2"], ["a.pth.tar", "--input", "int8"], ["a.pth.tar", "--tta", "flip"]]
-    assert answered("script/export.py", [["--help"], *wrong]) == [
-        [["--help"], 0, []],
-        *([line, 2, []] for line in wrong),
-    ]
+    wrong = [["a.pth.tar", "--otu", "b.pt2"], ["a.pth.tar", "--input", "int8"]]
+    expected = [[["--help"], 0, []], *([line, 2, []] for line in wrong)]
+    assert answered("script/export.py", [["--help"], *wrong]) == expected
 
 
 def test_the_parser_knows_what_the_methods_and_backbones_have() -> None:

@@ -225,8 +225,18 @@ class Library:
         return self.create(arch.removeprefix(self.prefix), num_classes)
 
     def _on_meta(self, arch: str, num_classes: int) -> nn.Module:
-        """The undivided network without storage, as the library makes it."""
-        return build_on_meta(partial(self._create, arch, num_classes))
+        """The undivided network without storage, as the library makes it.
+
+        Raises:
+            UserError: its library does not make it.
+        """
+        try:
+            return build_on_meta(partial(self._create, arch, num_classes))
+        except BUILD_ERRORS as error:
+            raise self._unbuilt(arch, error) from None
+
+    def _unbuilt(self, arch: str, error: Exception) -> UserError:
+        return UserError(f"--arch {arch} cannot be built: {reason(error)[:150]}. Others: {self.examples}.")
 
     # ---- one network -------------------------------------------------------------------------------------------------
 
@@ -323,11 +333,17 @@ class Library:
 
     @lru_cache(maxsize=64)  # noqa: B019  one Library per package, for the life of the process
     def _recording(self, arch: str, num_classes: int) -> Recording | None:
-        """The arguments of a network, None where they cannot be seen."""
+        """The arguments of a network, None where they cannot be seen.
+
+        Raises:
+            UserError: its library does not make it.
+        """
         try:
             return Recording(partial(self._create, arch, num_classes))
         except NotRecorded:
             return None
+        except BUILD_ERRORS as error:
+            raise self._unbuilt(arch, error) from None
 
     @lru_cache(maxsize=64)  # noqa: B019
     def _fitted(self, arch: str, num_classes: int, crop_size: int) -> dict[str, int | float]:

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from method import Method, Progress, Targets, methods
-from model import BackboneRequest, build_network, build_splitnet, solved_request, staged_parts
+from model import BackboneRequest, SplitNet, build_network, build_splitnet, solved_request, staged_parts
 from model.heads import require_stages, stage_maps
 from model.members import FixedDropout
 from model.serial import SerialParts, serial_layout
@@ -69,6 +69,33 @@ def test_methods_with_branches_train_a_step_on_tokens(name: str) -> None:
         method: Method[Any] = kind(network, kind.Options())
     except UserError:  # it takes one whole network
         method = kind(build_splitnet(request, seed=0, train_separately=True), kind.Options())
+    take_a_step(method)
+
+
+# one of each class of both libraries that has stages; S so large that two of its networks are small
+STAGED = (
+    ("timm/mixer_s32_224", 8, 32),
+    ("timm/convnext_atto", 4, 32),
+    ("timm/regnetx_002", 2, 32),
+    ("timm/swin_tiny_patch4_window7_224", 16, 32),
+    ("torchvision/vit_b_32", 32, 32),
+    ("torchvision/swin_t", 16, 32),
+    ("torchvision/convnext_tiny", 16, 32),
+    ("torchvision/regnet_y_400mf", 4, 32),
+)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("arch", "split_factor", "crop_size"), STAGED)
+def test_dks_and_l_mcl_train_a_step_on_one_of_each_class(arch: str, split_factor: int, crop_size: int) -> None:
+    request = request_for(arch, split_factor, crop_size)
+    for name in ("dks", "l_mcl"):
+        kind = methods.get(name)
+        take_a_step(kind(SplitNet([build_network(request) for _ in range(2)]), kind.Options()))
+
+
+def take_a_step(method: Method[Any]) -> None:
+    """Four images of 32 pixels, there and back: every parameter that is trained has a gradient."""
     method.prepare(torch.arange(40) % 5, 0)
     method.train()
     views = torch.randn(1 if method.shared_view else method.network.num_members, 4, 3, 32, 32)

@@ -737,7 +737,7 @@ def _check(config: Config) -> None:
 def _check_exchange(config: Config, need: Callable[[bool, str], None]) -> None:
     """Refuse flags of an exchange that cannot work."""
     if config.exchange is None:
-        names = [flag.name for flag in flags_of(MachineOptions) if flag.name.startswith(("network", "exchange_"))]
+        names = ["network", *(flag.name for flag in flags_of(MachineOptions) if flag.name.startswith("exchange_"))]
         alone = next((name for name in names if config.given.get(name) is not None), "")
         need(not alone, f"--{alone} is for jobs that exchange their networks: add --exchange DIR, or leave it away.")
         return

@@ -108,7 +108,8 @@ def for_any_batch(module: nn.Module, image_shape: Sequence[int], dtype: torch.dt
     """A module in evaluation mode as a program for images [B, C, H, W] of any B."""
     example_BCHW = torch.zeros(2, *image_shape, dtype=dtype)
     with torch.no_grad():
-        return torch.export.export(module.eval(), (example_BCHW,), dynamic_shapes=({0: Dim("batch", min=1)},))
+        module.eval()(example_BCHW)  # networks that keep what depends on their weights alone, as LeViT, keep it now
+        return torch.export.export(module, (example_BCHW,), dynamic_shapes=({0: Dim("batch", min=1)},))
 
 
 def program_bytes(program: ExportedProgram, metadata: Mapping[str, Any]) -> bytes:

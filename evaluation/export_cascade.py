@@ -112,8 +112,11 @@ def export_cascade(network: SplitNet, answers: Answers, image_shape: Sequence[in
     assert isinstance(folded, SplitNet)
     lay_out(folded, torch.contiguous_format)
     flat = FlatCascade([folded.models[s] for s in cascade.order], answers).eval()
+    example_1CHW = torch.zeros(1, *image_shape)
     with torch.no_grad():
-        return torch.export.export(flat, (torch.zeros(1, *image_shape),))
+        for one in flat.models:
+            one(example_1CHW)  # as in `for_any_batch`, also by those that this image would not reach
+        return torch.export.export(flat, (example_1CHW,))
 
 
 def cascade_files(

@@ -30,7 +30,8 @@ def training_macs(method: Method[Any], crop_size: int) -> int | None:
         method: as it trains.
         crop_size: side of the images in pixels.
     """
-    memo: dict[int, Any] = {id(p): nn.Parameter(p.detach().to("meta"), p.requires_grad) for p in method.parameters()}
+    # without gradients, because a parameter as an operand of `cat` breaks the counter
+    memo: dict[int, Any] = {id(p): nn.Parameter(p.detach().to("meta"), False) for p in method.parameters()}
     memo |= {id(buffer): buffer.to("meta") for buffer in method.buffers()}
     num_views = 1 if method.shared_view else len(method.network.models)
     counter = FlopCounterMode(display=False)

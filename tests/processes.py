@@ -8,6 +8,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from tests import runs  # noqa: F401  # its server of forks has torch imported: each process saves that time
 from utils.launch import free_port
 
 
@@ -31,7 +32,10 @@ def _worker(rank: int, world_size: int, port: int, folder: str, function: Callab
 def run_processes(world_size: int, function: Callable[..., Any], folder: Path, *arguments: Any) -> list[Any]:
     """`function(rank, world_size, *arguments)` in every process; its results (plain values and tensors) by rank."""
     folder.mkdir(exist_ok=True)
-    torch.multiprocessing.spawn(
-        _worker, args=(world_size, free_port(), str(folder), function, arguments), nprocs=world_size
+    torch.multiprocessing.start_processes(
+        _worker,
+        args=(world_size, free_port(), str(folder), function, arguments),
+        nprocs=world_size,
+        start_method="forkserver",
     )
     return [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in range(world_size)]

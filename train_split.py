@@ -133,7 +133,7 @@ class Trainer:
         training_step: what is done with each batch.
         fresh_optimizer_at: epochs at whose start the optimiser forgets.
         steps_per_epoch, total_steps, position: how far training goes without --max_steps, and where it stands.
-        meter, epoch_meter, clock, report, log, saver: what it knows of itself, and what it writes.
+        meter, epoch_meter, clock, report, intervals, log, saver: what it knows of itself, and what it writes.
         state: what a checkpoint holds of all this.
         stop: whether somebody wants it to end.
     """

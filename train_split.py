@@ -154,7 +154,7 @@ class Trainer:
 
         # networks and method
         before = None if resumed is None else resumed.state
-        self.method = build_method(config, source, seed=self.seed, device=world.device, before=before)
+        self.method = build_method(config, source, seed=self.seed, world=world, before=before)
         execution = choose_execution(config, self.method, before)
         self.precision = choose_precision(
             world.device,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import replace
 from typing import Any
 
@@ -63,6 +64,7 @@ def build_splitnet(
     train_separately: bool = False,
     archs: Sequence[str] | None = None,
     number: int | None = None,
+    held: range | None = None,
 ) -> SplitNet:
     """The S networks of a division, or several full networks, on the CPU; initial weights depend on `seed` only.
 
@@ -75,6 +77,8 @@ def build_splitnet(
         train_separately: only one network, with the structure of one of S.
         archs: names of full (S = 1) networks for mutual learning, in place of `request.arch` and its S.
         number: only this one of the S networks, counted from 0, with the weights that it has among all.
+        held: numbers of the networks that get weights; the others have structure alone, on the meta device. None: all.
+            Not for members that share one network.
 
     Raises:
         UserError: as `check_request`, or an option that cannot go with `archs`.
@@ -90,8 +94,9 @@ def build_splitnet(
     for i, one in enumerate(requests):
         if number not in (None, i):
             continue
+        is_held = held is None or i in held
         # manual_seed of the CPU's generator alone: torch.manual_seed would also reseed every GPU
-        with torch.random.fork_rng(devices=[]):
+        with torch.random.fork_rng(devices=[]), nullcontext() if is_held else torch.device("meta"):
             torch.default_generator.manual_seed(fold_in(seed, STREAM_INIT, 0 if identical_init else i))
             networks.append(build_network(one))
     return SplitNet(networks, first=number or 0)

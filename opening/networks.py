@@ -94,14 +94,15 @@ def load_start(
 
 
 def build_method(
-    config: Config, source: DataSource, *, seed: int, device: torch.device, before: Checkpoint | None
+    config: Config, source: DataSource, *, seed: int, world: World, before: Checkpoint | None
 ) -> Method[Any]:
     """The method with its networks, newly initialised, on the CPU.
 
     Args:
         source: the data; names classes, and is what `--class_weights balanced` counts.
         seed: of the run.
-        device: where the weights of the classes are to lie.
+        world: this process's place, where the weights of the classes are to lie. Networks that are spread to other
+            processes have structure alone here, to be counted.
         before: of the run that is gone on from; its networks' plan is taken.
 
     Raises:
@@ -127,18 +128,26 @@ def build_method(
         train_separately=config.is_train_sep,
         archs=names if len(names) > 1 else None,
         number=config.network,
+        held=_held(config, world, before),
     )
     weights_K = None if config.class_weights is None else class_weights(config.class_weights, source)
     class_loss = ClassLoss(
         kind=config.class_loss,
         label_smoothing=LABEL_SMOOTHING if config.is_label_smoothing else 0.0,
-        weights_K=None if weights_K is None else weights_K.to(device),
+        weights_K=None if weights_K is None else weights_K.to(world.device),
     )
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(fold_in(seed, STREAM_INIT, METHOD_INIT))
         method: Method[Any] = kind(network, config.method_options, class_loss=class_loss)
     method.meet(TrainingData(source.classes, source.mean, source.std, config.crop_size))
     return method
+
+
+def _held(config: Config, world: World, before: Checkpoint | None) -> range | None:
+    """Numbers of the networks that need memory here; None: all, also where a file has weights for all."""
+    if world.mesh is None or (config.pretrained is not None and before is None):
+        return None
+    return world.mesh.held(count_networks(config))
 
 
 def _plan_before(config: Config, request: BackboneRequest, before: Checkpoint | None) -> dict[str, Any]:

@@ -4,19 +4,25 @@ import re
 import signal
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from PIL import Image
 
+from benchmarks import own
 from method import methods
 from method.contract import LOGITS
 from model import BackboneRequest, build_splitnet
 from record import checkpoint as ckpt
 from tests.kills import at_call
-from tests.runs import TINY, Finished, same_ending, train, without_times
+from tests.runs import TINY, Finished, in_fork, same_ending, train, without_times
 from tests.test_train_distributed import start_together, train_together
+from training.cost import peak_memory
+from utils.launch import World
+from utils.mesh import Mesh
 
+CPU = torch.device("cpu")
 NETWORKS = ["--placement", "networks"]
 # 55 images to train on, 5 held out: three batches an epoch, of which the last has 11 images
 EXACT = [*TINY, "--dataset", "folder", "--amp_dtype", "fp64", "--seed", 5, "--print_freq", 2, "--epochs", 3]
@@ -199,6 +205,27 @@ def test_killed_and_resumed_networks_end_bit_for_bit(
     record_property("kills", 1)
     same_ending(tmp_path / "m", expected, train_together(again, tmp_path / "r", 2)[0], reference)
     record_property("identical", 1)
+
+
+def start_alone(folder: str, group: int | None) -> tuple[int, dict[str, float]]:
+    """How much the peak of memory grows as a process of four groups starts, None: of one; sums of its weights."""
+    mesh = None
+    if group is not None:  # nothing is sent before the first step
+        nobody: Any = None
+        mesh = Mesh(groups=4, replicas=1, group=group, replica=0, network_dim=nobody, data_dim=nobody)
+    before = peak_memory(CPU)
+    flags = ["--arch", "wide_resnet28_10", "--split_factor", "4", "--workers", "0"]
+    trainer = own.open_trainer(flags, Path(folder), CPU, world=World(0, 1, 0, 1, CPU, mesh=mesh))
+    trainer.saver.close()
+    weights = trainer.network.named_parameters()
+    return peak_memory(CPU) - before, {name: float(value.double().sum()) for name, value in weights}
+
+
+def test_a_process_starts_with_the_weights_of_its_own_networks_alone(tmp_path: Path) -> None:
+    whole, expected = in_fork(start_alone, str(tmp_path / "all"), None)
+    part, found = in_fork(start_alone, str(tmp_path / "one"), 2)
+    assert part < whole - 10**8  # of 146 MB of weights
+    assert found == {name: value for name, value in expected.items() if name.startswith("models.2.")}
 
 
 @pytest.mark.parametrize(

@@ -103,7 +103,8 @@ def train_and_evaluate(way: str, seed: int, folder: Path, common: Sequence[objec
         content, facts = assemble.assemble(ExchangeFolder(shared))
         assemble.write(content, checkpoint)
         for model, of_network in zip(models, facts, strict=True):  # what it wrote and what it read
-            taken = len((model / LOG).read_text().splitlines())
+            log = model / LOG  # not there where a job has never heard of another
+            taken = len(log.read_text().splitlines()) if log.exists() else 0
             written = of_network["step"] // int(every) + bool(of_network["step"] % int(every))
             volume += of_network["bytes"] * (written + taken)
     else:

@@ -1,16 +1,19 @@
-"""A comparison of exchanging networks with others: mistakes, figures that are there already, signals."""
+"""A comparison of exchanging networks with others: mistakes, figures that are there already, the whole way, signals."""
 
 import functools
 import json
 import signal
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from record.run_folder import read_results
 from script import compare_exchange
 from script.compare_exchange import FIGURES, main, run_together
 from tests.runs import Run
+from tests.test_train_exchange import killed_in_step, records
 from tests.test_train_split import folder_of_images
 from tests.waits import wait_until
 from utils.errors import RunError
@@ -78,3 +81,60 @@ def test_a_signal_ends_the_jobs_too_in_one_line(tmp_path: Path) -> None:
     assert ended.code == 128 + signal.SIGTERM
     assert ended.stderr == "compare_exchange: interrupted by SIGTERM; no results were written.\n"
     assert not any(Path("/proc", job.name).exists() for job in started.iterdir())
+
+
+class Forked:
+    """What the comparison starts, as a fork of the tests' server; the second job of an exchange may be killed."""
+
+    is_killing = True
+
+    def __init__(self, command: list[str], *, stdout: Any, stderr: Any, **_: Any) -> None:
+        self.files = Path(stdout.name), Path(stderr.name)
+        model = Path(command[command.index("--model_dir") + 1]) if "--model_dir" in command else None
+        is_killed = self.is_killing and model is not None and model.name == "net1"
+        hook = killed_in_step(6, model) if is_killed and model is not None else None
+        self.run = Run(command[2:], self.files[0].parent / "streams", module=Path(command[1]).stem, before=hook)
+
+    def wait(self) -> int:
+        ended = self.run.wait()
+        for file, text in zip(self.files, (ended.stdout, ended.stderr), strict=True):
+            file.write_text(text)
+        return ended.code
+
+
+@pytest.mark.slow
+def test_the_whole_way_goes_on_after_a_kill(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(compare_exchange.subprocess, "Popen", Forked)
+    data, out = folder_of_images(tmp_path / "data", 48), tmp_path / "out"
+    argv = [str(data), "--out", str(out), "--ways", "independent,exchange_2", "--seeds", "3", "--epochs", "2"]
+    argv += ["--images", "36", "--test_images", "0", "--batch_size", "9", "--side", "8"]
+    assert main(argv) == 1
+    folder = out / "exchange_2_seed3"
+    assert capsys.readouterr().err.startswith(f"compare_exchange: {folder / 'log'}: job 1 ended with -9")
+    first = (out / "independent_seed3" / "figures.json").stat().st_mtime_ns
+    assert not (folder / "figures.json").exists()
+    monkeypatch.setattr(Forked, "is_killing", False)
+    assert main(argv) == 0
+    assert (out / "independent_seed3" / "figures.json").stat().st_mtime_ns == first
+    assert "Going on from" in (folder / "log" / "1.err").read_text()
+
+    joint = read_results(out / "independent_seed3" / "joint") or {}
+    figures = {
+        way: json.loads((out / f"{way}_seed3" / "figures.json").read_text()) for way in ("independent", "exchange_2")
+    }
+    assert figures["independent"]["ensemble_acc1"] == pytest.approx(joint["ensemble_acc1"])
+    assert figures["independent"]["bytes"] == 0
+    jobs = [read_results(folder / f"net{i}") or {} for i in range(2)]
+    assert figures["exchange_2"]["single_acc1"] == pytest.approx(sum(job["ensemble_acc1"] for job in jobs) / 2)
+    logs = [*folder.glob("net*/exchange.jsonl")]
+    taken = sum(len(records(file.parent)) for file in logs)
+    size = next((folder / "x" / "network_0").glob("step_*.safetensors")).stat().st_size
+    assert taken >= 1
+    assert figures["exchange_2"]["bytes"] == pytest.approx((2 * 4 + taken) * size, rel=0.01)
+    rows = [line.split(" | ") for line in capsys.readouterr().out.splitlines()[2:]]
+    assert [row[0] for row in rows] == ["| independent", "| exchange_2"]
+    for row, way in zip(rows, figures, strict=True):
+        assert row[1] == f"{figures[way]['ensemble_acc1']:.2f}"
+        assert row[-1] == "1 |"

@@ -281,6 +281,8 @@ def calibration_table(rows: Sequence[dict[str, Any]]) -> str:
     ]
     for row in rows:
         if row["split"] == "test":
-            cells = ["–" if row[name] is None else f"{row[name]:.{2 if name == 'acc1' else 4}f}" for name in FIGURES]
+            cells = [
+                "–" if row.get(name) is None else f"{row[name]:.{2 if name == 'acc1' else 4}f}" for name in FIGURES
+            ]
             lines.append(f"| {row['what']} | {row['when']} | {' | '.join(cells)} |")
     return "\n".join(lines)

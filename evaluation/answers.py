@@ -5,6 +5,7 @@ Plain numbers, lists and strings, in a checkpoint and as answers.json.
 
 import json
 import math
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from evaluation.calibration import COLDEST, HOTTEST, Temperatures, scores_of
+from evaluation.calibration import COLDEST, FIGURES, HOTTEST, Temperatures, scores_of
 from evaluation.cascade import NOBODY, Stages, leave_stages, run_stages, window_stages
 from evaluation.conformal import KINDS, Conformal
 from evaluation.ensemble import RULES
@@ -225,16 +226,19 @@ def read_answers(values: Any, num_networks: int, source: str) -> Answers:
         raise entry.wrong("format_version", f"{FORMAT_VERSION}, as this version of the project reads")
     calibration, cascade = entry.inner("calibration"), entry.inner("cascade")
     conformal = entry.rows("conformal")
+    held_out, tuned_on = entry.mapping("held_out"), entry.mapping("tuned_on")
+    entry.within("tuned_on").text("source")  # or images of the fit could be reported
+    _check_calibration_rows(entry.within("held_out"))
     return Answers(
         weights=entry.name("weights", ("raw", "ema")),
         weights_sha256=entry.text("weights_sha256"),
         rule=entry.name("rule", RULES),
-        tuned_on=entry.mapping("tuned_on"),
+        tuned_on=tuned_on,
         mode="none" if calibration is None else calibration.name("mode", CALIBRATIONS),
         temperatures=None if calibration is None else _read_temperatures(calibration, num_networks),
         cascade=None if cascade is None else _read_cascade(cascade, num_networks),
         conformal=tuple(_read_conformal(row) for row in conformal),
-        held_out=entry.mapping("held_out"),
+        held_out=held_out,
     )
 
 
@@ -255,6 +259,10 @@ class _Entry:
         if value is None or not _is_number(value) or not low <= value <= high:
             raise self.wrong(key, f"a number from {low:g} to {high:g}")
         return float(value)
+
+    def perhaps_number(self, key: str, low: float, high: float) -> float | None:
+        """None where the key is missing or has no value."""
+        return None if self._values.get(key) is None else self.number(key, low, high)
 
     def numbers(self, key: str, count: int, low: float, high: float) -> tuple[float, ...]:
         values = self._values.get(key)
@@ -291,18 +299,43 @@ class _Entry:
         return value
 
     def inner(self, key: str) -> "_Entry | None":
-        value = self._values.get(key)
-        return None if value is None else _Entry(value, self._source, f"{self._prefix}{key}.")
+        return None if self._values.get(key) is None else self.within(key)
 
-    def rows(self, key: str) -> list["_Entry"]:
-        values = self._values.get(key)
+    def within(self, key: str) -> "_Entry":
+        return _Entry(self._values.get(key), self._source, f"{self._prefix}{key}.")
+
+    def rows(self, key: str, default: Sequence[Any] | None = None) -> list["_Entry"]:
+        values = self._values.get(key, default)
         if not isinstance(values, list):
             raise self.wrong(key, "a list")
         return [_Entry(value, self._source, f"{self._prefix}{key}[{i}].") for i, value in enumerate(values)]
 
 
 def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    """Whether it is finite as a float; JSON has whole numbers beyond all floats."""
+    largest = sys.float_info.max
+    return isinstance(value, int | float) and not isinstance(value, bool) and -largest <= value <= largest
+
+
+def _check_calibration_rows(held_out: _Entry) -> None:
+    for row in held_out.rows("calibration", default=[]):
+        for name in ("what", "when", "split"):
+            row.text(name)
+        for name in FIGURES:
+            row.perhaps_number(name, 0, math.inf)
+
+
+def _check_promised(held_out: _Entry, num_networks: int) -> None:
+    """The figures of a cascade on the images that it was chosen on, as far as they are there."""
+    for name in ("networks_acc1", "stages_acc1"):
+        if held_out.get(name) is not None:
+            held_out.numbers(name, num_networks, 0, 100)
+    curve = held_out.rows("curve", default=[])
+    for row in curve:
+        row.numbers("thresholds", num_networks - 1, 0, NOBODY)
+    for row in (held_out, *curve):
+        row.perhaps_number("acc1", 0, 100)
+        row.perhaps_number("average_macs", 0, math.inf)
 
 
 def _read_temperatures(entry: _Entry, num_networks: int) -> Temperatures:
@@ -334,16 +367,18 @@ def _read_cascade(entry: _Entry, num_networks: int) -> CascadeAnswers:
         bounds = tuple((float(low), float(high)) for low, high in windows)
     else:
         bounds = tuple((t,) for t in entry.numbers("thresholds", num_networks - 1, 0, NOBODY))
-    macs = entry.numbers("macs", num_networks, 0, math.inf)
+    macs = entry.numbers("macs", num_networks, 1, math.inf)
+    held_out = entry.mapping("held_out")
+    _check_promised(entry.within("held_out"), num_networks)
     return CascadeAnswers(
         kind=kind,
         order=tuple(int(s) - 1 for s in order),
         confidence=entry.name("confidence", CONFIDENCES),
         bounds=bounds,
-        accept=None if entry.get("accept") is None else entry.number("accept", 0, NOBODY),
+        accept=entry.perhaps_number("accept", 0, NOBODY),
         target=entry.mapping("target"),
         macs=tuple(map(int, macs)),
-        held_out=entry.mapping("held_out"),
+        held_out=held_out,
     )
 
 
@@ -351,7 +386,7 @@ def _read_conformal(entry: _Entry) -> Conformal:
     return Conformal(
         kind=entry.name("kind", KINDS),
         alpha=entry.number("alpha", 0, 1),
-        q=None if entry.get("q") is None else entry.number("q", -math.inf, math.inf),
+        q=entry.perhaps_number("q", -math.inf, math.inf),
         penalty=entry.number("lambda", 0, math.inf),
         free_ranks=int(entry.number("k_reg", 0, math.inf)),
         randomised=entry.flag("randomised"),

@@ -180,7 +180,7 @@ class CascadeTable:
             thresholds = tuple(one["thresholds"])
             if thresholds != chosen:
                 stage_N = leave_stages(self._stages.confidence_SN, thresholds)
-                rows.append(self._cascade_row(thresholds, stage_N, (one["acc1"], one["average_macs"])))
+                rows.append(self._cascade_row(thresholds, stage_N, (one.get("acc1"), one.get("average_macs"))))
         stage_N = cascade.leave(self._stages.confidence_SN)
         known = (held_out.get("acc1"), held_out.get("average_macs"))
         rows.append(self._cascade_row(chosen, stage_N, known, chosen=True))

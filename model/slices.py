@@ -17,14 +17,13 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from model.argument_slices import ArgumentCutter
 from model.division.rechannel import ChannelClass, ChannelGraph, Layer
 from model.division.resizing import channels_of
-from model.registry import BackboneRequest, build_network
+from model.kept_channels import Indices, kept_channels, shared_part
+from model.registry import ARGUMENTS, BackboneRequest, build_network, check_request
 from model.staged import classifier_name
 from utils.errors import UserError
-from utils.seed import STREAM_SLICE, counter_uniform, fold_in
-
-Indices = np.ndarray  # int64 [C'], ascending: which of the parent's channels a network keeps
 
 
 @dataclass(frozen=True)
@@ -39,28 +38,6 @@ class Slices:
 
     states: tuple[dict[str, Tensor], ...]
     shared: float
-
-
-def permutation(seed: int, number: int, channels: int) -> Indices:
-    """Permutation `number` of 0 … `channels` - 1, a function of its arguments alone."""
-    key = fold_in(seed, STREAM_SLICE, number, channels)
-    uniform = counter_uniform(key, np.arange(channels), np.zeros(1, dtype=np.int64), 1)[0, :, 0]
-    return np.argsort(uniform, kind="stable")
-
-
-def kept_channels(seed: int, network: int, parent: int, child: int) -> Indices:
-    """The channels of a dimension of `parent` channels that network number `network` (from 0) keeps, ascending.
-
-    Raises:
-        ValueError: the child has more.
-    """
-    if child > parent:
-        raise ValueError(f"{child} channels from {parent}")
-    if child == parent:
-        return np.arange(parent)
-    per_permutation = max(1, parent // child)
-    number, part = divmod(network, per_permutation)
-    return np.sort(permutation(seed, number, parent)[part * child : (part + 1) * child])
 
 
 def cut(parent: Mapping[str, Tensor], request: BackboneRequest, *, networks: int, seed: int, source: str) -> Slices:
@@ -81,20 +58,33 @@ def cut(parent: Mapping[str, Tensor], request: BackboneRequest, *, networks: int
     whole_request = replace(request, split_factor=1, widths=None, way="", width_names=())
     with torch.device("meta"):
         whole, part = build_network(whole_request), build_network(request)
-    graph = channels_of(whole, request.crop_size, request.arch)
-    theirs = {layer.name: layer for layer in channels_of(part, request.crop_size, request.arch).layers}
     head = classifier_name(whole)
     if head is None:
         raise UserError(f"{source}: --arch {request.arch} has no classifier that could be told from its other layers.")
     names = [name for name in part.state_dict() if not _is_new_head(name, head, parent, part)]
     _check(parent, whole, names, source)
-    cutter = _Cutter(graph, theirs, request.arch, seed, source)
+    cutter = _cutter(request, whole, part, networks, seed, source)
     shapes = {name: tuple(value.shape) for name, value in part.state_dict().items()}
     states = tuple(
         {name: cutter.cut(name, parent[name], shapes[name], i, is_head=name == f"{head}.weight") for name in names}
         for i in range(networks)
     )
     return Slices(states, cutter.shared(networks))
+
+
+def _cutter(
+    request: BackboneRequest, whole: nn.Module, part: nn.Module, networks: int, seed: int, source: str
+) -> _Cutter | ArgumentCutter:
+    """What cuts, by the way in which the networks are divided."""
+    plan = check_request(request).plan
+    if request.way == ARGUMENTS and request.split_factor > 1 and plan is not None:
+        undecided = replace(request, widths=None, way="", width_names=())
+        return ArgumentCutter(request, plan(undecided), networks, seed, source)
+    try:
+        graph, theirs = (channels_of(network, request.crop_size, request.arch) for network in (whole, part))
+    except UserError as error:
+        raise UserError(f"{source}: no slices of a parent: {error}") from None
+    return _Cutter(graph, {layer.name: layer for layer in theirs.layers}, request.arch, seed, source)
 
 
 def _is_new_head(name: str, head: str, parent: Mapping[str, Tensor], part: nn.Module) -> bool:
@@ -212,9 +202,7 @@ class _Cutter:
         for of, after in self.after.items():
             if after == of[1] or networks < 2:
                 continue
-            kept = [set(self._of_class(of, i).tolist()) for i in range(networks)]
-            pairs = [(a, b) for i, a in enumerate(kept) for b in kept[:i]]
-            common += of[1] * sum(len(a & b) / after for a, b in pairs) / len(pairs)
+            common += of[1] * shared_part([self._of_class(of, i) for i in range(networks)])
             total += of[1]
         return common / total if total else 1.0
 

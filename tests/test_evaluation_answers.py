@@ -66,6 +66,7 @@ DAMAGES: list[tuple[tuple[Any, ...], Any, str]] = [
     (("weights",), 3, "weights"),
     (("weights_sha256",), None, "weights_sha256"),
     (("tuned_on",), [1], "tuned_on"),
+    (("tuned_on",), {}, "tuned_on.source"),
     (("calibration",), "warm", "calibration"),
     (("calibration", "mode"), "hot", "calibration.mode"),
     (("calibration", "ensemble"), math.nan, "calibration.ensemble"),
@@ -89,6 +90,19 @@ DAMAGES: list[tuple[tuple[Any, ...], Any, str]] = [
     (("conformal", 0, "kind"), "box", r"conformal\[0\].kind"),
     (("conformal", 0, "alpha"), math.inf, r"conformal\[0\].alpha"),
     (("conformal", 0, "randomised"), 1, r"conformal\[0\].randomised"),
+    (("cascade", "macs"), [0, 1, 1], "cascade.macs"),
+    (("calibration", "both"), 10**400, "calibration.both"),  # JSON has such numbers
+    (("cascade", "held_out"), 3, "cascade.held_out"),
+    (("cascade", "held_out", "acc1"), "90", "cascade.held_out.acc1"),
+    (("cascade", "held_out", "networks_acc1"), [90.0, 91.0], "cascade.held_out.networks_acc1"),
+    (("cascade", "held_out", "stages_acc1"), [90.0, "91", 92.0], "cascade.held_out.stages_acc1"),
+    (("cascade", "held_out", "curve"), "steep", "cascade.held_out.curve"),
+    (("cascade", "held_out", "curve"), [{"acc1": 90.0}], r"cascade.held_out.curve\[0\].thresholds"),
+    (("cascade", "held_out", "curve"), [{"thresholds": [0, 2], "acc1": []}], r"cascade.held_out.curve\[0\].acc1"),
+    (("held_out",), [], "held_out"),
+    (("held_out", "calibration"), 3, "held_out.calibration"),
+    (("held_out", "calibration"), [{"when": "before"}], r"held_out.calibration\[0\].what"),
+    (("held_out", "calibration"), [{"what": "a", "when": "b", "split": "c", "nll": "d"}], r"calibration\[0\].nll"),
 ]
 
 

@@ -1,9 +1,11 @@
 """Slices of an undivided parent: which channels, that every tensor agrees about them, and what is refused."""
 
+import copy
 import json
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import pytest
@@ -11,9 +13,10 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
+from torch.nn import functional as F
 
-from model import slices
-from model.registry import BackboneRequest, backbones, build_network
+from model import argument_slices, kept_channels, slices
+from model.registry import BackboneRequest, backbones, build_network, solved_request
 from model.staged import classifier_name
 from tests.test_model_contract import FORMS, make_images, make_request
 from utils.errors import UserError
@@ -39,8 +42,8 @@ def test_the_fixtures_hold(case: dict, monkeypatch: pytest.MonkeyPatch) -> None:
         asked.append((number, channels))
         return np.array(case["permutation"])
 
-    monkeypatch.setattr(slices, "permutation", fixed)
-    kept = slices.kept_channels(3, case["network"], case["parent"], case["child"])
+    monkeypatch.setattr(kept_channels, "permutation", fixed)
+    kept = kept_channels.kept_channels(3, case["network"], case["parent"], case["child"])
     assert kept.tolist() == case["kept"]
     assert asked in ([], [(case["permutation_number"], case["parent"])])
 
@@ -49,21 +52,21 @@ def test_the_fixtures_hold(case: dict, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_networks_that_share_a_permutation_are_disjoint(seed: int, parent: int, child: int) -> None:
     if child > parent:
         with pytest.raises(ValueError, match="channels from"):
-            slices.kept_channels(seed, 0, parent, child)
+            kept_channels.kept_channels(seed, 0, parent, child)
         return
     together = max(1, parent // child)
-    kept = [slices.kept_channels(seed, i, parent, child) for i in range(together)]
+    kept = [kept_channels.kept_channels(seed, i, parent, child) for i in range(together)]
     assert all((np.diff(one) > 0).all() and len(one) == child for one in kept)
     assert len(np.unique(np.concatenate(kept))) == (parent if child == parent else together * child)
-    order = slices.permutation(seed, 1, parent)
+    order = kept_channels.permutation(seed, 1, parent)
     assert sorted(order) == list(range(parent))
 
 
 def test_a_permutation_depends_on_each_of_its_arguments() -> None:
-    base = slices.permutation(1, 0, 64).tolist()
-    assert base == slices.permutation(1, 0, 64).tolist()
-    assert base != slices.permutation(2, 0, 64).tolist()
-    assert base != slices.permutation(1, 1, 64).tolist()
+    base = kept_channels.permutation(1, 0, 64).tolist()
+    assert base == kept_channels.permutation(1, 0, 64).tolist()
+    assert base != kept_channels.permutation(2, 0, 64).tolist()
+    assert base != kept_channels.permutation(1, 1, 64).tolist()
 
 
 def request_of(arch: str, shape: str) -> BackboneRequest:
@@ -114,6 +117,105 @@ def test_a_network_of_slices_is_the_parent_without_the_channels_that_it_dropped(
     assert expected.abs().max() > 0
     torch.testing.assert_close(logits, expected, rtol=1e-4, atol=1e-5 * float(expected.abs().max()))
     assert 0.0 <= found.shared < 1.0
+
+
+SMALL_VIT = BackboneRequest(
+    arch="timm/vit_tiny_patch16_224", split_factor=2, num_classes=10, crop_size=32, dataset="cifar10", fits_images=True
+)
+
+
+class CutVit(NamedTuple):
+    """An undivided transformer, and what each of two parts has of it: places in the parent's tensors."""
+
+    parent: nn.Module
+    request: BackboneRequest
+    found: slices.Slices
+
+
+@pytest.fixture(scope="module")
+def vit() -> CutVit:
+    pytest.importorskip("timm")
+    request = solved_request(SMALL_VIT)
+    parent = trained(SMALL_VIT)
+    return CutVit(parent, request, slices.cut(places_of(parent.state_dict()), request, networks=2, seed=2, source="P"))
+
+
+@pytest.mark.slow
+def test_a_divided_transformer_is_the_parent_without_the_heads_that_it_dropped(
+    vit: CutVit, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Norms over channels would see those that are gone: here they are functions of each value alone."""
+    monkeypatch.setattr(F, "layer_norm", lambda x, shape, weight, bias, eps: torch.tanh(x) * weight + bias)
+    parent, places = copy.deepcopy(vit.parent), vit.found.states[1]
+    for parameter in parent.parameters():  # zeros would hide what they are multiplied with
+        nn.init.normal_(parameter, std=0.1, generator=torch.Generator().manual_seed(4))
+    child, state = build_network(vit.request).eval(), parent.state_dict()
+    kept = {name: one.round().long() for name, one in places.items() if name != "head.weight"}
+    kept["head.weight"] = (places["head.weight"] / (192 / 128)).round().long()
+    child.load_state_dict({name: state[name].flatten()[one] for name, one in kept.items()})
+    for name, one in kept.items():
+        emptied = torch.zeros_like(state[name])
+        emptied.view(-1)[one.flatten()] = state[name].flatten()[one.flatten()]
+        state[name].copy_(emptied)
+    images = make_images(vit.request, 2)
+    with torch.no_grad():
+        expected, logits = parent(images), child(images)
+    torch.testing.assert_close(logits, expected, rtol=1e-4, atol=1e-5 * float(expected.abs().max()))
+
+
+@pytest.mark.slow
+def test_transformers_are_cut_by_whole_heads(vit: CutVit) -> None:
+    """One choice of heads for tokens, fused projections and the classifier; interiors of MLPs have their own."""
+    chosen = []
+    for state in vit.found.states:
+        tokens = state["cls_token"].flatten().long()
+        heads = tokens.view(2, 64)[:, 0] // 64
+        chosen.append(heads.tolist())
+        assert torch.equal(tokens, (heads[:, None] * 64 + torch.arange(64)).flatten())
+        rows = (state["blocks.5.attn.qkv.weight"][:, 0] // 192).long()
+        assert torch.equal(rows, (torch.arange(3)[:, None] * 192 + tokens).flatten())
+        for name in ("blocks.0.attn.proj.weight", "blocks.11.mlp.fc1.weight"):
+            assert torch.equal((state[name][0] % 192).long(), tokens)
+        inside = state["blocks.2.mlp.fc1.bias"].long()
+        assert torch.equal((state["blocks.2.mlp.fc2.weight"][0] % 768).long(), inside)
+        assert not set((inside % 192).tolist()) <= set(tokens.tolist())
+        assert torch.equal(state["head.weight"][0] / (192 / 128), tokens.double())
+    assert chosen[0] != chosen[1]
+    assert 0.5 < vit.found.shared < 1.0
+
+
+@pytest.mark.slow
+def test_narrower_heads_take_the_first_channels_of_each() -> None:
+    pytest.importorskip("timm")
+    request = solved_request(replace(SMALL_VIT, split_factor=4))
+    assert dict(zip(request.width_names, request.widths or (), strict=True))["embed_dim"] == 96
+    parent = trained(SMALL_VIT).state_dict()
+    found = slices.cut(places_of(parent), request, networks=4, seed=3, source="P")
+    for state in found.states:
+        tokens = (state["cls_token"].flatten()).long().view(2, 48)
+        assert torch.equal(tokens % 64, torch.arange(48).expand(2, 48))
+
+
+@pytest.mark.slow
+def test_a_plan_that_is_wider_somewhere_than_the_parent_is_refused_by_tensor(vit: CutVit) -> None:
+    widths = dict(zip(vit.request.width_names, vit.request.widths or (), strict=True)) | {"mlp_ratio": 7.0}
+    request = replace(vit.request, widths=tuple(widths.values()))
+    with pytest.raises(UserError, match=r"^P: --arch timm/vit_tiny\S+ .* blocks.0.mlp.fc1.weight has 896 channels"):
+        slices.cut(vit.parent.state_dict(), request, networks=2, seed=3, source="P")
+
+
+@pytest.mark.slow
+def test_what_does_not_fit_together_is_refused_before_it_is_cut(vit: CutVit, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Here tokens by heads, and queries, keys and values by single channels."""
+    real = argument_slices._in_blocks
+
+    def unfused(sizes: tuple[int, int], widths: list[argument_slices.Width]) -> argument_slices.Dimension | None:
+        return None if sizes[0] == 3 * 192 else real(sizes, widths)
+
+    monkeypatch.setattr(argument_slices, "_in_blocks", unfused)
+    monkeypatch.setattr(argument_slices.Stage, "width", lambda self, before, after: argument_slices.Width(192, 128))
+    with pytest.raises(UserError, match=r"^P: --arch timm/vit_tiny\S+ .* does not give the parent's answers"):
+        slices.cut(vit.parent.state_dict(), vit.request, networks=2, seed=3, source="P")
 
 
 def test_an_undivided_network_takes_everything() -> None:

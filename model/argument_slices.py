@@ -343,12 +343,11 @@ class _NoNorms(TorchFunctionMode):
     ) -> Any:
         if func not in self.PLACES:
             return func(*args, **(kwargs or {}))
-        given = dict(enumerate(args))
         scale, shift, along = self.PLACES[func]
         features = torch.tanh(args[0])
-        for place, combine in ((scale, torch.mul), (shift, torch.add)):
-            value = (kwargs or {}).get("weight" if place == scale else "bias", given.get(place))
-            if place is not None and value is not None:
+        for name, place, combine in (("weight", scale, torch.mul), ("bias", shift, torch.add)):
+            value = (kwargs or {}).get(name, args[place] if place is not None and place < len(args) else None)
+            if value is not None:
                 shape = value.shape if along == -1 else (-1, *(1,) * (features.dim() - 2))
                 features = combine(features, value.reshape(shape))
         return features

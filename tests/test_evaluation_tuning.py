@@ -18,7 +18,7 @@ import torch
 from PIL import Image
 
 import eval as program
-from dataset import DataSource, held_out_digest
+from dataset import DataSource, ImageSet, held_out_digest
 from evaluation import answers as answers_module
 from evaluation import contenders, held_out, latency, tuning
 from evaluation import run as evaluation_run
@@ -30,6 +30,7 @@ from record.checkpoint import PARTIAL, load_checkpoint, save_checkpoint
 from tests.kills import at_call
 from tests.runs import Run, train
 from tests.tuned_run import digits, fitted_network, prepared, write_run
+from utils.errors import UserError
 
 ROOT = Path(__file__).parent.parent
 
@@ -320,6 +321,49 @@ def test_a_folder_to_tune_on(checkpoint: Path, tmp_path: Path, capsys: pytest.Ca
     assert read(tmp_path / "out" / "answers.json")["tuned_on"]["images"] == 120
     (folder / "eleven").mkdir()
     assert "do not know the class 'eleven'" in error(capsys, *common, "--model_dir", tmp_path / "more")
+
+
+def reporting(monkeypatch: pytest.MonkeyPatch, **changed: Any) -> None:
+    """The test split is opened with other fields."""
+    real = held_out.open_test_split
+    monkeypatch.setattr(
+        held_out, "open_test_split", lambda *args, **options: replace(real(*args, **options), **changed)
+    )
+
+
+def test_images_that_are_reported_are_none_to_tune_on(
+    checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Also by another way to the same file."""
+    source = digits()
+    folder = save_folder(tmp_path / "own", source.val.images[:101], source.val.targets[:101])
+    file = next(folder.rglob("7.png"))
+    (tmp_path / "reported").symlink_to(folder)
+    reported = ImageSet(targets=source.val.targets[7:8], paths=(tmp_path / "reported" / file.relative_to(folder),))
+    reporting(monkeypatch, test=reported)
+    line = error(
+        capsys, "--resume", checkpoint, "--tune", "cascade", "--tune_on", folder, "--model_dir", tmp_path / "o"
+    )
+    assert line.endswith("7.png is among the reported images too: give others.")
+    assert not list((tmp_path / "o").iterdir())
+
+
+@pytest.mark.slow
+def test_a_split_that_answers_were_fitted_on_is_not_reported(
+    tuned: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    reporting(monkeypatch, reported_sha256=digits().held_out_sha256)
+    line = error(capsys, "--resume", tuned / "model_best.tuned.pth.tar", "--model_dir", tmp_path)
+    assert "these are the images that the answers were fitted on" in line
+    assert os.listdir(tmp_path) == []
+
+
+def test_a_class_on_one_side_alone() -> None:
+    source = digits()
+    targets = source.test.targets
+    numbers = torch.cat([(targets != 9).nonzero().flatten(), (targets == 9).nonzero().flatten()[:1]])
+    with pytest.raises(UserError, match=r"--tune_on test:0\.4: the class '9' has too few images for both sides"):
+        split_test(replace(source, test=source.test.subset(numbers)), "test:0.4", 1)
 
 
 def test_the_digest_of_what_was_held_out() -> None:

@@ -53,6 +53,8 @@ FLOORS_OF_MODEL = (
     "fold",
     "cascade",
     "summary",
+    "kept_channels",
+    "argument_slices",
     "slices",
     "restore",
     "pretrained",

@@ -365,7 +365,7 @@ def notes(
     few = [row for row in rows if len(row.seeds) < 3]
     if few:
         said.append(f"Fewer than 3 seeds ({_list(few)}): spreads and intervals mean little.")
-    unseen = [row for row in rows if row.delta is not None and not row.delta.is_seen]
+    unseen = [row for row in rows if row.delta is not None and row.delta.low is not None and not row.delta.is_seen]
     if unseen:
         said.append(f"No difference seen to {rows[0].entry}: {_list(unseen)}.")
     said += [_why_not_equal(row) for row in rows if not row.is_equal]

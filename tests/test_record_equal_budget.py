@@ -152,6 +152,12 @@ def test_the_page_has_two_blocks_and_says_what_has_to_be_known(folders: list[Pat
         assert min(picture.size) > 800
 
 
+def test_of_one_seed_nothing_is_said_to_be_seen_or_not(folders: list[Path]) -> None:
+    rows = budget_rows([run for run in map(read_run, folders) if run.results["seed"] == 1])
+    assert all(row.delta is None or row.delta.low is None for row in rows)
+    assert "No difference seen" not in " ".join(notes(rows))
+
+
 def test_names_sizes_and_one_budget_may_be_given(folders: list[Path], tmp_path: Path) -> None:
     names = ["independent:1", "co_training:2@both", "batch_ensemble:4@macs+be_norm=member", "kd"]
     flags = ["--reference", "1020,100000", "--budget_of", "params", "--entries", " ".join(names)]

@@ -2,7 +2,8 @@
 
 `python -m script.draw_screens [--out miscs]` trains two small networks on digits in a pseudo-terminal and draws what it
 shows, in the middle of the run and at its end (screen_train.png, screen_end.png), and of their evaluation
-(screen_eval.png). A headless Chromium takes tensorboard.png, where there is one. Needs pyte (pyproject.toml, dev).
+(screen_eval.png). A headless Chromium takes tensorboard.png, where there is one with its driver and selenium. Needs
+pyte (pyproject.toml, dev).
 """
 
 import argparse
@@ -30,6 +31,9 @@ ROOT = Path(__file__).resolve().parent.parent
 BROWSERS = ("chromium", "chromium-browser", "google-chrome", "headless_shell")
 BACKGROUND, FOREGROUND, PROMPT = "#1e1e1e", "#d4d4d4", "#8ec07c"
 BLOCKS = {"█": "#7aa6da", "░": "#3a3a3a"}
+CLOSING = 'button[aria-label="Close side pane"]'  # of the settings, which lie beside the cards
+DRAWN, CARDS = "card-view line-chart", 5
+SHOWN = "tagFilter=eval/ensemble_(acc1%7Cnll)%7Ceval/dis%7Ctrain/(loss_ce%7Clearn)%7Cviews&smoothing=0"  # the cards
 TRAINING = "python train_split.py --dataset digits --arch resnet20 --split_factor 2 --epochs 12"
 
 
@@ -167,12 +171,31 @@ def tensorboard_of(run: Path) -> Iterator[str]:
 def photograph(run: Path, path: Path) -> bool:
     """TensorBoard's page of a run as a PNG; False where there is no browser for it."""
     browser = next(filter(None, map(shutil.which, BROWSERS)), None)
+    try:
+        from selenium import webdriver
+        from selenium.webdriver.common.by import By
+        from selenium.webdriver.support.wait import WebDriverWait
+    except ImportError:
+        return False
     if browser is None:
         return False
-    flags = ["--headless", "--no-sandbox", "--hide-scrollbars", "--window-size=1400,1000"]
-    flags.append("--virtual-time-budget=20000")  # milliseconds that the page has to draw itself
-    with tensorboard_of(run) as address:
-        subprocess.run([browser, *flags, f"--screenshot={path}", f"{address}/#timeseries"], check=True, timeout=120)
+    options = webdriver.ChromeOptions()
+    options.binary_location = browser
+    for flag in ("headless", "no-sandbox", "hide-scrollbars", "window-size=1500,1180", "no-first-run"):
+        options.add_argument(f"--{flag}")
+    for service in ("gpu", "background-networking", "component-update", "sync"):
+        options.add_argument(f"--disable-{service}")
+    driver = webdriver.Chrome(options, webdriver.ChromeService(shutil.which("chromedriver")))
+    try:
+        with tensorboard_of(run) as address:
+            driver.get(f"{address}/?{SHOWN}#timeseries")
+            patience = WebDriverWait(driver, 60)
+            patience.until(lambda page: page.find_element(By.CSS_SELECTOR, CLOSING)).click()
+            patience.until(lambda page: len(page.find_elements(By.CSS_SELECTOR, DRAWN)) >= CARDS)
+            time.sleep(2)  # curves move to where they belong
+            driver.save_screenshot(str(path))
+    finally:
+        driver.quit()
     return True
 
 
@@ -194,7 +217,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         evaluation = [sys.executable, str(ROOT / "eval.py"), "runs/digits", "--no_cuda"]
         draw(lines_of(run_in_terminal(typed, evaluation, folder).screen()), out / "screen_eval.png")
         if not photograph(folder / "runs" / "digits", out / "tensorboard.png"):
-            sys.stderr.write(f"draw_screens: none of {', '.join(BROWSERS)} is here: tensorboard.png stays as it is.\n")
+            sys.stderr.write(f"draw_screens: no {' or '.join(BROWSERS)}, or no selenium: tensorboard.png stays.\n")
     return 0
 
 

@@ -7,6 +7,7 @@ figure is of the last epoch, on the test images; DIR/table.md has mean and stand
 """
 
 import argparse
+import contextlib
 import json
 import statistics
 import subprocess
@@ -27,6 +28,7 @@ from utils.signals import Interruption
 from utils.text import fit_streams
 
 ROOT = Path(__file__).resolve().parent.parent
+PATIENCE = 60.0  # seconds that a stopped job has to write its checkpoint
 FIGURES = ("ensemble_acc1", "single_acc1", "ensemble_nll", "disagreement", "seconds", "bytes")
 TITLES = (
     "| | ensemble top-1 % | single top-1 % | ensemble NLL | disagreement % | wall time s | bytes in files | seeds |\n"
@@ -37,6 +39,13 @@ TITLES = (
 def program(name: str, *arguments: object) -> list[str]:
     """A command line of one of the project's programs."""
     return [sys.executable, str(ROOT / name), *map(str, arguments)]
+
+
+def wait_for(process: subprocess.Popen[bytes]) -> int:
+    """Its exit code. Waits in short turns: a signal that comes just before a long one would be seen at its end."""
+    while True:
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            return process.wait(timeout=1.0)
 
 
 def run_together(commands: Sequence[list[str]], folder: Path) -> str:
@@ -51,12 +60,15 @@ def run_together(commands: Sequence[list[str]], folder: Path) -> str:
         for number, command in enumerate(commands):
             with (folder / f"{number}.out").open("w") as out, (folder / f"{number}.err").open("w") as err:
                 started.append(subprocess.Popen(command, cwd=ROOT, stdout=out, stderr=err))
-        codes = [process.wait() for process in started]
+        codes = [wait_for(process) for process in started]
     except BaseException:  # a job that went on alone would be in the way of the same command, given again
         for process in started:
             process.terminate()
         for process in started:
-            process.wait()
+            try:
+                process.wait(timeout=PATIENCE)
+            except subprocess.TimeoutExpired:
+                process.kill()
         raise
     if any(codes):
         number = next(i for i, code in enumerate(codes) if code)

@@ -263,7 +263,7 @@ def test_mistakes(checkpoint, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     for flags, message in (
         (("--out", tmp_path / "a.onnx"), "ONNX needs the package onnx: pip install"),
-        (("--out", tmp_path / "a.zip"), "expected a name that ends in .pt2 or .onnx"),
+        (("--out", tmp_path / "a.zip"), "expected a name that ends in .onnx or .pt2"),
         (("--out", tmp_path / "no" / "a.pt2"), "does not exist"),
         (("--batch_sizes", 0), "--batch_sizes"),
         (("--wieghts", "raw"), "Did you mean 'weights'?"),

@@ -95,7 +95,7 @@ class Forked:
         hook = killed_in_step(6, model) if is_killed and model is not None else None
         self.run = Run(command[2:], self.files[0].parent / "streams", module=Path(command[1]).stem, before=hook)
 
-    def wait(self) -> int:
+    def wait(self, timeout: float | None = None) -> int:
         ended = self.run.wait()
         for file, text in zip(self.files, (ended.stdout, ended.stderr), strict=True):
             file.write_text(text)

@@ -99,9 +99,16 @@ def export_ensemble(
         a program: images [B, C, H, W] -> (scores [B, K] that order the classes as the ensemble does, logits [S, B, K]),
         and with `log_probs` the probabilities [B, K].
     """
-    folded = lay_out(fold_batch_norm(network, image_shape), torch.contiguous_format)
+    folded = folded_for_export(network, image_shape)
     dtype = next(folded.parameters()).dtype if prepare is None else torch.uint8
     return for_any_batch(Ensemble(folded, rule, prepare, log_probs), image_shape, dtype)
+
+
+def folded_for_export(network: SplitNet, image_shape: Sequence[int]) -> SplitNet:
+    """A copy with batch norm folded, in the layout of every exported program."""
+    folded = fold_batch_norm(network, image_shape)
+    assert isinstance(folded, SplitNet)
+    return lay_out(folded, torch.contiguous_format)
 
 
 def for_any_batch(module: nn.Module, image_shape: Sequence[int], dtype: torch.dtype) -> ExportedProgram:
@@ -117,6 +124,17 @@ def program_bytes(program: ExportedProgram, metadata: Mapping[str, Any]) -> byte
     buffer = io.BytesIO()
     torch.export.save(program, buffer, extra_files={METADATA: json.dumps(plain_json(metadata))})
     return buffer.getvalue()
+
+
+def file_bytes(
+    program: ExportedProgram, suffix: str, metadata: Mapping[str, Any], outputs: Sequence[str] = OUTPUTS
+) -> bytes:
+    """Contents of a file whose name ends in `suffix`, .onnx or .pt2, which names no outputs.
+
+    Raises:
+        UserError: a package for .onnx is missing.
+    """
+    return onnx_bytes(program, metadata, outputs) if suffix == ".onnx" else program_bytes(program, metadata)
 
 
 def onnx_bytes(program: ExportedProgram, metadata: Mapping[str, Any], outputs: Sequence[str] = OUTPUTS) -> bytes:

@@ -18,12 +18,10 @@ from torch.export import ExportedProgram
 
 from evaluation import run_cascade
 from evaluation.answers import Answers
-from evaluation.export import for_any_batch, onnx_bytes, own_warnings_ignored, program_bytes, require
+from evaluation.export import file_bytes, folded_for_export, for_any_batch, own_warnings_ignored, require
 from evaluation.selective import plogp
-from model.fold import fold_batch_norm
 from model.splitnet import SplitNet
 from utils.plain_json import plain_json
-from utils.precision import lay_out
 
 CASCADE_OUTPUTS = ("ensemble", "networks")
 RUNNER = "run_cascade.py"
@@ -108,9 +106,7 @@ def export_cascade(network: SplitNet, answers: Answers, image_shape: Sequence[in
     """
     cascade = answers.cascade
     assert cascade is not None
-    folded = fold_batch_norm(network, image_shape)
-    assert isinstance(folded, SplitNet)
-    lay_out(folded, torch.contiguous_format)
+    folded = folded_for_export(network, image_shape)
     flat = FlatCascade([folded.models[s] for s in cascade.order], answers).eval()
     example_1CHW = torch.zeros(1, *image_shape)
     with torch.no_grad():
@@ -135,16 +131,12 @@ def cascade_files(
     """
     cascade = answers.cascade
     assert cascade is not None
-    folded = fold_batch_norm(network, image_shape)
-    assert isinstance(folded, SplitNet)
-    lay_out(folded, torch.contiguous_format)
+    folded = folded_for_export(network, image_shape)
     dtype = next(folded.parameters()).dtype
     files = {}
     for s, one in enumerate(folded.models):
         program, about = for_any_batch(one, image_shape, dtype), {**metadata, "network": s + 1}
-        files[f"network_{s + 1}{suffix}"] = (
-            onnx_bytes(program, about, ("logits",)) if suffix == ".onnx" else program_bytes(program, about)
-        )
+        files[f"network_{s + 1}{suffix}"] = file_bytes(program, suffix, about, ("logits",))
     order = cascade.order
     own, of_stages = answers.network_temperatures(), answers.stage_temperatures()
     manifest = {

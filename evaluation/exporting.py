@@ -25,9 +25,8 @@ from evaluation.export import (
     LogProbs,
     Normalise,
     export_ensemble,
+    file_bytes,
     load_exported,
-    onnx_bytes,
-    program_bytes,
     require,
 )
 from evaluation.export_cascade import (
@@ -263,8 +262,7 @@ def export_all(session: Session, out: Path, dtype: str, tolerance: float, batch_
     if log_probs is not None:
         metadata["outputs"]["probabilities"] = "[B, K], by the temperatures of `answers`"
     program = export_ensemble(session.network, session.rule, (3, crop, crop), prepare, log_probs)
-    is_onnx = out.suffix == ".onnx"
-    contents = onnx_bytes(program, metadata, outputs) if is_onnx else program_bytes(program, metadata)
+    contents = file_bytes(program, out.suffix, metadata, outputs)
 
     def judge(written: Path) -> tuple[list[Difference], bool]:
         images = comparison_images(session, batch_sizes, dtype)
@@ -322,10 +320,7 @@ def export_by_cascade(
         metadata["input"] = "image [1, 3, crop, crop], float32: RGB / 255, minus mean, by std"
         metadata["answers"] = answers.as_dict()
         program = export_cascade(session.network, answers, (3, crop, crop))
-        if out.suffix == ".onnx":
-            contents = onnx_bytes(program, metadata, CASCADE_OUTPUTS)
-        else:
-            contents = program_bytes(program, metadata)
+        contents = file_bytes(program, out.suffix, metadata, CASCADE_OUTPUTS)
         (source, found), agrees = write_if(out, contents, lambda path: judged(load_cascade(path)))
     else:
         metadata["outputs"]["probabilities"] = "[B, K], by the temperatures of the stages"

@@ -3,7 +3,6 @@
 A goal is met by the mean over seeds. Everything was tuned on held-out images only; figures are of the test images.
 """
 
-import json
 import statistics
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -15,7 +14,8 @@ from evaluation.files import written
 from evaluation.options import CONFIDENCES
 from record.checkpoint import write_file
 from record.plots import COLOURS
-from record.run_folder import RESULTS
+from record.run_folder import as_json, read_results
+from record.runs import Spread
 from script.answers_times import threshold_text
 from utils.errors import UserError
 from utils.text import fit_streams
@@ -27,11 +27,6 @@ NAMES = {
     "cifar": "CIFAR-10, resnet20, S = 2",
     "small": "CIFAR-10 at 16 x 16, WRN-16-4, S = 4",
 }
-
-
-def read_json(path: Path) -> Any:
-    """A file's contents; None where it is not there."""
-    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,20 +54,18 @@ class Seed:
     @classmethod
     def read(cls, folder: Path) -> "Seed | None":
         """None where nothing was tuned yet."""
-        tuned = {name: read_json(folder / name / RESULTS) for name in CONFIDENCES}
-        if not all((found or {}).get("cascade") for found in tuned.values()):
+        tuned = {name: read_results(folder / name) or {} for name in CONFIDENCES}
+        if not all(found.get("cascade") for found in tuned.values()):
             return None
         margin = tuned["margin"]
-        evaluated = {
-            name: read_json(folder / "distill" / f"eval_{name}" / RESULTS) or {} for name in ("student", "plain")
-        }
+        evaluated = {name: read_results(folder / "distill" / f"eval_{name}") or {} for name in ("student", "plain")}
         return cls(
             seed=int(folder.name.rpartition("seed")[2]),
             rows={name: found["cascade"]["rows"] for name, found in tuned.items()},
             networks=[row["acc1"] for row in margin["networks"]],
             dominates=margin["cascade"]["dominates_undivided"] is not None,
-            window=read_json(folder / "window" / RESULTS),
-            times=read_json(folder / "times.json"),
+            window=read_results(folder / "window"),
+            times=read_results(folder, "times.json"),
             student=evaluated["student"].get("ensemble_acc1"),
             plain=evaluated["plain"].get("ensemble_acc1"),
         )
@@ -233,10 +226,7 @@ def _dominates(seed: Seed) -> float:
 
 def spread(values: Sequence[float]) -> str:
     """Mean ± sample standard deviation."""
-    if not values:
-        return "–"
-    mean = f"{statistics.fmean(values):.3f}"
-    return f"{mean} ± {statistics.stdev(values):.3f}" if len(values) > 1 else mean
+    return Spread.of(values).text(3) if values else "–"
 
 
 def goals_table(found: Sequence[Condition]) -> str:
@@ -386,7 +376,7 @@ def main(arguments: Sequence[str]) -> int:
         }
         contents = {"goals": [one.as_dict() for one in found], "timed": conditions_of_times}
         write_file(out / "goals.md", text + "\n")
-        write_file(out / "goals.json", json.dumps(contents, indent=2) + "\n")
+        write_file(out / "goals.json", as_json(contents))
         for name, seeds in sets.items():
             with written(out / f"{name}.png") as path:
                 plot(name, seeds, path)

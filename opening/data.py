@@ -39,16 +39,17 @@ def start_images(config: Config, start: Start | None, resumed: Resumed | None) -
     return {} if wanted is None else image_flags(wanted)
 
 
-def open_shared_source(config: Config, world: World, own_size: int | None = None) -> DataSource:
-    """Open the data set, in process 0 first, because it may download archives or measure statistics.
+def source_request(config: Config, cache_dir: Path, own_size: int | None = None) -> SourceRequest:
+    """What the flags ask for of the data.
 
     Args:
-        own_size: side in pixels of the images that pretrained weights want, where --crop_size says no other.
+        cache_dir: where what is found out about the data is kept.
+        own_size: side in pixels where --crop_size says no other.
     """
-    request = SourceRequest(
+    return SourceRequest(
         dataset=config.dataset,
         root=Path(config.data),
-        cache_dir=Path(config.model_dir),
+        cache_dir=cache_dir,
         num_classes=config.num_classes,
         crop_size=config.given.get("crop_size", own_size),
         seed=config.seed or 0,
@@ -60,6 +61,15 @@ def open_shared_source(config: Config, world: World, own_size: int | None = None
         on_bad_image=config.on_bad_image,
         workers=config.workers,
     )
+
+
+def open_shared_source(config: Config, world: World, own_size: int | None = None) -> DataSource:
+    """Open the data set, in process 0 first, because it may download archives or measure statistics.
+
+    Args:
+        own_size: side in pixels of the images that pretrained weights want, where --crop_size says no other.
+    """
+    request = source_request(config, Path(config.model_dir), own_size)
     source = distributed.main_first(world, partial(open_source, request), what="opened the data")
     if config.class_map is not None:
         source = with_names(source, config.class_map)

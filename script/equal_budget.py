@@ -17,13 +17,14 @@ from typing import Any
 
 import torch
 
-from dataset import SourceRequest, open_source
+from dataset import open_source
 from method import Method, method_options, methods
 from method.costs import training_macs
 from model import BackboneRequest, backbones, build_splitnet
 from model.budget import budget_widths
 from model.division.resizing import undivided_request
 from model.splitnet import SplitNet
+from opening.data import source_request
 from parser_params import Config, parse_config, resolve_config
 from recipe.datasets import ROWS
 from record.equal_budget import BUDGETS, TRAININGS, is_within
@@ -196,23 +197,7 @@ class Planner:
         row = ROWS.get(config.dataset)
         if row is not None and row.num_classes is not None:
             return row.num_classes, config.dataset, None
-        source = open_source(
-            SourceRequest(
-                dataset=config.dataset,
-                root=Path(config.data),
-                cache_dir=self.cache,
-                num_classes=config.num_classes,
-                crop_size=config.given.get("crop_size"),
-                seed=config.seed or 0,
-                val_fraction=config.val_fraction,
-                test_fraction=config.test_fraction,
-                image_column=config.image_column,
-                label_column=config.label_column,
-                split_column=config.split_column,
-                on_bad_image=config.on_bad_image,
-                workers=config.workers,
-            )
-        )
+        source = open_source(source_request(config, self.cache))
         return len(source.classes), source.recipe, source.crop_size
 
     def _words(self, entry: Entry, own: Sequence[str]) -> list[str]:

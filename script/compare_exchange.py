@@ -24,7 +24,7 @@ from script.small_images import take
 from training.exchange import LOG
 from utils.command_line import OneLineParser, at_least, several_at_least
 from utils.errors import Interrupted, RunError, UserError, reason
-from utils.signals import Interruption
+from utils.signals import Interruption, held
 from utils.text import fit_streams
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -58,8 +58,10 @@ def run_together(commands: Sequence[list[str]], folder: Path) -> str:
     started: list[subprocess.Popen[bytes]] = []
     try:
         for number, command in enumerate(commands):
-            with (folder / f"{number}.out").open("w") as out, (folder / f"{number}.err").open("w") as err:
-                started.append(subprocess.Popen(command, cwd=ROOT, stdout=out, stderr=err))
+            out, err = folder / f"{number}.out", folder / f"{number}.err"
+            # held: a signal while one starts would leave it out of the list of those to stop
+            with out.open("w") as stdout, err.open("w") as stderr, held():
+                started.append(subprocess.Popen(command, cwd=ROOT, stdout=stdout, stderr=stderr))
         codes = [wait_for(process) for process in started]
     except BaseException:  # a job that went on alone would be in the way of the same command, given again
         for process in started:
@@ -69,6 +71,7 @@ def run_together(commands: Sequence[list[str]], folder: Path) -> str:
                 process.wait(timeout=PATIENCE)
             except subprocess.TimeoutExpired:
                 process.kill()
+                process.wait()
         raise
     if any(codes):
         number = next(i for i, code in enumerate(codes) if code)
@@ -189,7 +192,8 @@ def main(argv: list[str] | None = None) -> int:
     common += ["--crop_size", given.side, "--padding", 2, "--amp_dtype", "fp32", "--eval_per_epoch", given.epochs]
     found: dict[str, list[dict[str, Any]]] = {way: [] for way in given.ways.split(",")}
     try:
-        with Interruption():
+        with Interruption() as signals:
+            signals.release()  # what started this may have held them
             make_out(given.out)
             take(given.data, part, train=given.images, test=given.test_images, side=given.side)
             for seed in given.seeds:

@@ -52,6 +52,8 @@ def _child(
 
     import torch
 
+    # the fork server holds them where a test's decoding workers were the first to need it
+    signal.pthread_sigmask(signal.SIG_SETMASK, [])
     if own_group:
         os.setsid()
     os.chdir(ROOT)

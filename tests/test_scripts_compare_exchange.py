@@ -64,8 +64,9 @@ def test_the_first_of_several_jobs_is_heard_and_one_that_failed_is_named(tmp_pat
 
 
 def wait_forever(started: Path) -> None:
-    """Every program of the comparison writes its number into a folder and waits."""
-    code = "import os, pathlib, sys, time; pathlib.Path(sys.argv[1], str(os.getpid())).touch(); time.sleep(600)"
+    """Every program of the comparison lets signals through, writes its number into a folder and waits."""
+    code = "import os, pathlib, signal, sys, time; signal.pthread_sigmask(signal.SIG_SETMASK, []); "
+    code += "pathlib.Path(sys.argv[1], str(os.getpid())).touch(); time.sleep(600)"
     compare_exchange.program = lambda *_: [sys.executable, "-c", code, str(started)]
 
 

@@ -89,7 +89,7 @@ equal_budget() {
         (start train_split.py "${words[@]}" </dev/null) >&3
         ;;
       time)
-        if [ "$LATENCY" = 0 ] || [ -f "$folder/latency/results.json" ]; then continue; fi
+        if [ "$LATENCY" = 0 ] || [ -f "$folder/latency/latency.json" ]; then continue; fi
         echo "== how fast: $name" >&2
         (start eval.py --resume "$rest" --benchmark --model_dir "$folder/latency" </dev/null) >&3
         ;;

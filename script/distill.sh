@@ -28,7 +28,8 @@ python=$(find_python)
 rows=()
 evaluated() { # evaluated LABEL RUN_DIR NAME: the figures and latency of its best checkpoint, once
   local folder=$out/eval_$3
-  [ -f "$folder/results.json" ] || "$python" "$PROJECT/eval.py" --resume "$2/model_best.pth.tar" --benchmark \
+  # latency.json comes last: an evaluation that was killed before it has results without times
+  [ -f "$folder/latency.json" ] || "$python" "$PROJECT/eval.py" --resume "$2/model_best.pth.tar" --benchmark \
     --model_dir "$folder" >/dev/null
   rows+=("$1=$2:$folder")
 }

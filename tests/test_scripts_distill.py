@@ -1,6 +1,8 @@
 """script/distill.py: a run's settings as those of its student, and the table."""
 
 import json
+import os
+import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -73,3 +75,17 @@ def test_the_table_has_a_row_for_each_run(tmp_path: Path) -> None:
     lines = table(entries).splitlines()
     assert lines[2] == "| teacher | 91.00 | 0.5000 | 0.0200 | 0.1250 | 1,234 | 56 | 1.23 | 8 |"
     assert lines[3] == "| student | 90.25 | 0.5000 | 0.0200 |  | 1,234 | 56 | 1.23 | 8 |"
+
+
+def test_an_evaluation_killed_before_its_times_is_made_again(tmp_path: Path) -> None:
+    run, log, python = tmp_path / "run", tmp_path / "log", tmp_path / "python"
+    python.write_text(f'#!/bin/sh\n[ "$1" = -c ] || echo "$*" >> "{log}"\n')
+    python.chmod(0o755)
+    for name in ("eval_teacher", "eval_student"):
+        (run / "distill" / name).mkdir(parents=True)
+        (run / "distill" / name / "results.json").touch()
+    (run / "distill" / "eval_teacher" / "latency.json").touch()
+    command = [Path(__file__).parent.parent / "script" / "distill.sh", run]
+    subprocess.run(command, env={**os.environ, "PYTHON": str(python)}, check=True, capture_output=True)
+    evaluated = [line.split() for line in log.read_text().splitlines() if "--benchmark" in line]
+    assert [words[words.index("--model_dir") + 1] for words in evaluated] == [str(run / "distill" / "eval_student")]

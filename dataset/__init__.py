@@ -8,7 +8,7 @@ import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol, Self
+from typing import TYPE_CHECKING, Any, Protocol, Self
 
 from recipe.datasets import ROWS, Statistic
 from utils.errors import UserError
@@ -206,6 +206,7 @@ class SourceRequest:
         workers: processes for decoding many files while opening; 0 decodes in this one.
         download: whether missing archives may be fetched.
         image_column, label_column, split_column: of a table; None: guessed.
+        once: does a work that all processes of a machine would do alike, `utils.neighbours.once_per_machine`.
     """
 
     dataset: str
@@ -226,6 +227,7 @@ class SourceRequest:
     image_column: str | None = None
     label_column: str | None = None
     split_column: str | None = None
+    once: Callable[[Callable[[], dict[str, Any]]], dict[str, Any]] = field(default=lambda work: work(), compare=False)
 
 
 SourceBuilder = Callable[[SourceRequest], DataSource]

@@ -9,6 +9,7 @@ import statistics
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -211,25 +212,17 @@ def _decode(
     bad_images: dict[Path, str],
 ) -> ImageSet:
     """The files as uint8 [N, 3, side, side] in memory, without those that cannot be read: these go to `bad_images`."""
-    images = torch.empty((len(files), 3, side, side), dtype=torch.uint8)
-    kept: list[int] = []
-    loader = _cut(files, side, side, request)
-    for batch in loader:
-        images[len(kept) : len(kept) + len(batch.images)] = batch.images
-        kept += batch.indices_B.tolist()
-    targets = files.targets[kept]
-    if loader.bad_images:
-        bad_images.update(loader.bad_images)
-        path, why = next(iter(loader.bad_images.items()))
+    decoded = request.once(lambda: _read(files, side, request))
+    images, targets = decoded["images"], files.targets[decoded["kept"]]
+    bad = {Path(path): why for path, why in decoded["bad"].items()}
+    if bad:
+        bad_images.update(bad)
+        path, why = next(iter(bad.items()))
         logger.warning(
-            "--on_bad_image skip left out %d of %d files, first %s: %s",
-            len(loader.bad_images),
-            len(files),
-            escaped(path),
-            why,
+            "--on_bad_image skip left out %d of %d files, first %s: %s", len(bad), len(files), escaped(path), why
         )
         emptied = sorted(set(files.targets.tolist()) - set(targets.tolist()))
-        if emptied and (split == "train" or not kept):
+        if emptied and (split == "train" or not len(targets)):
             raise UserError(
                 f"No image of the class {classes[emptied[0]]!r} can be read, such as {path}. Mend its files."
             )
@@ -240,7 +233,22 @@ def _decode(
                 len(emptied),
                 classes[emptied[0]],
             )
-    return ImageSet(targets=targets, images=images[: len(kept)])
+    return ImageSet(targets=targets, images=images)
+
+
+def _read(files: ImageSet, side: int, request: SourceRequest) -> dict[str, Any]:
+    """uint8 "images" [M, 3, side, side], int64 "kept" [M], their indices, and "bad", why a file cannot be read by path.
+
+    Plain values and tensors, which a process can hand to others.
+    """
+    images = torch.empty((len(files), 3, side, side), dtype=torch.uint8)
+    kept: list[int] = []
+    loader = _cut(files, side, side, request)
+    for batch in loader:
+        images[len(kept) : len(kept) + len(batch.images)] = batch.images
+        kept += batch.indices_B.tolist()
+    bad = {os.fspath(path): why for path, why in loader.bad_images.items()}
+    return {"images": images[: len(kept)], "kept": torch.tensor(kept, dtype=torch.int64), "bad": bad}
 
 
 def _measure(train: ImageSet, crop: int, request: SourceRequest) -> tuple[Statistic, Statistic]:

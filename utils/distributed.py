@@ -173,15 +173,27 @@ def main_alone(world: World, work: Callable[[], T], *, what: str) -> T | None:
     """
     if world.store is None:
         return work()
-    key = f"done first/{next(world.waits)}"
+    store, key = world.store, f"done first/{next(world.waits)}"
     if world.is_main:
         result = work()
-        world.store.set(key, "")
+        store.set(key, "")
         return result
+    wait_until(lambda: store.check([key]), f"process 0 has not {what}")
+    return None
+
+
+def wait_until(is_so: Callable[[], bool], not_yet: str) -> None:
+    """Look until something is so that other processes say in the store; `is_so` must not wait there itself.
+
+    Args:
+        not_yet: what is the matter as long as it is not, as the beginning of "… after 12 hours."
+
+    Raises:
+        RunError: it is not so after PATIENCE.
+    """
     deadline, pause = time.monotonic() + PATIENCE, INTERVAL / 256
-    while not world.store.check([key]):
+    while not is_so():
         if time.monotonic() > deadline:
-            raise RunError(f"process 0 has not {what} after {PATIENCE / 3600:.0f} hours.")
+            raise RunError(f"{not_yet} after {PATIENCE / 3600:.0f} hours.")
         time.sleep(pause)  # not in the store, which the heartbeat needs meanwhile
         pause = min(2 * pause, INTERVAL)
-    return None

@@ -34,6 +34,7 @@ logger = logging.getLogger(__name__)
 PUBLISHED_PREFIX = "module."  # of every tensor of a released checkpoint
 # Entries of checkpoints like Cream's released ones, whose `arch` is the name of a run or of another library's network.
 FOREIGN = frozenset({"state_dict_ema", "args", "version"})
+LARGEST = 2**63 - 1  # of a number in a file; Python reads longer ones, which become no float
 _NETWORK_KEY = re.compile(r"^models\.(\d+)\.")
 
 
@@ -254,8 +255,15 @@ def stored_plan(content: Mapping[str, Any], source: str) -> dict[str, Any]:
     way = _entry(content, "way", str, source) or ""
     if way not in ("", CHANNELS, ARGUMENTS):
         raise UserError(f"{source}: its entry 'way' is damaged: {one_line(way)[:40]!r}.")
+    widths = stored_widths(content, source)
+    # a part of a plan is never completed by solving again: the solver would find the plan of another network
+    if (way and not widths) or (names and not way) or (way == ARGUMENTS and len(names) != len(widths or ())):
+        raise UserError(
+            f"{source}: the plan of its networks is damaged: way {way!r}, {len(widths or ())} 'widths' and "
+            f"{len(names)} 'width_names', expected a way and as many of both."
+        )
     return {
-        "widths": stored_widths(content, source),
+        "widths": widths,
         "way": way,
         "width_names": tuple(names),
         "library": one_line(_entry(content, "library", str, source) or "")[:40],
@@ -270,7 +278,7 @@ def stored_widths(content: Mapping[str, Any], source: str) -> tuple[float, ...] 
         UserError: they are none.
     """
     values = _entry(content, "widths", list, source)
-    if values is not None and not all(isinstance(value, float | int) and value > 0 for value in values):
+    if values is not None and not all(_is_number(value) and value > 0 for value in values):
         raise UserError(f"{source}: its entry 'widths' is damaged: expected positive numbers.")
     return tuple(values) if values else None
 
@@ -387,13 +395,22 @@ def _load(network: SplitNet, state: Mapping[str, Tensor], complaint: str, *, hea
 def _entry(values: Mapping[str, Any], key: str, kind: Any, source: str) -> Any:
     """An entry of the file, None where it is missing."""
     value = values.get(key)
-    if value is not None and not isinstance(value, kind):
+    if value is None:
+        return None
+    if isinstance(value, int) and not _is_number(value):  # its digits are not even to be printed
+        raise UserError(f"{source}: its entry {key!r} is damaged: a number of {value.bit_length()} bits.")
+    if not isinstance(value, kind):
         raise UserError(f"{source}: its entry {key!r} is damaged: {str(value)[:40]!r}.")
     return value
 
 
+def _is_number(value: Any) -> bool:
+    """Whether something is a number that computers count with: an integer of 64 bits, or a finite float."""
+    return isinstance(value, float | int) and -LARGEST <= value <= LARGEST
+
+
 def _per_channel(content: Mapping[str, Any], key: str, source: str) -> tuple[float, ...] | None:
     values = _entry(content, key, list, source)
-    if values is not None and not (len(values) == 3 and all(isinstance(value, float | int) for value in values)):
+    if values is not None and not (len(values) == 3 and all(map(_is_number, values))):
         raise UserError(f"{source}: its entry {key!r} is damaged: expected three numbers.")
     return None if values is None else tuple(map(float, values))

@@ -11,7 +11,7 @@ from torch import nn
 
 from model import BackboneRequest, backbones, build_network, solved_request
 from model.division.arguments import Arguments, Structure, divide, grouped, leaf_kind, pattern
-from model.division.fitting import fitted_arguments, image_arguments
+from model.division.fitting import fitted_arguments, image_arguments, sizes_around
 from model.division.plan import division_plan
 from model.division.recording import Recording, watched_constructor
 from model.library import rates_of
@@ -181,6 +181,10 @@ def test_a_plan_is_rebuilt_without_the_solver(monkeypatch):
         ({"widths": (128.5, 2)}, "embed_dim of 128.5 cannot be"),
         ({"widths": (128, math.nan)}, "num_heads of nan cannot be"),
         ({"width_names": ("embed_dim", "norm_layer")}, "no argument norm_layer"),
+        (
+            {"width_names": ("embed_dim", "dims.0"), "library": f"timm {timm.__version__}"},
+            r"no argument dims\.0 there.*damaged\.$",
+        ),
     ],
 )
 def test_a_damaged_plan_builds_nothing(changes, message):
@@ -208,6 +212,7 @@ def test_image_sizes():
         UserError, match=r"--crop_size 200: does not run: .*patch size.*Sizes that it takes: 192, 224\."
     ):
         solved_request(request_for("torchvision/vit_b_32", 2, 200))
+    assert [len(list(sizes)) for sizes in sizes_around({"patch_size": 16}, 10**9)] == [32, 8]  # each is a build
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,6 @@
 """Networks come back from every kind of checkpoint, and what does not fit is named in one line."""
 
+import math
 import sys
 import types
 from dataclasses import replace
@@ -269,6 +270,11 @@ def test_weights_of_another_structure(ours, damage):
         ("state_dict", {}, "holds no networks"),
         ("widths", [1, "x"], "'widths'.*damaged.*positive numbers"),
         ("widths", 3, "'widths' is damaged"),
+        ("widths", [math.inf], "'widths'.*damaged.*positive numbers"),
+        ("widths", [10**400], "'widths'.*damaged.*positive numbers"),
+        ("way", "channels", "plan .* damaged: way 'channels', 0 'widths' and 0 'width_names'"),
+        ("width_names", ["embed_dim"], "plan .* damaged: way '', 0 'widths' and 1 'width_names'"),
+        pytest.param("best_acc1", 10**400, "'best_acc1' is damaged: a number of 1329 bits", id="best_acc1-long"),
         ("state_dict", {"module.models.1.fc.weight": torch.zeros(2, 2)}, "holds no networks"),
         ("config", "x", "'config' is damaged"),
         ("config", {"arch": 3}, "'arch' is damaged"),
@@ -277,6 +283,7 @@ def test_weights_of_another_structure(ours, damage):
         ("config", {"arch": "resnet0"}, "--arch 'resnet0'.*not a known"),
         ("crop_size", "16", "'crop_size' is damaged"),
         ("mean", [1, 2], "'mean'.*damaged.*three numbers"),
+        ("mean", [1, 2, 10**400], "'mean'.*damaged.*three numbers"),
         ("std", "abc", "'std' is damaged"),
         ("std", [1, 2, "x"], "'std'.*damaged.*three numbers"),
         ("epoch", "x", "'epoch' is damaged"),

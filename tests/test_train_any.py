@@ -1,7 +1,9 @@
 """Networks of libraries divided by 2, through a whole life: a step, resume, evaluation, export, summary."""
 
 import json
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -11,6 +13,7 @@ import train_split
 from evaluation.export import load_exported
 from evaluation.exporting import main as export
 from model import SplitNet
+from model.library import Library
 from model.restore import restore_splitnet
 from record.checkpoint import load_checkpoint
 from record.run_folder import read_results
@@ -115,3 +118,47 @@ def test_one_of_a_class_lives(
     arch: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], logging_restored: None
 ) -> None:
     live(arch, OTHERS[arch], tmp_path, capsys)
+
+
+def without(content: dict[str, Any], *names: str) -> dict[str, Any]:
+    return {name: value for name, value in content.items() if name not in names}
+
+
+@pytest.mark.slow
+def test_a_damaged_plan_is_one_line_of_every_command(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], logging_restored: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nothing is solved again in place of what is missing, and nothing is built of numbers that cannot be."""
+    train("timm/test_vit", tmp_path / "run", 32, "--max_steps", "1")
+    checkpoint = tmp_path / "run" / "checkpoint_0_1.pth.tar"
+    whole = load_checkpoint(checkpoint)
+    names, widths = whole["width_names"], whole["widths"]
+    damaged = {
+        "0 'widths' and 4 'width_names'": without(whole, "widths"),
+        "4 'widths' and 0 'width_names'": without(whole, "width_names"),
+        "way ''": without(whole, "way"),
+        "expected positive numbers": whole | {"widths": [-widths[0], *widths[1:]]},
+        "'widths' is damaged": whole | {"widths": "48"},
+        "of 1e+09 cannot be": whole | {"widths": [10**9, *widths[1:]]},
+        "positive numbers.": whole | {"widths": [10**400, *widths[1:]]},
+        "no argument dims.0 there": whole | {"width_names": ["dims.0", *names[1:]]},
+    }
+    bad = tmp_path / "bad.pth.tar"
+    words = [*BASE.split(), "--arch", "timm/test_vit", "--split_factor", "2", "--crop_size", "32", "--max_steps", "2"]
+    commands: dict[str, Callable[[], int]] = {
+        "eval.py": lambda: evaluation.main(["--resume", str(bad), "--workers", "0", "--no_cuda"]),
+        "export.py": lambda: export([str(bad), "--out", str(tmp_path / "all.pt2")]),
+        "train_split.py": lambda: train_split.main(
+            [*words, "--model_dir", str(tmp_path / "again"), "--resume", str(bad)]
+        ),
+    }
+    monkeypatch.setattr(Library, "plan", None)  # nothing is solved
+    for line, content in damaged.items():
+        torch.save(content, bad)
+        for name, command in commands.items():
+            capsys.readouterr()
+            assert command() == 2, (name, line)
+            *_, last = capsys.readouterr().err.strip().splitlines()
+            assert last.startswith(f"{name}: ")
+            assert line in last
+    assert not (tmp_path / "all.pt2").exists()

@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping
 from model.division.arguments import PATCH, WINDOW, Changes, last_name, leaf_kind
 
 SMALL_IMAGE = 64  # up to this side in pixels, patches and windows are fitted
+SMALLER, LARGER = 32, 8  # sizes that are tried below and above one that a network does not take
 
 
 def image_arguments(leaves: Mapping[str, int | float], crop_size: int) -> Changes:
@@ -43,10 +44,13 @@ def _largest_divisor(number: int, most: int) -> int:
 
 
 def sizes_around(leaves: Mapping[str, int | float], crop_size: int) -> tuple[Iterator[int], Iterator[int]]:
-    """Smaller and larger sides that a network may take, the nearest first: in steps of 32 windows, or of the patch."""
+    """Smaller and larger sides that a network may take, the nearest first: in steps of 32 windows, or of the patch.
+
+    They end, because each is tried by building the network: any number may stand in a file.
+    """
     window = next((int(value) for name, value in leaves.items() if last_name(name) == WINDOW and value > 1), None)
     patch = next((int(value) for name, value in leaves.items() if last_name(name) == PATCH and value > 1), 32)
     step = 32 * window if window else patch
     below = (crop_size - 1) // step * step
     above = (crop_size // step + 1) * step
-    return iter(range(below, 0, -step)), iter(range(above, above + 8 * step, step))
+    return iter(range(below, max(0, below - SMALLER * step), -step)), iter(range(above, above + LARGER * step, step))

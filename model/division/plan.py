@@ -93,6 +93,11 @@ def checked_arguments(
         raise UserError(f"--arch {request.arch}: the plan has {len(names)} names and {len(widths)} widths.")
     unknown = next((name for name in names if name not in leaves), None)
     if unknown is not None:
+        if request.library == version:
+            raise UserError(
+                f"--arch {request.arch}: the plan was made with {version}, which has no argument {unknown[:60]} there: "
+                "the file is damaged."
+            )
         raise UserError(
             f"--arch {request.arch}: the plan was made with {request.library or 'another version'}, and {version} has "
             f"no argument {unknown[:60]} there. Install that version."

@@ -12,7 +12,7 @@ from model.heads import is_sequence, stem_parameters
 from model.options import check_freeze
 from model.registry import backbones, request_of
 from model.splitnet import SplitNet
-from model.staged import Staged, classifier_name, staged_parts
+from model.staged import Staged, beside_names, classifier_name, staged_parts
 from utils.errors import UserError
 
 
@@ -27,7 +27,8 @@ class Layer:
 def freeze(network: SplitNet, what: str) -> int:
     """Hold the lower parts of every network fast: no gradients, and evaluation mode whatever `train()` says.
 
-    Norms there keep their statistics, and random layers do nothing.
+    Norms there keep their statistics, and random layers do nothing. Branches and gates beside a network are trained, as
+    those of a method are.
 
     Args:
         network: S networks.
@@ -62,7 +63,8 @@ def _frozen_parameters(network: nn.Module, what: str) -> set[int]:
         head = classifier_name(network)
         if head is None:
             raise UserError(f"--freeze backbone: {_arch(network)} has no classifier that could be trained alone.")
-        return {id(parameter) for name, parameter in network.named_parameters() if not name.startswith(f"{head}.")}
+        trained = f"{head}.", *beside_names(network)
+        return {id(parameter) for name, parameter in network.named_parameters() if not name.startswith(trained)}
     staged = _require_stages(network, f"--freeze {what}")
     if _depth(what) > len(staged.stages):
         raise UserError(f"--freeze {what}: {_arch(network)} has {len(staged.stages)} stages.")

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from model.registry import build_network, check_request, known_request, note_request
-from model.staged import Staged, staged_parts
+from model.staged import BesideNetwork, Staged, staged_parts
 from utils.errors import UserError
 
 
@@ -126,9 +126,11 @@ def is_sequence(stage: nn.Module) -> bool:
 
 
 def _probe(network: Staged) -> Tensor:
-    """An image for trials."""
+    """An image for trials; as many, or as many side by side, as the members of the network need."""
     parameter = next(network.network.parameters())
-    return torch.zeros(1, 3, network.probe_side, network.probe_side, device=parameter.device, dtype=parameter.dtype)
+    form = None if network.request is None else network.request.form
+    shape = *((1, 3) if form is None else form.least_input), network.probe_side, network.probe_side
+    return torch.zeros(shape, device=parameter.device, dtype=parameter.dtype)
 
 
 def stem_parameters(network: Staged) -> set[int]:
@@ -305,7 +307,7 @@ class MapGate(nn.Module):
             return F.relu(self.norm(self.linear(pooled_BC))).softmax(dim=-1)
 
 
-class NativeEnsemble(nn.Module):
+class NativeEnsemble(BesideNetwork):
     """What an on-the-fly native ensemble has beside its network: M - 1 branches beside the network's own, and the gate.
 
     Args:

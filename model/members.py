@@ -18,7 +18,7 @@ from model.heads import NativeEnsemble, require_stages
 from model.layers.random import Dropout, RandomLayer, RandomScale
 from model.registry import BackboneRequest, MemberForm, build_network, note_request, request_of
 from model.splitnet import SplitNet
-from model.staged import Staged, classifier_name, staged_parts
+from model.staged import MemberLayer, Staged, classifier_name, staged_parts
 from utils.errors import UserError
 from utils.seed import STREAM_INIT, STREAM_METHOD, fold_in, stream_uniform, torch_generator
 
@@ -94,7 +94,7 @@ def build_members(request: BackboneRequest, *, seed: int) -> MemberNet:
 # ---- BatchEnsemble ---------------------------------------------------------------------------------------------------
 
 
-class RankOne(nn.Module):
+class RankOne(MemberLayer):
     """A layer with one kernel and, for each member, a factor of every input and output channel, and a bias.
 
         y_m = s_m ∘ ( W * (r_m ∘ x_m) ) + b_m        (Wen et al., arXiv:2002.06715)

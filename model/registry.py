@@ -110,6 +110,11 @@ class MemberForm:
         """Plain data, as a checkpoint keeps it."""
         return {"kind": self.kind, "members": self.members, "numbers": dict(self.numbers)}
 
+    @property
+    def least_input(self) -> tuple[int, int]:
+        """(images, channels) of the smallest input that the one network takes."""
+        return {"batch_ensemble": (self.members, 3), "mimo": (1, 3 * self.members)}.get(self.kind, (1, 3))
+
 
 @dataclass(frozen=True, kw_only=True)
 class BackboneRequest:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
+from collections.abc import Iterator
 
 from torch import Tensor, nn
 
@@ -135,21 +136,51 @@ def staged_parts(network: nn.Module) -> Staged | None:
     return found
 
 
+class MemberLayer(nn.Module):
+    """A layer of several members, in the place that the plain one had in a network.
+
+    Attributes:
+        layer: the plain one, without what each member has of its own.
+    """
+
+    layer: nn.Conv2d | nn.Linear
+
+
+class BesideNetwork(nn.Module):
+    """Parts that stand within a network's module, so that they are kept with it, and are none of its own layers."""
+
+
+def beside_names(network: nn.Module) -> tuple[str, ...]:
+    """The beginnings of the names of all that is beside a network."""
+    return tuple(f"{name}." for name, module in network.named_modules() if isinstance(module, BesideNetwork))
+
+
 def classifier_name(network: nn.Module) -> str | None:
     """Name of the layer that gives the logits, mostly a linear one; None where there is none.
 
     That is what the network's own `get_classifier()` says (timm), else its last linear layer, else its last
-    convolution.
+    convolution. Of members it is the layer with all that is theirs, and not the plain one within.
     """
     if isinstance(network, Staged):
         return network.classifier_name
     ask = getattr(network, "get_classifier", None)
     said = ask() if callable(ask) else None
     layers: dict[type, str] = {}
-    for name, module in network.named_modules():
+    for name, module in _own_layers(network):
+        plain = module.layer if isinstance(module, MemberLayer) else module
         for kind in (nn.Linear, nn.Conv2d):
-            if isinstance(module, kind):
+            if isinstance(plain, kind):
                 if module is said:
                     return name
                 layers[kind] = name
     return layers.get(nn.Linear, layers.get(nn.Conv2d))
+
+
+def _own_layers(network: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """(name, module) of what is a network's own, layers of members whole."""
+    hidden = beside_names(network)
+    for name, module in network.named_modules():
+        if not name.startswith(hidden):
+            yield name, module
+            if isinstance(module, MemberLayer):
+                hidden = *hidden, f"{name}."

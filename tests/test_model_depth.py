@@ -7,6 +7,7 @@ from torch import nn
 from model import LARGE, SMALL, BackboneRequest, SplitNet, backbones, build_splitnet
 from model.depth import freeze, layer_factors, layer_rates, layers
 from model.options import check_freeze
+from model.registry import MemberForm
 from model.staged import classifier_name, staged_parts
 from training.optim import build_optimizer, parameter_groups, set_learning_rate
 from training.options import OptimizerOptions
@@ -201,6 +202,34 @@ def test_a_frozen_backbone_leaves_the_classifier_alone_to_learn(arch: str) -> No
         if isinstance(module, nn.modules.batchnorm._BatchNorm):
             assert not module.training
     assert second.shape == first.shape
+
+
+FORM_OF = {
+    "batch_ensemble": MemberForm(kind="batch_ensemble", members=3, numbers={"init": -0.5, "norm": "shared"}),
+    "mimo": MemberForm(kind="mimo", members=3, numbers={}),
+    "mc_dropout": MemberForm(kind="mc_dropout", members=3, numbers={"place": "stages", "rate": 0.1, "mask_seed": 0}),
+    "gated": MemberForm(kind="gated", members=1, numbers={"branches": 2}),
+}
+
+
+@pytest.mark.parametrize("kind", FORM_OF)
+@pytest.mark.parametrize("arch", ["resnet20", "torchvision/resnet18", "timm/resnet18"])
+def test_of_members_the_whole_classifier_is_found_and_trained(arch: str, kind: str) -> None:
+    if arch.startswith("timm/"):
+        pytest.importorskip("timm")
+    network = small(arch, form=FORM_OF[kind])
+    one = network.models[0]
+    assert classifier_name(one) == "fc"
+    beside = "native_ensemble."  # branches and their gate are no part of the backbone
+    head = {name for name, _ in one.named_parameters() if name.startswith("fc.")}
+    assert len(head) == (4 if kind == "batch_ensemble" else 2)
+    found = layers(one)
+    assert {name for name in found[-1].names if not name.startswith(beside)} == head
+    assert any(name.startswith("conv1." if "/" in arch else "layer0.") for name in found[0].names)
+    freeze(network, "backbone")
+    trained = {name for name, parameter in one.named_parameters() if parameter.requires_grad}
+    assert trained == head | {name for name, _ in one.named_parameters() if name.startswith(beside)}
+    assert any(name.startswith(beside) for name in trained) == (kind == "gated")
 
 
 def test_the_stem_is_found_again_where_it_is_frozen_and_nothing_else_changes() -> None:

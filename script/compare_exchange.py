@@ -2,17 +2,20 @@
 
 independent and co_training are one job of S networks; exchange_N is S jobs of one network each, side by side, that
 exchange weights every N steps. DATA is a folder of images with train/ and test/; a part of it, of smaller images, is
-made once. Runs that are complete are kept and a killed one goes on, so the same command can be given again. Every
+made once. Runs that are complete are kept and a killed one goes on, so the same command can be given again; while jobs
+of a killed comparison are still at work it is refused. Every
 figure is of the last epoch, on the test images; DIR/table.md has mean and standard deviation over the seeds.
 """
 
 import argparse
 import contextlib
+import fcntl
 import json
+import os
 import statistics
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -48,8 +51,51 @@ def wait_for(process: subprocess.Popen[bytes]) -> int:
             return process.wait(timeout=1.0)
 
 
-def run_together(commands: Sequence[list[str]], folder: Path) -> str:
+@contextlib.contextmanager
+def alone_in(folder: Path) -> Iterator[int]:
+    """Hold a folder, made where it is not there, against other comparisons, and yield the descriptor that does so.
+
+    Jobs that inherit it go on holding the folder where the comparison is killed. A file system without locks holds
+    nothing.
+
+    Raises:
+        UserError: another comparison, or a job that one has left, is at work there.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / "lock"
+    with path.open("a") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(
+                f"--out: another comparison, or a job of one that was killed, is at work in {folder} (processes: "
+                f"{', '.join(holders(path)) or 'on another machine'}). Wait for its end, or end it; then give the same "
+                "command again."
+            ) from None
+        except OSError as error:
+            print(f"compare_exchange: {path}: cannot be locked: {reason(error)}.", file=sys.stderr)
+        yield file.fileno()
+
+
+def holders(path: Path) -> list[str]:
+    """The numbers of the other processes that have a file open."""
+    found = []
+    for process in Path("/proc").glob("[1-9]*"):
+        with contextlib.suppress(OSError):  # it has ended, or is another user's
+            if process.name != str(os.getpid()) and any(
+                os.readlink(opened) == str(path) for opened in (process / "fd").iterdir()
+            ):
+                found.append(process.name)
+    return sorted(found, key=int)
+
+
+def run_together(commands: Sequence[list[str]], folder: Path, lock: int | None = None) -> str:
     """Run command lines side by side, their output below `folder`; returns what the first wrote to stdout.
+
+    Args:
+        commands: at least one.
+        folder: of their output.
+        lock: descriptor that they inherit.
 
     Raises:
         RunError: one of them failed.
@@ -61,7 +107,11 @@ def run_together(commands: Sequence[list[str]], folder: Path) -> str:
             out, err = folder / f"{number}.out", folder / f"{number}.err"
             # held: a signal while one starts would leave it out of the list of those to stop
             with out.open("w") as stdout, err.open("w") as stderr, held():
-                started.append(subprocess.Popen(command, cwd=ROOT, stdout=stdout, stderr=stderr))
+                started.append(
+                    subprocess.Popen(
+                        command, cwd=ROOT, stdout=stdout, stderr=stderr, pass_fds=() if lock is None else (lock,)
+                    )
+                )
         codes = [wait_for(process) for process in started]
     except BaseException:  # a job that went on alone would be in the way of the same command, given again
         for process in started:
@@ -92,7 +142,9 @@ def finished(model: Path) -> dict[str, Any]:
     return results
 
 
-def train_and_evaluate(way: str, seed: int, folder: Path, common: Sequence[object], networks: int) -> dict[str, Any]:
+def train_and_evaluate(
+    way: str, seed: int, folder: Path, common: Sequence[object], networks: int, lock: int
+) -> dict[str, Any]:
     """Train S networks one way and evaluate their last weights; the figures by name.
 
     Args:
@@ -101,6 +153,7 @@ def train_and_evaluate(way: str, seed: int, folder: Path, common: Sequence[objec
         folder: of the way and seed.
         common: flags of every run.
         networks: S.
+        lock: descriptor that its jobs inherit.
 
     Raises:
         RunError: a training or the evaluation failed, or was stopped.
@@ -112,7 +165,7 @@ def train_and_evaluate(way: str, seed: int, folder: Path, common: Sequence[objec
         models = [folder / f"net{i}" for i in range(networks)]
         flags += ["--method", "co_training", "--exchange", shared, "--exchange_every", every]
         jobs = [program("train_split.py", *flags, "--network", i, "--model_dir", models[i]) for i in range(networks)]
-        run_together(jobs, folder / "log")
+        run_together(jobs, folder / "log", lock)
         results = [finished(model) for model in models]
         checkpoint = folder / "ensemble.pth.tar"
         content, facts = assemble.assemble(ExchangeFolder(shared))
@@ -124,11 +177,13 @@ def train_and_evaluate(way: str, seed: int, folder: Path, common: Sequence[objec
             volume += of_network["bytes"] * (written + taken)
     else:
         models = [folder / "joint"]
-        run_together([program("train_split.py", *flags, "--method", way, "--model_dir", models[0])], folder / "log")
+        job = program("train_split.py", *flags, "--method", way, "--model_dir", models[0])
+        run_together([job], folder / "log", lock)
         results = [finished(models[0])]
         checkpoint = models[0] / f"checkpoint_{results[0]['epochs']}.pth.tar"
     data = common[list(common).index("--data") + 1]
-    shown = run_together([program("eval.py", "--resume", checkpoint, "--data", data, "--no_cuda")], folder / "eval")
+    evaluation = program("eval.py", "--resume", checkpoint, "--data", data, "--no_cuda")
+    shown = run_together([evaluation], folder / "eval", lock)
     figures = json.loads(shown.strip().splitlines()[-1])
     return {
         "ensemble_acc1": figures["ensemble_acc1"],
@@ -201,8 +256,9 @@ def main(argv: list[str] | None = None) -> int:
                     folder = given.out.resolve() / f"{way}_seed{seed}"
                     done = folder / "figures.json"
                     if not done.exists():
-                        figures = train_and_evaluate(way, seed, folder, common, given.split_factor)
-                        write_file(done, json.dumps(figures, indent=1) + "\n")
+                        with alone_in(folder) as lock:
+                            figures = train_and_evaluate(way, seed, folder, common, given.split_factor, lock)
+                            write_file(done, json.dumps(figures, indent=1) + "\n")
                     of_seeds.append(json.loads(done.read_text()))
                     write_file(given.out / "table.md", table(found))
     except (UserError, RunError, Interrupted) as error:

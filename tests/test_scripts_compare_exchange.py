@@ -2,6 +2,7 @@
 
 import functools
 import json
+import os
 import signal
 import sys
 from pathlib import Path
@@ -82,6 +83,31 @@ def test_a_signal_ends_the_jobs_too_in_one_line(tmp_path: Path) -> None:
     assert ended.code == 128 + signal.SIGTERM
     assert ended.stderr == "compare_exchange: interrupted by SIGTERM; no results were written.\n"
     assert not any(Path("/proc", job.name).exists() for job in started.iterdir())
+
+
+def test_jobs_that_a_killed_comparison_leaves_refuse_the_same_command_until_they_end(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data, started = folder_of_images(tmp_path / "data", 8), tmp_path / "started"
+    started.mkdir()
+    argv = [str(data), "--out", str(tmp_path / "out"), "--ways", "independent", "--images", "4", "--test_images", "2"]
+    hook = functools.partial(wait_forever, started)
+    run = Run(argv, tmp_path / "streams", module="script.compare_exchange", before=hook)
+    wait_until(lambda: len([*started.iterdir()]) == 1, "the job has started", seconds=100)
+    (job,) = (int(file.name) for file in started.iterdir())
+    try:
+        run.signal(signal.SIGKILL)
+        run.wait()
+        assert main(argv) == 2
+        error = capsys.readouterr().err
+        folder = tmp_path / "out" / "independent_seed1"
+        assert f"is at work in {folder} (processes: {job}). Wait for its end, or end it; " in error
+        assert error.count("\n") == 1
+    finally:
+        os.kill(job, signal.SIGKILL)
+    wait_until(lambda: compare_exchange.holders(folder / "lock") == [], "the job has ended")
+    with compare_exchange.alone_in(folder):
+        pass
 
 
 class Forked:

@@ -3,8 +3,8 @@
 independent and co_training are one job of S networks; exchange_N is S jobs of one network each, side by side, that
 exchange weights every N steps. DATA is a folder of images with train/ and test/; a part of it, of smaller images, is
 made once. Runs that are complete are kept and a killed one goes on, so the same command can be given again; while jobs
-of a killed comparison are still at work it is refused. Every
-figure is of the last epoch, on the test images; DIR/table.md has mean and standard deviation over the seeds.
+of a killed comparison are still at work it is refused. Every figure is of the last epoch, on the test images;
+DIR/table.md has mean and standard deviation over the seeds.
 """
 
 import argparse

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from record import checkpoint as ckpt
+from utils.signals import hold
 
 ROOT = Path(__file__).parent.parent
 _CONTEXT = multiprocessing.get_context("forkserver")
@@ -52,8 +53,7 @@ def _child(
 
     import torch
 
-    # the fork server holds them where a test's decoding workers were the first to need it
-    signal.pthread_sigmask(signal.SIG_SETMASK, [])
+    hold()  # as the programs do before their imports, until they let signals through
     if own_group:
         os.setsid()
     os.chdir(ROOT)

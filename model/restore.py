@@ -405,7 +405,7 @@ def _entry(values: Mapping[str, Any], key: str, kind: Any, source: str) -> Any:
 
 
 def _is_number(value: Any) -> bool:
-    """Whether something is a number that computers count with: an integer of 64 bits, or a finite float."""
+    """Whether something is a number that computers count with: an integer of 64 bits, or a float of their range."""
     return isinstance(value, float | int) and -LARGEST <= value <= LARGEST
 
 

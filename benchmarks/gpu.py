@@ -25,10 +25,10 @@ import torch
 
 from record.checkpoint import write_file
 from record.run_folder import as_json, read_results
-from utils.command_line import OneLineParser
+from utils.command_line import OneLineParser, above_zero
 from utils.cpus import allowed_cpus
-from utils.errors import RunError, UserError
-from utils.launch import unused_gpu
+from utils.errors import Interrupted, RunError, UserError, reason
+from utils.launch import one_gpu, unused_gpu
 from utils.text import fit_streams
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -279,14 +279,14 @@ class Turn:
         """
         try:
             before = json.loads((self.out / "state.json").read_text(encoding="utf-8"))
-        except (OSError, ValueError):
+            place, done = before["place"], before["done"]
+        except (OSError, ValueError, KeyError, TypeError):
             return
-        if before["place"] != self.place:
+        if place != self.place:
             raise UserError(
-                f"--out {self.out} holds parts that ran on {before['place']}, and this is {self.place}: give another "
-                "folder."
+                f"--out {self.out} holds parts that ran on {place}, and this is {self.place}: give another folder."
             )
-        self.done = before["done"]
+        self.done = done
 
     def run(self, parts: Sequence[Part], wanted: Sequence[str]) -> list[str]:
         """Run what is wanted, not done and fits; names of the parts that were not reached."""
@@ -469,14 +469,21 @@ def run_limited(command: Sequence[str], log: Path, seconds: float, environment: 
         try:
             return process.wait(timeout=max(seconds, 0.0))
         except subprocess.TimeoutExpired:
-            process.terminate()
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                process.wait(timeout=GRACE)
             return None
         finally:
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(process.pid, signal.SIGKILL)  # with what it has left behind
-            process.wait()
+            _end(process)
+
+
+def _end(process: subprocess.Popen[bytes]) -> None:
+    """Ask it to end, so that a training saves what it has, and end it with all that it has left behind."""
+    try:
+        process.terminate()
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(timeout=GRACE)
+    finally:  # whoever is in a hurry interrupts twice
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
 
 
 # ---- the command -----------------------------------------------------------------------------------------------------
@@ -485,7 +492,7 @@ def run_limited(command: Sequence[str], log: Path, seconds: float, environment: 
 def build_parser() -> argparse.ArgumentParser:
     """The flags."""
     parser = OneLineParser(prog="python -m benchmarks.gpu", description=__doc__)
-    parser.add_argument("--minutes", type=float, default=10, help="of this turn (default 10)")
+    parser.add_argument("--minutes", type=above_zero, default=10, help="of this turn (default 10)")
     parser.add_argument("--out", type=Path, default=Path("runs/gpu"), help="folder of results (default runs/gpu)")
     parser.add_argument(
         "--data", type=Path, help="class folders of CIFAR-10 (default: data_dir/cifar10-jpeg, or noise)"
@@ -501,10 +508,17 @@ def main(argv: list[str] | None = None) -> int:
     """The command line; returns the exit code: 0, also where parts are left; 1 results are wrong; 2 a mistake."""
     fit_streams()
     options = build_parser().parse_args(argv)
+    program = build_parser().prog
     try:
         return _main(options)
     except (UserError, RunError) as error:
-        print(f"{build_parser().prog}: {error}", file=sys.stderr)
+        print(f"{program}: {error}", file=sys.stderr)
+        return error.exit_code
+    except OSError as error:
+        print(f"{program}: --out {options.out}: cannot be written: {reason(error)}.", file=sys.stderr)
+        return RunError.exit_code
+    except Interrupted as error:
+        print(f"{program}: interrupted. What was found is in {options.out}; the same command goes on.", file=sys.stderr)
         return error.exit_code
 
 
@@ -518,9 +532,13 @@ def _main(options: argparse.Namespace) -> int:
     wanted = ALL if options.only is None else options.only.split(",")
     if unknown := [name for name in wanted if name not in {part.name for part in PARTS}]:
         raise UserError(f"--only {unknown[0]}: there is no such part; --list shows them.")
-    if options.device != "cpu" and not torch.cuda.is_available():
-        raise UserError(unused_gpu() or "--device cuda: there is no GPU here; --device cpu --tiny tries the runner.")
-    name = "cpu" if options.device == "cpu" else torch.cuda.get_device_name(torch.device(options.device))
+    name = "cpu"
+    if options.device != "cpu":
+        if not torch.cuda.is_available():
+            raise UserError(unused_gpu() or "there is no GPU here; --device cpu --tiny tries the runner.")
+        name = torch.cuda.get_device_name(one_gpu("--device", options.device))
+    if data is not None and not data.is_dir():
+        raise UserError(f"--data {data}: there is no such folder; leave the flag out to time noise.")
     options.out.mkdir(parents=True, exist_ok=True)
     turn = Turn(
         out=options.out.resolve(),
@@ -542,6 +560,11 @@ def _main(options: argparse.Namespace) -> int:
     return RunError.exit_code if wrong else 0
 
 
+def _interrupt(number: int, _: object) -> None:
+    raise Interrupted(number)
+
+
 if __name__ == "__main__":
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that what it has started ends with it
+    for wanted in (signal.SIGINT, signal.SIGTERM):  # so that what it has started ends with it
+        signal.signal(wanted, _interrupt)
     raise SystemExit(main())

@@ -34,7 +34,7 @@ from train_split import Trainer
 from training.compiling import missing_for_triton
 from utils.command_line import OneLineParser
 from utils.errors import RunError, UserError, reason
-from utils.launch import free_port, unused_gpu
+from utils.launch import free_port, one_gpu, unused_gpu
 from utils.precision import has_fast_bf16
 from utils.text import fit_streams
 
@@ -389,15 +389,21 @@ def build_parser() -> argparse.ArgumentParser:
 def main(argv: list[str] | None = None) -> int:
     """The command line; returns the exit code: 0 all hold, or there is no GPU; 1 one does not; 2 the user's mistake."""
     fit_streams()
-    options = build_parser().parse_args(argv)
+    parser = build_parser()
+    options = parser.parse_args(argv)
+    names = list(CHECKS) if options.only is None else options.only.split(",")
+    if unknown := [name for name in names if name not in CHECKS]:
+        print(f"{parser.prog}: --only {unknown[0]}: expected {', '.join(CHECKS)}.", file=sys.stderr)
+        return UserError.exit_code
     if options.device != "cpu" and not torch.cuda.is_available():
         print(unused_gpu() or "no GPU here: nothing to check, and training runs on the CPU.")
         return RunError.exit_code if unused_gpu() else 0
-    names = list(CHECKS) if options.only is None else options.only.split(",")
-    if unknown := [name for name in names if name not in CHECKS]:
-        print(f"{build_parser().prog}: --only {unknown[0]}: expected {', '.join(CHECKS)}.", file=sys.stderr)
-        return UserError.exit_code
-    place = Place(torch.device(options.device), options.tiny)
+    try:
+        device = torch.device("cpu") if options.device == "cpu" else one_gpu("--device", options.device)
+    except UserError as error:
+        print(f"{parser.prog}: {error}", file=sys.stderr)
+        return error.exit_code
+    place = Place(device, options.tiny)
     logging.getLogger().setLevel(logging.ERROR)
     failed = 0
     for name in names:

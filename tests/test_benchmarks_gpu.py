@@ -1,7 +1,9 @@
 """The runner for turns on a GPU: what it runs, when it stops, what it keeps, and what it calls wrong."""
 
+import contextlib
 import json
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -15,7 +17,8 @@ from benchmarks.__main__ import build_parser as subjects
 from benchmarks.gpu import PARTS, Part, arguments_of, goals_of, gpu_tests, main, run_limited
 from benchmarks.gpu_check import CHECKS
 from parser_params import parse_config
-from tests.test_utils_heartbeat import wait_until
+from tests.waits import wait_until
+from utils.errors import Interrupted
 
 ROOT = Path(__file__).parent.parent
 
@@ -134,11 +137,54 @@ def test_results_of_two_machines_do_not_mix(tmp_path, monkeypatch, capsys):
 def test_mistakes_are_one_line(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(gpu, "unused_gpu", lambda: "")
-    for flags, line in ((["--only", "g1,gx"], "--only gx: there is no such part"), ([], "there is no GPU here")):
-        assert main([*flags, "--out", str(tmp_path)]) == 2
+    file = tmp_path / "file"
+    file.write_text("")
+    for flags, line, code in (
+        (["--only", "g1,gx"], "--only gx: there is no such part", 2),
+        ([], "there is no GPU here", 2),
+        (["--device", "cpu", "--data", str(file)], f"--data {file}: there is no such folder", 2),
+        (["--device", "cpu", "--out", str(file / "below")], "cannot be written", 1),
+    ):
+        assert main(["--out", str(tmp_path), *flags]) == code
         error = capsys.readouterr().err
         assert line in error
         assert error.count("\n") == 1
+    for minutes in ("0", "-1", "nan", "ten"):
+        with pytest.raises(SystemExit) as ended:
+            main(["--minutes", minutes])
+        assert ended.value.code == 2
+        assert f"--minutes: expected a number above 0, got '{minutes}'" in capsys.readouterr().err
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    assert main(["--device", "cuda:1", "--out", str(tmp_path)]) == 2
+    assert "--device cuda:1: cuda:1 is none of this machine's 1 GPUs" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("content", ["", "{}", "[]", '{"place": "cpu"'])
+def test_what_an_earlier_turn_left_unreadable_is_done_again(tmp_path, monkeypatch, content):
+    machine = Machine(monkeypatch, a={})
+    (tmp_path / "state.json").write_text(content)
+    assert turn(tmp_path) == 0
+    assert machine.ran == ["a"]
+
+
+def test_an_interrupted_turn_is_one_line_and_goes_on(tmp_path, monkeypatch, capsys):
+    machine = Machine(monkeypatch, a={}, b={}, c={})
+    real = machine.run
+
+    def interrupted(command: list[str], *args: Any) -> int | None:
+        if command[2] == "b" and "b" not in machine.ran:
+            machine.ran.append("b")
+            raise Interrupted(signal.SIGINT)
+        return real(command, *args)
+
+    monkeypatch.setattr(gpu, "run_limited", interrupted)
+    assert turn(tmp_path) == 130
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1
+    assert "the same command goes on" in error
+    assert turn(tmp_path) == 0
+    assert machine.ran == ["a", "b", "b", "c"]
 
 
 def test_the_best_of_every_promise_counts_and_all_of_a_goal_must_be_kept():
@@ -237,7 +283,10 @@ def alive(pid: int) -> bool:
     return True
 
 
-def test_a_process_is_asked_to_end_and_what_it_started_ends_with_it(tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    "because", [subprocess.TimeoutExpired("", 7), Interrupted(signal.SIGTERM)], ids=["late", "told"]
+)
+def test_a_process_is_asked_to_end_and_what_it_started_ends_with_it(tmp_path, monkeypatch, because):
     log, grandchild = tmp_path / "log", tmp_path / "pid"
     code = "import signal, subprocess, sys, time; child = subprocess.Popen(['sleep', '600']);"
     code += f"open({str(grandchild)!r}, 'w').write(str(child.pid));"
@@ -248,11 +297,12 @@ def test_a_process_is_asked_to_end_and_what_it_started_ends_with_it(tmp_path, mo
     def wait(process: subprocess.Popen[bytes], timeout: float | None = None) -> int:
         if timeout == 7:  # the limit is over when the process has come so far
             wait_until(lambda: log.read_text() != "", "it has started its child")
-            raise subprocess.TimeoutExpired("", 7)
+            raise because
         return real(process, timeout)
 
     monkeypatch.setattr(subprocess.Popen, "wait", wait)
-    assert run_limited(["-c", code], log, 7, {}) is None
+    with contextlib.nullcontext() if isinstance(because, subprocess.TimeoutExpired) else pytest.raises(Interrupted):
+        assert run_limited(["-c", code], log, 7, {}) is None
     assert log.read_text().split() == ["began", "saved"]
     wait_until(lambda: not alive(int(grandchild.read_text())), "the child of the child has ended")
 

@@ -17,7 +17,7 @@ from utils.errors import RunError
 CPU = Place(torch.device("cpu"), tiny=True)
 
 
-def test_without_a_gpu_it_is_one_line(monkeypatch, capsys):
+def test_without_the_gpu_it_is_one_line(monkeypatch, capsys):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     for line, code in (("", 0), ("This machine seems to have a GPU, but torch is built without CUDA.", 1)):
         monkeypatch.setattr(gpu_check, "unused_gpu", lambda line=line: line)
@@ -25,6 +25,12 @@ def test_without_a_gpu_it_is_one_line(monkeypatch, capsys):
         out = capsys.readouterr().out
         assert out.count("\n") == 1
         assert (line or "no GPU here: nothing to check") in out
+    assert main(["--only", "machine,kernels"]) == 2
+    assert "--only kernels: expected machine, kernel" in capsys.readouterr().err
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    assert main(["--device", "cuda:1"]) == 2
+    assert capsys.readouterr().err.count("\n") == 1
 
 
 def test_every_check_has_its_line_and_one_that_fails_is_no_end(monkeypatch, capsys):

@@ -26,6 +26,10 @@ def test_several_gpus_are_named_once_each(monkeypatch: pytest.MonkeyPatch) -> No
     assert named == [torch.device("cuda", 1), torch.device("cuda", 0)]
     with pytest.raises(UserError, match=r"--devices cuda,cuda:0.*twice"):
         launch.named_gpus("--devices", "cuda,cuda:0")
+    assert launch.one_gpu("--device", "cuda") == torch.device("cuda", 0)
+    for name, line in (("cuda:2", "this machine's 2 GPUs"), ("", "one GPU"), ("cuda:0,cuda:1", "one GPU")):
+        with pytest.raises(UserError, match=f"--device {name}.*{line}"):
+            launch.one_gpu("--device", name)
 
 
 def test_several_nodes_need_a_meeting_point() -> None:

@@ -1,6 +1,7 @@
 """A command line and a YAML file as text, before anybody knows what the flags mean."""
 
 import argparse
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -34,6 +35,17 @@ def at_least(least: int) -> Callable[[str], int]:
             raise argparse.ArgumentTypeError(f"expected a whole number from {least} on, got {text!r}")
         return int(text)
 
+    return number
+
+
+def above_zero(text: str) -> float:
+    """Type of a small program's flag: a finite number above 0."""
+    try:
+        number = float(text)
+    except ValueError:
+        number = math.nan
+    if not 0 < number < math.inf:
+        raise argparse.ArgumentTypeError(f"expected a number above 0, got {text!r}")
     return number
 
 

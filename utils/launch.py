@@ -156,6 +156,18 @@ def named_gpus(flag: str, names: str | None) -> list[torch.device]:
     return devices
 
 
+def one_gpu(flag: str, name: str) -> torch.device:
+    """The GPU of a name such as cuda:0.
+
+    Raises:
+        UserError: as `named_gpus`, or it names none, or several.
+    """
+    devices = named_gpus(flag, name)
+    if len(devices) != 1:
+        raise UserError(f"{flag} {name}: name one GPU, as cuda:0.")
+    return devices[0]
+
+
 def join(gpus: list[int], *, backend: str = "auto") -> World:
     """This process's place in the job; starts the process group where a launcher has set one up.
 

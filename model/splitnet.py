@@ -7,8 +7,8 @@ import torch
 from torch import Tensor, nn
 
 from model.execution import Execution
-from model.layers.dilated import mend_dilated_convolutions
 from model.layers.narrow_norm import widen_narrow_norms
+from model.layers.onednn import mend_convolutions
 from model.layers.random import RandomLayer, follow, replace_dropout
 from utils.mesh import Mesh
 from utils.recording import Recorder
@@ -41,8 +41,8 @@ class SplitNet(nn.Module):
     State-dict keys are `models.<i>.<name>`, as in the published checkpoints without their `module.` prefix.
 
     The networks given are changed in place, in nothing that a state dict or a float64 result shows: dropout draws by
-    keys of its own (`begin_step`), and on CPUs dilated convolutions and narrow batch norms take faster ways
-    (model/layers/dilated.py, narrow_norm.py; `restore_narrow_norms` undoes the latter for torch.compile).
+    keys of its own (`begin_step`), and on CPUs some convolutions and narrow batch norms take other ways
+    (model/layers/onednn.py, narrow_norm.py; `restore_narrow_norms` undoes the latter for torch.compile).
 
     Args:
         networks: S modules, each mapping [B, C, H, W] to logits [B, K]; usually of one structure.
@@ -59,7 +59,7 @@ class SplitNet(nn.Module):
             raise ValueError("SplitNet needs at least one network.")
         for network in networks:
             replace_dropout(network)
-            mend_dilated_convolutions(network)
+            mend_convolutions(network)
             widen_narrow_norms(network)
         self.models = nn.ModuleList(networks)
         self._first = first

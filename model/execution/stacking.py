@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn import functional as F
 
-from model.layers.dilated import conv2d
+from model.layers.onednn import conv2d
 from model.layers.random import RandomLayer
 from model.layers.sync_norm import ProcessSyncBatchNorm, SyncBatchNorm
 

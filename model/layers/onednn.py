@@ -1,6 +1,12 @@
-"""A way round a fault of oneDNN 3.13 (torch 2.15). On CPUs, the weight gradient of a dilated convolution with groups,
-of channels-last maps in bfloat16, reads memory that nobody wrote: it is off by a tenth or not finite, and differs from
-one run to the next. Such convolutions are trained in float32.
+"""A way round two faults of oneDNN 3.12 and 3.13 (torch 2.14 and 2.15) on CPUs. In bfloat16, the weight gradient of
+two kinds of convolution reads memory that nobody wrote: it is off by a tenth or not finite, and differs from one run
+to the next.
+
+- Dilated ones with groups, of channels-last maps.
+- Those of padded maps that are narrower than the stride, as 3x3 of stride 2 on 1x1 maps: the columns of the kernel
+  that meet nothing but padding keep what lay in the memory given to them.
+
+Such convolutions are trained in float32.
 """
 
 from typing import Any
@@ -16,12 +22,11 @@ def conv2d(
 ) -> Any:
     """torch's conv2d; in float32 where its gradient in bfloat16 would be wrong."""
     if (
-        groups > 1
-        and max(_pair(dilation)) > 1
-        and isinstance(x, Tensor)
+        isinstance(x, Tensor)
         and x.device.type == "cpu"
         and torch.is_grad_enabled()
         and torch.is_autocast_enabled("cpu")
+        and ((groups > 1 and max(_pair(dilation)) > 1) or _is_narrow(x.shape[-1], weight.shape[-1], stride, padding))
     ):
         with torch.autocast("cpu", enabled=False):
             bias = None if bias is None else bias.float()
@@ -29,10 +34,16 @@ def conv2d(
     return F.conv2d(x, weight, bias, stride, padding, dilation, groups)
 
 
-def mend_dilated_convolutions(network: nn.Module) -> None:
-    """Let every dilated convolution with groups use `conv2d`, in place; nothing else about it changes."""
+def _is_narrow(width: int, kernel: int, stride: Any, padding: Any) -> bool:
+    return kernel > 1 and width < _pair(stride)[1] and padding != "valid" and _pair(padding)[1] > 0
+
+
+def mend_convolutions(network: nn.Module) -> None:
+    """Let every convolution that can meet a fault use `conv2d`, in place; nothing else about it changes."""
     for module in network.modules():
-        if isinstance(module, nn.Conv2d) and module.groups > 1 and max(module.dilation) > 1:
+        if isinstance(module, nn.Conv2d) and (
+            (module.groups > 1 and max(module.dilation) > 1) or (module.stride[1] > 1 and module.kernel_size[1] > 1)
+        ):
             module._conv_forward = _forward_of(module)  # type: ignore[method-assign]
 
 

@@ -7,7 +7,6 @@ the process that writes.
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any, Self
 
@@ -19,13 +18,12 @@ from evaluation.cascade_table import CascadeTable, Large, csv_rows, dominating, 
 from evaluation.collecting import Logits, collect_logits
 from evaluation.contenders import undivided
 from evaluation.files import written
-from evaluation.held_out import HeldOut, open_held_out, open_reported, test_fraction_of
+from evaluation.held_out import open_held_out, open_reported, test_fraction_of
 from evaluation.session import Session, open_large
 from evaluation.tuning import Request, calibration_rows, log_probs_of, read_alphas, tune, write_tuned
 from evaluation.uncertainty import Doubt, FurtherImages, Report, collect_doubt, is_asked
 from record.checkpoint import write_file
 from record.tables import csv_table
-from utils import distributed
 from utils.errors import UserError
 from utils.macs import count_macs
 
@@ -93,10 +91,7 @@ class AnswerReport:
         further = FurtherImages.open(session)
         answers, tuned = session.answers, None
         if request is not None:
-            held_out: HeldOut = distributed.main_first(
-                session.world, partial(open_held_out, session), what="opened the held-out images"
-            )
-            answers, _ = tune(session, request, held_out)
+            answers, _ = tune(session, request, open_held_out(session))
             open_reported(session, answers)  # refuses before anything is written
             if session.world.is_main:
                 tuned = write_tuned(session, answers, folder)

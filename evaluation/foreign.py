@@ -1,6 +1,6 @@
 """Sets of images for --ood: what each entry of the flag stands for, prepared as the test images are."""
 
-from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -8,15 +8,19 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from dataset import ImageSet, SourceRequest, open_source, sources
+from dataset import ImageSet, SourceRequest, sources
 from dataset.class_folders import iterate_images
 from dataset.decode import resize_crop
+from dataset.shared import open_shared
 from evaluation.session import Session
 from utils.errors import UserError, reason
+from utils.neighbours import once_per_machine
 
 
 def open_foreign(session: Session) -> dict[str, ImageSet]:
     """The sets of --ood by the words of the flag: image folders, .npy arrays, or NAME:DIR of --dataset NAME.
+
+    Every process takes part.
 
     Raises:
         UserError: one that is none of these, or holds no image.
@@ -33,7 +37,15 @@ def _open(session: Session, word: str) -> ImageSet:
     name, colon, rest = word.partition(":")
     path = Path(word)
     if colon and name in sources and not path.exists():
-        test = open_source(SourceRequest(dataset=name, root=Path(rest), splits=("test",), seed=session.seed)).test
+        request = SourceRequest(
+            dataset=name,
+            root=Path(rest),
+            splits=("test",),
+            seed=session.seed,
+            on_bad_image=session.config.on_bad_image,
+            workers=session.config.workers,
+        )
+        test = open_shared(request, session.world).test
         return test if test.images is None else fitted(session, test.images)
     if path.suffix.lower() == ".npy":
         return fitted(session, _read_array(path))
@@ -58,15 +70,19 @@ def _read_array(path: Path) -> Tensor:
 
 
 def fitted(session: Session, images: Tensor) -> ImageSet:
-    """uint8 images [N, 3, H, W] at the networks' size, resized and cut as files are where they have another."""
+    """uint8 images [N, 3, H, W] at the networks' size, resized and cut as files are where they have another.
+
+    Every process takes part, and one of a machine does it for its neighbours.
+    """
     crop = session.info.crop_size
     if tuple(images.shape[2:]) != (crop, crop):
         resize, interpolation = session.resizing(session.file_recipe)
-        images = torch.stack([*_resized(images, resize, crop, interpolation)])
+        with once_per_machine(session.world, what="resized the images") as once:
+            images = once(partial(_resized, images, resize, crop, interpolation))["images"]
     return ImageSet(targets=torch.zeros(len(images), dtype=torch.int64), images=images)
 
 
-def _resized(images: Tensor, resize: int, crop: int, interpolation: str) -> Iterator[Tensor]:
-    for image in images:
-        cut = resize_crop(Image.fromarray(image.permute(1, 2, 0).numpy()), resize, crop, interpolation)
-        yield torch.from_numpy(np.array(cut)).permute(2, 0, 1)
+def _resized(images: Tensor, resize: int, crop: int, interpolation: str) -> dict[str, Tensor]:
+    """uint8 "images" [N, 3, crop, crop]."""
+    cut = (resize_crop(Image.fromarray(one.permute(1, 2, 0).numpy()), resize, crop, interpolation) for one in images)
+    return {"images": torch.stack([torch.from_numpy(np.array(one)).permute(2, 0, 1) for one in cut])}

@@ -13,15 +13,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from dataset import (
-    DataSource,
-    ImageSet,
-    held_out_digest,
-    held_out_names_digest,
-    open_source,
-)
+from dataset import DataSource, ImageSet, held_out_digest, held_out_names_digest
 from dataset.class_folders import labelled_folder
 from dataset.holdout import split_indices
+from dataset.shared import open_shared
 from evaluation.answers import Answers
 from evaluation.session import Session, class_names_and_statistics, open_test_split
 from utils.errors import UserError
@@ -96,7 +91,7 @@ def split_test(source: DataSource, tune_on: str, seed: int) -> tuple[ImageSet, I
 
 
 def open_held_out(session: Session) -> HeldOut:
-    """The images that --tune_on names.
+    """The images that --tune_on names; every process takes part.
 
     Raises:
         UserError: there are none or too few; others than were held out in training; some of them are reported.
@@ -136,7 +131,7 @@ def _chose_on_test(session: Session, source: DataSource) -> bool:
 
 def _of_training(session: Session) -> HeldOut:
     config, info = session.config, session.info
-    source = open_source(session.source_request(val_fraction=config.val_fraction))
+    source = open_shared(session.source_request(val_fraction=config.val_fraction), session.world)
     if source.val is None or not len(source.val):
         raise UserError(f"--tune_on val: the run of {session.checkpoint} held no images out: {WAYS}.")
     if len(source.classes) != info.num_classes:
@@ -196,6 +191,8 @@ def _held_out(
 
 def open_reported(session: Session, answers: Answers | None = None) -> DataSource:
     """The data set to evaluate on, its `test` without images that answers were, or are now, fitted on.
+
+    Every process takes part.
 
     Args:
         answers: that are evaluated; None: those of the session, if it has any.

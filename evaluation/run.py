@@ -187,7 +187,7 @@ def evaluate_session(session: Session, *, with_further: bool = True, keep_logits
     """
     info = session.info
     further = further_metrics(session.options.metrics) if with_further else []
-    source = distributed.main_first(session.world, partial(open_reported, session), what="opened the data")
+    source = open_reported(session)
     # the statistics of a folder are those of its training images, which only the checkpoint knows
     mean, std = info.mean or source.mean, info.std or source.std
     loader = session.loader(source.test, info.data_recipe or source.recipe)

@@ -5,16 +5,17 @@ import itertools
 import logging
 import os
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from dataset import DataSource, ImageSet, SourceRequest, open_source
+from dataset import DataSource, ImageSet, SourceRequest
 from dataset.loader import EvalLoader
 from dataset.pipeline import build_eval_loader
+from dataset.shared import open_shared
 from dataset.unlabelled import Inputs, array_inputs, file_inputs
 from dataset.views import ViewMaker, plain_spec
 from evaluation.answers import Answers, check_tuned_for, read_answers, read_answers_file
@@ -63,6 +64,7 @@ class Session:
         weights_sha256: digest of the networks where answers are there or to be made, else "".
         test_fraction: part of the images that a hash of names kept for the test in training, or that --test_fraction
             names; None: the training data had a split of its own.
+        opened: the data set to evaluate on, once it is opened.
     """
 
     config: Config
@@ -76,6 +78,7 @@ class Session:
     held_out_sha256: str | None = None
     answers: Answers | None = None
     weights_sha256: str = ""
+    opened: list[DataSource] = field(default_factory=list, init=False, repr=False, compare=False)
 
     @property
     def options(self) -> EvalOptions:
@@ -448,20 +451,27 @@ def _made(folder: Path) -> Path:
 
 
 def open_test_split(session: Session, *, download: bool = True) -> DataSource:
-    """The data set to evaluate on; its `test` is the split that --split names.
+    """The data set to evaluate on, opened once; its `test` is the split that --split names. Every process takes part.
 
     Raises:
         UserError: the data is missing, or its classes are not those of the networks.
     """
+    if not session.opened:
+        session.opened.append(_open_test_split(session, download=download))
+    return session.opened[0]
+
+
+def _open_test_split(session: Session, *, download: bool) -> DataSource:
     config, info = session.config, session.info
     known = session.data_classes
-    source = open_source(
+    source = open_shared(
         session.source_request(
             val_fraction=config.val_fraction if session.test_fraction else 0.0,
             splits=("test",),
             split=session.options.split,
             download=download,
-        )
+        ),
+        session.world,
     )
     unknown = sorted(set(source.classes) - set(known or source.classes))
     if unknown and len(source.classes) > info.num_classes:

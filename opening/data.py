@@ -2,23 +2,21 @@
 
 from collections.abc import Mapping
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
-from dataset import DataSource, SourceRequest, open_source
+from dataset import DataSource, SourceRequest
 from dataset.class_files import with_names
 from dataset.loader import EvalLoader, TrainLoader
 from dataset.pipeline import build_eval_loader
+from dataset.shared import open_shared
 from method import methods
 from model.pretrained import Start
 from parser_params import Config
 from recipe.fine_tuning import flags_before, image_flags
 from record.run_folder import Resumed
-from utils import distributed
 from utils.errors import UserError
 from utils.launch import World
-from utils.neighbours import once_per_machine
 
 
 def start_images(config: Config, start: Start | None, resumed: Resumed | None) -> dict[str, Any] | None:
@@ -65,17 +63,12 @@ def source_request(config: Config, cache_dir: Path, own_size: int | None = None)
 
 
 def open_shared_source(config: Config, world: World, own_size: int | None = None) -> DataSource:
-    """Open the data set, in process 0 first, because it may download archives or measure statistics.
-
-    Small images of a user's own are decoded by one process of a machine for all of them.
+    """Open the data set of the flags in every process, see `open_shared`.
 
     Args:
         own_size: side in pixels of the images that pretrained weights want, where --crop_size says no other.
     """
-    request = source_request(config, Path(config.model_dir), own_size)
-    what = "opened the data"
-    with once_per_machine(world, what=what) as once:
-        source = distributed.main_first(world, partial(open_source, replace(request, once=once)), what=what)
+    source = open_shared(source_request(config, Path(config.model_dir), own_size), world)
     if config.class_map is not None:
         source = with_names(source, config.class_map)
     if "test_fraction" in config.given and not source.fractions:

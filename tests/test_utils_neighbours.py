@@ -1,5 +1,6 @@
 """Processes of a machine decode small images once, hold them in memory once, and get what each would decode itself."""
 
+import contextlib
 import errno
 import os
 import re
@@ -16,8 +17,9 @@ import torch
 import torch.distributed as dist
 from PIL import Image
 
-from dataset import own_images
+from dataset import SourceRequest, own_images
 from dataset.loader import TrainLoader
+from dataset.shared import open_shared
 from opening.data import open_shared_source
 from parser_params import Config
 from tests.processes import run_processes
@@ -217,6 +219,34 @@ def test_what_fails_in_one_fails_in_all_with_its_own_words(
     for error in together(work, *THREE):
         assert type(error) is kind
         assert str(error) == "a.png: no image"
+
+
+def test_nobody_waits_for_one_that_failed_and_goes_on(
+    together: Callable[..., list[Any]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(distributed, "PATIENCE", 5.0)
+
+    def work(world: World) -> int:
+        with contextlib.suppress(UserError), once_per_machine(world, what="worked") as once:
+            if world.local_size == 1:
+                raise UserError("no data on this machine")
+            once(lambda: {"a": torch.zeros(2)})
+        return next(world.waits)
+
+    sizes = ({"local_rank": rank, "local_size": size} for rank, size in ((0, 2), (1, 2), (0, 1)))
+    assert together(work, *sizes) == [1, 1, 1]
+
+
+def test_nobody_waits_for_data_that_are_missing_and_may_be(
+    together: Callable[..., list[Any]], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(distributed, "PATIENCE", 5.0)
+
+    def opens(world: World) -> None:
+        open_shared(SourceRequest(dataset="folder", root=tmp_path / "nowhere", download=False), world)
+
+    for error in together(opens, *THREE):
+        assert isinstance(error, UserError)
 
 
 def test_where_a_neighbours_file_cannot_be_opened_each_works(

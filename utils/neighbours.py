@@ -58,8 +58,10 @@ def once_per_machine(world: World, *, what: str) -> Iterator[Once]:
     with contextlib.ExitStack() as held:
         machine = _machine() if world.local_size > 1 else None
         neighbours = None if machine is None else _Neighbours(store, machine, held, what)
-        yield each_for_itself if neighbours is None else neighbours.once
-        store.add("done", 1)
+        try:
+            yield each_for_itself if neighbours is None else neighbours.once
+        finally:  # one that failed reads no file any more
+            store.add("done", 1)
         if neighbours is not None and neighbours.holds_files:
             wait_until(lambda: store.add("done", 0) >= world.world_size, f"another process has not {what}")
 

@@ -3,16 +3,20 @@
 import signal
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 
+import train_split
 import training.state
 from record import checkpoint as ckpt
 from tests.kills import at_call
 from tests.runs import TINY, Run, train
 from tests.test_train_distributed import train_together
 from tests.waits import needs_gpu, requires_gpu
+from utils.launch import World
 
 BASE = [*TINY, "--split_factor", 2, "--seed", 5, "--print_freq", 2, "--eval_batch_size", 200]
 
@@ -74,6 +78,37 @@ def test_a_method_that_runs_its_networks_itself_says_so(tmp_path: Path) -> None:
     result = train(argv, tmp_path)
     assert result.code == 0, result.stderr
     assert result.stderr.count("keeps to loop") == 1
+
+
+@pytest.mark.parametrize(
+    ("device", "execution", "is_synchronised", "said"),
+    [
+        ("cuda", "parallel", True, True),
+        ("cuda", "parallel", False, False),
+        ("cuda", "loop", True, False),
+        ("cpu", "parallel", True, False),  # threads exchange in groups of their own
+    ],
+)
+def test_that_synchronised_norms_make_parallel_networks_a_sequence_is_said(
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    device: str,
+    execution: str,
+    is_synchronised: bool,
+    said: bool,
+) -> None:
+    for name in ("lay_out", "synchronise_batchnorm"):
+        monkeypatch.setattr(train_split, name, lambda *_: None)
+    trainer: Any = SimpleNamespace(
+        method=SimpleNamespace(to=lambda *_: None),
+        world=World(0, 2, 0, 2, torch.device(device)),
+        precision=SimpleNamespace(weights=torch.float32, memory_format=torch.channels_last),
+        is_synchronised=is_synchronised,
+        network=SimpleNamespace(),
+    )
+    with caplog.at_level("INFO"):
+        train_split.Trainer._place(trainer, execution, None)
+    assert ("every exchange waits for the one before" in caplog.text) == said
 
 
 def _allow(cpus: int) -> None:

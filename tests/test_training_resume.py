@@ -1,13 +1,19 @@
 """Going on: flags that changed, and where a run goes on when epochs have other numbers of steps."""
 
 import dataclasses
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
+import torch
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
+import training.state
 from training.resume import Pace, Position, changed_flags, check_classes, position_now
+from training.state import RunState
 from utils.errors import UserError
+from utils.launch import World
 from utils.options import SAME, TAKES
 
 
@@ -107,3 +113,56 @@ def test_other_classes_are_refused_by_name() -> None:
         check_classes(["a", "b"], ("a", "c"))
     with pytest.raises(UserError, match="learnt 2 classes, and --data has 3"):
         check_classes(["a", "b"], ("a", "b", "c"))
+
+
+# ---- what the bits depend on -----------------------------------------------------------------------------------------
+
+
+def run_of(device: str, *, processes: int = 1, threads: int | None = None) -> Any:
+    """What `RunState` asks for its environment, of a run in so many processes of one machine."""
+    return SimpleNamespace(
+        flags={"threads": threads},
+        world=World(0, processes, 0, processes, torch.device(device)),
+        method=SimpleNamespace(network=SimpleNamespace(execution="loop")),
+        precision=SimpleNamespace(name="bf16"),
+        is_replayed=True,
+    )
+
+
+def test_on_a_gpu_a_checkpoint_knows_it_and_its_library_and_whether_steps_are_replayed(monkeypatch) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "a GPU")
+    monkeypatch.setattr(torch.backends.cudnn, "version", lambda: 92000)
+    on_cpu, on_gpu = (RunState.environment(run_of(device)) for device in ("cpu", "cuda"))
+    assert {name: value for name, value in on_gpu.items() if name not in on_cpu} == {
+        "gpu": "a GPU",
+        "cudnn": "92000",
+        "cuda_graph": True,
+    }
+
+
+@pytest.mark.parametrize(
+    ("before", "now", "processes", "flag", "threads", "lines"),
+    [
+        (4, 1, 1, None, 4, ["4 thread(s) of the CPU, as the run had before"]),
+        (1, 1, 1, None, 1, []),
+        (9, 1, 1, None, 1, ["So far threads was 9, now it is 1: the last bits will differ."]),
+        (4, 1, 2, None, 4, ["4 thread(s) of the CPU, as the run had before"]),
+        (1, 2, 16, None, 1, ["1 thread(s) of the CPU, as the run had before"]),  # fewer than now always fit
+        # each of four processes would have four of eight CPUs, and wait for the others' threads
+        (4, 1, 4, None, 1, ["So far threads was 4, now it is 1: the last bits will differ."]),
+        (4, 1, 1, 1, 1, ["So far threads was 4, now it is 1: the last bits will differ."]),
+    ],
+)
+def test_a_resumed_run_keeps_its_threads_where_all_its_processes_have_room(
+    monkeypatch, caplog, before, now, processes, flag, threads, lines
+) -> None:
+    number = [now]
+    monkeypatch.setattr(torch, "get_num_threads", lambda: number[0])
+    monkeypatch.setattr(torch, "set_num_threads", lambda count: number.__setitem__(0, count))
+    monkeypatch.setattr(training.state, "allowed_cpus", lambda: 8)
+    run = run_of("cpu", processes=processes, threads=flag)
+    run.environment = lambda: {"threads": number[0]}
+    with caplog.at_level("INFO"):
+        RunState._check_environment(run, {"threads": before})
+    assert number == [threads]
+    assert caplog.messages == lines

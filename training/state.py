@@ -302,8 +302,9 @@ class RunState:
         self.optimizer.load_state_dict({"state": kept, "param_groups": own["param_groups"]})
 
     def _check_environment(self, before: Mapping[str, Any]) -> None:
-        if self.flags["threads"] is None and before["threads"] <= allowed_cpus():
-            if before["threads"] != torch.get_num_threads():
+        now = torch.get_num_threads()
+        if self.flags["threads"] is None and before["threads"] <= max(now, allowed_cpus() // self.world.local_size):
+            if before["threads"] != now:
                 logger.info("%d thread(s) of the CPU, as the run had before", before["threads"])
             torch.set_num_threads(before["threads"])
         for name, value in self.environment().items():

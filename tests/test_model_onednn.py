@@ -1,6 +1,7 @@
-"""Convolutions under CPU autocast where oneDNN's weight gradient reads memory that nobody wrote."""
+"""Convolutions on CPUs where oneDNN's weight gradient reads memory that nobody wrote, or writes behind its own."""
 
 import copy
+import multiprocessing
 
 import pytest
 import torch
@@ -91,3 +92,48 @@ def test_only_padded_maps_narrower_than_the_stride_are_convolved_in_float32(widt
     with torch.autocast("cpu", torch.bfloat16):
         out = conv2d(torch.randn(2, 4, 8, width), torch.randn(4, 4, kernel, kernel), None, (1, stride), padding)
     assert out.dtype == dtype
+
+
+def thin_images(side):
+    images = torch.randn(2, 9, side, side, generator=torch.Generator().manual_seed(1))
+    return images.contiguous(memory_format=torch.channels_last)
+
+
+def thin_network():
+    torch.manual_seed(0)
+    conv = nn.Conv2d(9, 24, 1, 2)
+    return SplitNet([nn.Sequential(conv, nn.AdaptiveAvgPool2d(1), nn.Flatten())]).to(memory_format=torch.channels_last)
+
+
+def compare_gradients():
+    """Of many passes with those in float64; without the way round the process does not get to its end."""
+    split = thin_network()
+    exact = copy.deepcopy(split).double()
+    for _ in range(12):
+        for net, images in ((split, thin_images(112)), (exact, thin_images(112).double())):
+            net.zero_grad()
+            net(images[None]).square().sum().backward()
+    for ours, theirs in zip(split.parameters(), exact.parameters(), strict=True):
+        assert ours.grad is not None
+        assert theirs.grad is not None
+        assert 0 < (ours.grad - theirs.grad).abs().max() < 1e-5 * theirs.grad.abs().max()
+
+
+def test_gradients_of_thin_strided_convolutions_are_right_and_the_process_lives():
+    process = multiprocessing.get_context("forkserver").Process(target=compare_gradients)
+    process.start()
+    process.join()
+    assert process.exitcode == 0
+
+
+def test_thin_strided_convolutions_of_small_maps_are_torchs_own():
+    conv = thin_network().models[0][0]
+    for side in (64, 33, 112):
+        found, expected = conv(thin_images(side)), nn.functional.conv2d(thin_images(side), conv.weight, conv.bias, 2)
+        assert found.shape == expected.shape
+        if side == 112:
+            torch.testing.assert_close(found, expected)
+        else:
+            assert torch.equal(found, expected)
+    others = (nn.Conv2d(16, 24, 1, 2), nn.Conv2d(9, 24, 1), nn.Conv2d(8, 24, 1, 2, groups=2), nn.Conv2d(9, 24, 1, 2, 1))
+    assert not any("_conv_forward" in vars(other) for other in SplitNet([nn.Sequential(*others)]).modules())

@@ -1,13 +1,15 @@
 """One decision about precision, from the flags and the hardware."""
 
+import copy
 from pathlib import Path
 
 import pytest
 import torch
+from torch import nn
 
 from utils import precision
 from utils.errors import UserError
-from utils.precision import choose_precision
+from utils.precision import choose_precision, lay_out
 
 CPU = torch.device("cpu")
 CPU_INFO = Path("/proc/cpuinfo")
@@ -50,6 +52,18 @@ def test_the_layout_is_that_of_the_flag_else_of_the_strategy(
     monkeypatch.setattr(precision, "GPU_LAYOUTS", {"stacked": torch.contiguous_format})
     chosen = choose_precision(torch.device(device), is_amp=True, amp_dtype=name, layout=layout, execution=execution)
     assert chosen.memory_format == (torch.channels_last if nhwc else torch.contiguous_format)
+
+
+def test_only_images_weights_are_laid_out_and_one_to_one_ones_as_torch_does() -> None:
+    network = nn.Sequential(nn.Conv2d(4, 8, 3), nn.Conv2d(8, 4, 1), nn.Conv3d(4, 8, (1, 3, 3)), nn.Linear(8, 4))
+    expected = copy.deepcopy(network[:2]).to(memory_format=torch.channels_last)
+    before = dict(network.named_parameters())
+    assert lay_out(network, torch.channels_last) is network
+    found = dict(network.named_parameters())
+    assert all(found[name] is parameter for name, parameter in before.items())
+    assert all(found[name].stride() == parameter.stride() for name, parameter in expected.named_parameters())
+    assert found["0.weight"].is_contiguous(memory_format=torch.channels_last)
+    assert found["2.weight"].is_contiguous()
 
 
 def test_fp16_needs_a_gpu() -> None:

@@ -1,8 +1,9 @@
 """Numeric precision of a run: decided once from the flags and the hardware."""
 
 from dataclasses import dataclass
+from itertools import chain
 from types import MappingProxyType
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import torch
 from torch import nn
@@ -89,6 +90,11 @@ def autocast(device: torch.device, dtype: torch.dtype | None) -> torch.autocast:
 
 
 def lay_out(module: AnyModule, memory_format: torch.memory_format) -> AnyModule:
-    """Give the module's 4-dimensional parameters and buffers this layout, in place; returns the module."""
-    layout: dict[str, Any] = {"memory_format": memory_format}  # an overload that the stubs of torch 2.11 do not have
-    return module.to(**layout)
+    """Give the module's 4-dimensional parameters and buffers this layout, in place; returns the module.
+
+    `module.to` would ask it of 5-dimensional ones too, such as timm's lambda layers have, and fail.
+    """
+    for tensor in chain(module.parameters(), module.buffers()):
+        if tensor.dim() == 4:
+            tensor.data = tensor.data.to(tensor.dtype, memory_format=memory_format)
+    return module

@@ -60,6 +60,7 @@ from record.run_folder import (
     HPARAMS,
     RESULTS,
     SPLIT,
+    Hold,
     Resumed,
     as_json,
     describe_environment,
@@ -887,8 +888,10 @@ def run(config: Config) -> dict[str, Any]:
 def run_in(world: World, config: Config) -> dict[str, Any]:
     """`run` in a process that has found its place."""
     folder = Path(config.model_dir)
-    with launch.naming_lost_processes(world):
+    with launch.naming_lost_processes(world), Hold(folder, world) as hold:
         world = spread_over(world, config)
+        if not config.dry_run:
+            hold.take()  # before it is read, and again once it is made
         resumed = open_run(folder, config.resume)
         distributed.barrier()  # nobody writes into the folder before everybody has looked
         finished = finished_results(folder, config, resumed)
@@ -901,6 +904,7 @@ def run_in(world: World, config: Config) -> dict[str, Any]:
                 show(cost.text())
             return cost.as_dict()
         make_folder(folder)
+        hold.take()
         set_up_text_log(folder, rank=world.rank)
         return build_trainer(world, config, resumed).run()
 

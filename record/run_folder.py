@@ -1,11 +1,15 @@
 """The run directory: whether it may be trained into, which checkpoint to go on from, what it says of the machine."""
 
+import contextlib
+import errno
 import json
 import logging
 import os
 import platform
 import sys
-from collections.abc import Mapping, Sequence
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from os import PathLike
 from pathlib import Path
 from typing import Any, NamedTuple, cast
@@ -24,9 +28,15 @@ from record.checkpoint import (
     write_file,
 )
 from record.tables import csv_table
+from utils import distributed
 from utils.errors import UserError, reason
 from utils.launch import World
 from utils.plain_json import plain_json
+
+try:
+    import fcntl
+except ImportError:  # where there are no such locks
+    fcntl = None  # type: ignore[assignment]
 
 logger = logging.getLogger(__name__)
 
@@ -36,6 +46,7 @@ EXPORTED = (".pt2", ".onnx")  # what script/export.py writes
 HPARAMS = "hparams_train.json"
 SPLIT = "split.csv"  # which part every image is in, where the run drew the parts
 ABANDONED = "abandoned"  # folder for what lies after a place that a run has gone back to
+GRACE = 5.0  # seconds that a killed training may take to be gone
 
 
 def split_table(membership: Mapping[str, Sequence[str]]) -> str:
@@ -193,6 +204,101 @@ def make_folder(folder: Path) -> None:
         raise UserError(f"--model_dir {folder}: cannot be made: {reason(error)}.") from None
     if not os.access(folder, os.W_OK):
         raise UserError(f"--model_dir {folder}: cannot be written.")
+
+
+@contextlib.contextmanager
+def alone_in(folder: Path, refusal: Callable[[str], str], *, seconds: float = 0.0) -> Iterator[int | None]:
+    """Hold a folder against others who would hold it; yields the descriptor that does so, None where none can.
+
+    It is a lock on the folder itself, which leaves no file: the system lets go of it when the last process that has the
+    descriptor is dead, so nothing outlives a kill. Started programs do not inherit it unless they are given it. File
+    systems keep such locks to one machine, most of them; where there are none, a line says so and nothing is held.
+
+    Args:
+        folder: is there.
+        refusal: the error's line, of who holds the folder: "process 7", or where else somebody may be.
+        seconds: to wait for somebody who may be about to end.
+
+    Raises:
+        UserError: it is held.
+    """
+    with contextlib.ExitStack() as opened:
+        descriptor = None
+        try:
+            descriptor = os.open(folder, os.O_RDONLY)
+            opened.callback(os.close, descriptor)
+            _lock(descriptor, seconds)
+        except BlockingIOError:
+            raise UserError(refusal(_named(holders(folder)))) from None
+        except OSError as error:
+            logger.warning("%s cannot be locked: %s. Nothing keeps others out.", folder, reason(error))
+        yield descriptor
+
+
+def _lock(descriptor: int, seconds: float) -> None:
+    deadline = time.monotonic() + seconds
+    while fcntl is not None:
+        try:
+            return fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            if time.monotonic() > deadline:
+                raise
+            time.sleep(0.1)
+    raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))
+
+
+def holders(folder: Path) -> list[str]:
+    """The numbers of the other processes of this machine that have a folder open."""
+    path, found = os.path.realpath(folder), []
+    for process in Path("/proc").glob("[1-9]*"):
+        with contextlib.suppress(OSError):  # it has ended, or is another user's
+            if process.name != str(os.getpid()) and any(
+                os.readlink(opened) == path for opened in (process / "fd").iterdir()
+            ):
+                found.append(process.name)
+    return sorted(found, key=int)
+
+
+def _named(numbers: Sequence[str]) -> str:
+    if not numbers:
+        return "in another container, of another user or on another machine"
+    return f"process{'es' * (len(numbers) > 1)} {', '.join(numbers)}"
+
+
+class Hold(contextlib.ExitStack):
+    """What keeps other trainings of this machine out of a run directory until the context ends.
+
+    Args:
+        folder: --model_dir; it need not be there yet.
+        world: of which process 0 holds it.
+    """
+
+    def __init__(self, folder: Path, world: World) -> None:
+        super().__init__()
+        self._folder, self._world, self._holds = folder, world, False
+
+    def take(self) -> None:
+        """Take hold of the folder, if that is there and not held yet. All processes of the job call it.
+
+        Raises:
+            UserError: another training is at work in it.
+        """
+        line = ""
+        if self._world.is_main and not self._holds and self._folder.is_dir():
+            try:
+                self.enter_context(alone_in(self._folder, partial(_in_training, self._folder), seconds=GRACE))
+                self._holds = True
+            except UserError as error:
+                line = str(error)
+        if refused := distributed.gather_values(line)[0]:
+            raise UserError(refused)
+
+
+def _in_training(folder: Path, who: str) -> str:
+    return (
+        f"--model_dir {folder}: another training is at work in it ({who}). Wait for its end, or end it; or choose "
+        "another --model_dir."
+    )
 
 
 def read_results(folder: Path, name: str = RESULTS) -> dict[str, Any] | None:

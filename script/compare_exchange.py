@@ -9,19 +9,18 @@ DIR/table.md has mean and standard deviation over the seeds.
 
 import argparse
 import contextlib
-import fcntl
 import json
-import os
 import statistics
 import subprocess
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from record.checkpoint import write_file
 from record.exchange import ExchangeFolder
-from record.run_folder import read_results
+from record.run_folder import alone_in, read_results
 from script import assemble
 from script.small_images import take
 from training.exchange import LOG
@@ -51,42 +50,12 @@ def wait_for(process: subprocess.Popen[bytes]) -> int:
             return process.wait(timeout=1.0)
 
 
-@contextlib.contextmanager
-def alone_in(folder: Path) -> Iterator[int]:
-    """Hold a folder, made where it is not there, against other comparisons, and yield the descriptor that does so.
-
-    Jobs that inherit it go on holding the folder where the comparison is killed. A file system without locks holds
-    nothing.
-
-    Raises:
-        UserError: another comparison, or a job that one has left, is at work there.
-    """
-    folder.mkdir(parents=True, exist_ok=True)
-    path = folder / "lock"
-    with path.open("a") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise UserError(
-                f"--out: another comparison, or a job of one that was killed, is at work in {folder} (processes: "
-                f"{', '.join(holders(path)) or 'on another machine'}). Wait for its end, or end it; then give the same "
-                "command again."
-            ) from None
-        except OSError as error:
-            print(f"compare_exchange: {path}: cannot be locked: {reason(error)}.", file=sys.stderr)
-        yield file.fileno()
-
-
-def holders(path: Path) -> list[str]:
-    """The numbers of the other processes that have a file open."""
-    found = []
-    for process in Path("/proc").glob("[1-9]*"):
-        with contextlib.suppress(OSError):  # it has ended, or is another user's
-            if process.name != str(os.getpid()) and any(
-                os.readlink(opened) == str(path) for opened in (process / "fd").iterdir()
-            ):
-                found.append(process.name)
-    return sorted(found, key=int)
+def refusal(folder: Path, who: str) -> str:
+    """What keeps a comparison out of a folder: another one, or jobs of one, which hold it on after that is killed."""
+    return (
+        f"--out: another comparison, or a job of one that was killed, is at work in {folder} ({who}). Wait for its "
+        "end, or end it; then give the same command again."
+    )
 
 
 def run_together(commands: Sequence[list[str]], folder: Path, lock: int | None = None) -> str:
@@ -143,7 +112,7 @@ def finished(model: Path) -> dict[str, Any]:
 
 
 def train_and_evaluate(
-    way: str, seed: int, folder: Path, common: Sequence[object], networks: int, lock: int
+    way: str, seed: int, folder: Path, common: Sequence[object], networks: int, lock: int | None
 ) -> dict[str, Any]:
     """Train S networks one way and evaluate their last weights; the figures by name.
 
@@ -250,13 +219,15 @@ def main(argv: list[str] | None = None) -> int:
         with Interruption() as signals:
             signals.release()  # what started this may have held them
             make_out(given.out)
-            take(given.data, part, train=given.images, test=given.test_images, side=given.side)
+            counts = {"train": given.images, "test": given.test_images}
+            take(given.data, part, **counts, side=given.side, flags=("--images", "--test_images"))
             for seed in given.seeds:
                 for way, of_seeds in found.items():
                     folder = given.out.resolve() / f"{way}_seed{seed}"
                     done = folder / "figures.json"
                     if not done.exists():
-                        with alone_in(folder) as lock:
+                        make_out(folder)
+                        with alone_in(folder, partial(refusal, folder)) as lock:
                             figures = train_and_evaluate(way, seed, folder, common, given.split_factor, lock)
                             write_file(done, json.dumps(figures, indent=1) + "\n")
                     of_seeds.append(json.loads(done.read_text()))

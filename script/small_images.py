@@ -16,7 +16,9 @@ from utils.errors import UserError
 SPLITS = {"train": "train", "val": "test", "test": "test"}  # which flag says how many of a split
 
 
-def take(source: Path, target: Path, *, train: int, test: int, side: int) -> None:
+def take(
+    source: Path, target: Path, *, train: int, test: int, side: int, flags: tuple[str, str] = ("--train", "--test")
+) -> None:
     """Make `target`, with the splits of `source` that are there; one that is there already is kept as it is.
 
     Args:
@@ -24,6 +26,7 @@ def take(source: Path, target: Path, *, train: int, test: int, side: int) -> Non
         target: appears when it is whole.
         train, test: images of a split, 0 for all; `test` counts for val/ and test/.
         side: pixels; every image becomes side x side. 0: as they are, linked.
+        flags: what an error calls `train` and `test`.
 
     Raises:
         UserError: no class folders, or fewer images in a class than asked for.
@@ -34,6 +37,7 @@ def take(source: Path, target: Path, *, train: int, test: int, side: int) -> Non
         raise UserError(f"{source}/train holds no class folders.")
     partial = target.with_name(target.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
+    names = dict(zip(("train", "test"), flags, strict=True))
     for split, flag in SPLITS.items():
         classes = sorted(path for path in (source / split).glob("*/") if path.is_dir())
         count = {"train": train, "test": test}[flag] // max(len(classes), 1)
@@ -41,7 +45,7 @@ def take(source: Path, target: Path, *, train: int, test: int, side: int) -> Non
             images = sorted(path for path in folder.rglob("*") if path.is_file())
             if len(images) < count:
                 raise UserError(
-                    f"--{flag}: {folder} holds {len(images)} images, {count} of every class were asked for."
+                    f"{names[flag]}: {folder} holds {len(images)} images, {count} of every class were asked for."
                 )
             place = partial / split / folder.name
             place.mkdir(parents=True)

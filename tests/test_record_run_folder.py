@@ -1,11 +1,15 @@
 """When a run directory may be trained into, and what is gone on from."""
 
+import errno
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
 from record import checkpoint as ckpt
-from record.run_folder import checkpoint_of, make_folder, open_run, read_results
+from record import run_folder
+from record.run_folder import alone_in, checkpoint_of, make_folder, open_run, read_results
 from utils.errors import UserError
 
 
@@ -86,3 +90,56 @@ def test_directories_without_a_best_checkpoint_say_what_they_are(tmp_path: Path)
         with pytest.raises(UserError, match=message) as error:
             checkpoint_of(path)
         assert "\n" not in str(error.value)
+
+
+HOLDING = """
+import fcntl, os, sys, time
+fcntl.flock(os.open(sys.argv[1], os.O_RDONLY), fcntl.LOCK_EX)
+print("held", flush=True)
+time.sleep(600)
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/fd").exists(), reason="processes are named by /proc")
+def test_a_folder_is_held_until_its_holder_is_dead(tmp_path: Path) -> None:
+    (tmp_path / "m").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "m")
+    with subprocess.Popen([sys.executable, "-c", HOLDING, tmp_path / "m"], stdout=subprocess.PIPE) as other:
+        assert other.stdout is not None
+        try:
+            assert other.stdout.readline() == b"held\n"
+            for folder in (tmp_path / "m", tmp_path / "link"):
+                with pytest.raises(UserError, match=rf"^process {other.pid}$"), alone_in(folder, str):
+                    pass
+        finally:
+            other.kill()
+    with alone_in(tmp_path / "link", str):
+        assert list((tmp_path / "m").iterdir()) == []
+
+
+def test_what_a_holder_has_started_does_not_hold(tmp_path: Path) -> None:
+    with alone_in(tmp_path, str):
+        started = subprocess.Popen(["sleep", "600"], close_fds=False)
+        with pytest.raises(UserError), alone_in(tmp_path, str):
+            pass
+    try:
+        with alone_in(tmp_path, str):
+            assert started.poll() is None
+    finally:
+        started.kill()
+        started.wait()
+
+
+def test_a_folder_that_cannot_be_locked_is_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def refuse(*_: object) -> None:
+        raise OSError(errno.ENOTSUP, "not here")
+
+    monkeypatch.setattr(run_folder.fcntl, "flock", refuse)
+    with alone_in(tmp_path, str), alone_in(tmp_path / "nowhere", str) as descriptor:
+        assert descriptor is None
+    assert caplog.messages == [
+        f"{tmp_path} cannot be locked: not here. Nothing keeps others out.",
+        f"{tmp_path / 'nowhere'} cannot be locked: No such file or directory. Nothing keeps others out.",
+    ]

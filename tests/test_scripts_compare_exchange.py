@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from record.run_folder import read_results
+from record.run_folder import alone_in, holders, read_results
 from script import compare_exchange
 from script.compare_exchange import FIGURES, main, run_together
 from tests.runs import Run
@@ -40,6 +40,17 @@ def test_an_out_that_is_a_file_is_one_line(tmp_path: Path, capsys: pytest.Captur
     error = capsys.readouterr().err
     assert error.startswith(f"compare_exchange: --out {tmp_path / 'out'}: cannot be made: ")
     assert error.count("\n") == 1
+
+
+def test_more_images_than_there_are_is_one_line_that_names_the_flag(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    argv = [str(folder_of_images(tmp_path / "data", 8)), "--out", str(tmp_path / "out")]
+    for flags in (["--images", "39"], ["--images", "3", "--test_images", "39"]):
+        assert main([*argv, *flags]) == 2
+        error = capsys.readouterr().err
+        assert error.startswith(f"compare_exchange: {flags[-2]}: ")
+        assert error.endswith("holds 12 images, 13 of every class were asked for.\n")
 
 
 def test_runs_that_are_complete_are_kept(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -101,12 +112,12 @@ def test_jobs_that_a_killed_comparison_leaves_refuse_the_same_command_until_they
         assert main(argv) == 2
         error = capsys.readouterr().err
         folder = tmp_path / "out" / "independent_seed1"
-        assert f"is at work in {folder} (processes: {job}). Wait for its end, or end it; " in error
+        assert f"is at work in {folder} (process {job}). Wait for its end, or end it; " in error
         assert error.count("\n") == 1
     finally:
         os.kill(job, signal.SIGKILL)
-    wait_until(lambda: compare_exchange.holders(folder / "lock") == [], "the job has ended")
-    with compare_exchange.alone_in(folder):
+    wait_until(lambda: holders(folder) == [], "the job has ended")
+    with alone_in(folder, str):
         pass
 
 

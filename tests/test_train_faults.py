@@ -15,6 +15,7 @@ import pytest
 from PIL import Image
 
 from record import checkpoint as ckpt
+from record.run_folder import alone_in, holders
 from tests.kills import (
     at_call,
     at_group_call,
@@ -27,6 +28,7 @@ from tests.kills import (
     small_files_only,
 )
 from tests.runs import ROOT, TINY, Run, train, without_times
+from tests.test_train_distributed import start_together
 
 
 @pytest.mark.slow
@@ -129,12 +131,36 @@ def test_decoding_workers_end_with_a_killed_run(folder_with_a_bad_image: Path, t
     assert run.process.pid is not None
     family = descendants(run.process.pid)
     assert len(family) >= 5  # a server and four workers at the least
+    assert holders(tmp_path / "m") == [str(run.process.pid)]  # what keeps others out ends with the run
     run.signal(signal.SIGKILL)
     run.wait()
     killed = time.monotonic()
     while left := [number for number in family if is_running(number)]:
         time.sleep(0.1)
         assert time.monotonic() - killed < 90, f"still there: {left}"
+
+
+def hurry() -> None:
+    """Nobody who is at work in a run directory is waited for."""
+    from record import run_folder
+
+    run_folder.GRACE = 0.0
+
+
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_a_run_directory_with_a_training_at_work_is_refused_in_one_line(world_size: int, tmp_path: Path) -> None:
+    folder = tmp_path / "m"
+    folder.mkdir()
+    argv = [*TINY, "--max_steps", 1, "--resume", "auto", "--model_dir", folder]
+    with alone_in(folder, str):
+        runs = start_together(argv, tmp_path / "streams", world_size, before=dict.fromkeys(range(world_size), hurry))
+        for run in runs:
+            ended = run.wait(60)
+            assert ended.code == 2, ended.stderr
+            line = f"train_split.py: --model_dir {folder}: another training is at work in it (process {os.getpid()}). "
+            assert ended.stderr.splitlines()[-1].startswith(line)
+            assert "Traceback" not in ended.stderr
+        assert list(folder.iterdir()) == []
 
 
 def descendants(number: int) -> list[int]:

@@ -189,6 +189,15 @@ def test_a_pretrained_network_i_begins_as_it_does_among_all(tmp_path, monkeypatc
     joint.saver.close()
 
 
+@pytest.mark.parametrize(("given", "expected"), [((), 4), (("--exchange_burn_in", 2), 2), (("--method", "dml"), 0)])
+def test_without_a_flag_the_network_is_alone_as_long_as_the_weight_of_the_others_rises(tmp_path, given, expected):
+    flags = ["--epochs", 30, "--split_factor", S, "--exchange", tmp_path / "x", "--network", 0, *given]
+    trainer = trainer_of(tmp_path / "m", *flags)
+    trainer.exchange.close()
+    trainer.saver.close()
+    assert trainer.exchange.peers.burn_in == expected
+
+
 def test_the_moving_average_is_what_is_published(tmp_path):
     trainer = job(0, tmp_path, "--ema_decay", 0.5)
     trainer.exchange.begin(0, 0, is_fresh=True, given_up=lambda: False)

@@ -83,6 +83,24 @@ def test_questions_to_other_gpus_come_every_few_seconds_whatever_a_step_takes(tm
     assert first == [0, 2, 6, 13, 20, 27, 34, 35, 36, 37, 38, 39]
 
 
+def test_a_signal_that_comes_while_the_processes_ask_each_other_is_heard_at_the_next_question(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Sent to all of a job, it finds most of them there."""
+    coming = [signal.SIGTERM]
+
+    def asked_of_two(asked: torch.Tensor, op: object) -> None:
+        if coming:
+            signal.raise_signal(coming.pop())
+
+    monkeypatch.setattr(interrupt, "is_alone", lambda: False)
+    monkeypatch.setattr(interrupt.dist, "all_reduce", asked_of_two)
+    with StopRequest() as request:
+        assert not request.agreed(CPU)  # all processes get the answer that they have sent
+        assert request.agreed(CPU)
+        assert request.number == signal.SIGTERM
+
+
 def test_a_signal_is_obeyed_before_the_next_batch() -> None:
     found: list[int] = []
 

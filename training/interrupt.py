@@ -43,18 +43,21 @@ class StopRequest(SignalNote):
 
     def agreed(self, device: torch.device) -> bool:
         """Whether any process was signalled; all processes must ask together, and get the same answer."""
+        agreed = self.number
         if not is_alone():
             now = time.monotonic()
             of_a_round = (now - self._asked) / max(self._rounds, 1)
-            asked = torch.tensor([self.number, of_a_round], device=device, dtype=torch.float64)
+            asked = torch.tensor([agreed, of_a_round], device=device, dtype=torch.float64)
             dist.all_reduce(asked, op=dist.ReduceOp.MAX)
             number, slowest = asked.tolist()
-            self.number = int(number)
+            agreed = int(number)
+            if agreed:  # else a signal may have come while they asked: it stays noted, for the next question
+                self.number = agreed
             if self._pace:
                 # no more than twice as many, in case that the rounds before were unlike those to come
                 self._every = max(1, min(2 * self._every, int(self._pace / max(slowest, 1e-9))))
             self._rounds, self._asked = 0, now
-        return self.number != 0
+        return agreed != 0
 
     def until_stopped(self, batches: Iterable[_Batch], *, rounds: int, device: torch.device) -> Iterator[_Batch]:
         """This process's batches, as long as no process is signalled; then all processes stop at the same place.

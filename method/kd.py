@@ -13,7 +13,7 @@ from method import Method, Progress, StepOutput, Targets, TrainingData, methods
 from method.inner import Asleep, EpochNumber
 from method.options.kd import KDOptions
 from model.registry import ARGUMENTS, request_of
-from model.restore import NetworkInfo, restore_splitnet, stored_plan, stored_widths
+from model.restore import NetworkInfo, chosen_arch, restore_splitnet, stored_plan, stored_widths
 from model.splitnet import SplitNet
 from recipe.published import sgd_steps
 from record.checkpoint import load_checkpoint, state_sha256
@@ -60,6 +60,7 @@ class Distillation(Method[KDOptions]):
             arch=options.teacher_arch,
             dataset=student.dataset,
             source=self._flag,
+            arch_flag="teacher_arch",
         )
         if self.teacher_info.num_classes != student.num_classes:
             raise UserError(
@@ -108,7 +109,8 @@ class Distillation(Method[KDOptions]):
         content = load_checkpoint(path, "--teacher")
         trained = content.get("config")
         arch = trained.get("arch") if isinstance(trained, Mapping) else None
-        arch = given.get("teacher_arch", arch)
+        if isinstance(arch, str):
+            arch = chosen_arch(given.get("teacher_arch"), arch, f"--teacher {path}", "teacher_arch")
         factor = trained.get("split_factor") if isinstance(trained, Mapping) else None
         if not isinstance(arch, str) or "," in arch or not isinstance(factor, int):
             raise UserError(f"--student_of 1: --teacher {path} is no division of one network: give --arch.")

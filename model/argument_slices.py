@@ -28,7 +28,7 @@ from torch.overrides import TorchFunctionMode
 from model.division.arguments import MLP_WIDTHS, container, last_name, leaf_kind
 from model.kept_channels import Indices, kept_channels, shared_part
 from model.registry import ARGUMENTS, BackboneRequest, DivisionPlan, build_network, solved_request
-from model.staged import classifier_name
+from model.staged import classifier_names
 from utils.errors import UserError
 
 Changes = dict[str, int | float]
@@ -234,11 +234,13 @@ class ArgumentCutter:
             name: _drawn(name, value, generator) if name in own or name.endswith(statistics) else value
             for name, value in parent.state_dict().items()
         }
-        head = f"{classifier_name(parent)}.weight"
+        heads = {f"{head}.weight" for head in classifier_names(parent)}
         shapes = _shapes_of(part)
         try:
-            part.load_state_dict({n: self.cut(n, value, shapes[n], 0, is_head=n == head) for n, value in state.items()})
-            parent.load_state_dict({name: self._emptied(name, value, name == head) for name, value in state.items()})
+            part.load_state_dict(
+                {n: self.cut(n, value, shapes[n], 0, is_head=n in heads) for n, value in state.items()}
+            )
+            parent.load_state_dict({name: self._emptied(name, value, name in heads) for name, value in state.items()})
             side = self._request.crop_size
             images = torch.randn(1, 3, side, side, generator=generator)
             with torch.no_grad(), _NoNorms():

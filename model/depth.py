@@ -12,7 +12,7 @@ from model.heads import is_sequence, stem_parameters
 from model.options import check_freeze
 from model.registry import backbones, request_of
 from model.splitnet import SplitNet
-from model.staged import Staged, beside_names, classifier_name, staged_parts
+from model.staged import Staged, beside_names, classifier_names, staged_parts
 from utils.errors import UserError
 
 
@@ -60,10 +60,10 @@ def freeze(network: SplitNet, what: str) -> int:
 def _frozen_parameters(network: nn.Module, what: str) -> set[int]:
     """The ids of the parameters of one network that are not trained."""
     if what == "backbone":
-        head = classifier_name(network)
-        if head is None:
+        heads = classifier_names(network)
+        if not heads:
             raise UserError(f"--freeze backbone: {_arch(network)} has no classifier that could be trained alone.")
-        trained = f"{head}.", *beside_names(network)
+        trained = *(f"{head}." for head in heads), *beside_names(network)
         return {id(parameter) for name, parameter in network.named_parameters() if not name.startswith(trained)}
     staged = _require_stages(network, f"--freeze {what}")
     if _depth(what) > len(staged.stages):

@@ -155,7 +155,7 @@ class Library:
     by_channels: frozenset[str] = frozenset()
     version: str = ""
     examples: str
-    layer_numbers: Callable[[nn.Module], Mapping[str, int]] | None = None
+    layer_numbers: Callable[[nn.Module], Mapping[str, int] | None] | None = None
     released_name: Callable[[str], str] | None = None
 
     def backbone(

@@ -18,7 +18,7 @@ from model.heads import NativeEnsemble, require_stages
 from model.layers.random import Dropout, RandomLayer, RandomScale
 from model.registry import BackboneRequest, MemberForm, build_network, note_request, request_of
 from model.splitnet import SplitNet
-from model.staged import MemberLayer, Staged, classifier_name, staged_parts
+from model.staged import MemberLayer, Staged, classifier_names, staged_parts
 from utils.errors import UserError
 from utils.seed import STREAM_INIT, STREAM_METHOD, fold_in, stream_uniform, torch_generator
 
@@ -250,17 +250,17 @@ class MimoNet(MemberNet):
     def __init__(self, network: nn.Module, form: MemberForm, seed: int) -> None:
         super().__init__(network, form)
         request = request_of(network)
-        self._wider = ("", "")  # names of the layers with M inputs, and M outputs
+        self._wider: tuple[str, tuple[str, ...]] = "", ()  # names of the layers with M inputs, and with M outputs
         if form.members == 1:
             return
-        first, last = _first_convolution(network, request), classifier_name(network)
-        if first is None or last is None:
+        first, last = _first_convolution(network, request), classifier_names(network)
+        if first is None or not last:
             raise UserError(
                 f"--arch {request.arch} has no convolution of the image and no classifier for --method mimo."
             )
         self._wider = first, last
         generator = torch_generator(seed, STREAM_INIT, _MEMBER_INIT)
-        for name in (first, last):
+        for name in (first, *last):
             parent, _, own = name.rpartition(".")
             layer = network.get_submodule(name)
             wider = copy.deepcopy(layer)
@@ -284,7 +284,7 @@ class MimoNet(MemberNet):
         if self.num_members == 1:
             return super().from_whole(state)
         first, last = self._wider
-        given = {name: value for name, value in state.items() if name.rpartition(".")[0] != last}
+        given = {name: value for name, value in state.items() if name.rpartition(".")[0] not in last}
         kernel = f"{first}.weight"
         given[kernel] = given[kernel].repeat(1, self.num_members, 1, 1) / self.num_members
         return given

@@ -16,7 +16,7 @@ from model.registry import LARGE, BackboneRequest, backbones, build_network, req
 from model.restore import library_state, load_state, network_state, stored_networks
 from model.slices import cut
 from model.splitnet import SplitNet
-from model.staged import classifier_name
+from model.staged import classifier_names
 from recipe.datasets import ROWS
 from recipe.preprocessing import Preprocessing, eval_resize
 from utils.errors import UserError
@@ -120,7 +120,7 @@ class Start:
             for i in range(len(network.models)):
                 state |= self._one(i, network)
         if isinstance(network, MemberNet) and _has(plain := _plain(network), _of_one(state)):
-            return _into_members(network, _of_one(state), f"{classifier_name(plain)}.")
+            return _into_members(network, _of_one(state), _heads(plain))
         try:
             return load_state(network, state, f"--pretrained {','.join(self.names)}")
         except UserError as error:
@@ -196,19 +196,19 @@ def _plain(network: MemberNet) -> nn.Module:
         return build_network(replace(request_of(network.models[0]), form=None))
 
 
-def _into_members(network: MemberNet, state: Mapping[str, Tensor], head: str) -> list[str]:
-    """Give members the weights of one plain network; returns the name of the classifier where it starts anew.
+def _into_members(network: MemberNet, state: Mapping[str, Tensor], own_heads: tuple[str, ...]) -> list[str]:
+    """Give members the weights of one plain network; returns the names of the classifiers where they start anew.
 
     Args:
         state: by the plain network's own names.
-        head: prefix of its classifier's names.
+        own_heads: prefixes of its classifiers' names.
     """
     given, own = network.from_whole(state), network.models[0].state_dict()
-    heads = {key for key in given if key.startswith(head)}
+    heads = {key for key in given if key.startswith(own_heads)}
     is_new = not heads or any(given[key].shape != own[key].shape for key in heads)
     kept = {key: value for key, value in given.items() if not (is_new and key in heads)}
     network.models[0].load_state_dict({**own, **kept})
-    return [f"models.0.{head.removesuffix('.')}"] * is_new
+    return [f"models.0.{head.removesuffix('.')}" for head in own_heads if is_new]
 
 
 def _of_one(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -245,14 +245,19 @@ def _fits(arch: str, state: Mapping[str, Tensor], request: BackboneRequest) -> b
 
 
 def _has(network: nn.Module, state: Mapping[str, Tensor]) -> bool:
-    head = f"{classifier_name(network)}."
+    heads = _heads(network)
     shapes = {
         key: value.shape for key, value in network.state_dict().items() if not key.endswith("num_batches_tracked")
     }
     theirs = {key: value.shape for key, value in state.items() if not key.endswith("num_batches_tracked")}
     return shapes.keys() == theirs.keys() and all(
-        theirs[key] == shape for key, shape in shapes.items() if not key.startswith(head)
+        theirs[key] == shape for key, shape in shapes.items() if not key.startswith(heads)
     )
+
+
+def _heads(network: nn.Module) -> tuple[str, ...]:
+    """How the names of a network's classifiers' tensors begin."""
+    return tuple(f"{head}." for head in classifier_names(network))
 
 
 def _renamed(state: Mapping[str, Tensor], network: SplitNet) -> dict[str, Tensor]:

@@ -201,7 +201,7 @@ class Backbone:
     build_wide: BackboneBuilder | None = None
     plan: Callable[[BackboneRequest], DivisionPlan] | None = None
     pretrained: Callable[[], Mapping[str, Tensor]] | None = None
-    layer_numbers: Callable[[nn.Module], Mapping[str, int]] | None = None
+    layer_numbers: Callable[[nn.Module], Mapping[str, int] | None] | None = None
     preprocessing: Callable[[str], Preprocessing] | None = None
     released_name: Callable[[str], str] | None = None
     parts: Callable[[nn.Module, BackboneRequest], Any] | None = None

@@ -24,7 +24,7 @@ from model.registry import (
     split_list,
 )
 from model.splitnet import SplitNet
-from model.staged import classifier_name
+from model.staged import classifier_name, classifier_names
 from recipe.preprocessing import Preprocessing
 from utils.errors import UserError
 from utils.text import one_line
@@ -97,6 +97,7 @@ def restore_splitnet(
     backbone_names: Callable[[str], Sequence[str]] = split_list,
     weights: str = "auto",
     source: str = "--resume",
+    arch_flag: str = "arch",
 ) -> tuple[SplitNet, NetworkInfo]:
     """Networks of a checkpoint, on the CPU, in evaluation mode, with the checkpoint's weights.
 
@@ -115,6 +116,7 @@ def restore_splitnet(
             not say.
         weights: "raw", "ema" (the moving average), or "auto": the moving average where there is one.
         source: how errors call the file ("--resume PATH").
+        arch_flag: how they call the flag that gives `arch`.
 
     Raises:
         UserError: the file holds no such networks, does not say what they are, or contradicts a flag.
@@ -129,8 +131,8 @@ def restore_splitnet(
     if in_file is None and not FOREIGN & content.keys():
         in_file = _entry(content, "arch", str, source)
         if in_file is not None and not names_user_code(in_file):
-            in_file = _released_arch(arch, in_file, backbone_names, source)
-    arch = _arch(arch, in_file, source)
+            in_file = _released_arch(arch, in_file, backbone_names, source, arch_flag)
+    arch = chosen_arch(arch, in_file, source, arch_flag)
     names = tuple(backbone_names(arch))
     train_separately = train_separately or bool(config.get("is_train_sep")) or config.get("network") is not None
     if len(names) > 1:
@@ -207,7 +209,7 @@ def load_state(network: SplitNet, state: Mapping[str, Tensor], source: str) -> l
     Raises:
         UserError: the weights are not those of this structure.
     """
-    heads = {f"models.{i}.{classifier_name(one)}" for i, one in enumerate(network.models)}
+    heads = {f"models.{i}.{head}" for i, one in enumerate(network.models) for head in classifier_names(one)}
     complaint = f"{source}: not the weights of these {len(network.models)} networks"
     return _load(network, state, complaint, heads=heads)
 
@@ -318,7 +320,7 @@ def network_state(content: Mapping[str, Any], weights: str, source: str) -> tupl
 
 
 def _released_arch(
-    claimed: str | None, in_file: str, backbone_names: Callable[[str], Sequence[str]], source: str
+    claimed: str | None, in_file: str, backbone_names: Callable[[str], Sequence[str]], source: str, flag: str
 ) -> str | None:
     """The backbone that a file of others names, in our words; None where only the flag can say it."""
     if claimed is not None and claimed.rpartition("/")[2] == in_file:
@@ -329,24 +331,32 @@ def _released_arch(
     except UserError:
         if claimed is None:
             raise UserError(
-                f"{source}: calls its networks {in_file!r}, which is no backbone here: add --arch NAME."
+                f"{source}: calls its networks {in_file!r}, which is no backbone here: add --{flag} NAME."
             ) from None
         return None
     return in_file
 
 
-def _arch(claimed: str | None, in_file: str | None, source: str) -> str:
-    """The backbone that file and flag agree on; a file alone cannot make us run a program."""
+def chosen_arch(claimed: str | None, in_file: str | None, source: str, flag: str = "arch") -> str:
+    """The backbone that file and flag agree on; a file alone cannot make us run a program.
+
+    Args:
+        claimed, in_file: what the flag and the file say; None: nothing.
+        source, flag: how errors call the two.
+
+    Raises:
+        UserError: neither says it, they contradict each other, or the file alone names a program.
+    """
     if in_file is not None and names_user_code(in_file):
         if claimed is None:
             raise UserError(
                 f"{source}: its networks come from the program {in_file}, which only you can choose to run: "
-                "add --arch FILE.py:FACTORY."
+                f"add --{flag} FILE.py:FACTORY."
             )
         in_file = claimed if names_user_code(claimed) else in_file
-    arch = _agreed("arch", claimed, in_file, source)
+    arch = _agreed(flag, claimed, in_file, source)
     if arch is None:
-        raise UserError(f"{source}: does not say which backbone it holds: add --arch NAME.")
+        raise UserError(f"{source}: does not say which backbone it holds: add --{flag} NAME.")
     return str(arch)
 
 

@@ -22,7 +22,7 @@ from model.division.rechannel import ChannelClass, ChannelGraph, Layer
 from model.division.resizing import channels_of
 from model.kept_channels import Indices, kept_channels, shared_part
 from model.registry import ARGUMENTS, BackboneRequest, build_network, check_request
-from model.staged import classifier_name
+from model.staged import classifier_names
 from utils.errors import UserError
 
 
@@ -58,15 +58,16 @@ def cut(parent: Mapping[str, Tensor], request: BackboneRequest, *, networks: int
     whole_request = replace(request, split_factor=1, widths=None, way="", width_names=())
     with torch.device("meta"):
         whole, part = build_network(whole_request), build_network(request)
-    head = classifier_name(whole)
-    if head is None:
+    heads = classifier_names(whole)
+    if not heads:
         raise UserError(f"{source}: --arch {request.arch} has no classifier that could be told from its other layers.")
-    names = [name for name in part.state_dict() if not _is_new_head(name, head, parent, part)]
+    names = [name for name in part.state_dict() if not _is_new_head(name, heads, parent, part)]
     _check(parent, whole, names, source)
     cutter = _cutter(request, whole, part, networks, seed, source)
     shapes = {name: tuple(value.shape) for name, value in part.state_dict().items()}
+    weights = {f"{head}.weight" for head in heads}
     states = tuple(
-        {name: cutter.cut(name, parent[name], shapes[name], i, is_head=name == f"{head}.weight") for name in names}
+        {name: cutter.cut(name, parent[name], shapes[name], i, is_head=name in weights) for name in names}
         for i in range(networks)
     )
     return Slices(states, cutter.shared(networks))
@@ -87,9 +88,9 @@ def _cutter(
     return _Cutter(graph, {layer.name: layer for layer in theirs.layers}, request.arch, seed, source)
 
 
-def _is_new_head(name: str, head: str, parent: Mapping[str, Tensor], part: nn.Module) -> bool:
+def _is_new_head(name: str, heads: Sequence[str], parent: Mapping[str, Tensor], part: nn.Module) -> bool:
     """Whether a tensor is of a classifier for other classes than the parent's."""
-    if not name.startswith(f"{head}.") or name not in parent:
+    if not name.startswith(tuple(f"{head}." for head in heads)) or name not in parent:
         return False
     return parent[name].shape[:1] != part.state_dict()[name].shape[:1]
 

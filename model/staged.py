@@ -155,25 +155,36 @@ def beside_names(network: nn.Module) -> tuple[str, ...]:
     return tuple(f"{name}." for name, module in network.named_modules() if isinstance(module, BesideNetwork))
 
 
-def classifier_name(network: nn.Module) -> str | None:
-    """Name of the layer that gives the logits, mostly a linear one; None where there is none.
+def classifier_names(network: nn.Module) -> tuple[str, ...]:
+    """Names of the layers that give the logits, mostly one linear layer; none where there is no such layer.
 
     That is what the network's own `get_classifier()` says (timm), else its last linear layer, else its last
-    convolution. Of members it is the layer with all that is theirs, and not the plain one within.
+    convolution. Networks with several heads, as those that were distilled through a token of its own, answer by the
+    mean of all; which layers these are, timm's configuration of their weights says. Of members it is the layer with all
+    that is theirs, and not the plain one within.
     """
     if isinstance(network, Staged):
-        return network.classifier_name
+        return (network.classifier_name,)
     ask = getattr(network, "get_classifier", None)
     said = ask() if callable(ask) else None
-    layers: dict[type, str] = {}
+    layers: dict[str, type] = {}
     for name, module in _own_layers(network):
         plain = module.layer if isinstance(module, MemberLayer) else module
         for kind in (nn.Linear, nn.Conv2d):
             if isinstance(plain, kind):
                 if module is said:
-                    return name
-                layers[kind] = name
-    return layers.get(nn.Linear, layers.get(nn.Conv2d))
+                    return (name,)
+                layers[name] = kind
+    heads = (getattr(network, "pretrained_cfg", None) or {}).get("classifier")
+    if isinstance(heads, tuple) and layers.keys() >= {*heads}:
+        return heads
+    linear = [name for name, kind in layers.items() if kind is nn.Linear]
+    return tuple((linear or [*layers])[-1:])
+
+
+def classifier_name(network: nn.Module) -> str | None:
+    """The last of `classifier_names`; None where there is none."""
+    return (classifier_names(network) or (None,))[-1]
 
 
 def _own_layers(network: nn.Module) -> Iterator[tuple[str, nn.Module]]:

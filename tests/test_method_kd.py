@@ -301,6 +301,22 @@ def test_a_student_is_one_of_the_teachers_networks(teacher: Path) -> None:
         parse_config(["--method", "kd", "--student_of", "1"])
 
 
+def test_a_teachers_file_cannot_make_us_run_a_program(teacher: Path, tmp_path: Path) -> None:
+    ran, program = tmp_path / "ran", tmp_path / "theirs.py"
+    program.write_text(f"open({str(ran)!r}, 'w')\n")
+    content = load_checkpoint(teacher)
+    path = tmp_path / "of_a_program.pth.tar"
+    save_checkpoint({**content, "config": {**content["config"], "arch": f"{program}:tiny"}}, path)
+    argv = ["--method", "kd", "--dataset", "digits", "--crop_size", "16", "--no_cuda", "--teacher", str(path)]
+    said = rf"--teacher {path}: its networks come from the program .* add --teacher_arch FILE.py:FACTORY"
+    with pytest.raises(UserError, match=said):
+        parse_config([*argv, "--student_of", "1"])
+    network = build_splitnet(BackboneRequest(arch="resnet20", num_classes=10, dataset="digits", crop_size=16), seed=0)
+    with pytest.raises(UserError, match=said):
+        methods.get("kd")(network, methods.get("kd").Options(teacher=str(path)))
+    assert not ran.exists()
+
+
 def test_a_student_has_the_widths_that_were_solved(tmp_path: Path) -> None:
     request = BackboneRequest(arch="torchvision/resnet18", split_factor=2, num_classes=10, crop_size=32)
     network = build_splitnet(request, seed=0)

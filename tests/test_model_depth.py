@@ -8,7 +8,7 @@ from model import LARGE, SMALL, BackboneRequest, SplitNet, backbones, build_spli
 from model.depth import freeze, layer_factors, layer_rates, layers
 from model.options import check_freeze
 from model.registry import MemberForm
-from model.staged import classifier_name, staged_parts
+from model.staged import classifier_name, classifier_names, staged_parts
 from training.optim import build_optimizer, parameter_groups, set_learning_rate
 from training.options import OptimizerOptions
 from utils.errors import UserError
@@ -109,6 +109,14 @@ def test_a_network_without_stages_has_no_layers() -> None:
         layer_factors(network, 0.5)
 
 
+def test_a_network_that_timm_does_not_number_is_refused_by_name() -> None:
+    pytest.importorskip("timm")
+    with torch.device("meta"):
+        network = small("timm/pit_ti_224", crop_size=224)
+    with pytest.raises(UserError, match="--layer_decay: timm/pit_ti_224 has no stages"):
+        layer_factors(network, 0.5)
+
+
 def test_optimiser_groups_have_the_rates_of_their_layers() -> None:
     network = small("resnet20", 2)
     options = OptimizerOptions(lr=0.2, weight_decay=1e-3, layer_decay=0.5, lr_multiplier=10.0)
@@ -153,7 +161,7 @@ def test_more_stages_than_there_are_and_networks_without_stages_are_refused() ->
 
 
 def test_a_network_that_ends_in_no_classifier_has_no_backbone(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("model.depth.classifier_name", lambda network: None)
+    monkeypatch.setattr("model.depth.classifier_names", lambda network: ())
     with pytest.raises(UserError, match="--freeze backbone: resnet20 has no classifier"):
         freeze(small("resnet20"), "backbone")
 
@@ -230,6 +238,31 @@ def test_of_members_the_whole_classifier_is_found_and_trained(arch: str, kind: s
     trained = {name for name, parameter in one.named_parameters() if parameter.requires_grad}
     assert trained == head | {name for name, _ in one.named_parameters() if name.startswith(beside)}
     assert any(name.startswith(beside) for name in trained) == (kind == "gated")
+
+
+@pytest.mark.parametrize(
+    ("arch", "form"),
+    [
+        ("timm/deit_tiny_distilled_patch16_224", None),
+        ("timm/deit_tiny_distilled_patch16_224", "batch_ensemble"),
+        ("timm/deit_tiny_distilled_patch16_224", "mimo"),
+        ("timm/levit_128s", None),
+        ("timm/repvit_m1", None),  # one module holds both
+    ],
+)
+def test_networks_that_answer_by_the_mean_of_several_heads_have_all_trained(arch: str, form: str | None) -> None:
+    pytest.importorskip("timm")
+    with torch.device("meta"):
+        network = small(arch, crop_size=224, form=FORM_OF.get(form))
+    one = network.models[0]
+    heads = {name for name, module in one.named_modules() if getattr(module, "out_features", 0) in (5, 3 * 5)}
+    heads = {name.removesuffix(".layer") for name in heads}
+    assert len(heads) == 2
+    assert {*classifier_names(one)} == heads
+    freeze(network, "backbone")
+    trained = {name for name, parameter in one.named_parameters() if parameter.requires_grad}
+    assert {name.rpartition(".")[0].removesuffix(".layer") for name in trained} == heads
+    assert trained <= {*layers(one)[-1].names}
 
 
 def test_the_stem_is_found_again_where_it_is_frozen_and_nothing_else_changes() -> None:

@@ -132,6 +132,18 @@ def test_a_classifier_of_other_classes_is_new_for_members_too(form: str) -> None
     assert torch.equal(state[norm], resnet18(0)["layer4.1.bn2.weight"])
 
 
+def test_both_heads_of_a_distilled_network_are_new_for_other_classes() -> None:
+    pytest.importorskip("timm")
+    arch = "timm/deit_tiny_distilled_patch16_224"
+    request = BackboneRequest(arch=arch, num_classes=5, shape=LARGE, crop_size=224, dataset="folder")
+    network = build_splitnet(request, seed=1)
+    before = {key: value.clone() for key, value in network.models[0].state_dict().items()}
+    file = {key: torch.ones(7, *value.shape[1:]) if "head" in key else value + 1 for key, value in before.items()}
+    assert start_of(file).load_into(network) == ["models.0.head", "models.0.head_dist"]
+    for key, value in network.models[0].state_dict().items():
+        assert torch.equal(value, (before if "head" in key else file)[key]), key
+
+
 def test_members_take_a_file_of_their_own_form_and_no_other() -> None:
     plain = replace(SMALL_RESNET, split_factor=1)
     network, other = members("mimo", 2, plain), members("mimo", 2, replace(plain, dataset="cifar10"))

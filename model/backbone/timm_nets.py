@@ -60,9 +60,11 @@ def _classify(network: Any, embedding_BD: Tensor) -> Tensor:
     return logits_BK
 
 
-def layer_numbers(network: Any) -> Mapping[str, int]:
-    """The layer of every parameter, as timm's `param_groups_layer_decay` counts them."""
+def layer_numbers(network: Any) -> Mapping[str, int] | None:
+    """The layer of every parameter, as timm's `param_groups_layer_decay` counts them; None where it cannot."""
     network = getattr(network, "_network", network)
+    if not hasattr(network, "group_matcher"):  # PiT and MetaFormer have none
+        return None
     numbers: Mapping[str, int] = _import().models.group_parameters(
         network, network.group_matcher(coarse=False), reverse=True
     )

@@ -33,6 +33,7 @@ class Progress(NamedTuple):
     weight_decay: of the main optimiser, for methods with inner optimisers of their own.
     is_last: the last batch of its epoch, or of training.
     updates: the weights are updated after this batch: it ends a group of --iters_to_accumulate batches.
+    counts_W: images of this batch in every process that has a part of it; empty where nobody says.
     """
 
     epoch: int
@@ -45,6 +46,7 @@ class Progress(NamedTuple):
     weight_decay: float = 0.0
     is_last: bool = False
     updates: bool = True
+    counts_W: tuple[int, ...] = ()
 
 
 class TrainingData(NamedTuple):

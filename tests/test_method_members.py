@@ -11,10 +11,12 @@ from torch import Tensor
 
 import eval as evaluation
 import train_split
+from dataset.sampler import shard
 from method import Progress, methods
 from model import BackboneRequest, build_splitnet
 from parser_params import parse_config, resolve_config
 from record.checkpoint import load_checkpoint
+from tests.processes import run_processes
 from tests.rivals import GOLDEN, assert_number, assert_record, fill
 from training.optim import parameter_groups
 from training.options import OptimizerOptions
@@ -109,6 +111,34 @@ def test_mimo_orders_follow_seed_and_step_and_its_logits_are_the_images() -> Non
     same.eval()
     shown = step(same, views, targets).logits_SBK
     torch.testing.assert_close(shown, same.network(views[0]).detach(), rtol=1e-4, atol=1e-5)
+
+
+def _shares_of_a_step(rank: int, world_size: int) -> dict[str, Tensor]:
+    """A step of mimo on this process's part of seven mixed images, each member on a view of its own; norms as stored.
+
+    Returns:
+        loss and gradient, weighted by the part, and the logits of its images.
+    """
+    method = make("mimo", num_members=2, mimo_batch_repetition=2, mimo_input_repetition=0.3).eval()
+    views, targets = batch(2, 7)
+    part = shard(7, rank, world_size)
+    labels_B, others_B = targets.labels_B[part], targets.labels_B.flip(0)[part]
+    counts_W = tuple(len(range(7)[shard(7, other, world_size)]) for other in range(world_size))
+    progress = Progress(0, 4, 4, 10, 2, 0.1, torch.arange(len(labels_B)), counts_W=counts_W)
+    mixed = Targets(labels_B, others_B, torch.tensor(0.3))
+    method.before_step(views[:, part], mixed, progress)
+    output = method(views[:, part], mixed, progress)
+    (output.loss * len(labels_B) / 7).backward()
+    gradient = torch.cat([parameter.grad.flatten() for parameter in method.parameters()])
+    return {"loss": output.loss.detach() * len(labels_B) / 7, "gradient": gradient, "logits": output.logits_SBK}
+
+
+def test_the_orders_of_mimo_do_not_depend_on_the_number_of_processes(tmp_path: Path) -> None:
+    whole = _shares_of_a_step(0, 1)
+    parts = run_processes(2, _shares_of_a_step, tmp_path)
+    for key in ("loss", "gradient"):
+        torch.testing.assert_close(parts[0][key] + parts[1][key], whole[key])
+    torch.testing.assert_close(torch.cat([part["logits"] for part in parts], dim=1), whole["logits"])
 
 
 def test_the_factors_take_no_decay_and_a_rate_of_their_own() -> None:

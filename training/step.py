@@ -119,6 +119,7 @@ class TrainingStep:
         counts_W = self._counts(batch)
         views_VBCHW, targets = self._mixed(self.make_views(batch, progress.epoch), batch.labels_B, progress, counts_W)
         set_learning_rate(self.update.optimizer, progress.learning_rate)
+        progress = progress._replace(counts_W=tuple(counts_W))
         self.method.before_step(views_VBCHW, targets, progress)
         share = len(batch.labels_B) * self.world.num_shards / sum(counts_W)
         learn = partial(self._learn, progress, share / self.iters_to_accumulate)

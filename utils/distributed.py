@@ -50,14 +50,15 @@ def add_once(world: World) -> Callable[[Tensor], Tensor]:
     return all_reduce_sum if world.mesh is None else world.mesh.sum_once
 
 
-def all_gather_rows(rows: Tensor) -> Tensor:
+def all_gather_rows(rows: Tensor, sizes: Sequence[int] | None = None) -> Tensor:
     """Rows [B_r, ...] of every process, in rank order -> [sum of B_r, ...]; B_r may differ. No gradient.
 
-    The host waits: the processes ask each other for every B_r.
+    Args:
+        sizes: every B_r; None: the processes ask each other for them, and the host waits.
     """
     if is_alone():
         return rows
-    sizes = gather_counts(len(rows), rows.device)
+    sizes = gather_counts(len(rows), rows.device) if sizes is None else sizes
     if min(sizes) == max(sizes):
         everyones = rows.new_empty((sum(sizes), *rows.shape[1:]))
         dist.all_gather_into_tensor(everyones, rows.contiguous())

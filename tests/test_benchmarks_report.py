@@ -61,6 +61,22 @@ def test_several_calls_of_a_sample_are_timed_together_and_shared():
     assert len(calls) == 10
 
 
+def test_several_calls_on_a_gpu_lie_between_two_events_and_are_shared(monkeypatch):
+    events = []
+
+    class Event:
+        def __init__(self, enable_timing):
+            self.record = lambda: events.append("record")
+            self.synchronize = lambda: events.append("wait")
+
+        def elapsed_time(self, end):
+            return 50.0  # ms
+
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    assert report.seconds_of(lambda: events.append("call"), torch.device("cuda"), calls=5) == 0.01
+    assert events == ["record", *["call"] * 5, "record", "wait"]
+
+
 def test_a_case_that_cannot_be_built_costs_no_other_one():
     clock = Clock()
 

@@ -24,6 +24,7 @@ from dataset.options import DataOptions
 from dataset.pipeline import build_eval_loader, build_train_loader
 from dataset.sampler import ClassBalancedSampler, class_balanced_order, images_per_class, shard
 from recipe.preprocessing import eval_resize
+from tests.fake_gpu import GPU, fake_gpu
 from utils.errors import RunError, UserError
 from utils.launch import World
 from utils.seed import STREAM_ORDER, STREAM_VIEW, counter_uniform, fold_in, numpy_generator
@@ -472,6 +473,26 @@ def test_images_on_a_device_need_not_stay_on_the_host(monkeypatch, make):
     monkeypatch.setattr("dataset.loader._fits", lambda device, images: False)
     split = in_memory(9)
     assert make(split, device=torch.device("meta")).resident(split).images is split.images
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a real GPU has tests of its own")
+def test_images_that_stay_on_the_host_go_to_a_gpu_beside_its_steps(monkeypatch):
+    sent: list[torch.device] = []
+
+    class Noted:
+        def __init__(self, device: torch.device) -> None:
+            self.device = device
+
+        def send(self, images: torch.Tensor) -> torch.Tensor:
+            sent.append(images.device)
+            return images.to(self.device)
+
+    monkeypatch.setattr("dataset.loader.Uploads", Noted)
+    monkeypatch.setattr("dataset.loader._fits", lambda device, images: False)
+    with fake_gpu(monkeypatch, num_classes=3):
+        batches = list(train_loader(in_memory(13), device=GPU).epoch(0))
+    assert sent == [CPU] * len(batches)
+    assert {tensor.device for batch in batches for tensor in (batch.images, batch.labels_B)} == {GPU}
 
 
 @pytest.mark.gpu

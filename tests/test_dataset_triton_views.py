@@ -226,6 +226,9 @@ def compile_for(capability: int, size: int) -> list[str]:
     of_views = {"reflect": True, "size": size, "stride_c": 1}
     of_drawing = {"box_slot": 9, "num_steps": 2, "majors": 25, "minors": 1, "size": size}
     of_drawing |= {"flips": True, "erases": True, "lanes": triton_draw.LANES}
+    of_a_batch = {"batch", "rows", "columns", "stride_v", "stride_b", "count"}  # a last one compiles nothing anew
+    for kernel in (triton_views._make_view, triton_draw._draw):
+        assert not [one.name for one in kernel.params if one.name in of_a_batch and not one.do_not_specialize]
     found = []
     for kernel, constants, warps in (
         (triton_views._make_view, of_views, triton_views.WARPS[size]),
@@ -274,13 +277,15 @@ def test_the_kernel_is_launched_on_the_device_of_the_views(monkeypatch):
 
     monkeypatch.setattr(torch.cuda, "device_of", device_of)
     kernel = SimpleNamespace()
-    monkeypatch.setattr(triton_views, "_make_view", {(2,): lambda *_, **__: events.append(kernel)})
+    monkeypatch.setattr(
+        triton_views, "_make_view", {(2,): lambda *_, num_warps, **__: events.extend((kernel, num_warps))}
+    )
     spec = ViewSpec(crop_size=8, mean=(0.5, 0.5, 0.5), std=(0.25, 0.25, 0.25))
     maker, views = ViewMaker(spec, seed=0), torch.empty(1, 2, 3, 8, 8)
     parameters = maker.draw(0, np.arange(2), 1, (8, 8))
     maker._fill_by_kernel(views, torch.zeros(2, 3, 8, 8, dtype=torch.uint8), parameters, slice(0, 2))
     assert events[0] is views
-    assert events[1:] == [kernel, "left"]
+    assert events[1:] == [kernel, triton_views.WARPS[8], "left"]
 
 
 @pytest.mark.gpu

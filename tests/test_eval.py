@@ -17,6 +17,7 @@ import torch
 from PIL import Image
 
 import eval as program
+import evaluation.run
 import train_split
 from dataset import SourceRequest, open_source
 from dataset.views import ViewMaker, plain_spec
@@ -28,6 +29,7 @@ from evaluation.session import Session
 from model import BackboneRequest, build_splitnet
 from model.restore import published_keys
 from model.splitnet import SplitNet
+from parser_params import parse_config
 from record.checkpoint import FORMAT_VERSION, save_checkpoint
 from tests.golden.fill import fill, image
 from tests.recorders import Recorder
@@ -779,6 +781,20 @@ def test_figures_in_another_precision_than_training_had_are_said_to_be(tmp_path,
     assert code == 0, err
     line = "evaluated in fp32; training had its figures in bf16, which may differ from these in the second decimal"
     assert (line in err) == said
+
+
+@pytest.mark.parametrize(("flags", "said"), [([], True), (["--no_cuda"], False)])
+def test_a_gpu_that_stays_idle_is_said_to(monkeypatch, caplog, tmp_path, flags, said):
+    monkeypatch.setattr(evaluation.run.launch, "unused_gpu", lambda: "This machine seems to have a GPU, but …")
+    monkeypatch.setattr(evaluation.run, "set_up_text_log", lambda *_, **__: None)
+    monkeypatch.setattr(evaluation.run, "settle_threads", lambda asked, *, processes: f"asked for {asked}")
+    monkeypatch.setattr(evaluation.run, "open_session", lambda *_: None)
+    monkeypatch.setattr(evaluation.run, "_run", lambda session: {})
+    config = parse_config(["--resume", str(tmp_path), "--threads", "3", *flags], program="eval.py")
+    with caplog.at_level("INFO"):
+        evaluation.run.run(config)
+    assert ("This machine seems to have a GPU" in caplog.text) == said
+    assert "asked for 3" in caplog.messages
 
 
 @needs_gpu

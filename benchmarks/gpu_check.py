@@ -73,12 +73,14 @@ def machine(place: Place) -> str:
 
 
 def _driver() -> str:
-    query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+    """Its version, and of the first GPU the fastest clock and the most power that it may have."""
+    query = ["nvidia-smi", "--query-gpu=driver_version,clocks.max.sm,power.limit", "--format=csv,noheader"]
     try:
         done = subprocess.run(query, capture_output=True, text=True, timeout=20, check=True)
     except (OSError, subprocess.SubprocessError):
         return "unknown"
-    return " ".join(done.stdout.split()) or "unknown"
+    lines = done.stdout.strip().splitlines()
+    return lines[0] if lines else "unknown"
 
 
 def kernel(place: Place) -> str:

@@ -42,6 +42,8 @@ class Machine:
 
     def run(self, command: list[str], log: Path, seconds: float, environment: dict[str, str]) -> int | None:
         name = command[2]
+        # what compilers make is there in the next turn
+        assert {Path(folder).parent for folder in environment.values()} == {log.parent / "cache"}
         self.ran.append(name)
         self.limits.append(seconds)
         self.now += min(self.takes[name], seconds)

@@ -56,8 +56,12 @@ def test_every_check_has_its_line_and_one_that_fails_is_no_end(monkeypatch, caps
     assert "--only c: expected a, wrong, broken, b" in capsys.readouterr().err
 
 
-def test_the_machine_is_described():
-    assert "cores, driver" in CHECKS["machine"](CPU)
+def test_the_machine_is_described(monkeypatch):
+    told = ["550.54.15, 1980 MHz, 700.00 W\n550.54.15, 1980 MHz, 500.00 W\n"]
+    monkeypatch.setattr(gpu_check.subprocess, "run", lambda *_, **__: SimpleNamespace(stdout=told[0]))
+    assert "cores, driver 550.54.15, 1980 MHz, 700.00 W, python" in CHECKS["machine"](CPU)
+    told[0] = ""
+    assert "cores, driver unknown, python" in CHECKS["machine"](CPU)
 
 
 @pytest.mark.parametrize("fault", [None, "machine", "half"])

@@ -3,6 +3,7 @@
 import copy
 import itertools
 import logging
+import threading
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from functools import partial
@@ -456,6 +457,21 @@ def test_macs_are_counted_whatever_the_strategy() -> None:
     network.execution = "stacked"
     network(some_views(network, 0))
     assert count_macs(network, (3, 16, 16)) == expected
+
+
+@pytest.mark.parametrize(("of_process", "networks", "of_each"), [(6, 3, 2), (7, 2, 3), (2, 4, 1)])
+def test_networks_in_threads_share_the_threads_of_the_process(
+    monkeypatch: pytest.MonkeyPatch, of_process: int, networks: int, of_each: int
+) -> None:
+    asked: list[tuple[str, int]] = []
+    monkeypatch.setattr(torch, "get_num_threads", lambda: of_process)
+    monkeypatch.setattr(
+        torch, "set_num_threads", lambda number: asked.append((threading.current_thread().name, number))
+    )
+    Threads([nn.Identity() for _ in range(networks)])
+    here = threading.current_thread().name
+    assert sorted(asked[:-1]) == [(f"network_{i}", of_each) for i in range(networks)]
+    assert asked[-1] == (here, of_process)
 
 
 def test_a_failing_network_fails_in_its_thread_as_in_the_loop() -> None:

@@ -258,6 +258,14 @@ def test_groups_get_thinner_where_a_copy_has_less_than_one(name):
     assert "cfg.ch_div" not in found  # what widths are rounded to is none
 
 
+@pytest.mark.long
+def test_a_stage_of_one_head_stays_as_wide_as_a_head():
+    """The first stage of MaxViT-pico has 32 channels, one head: 0.7 of them are none."""
+    found = leaves_of("timm/maxvit_pico_rw_256", 2, 64)
+    assert [found[f"cfg.embed_dim.{stage}"] for stage in range(4)] == [32, 32, 96, 160]
+    assert found["cfg.conv_cfg.expand_ratio"] == pytest.approx(4.4, rel=0.01)
+
+
 @pytest.mark.slow
 def test_groups_keep_their_size_where_a_copy_has_some():
     found = leaves_of("timm/regnetz_b16", 2, 224)

@@ -428,19 +428,22 @@ def _candidates(arguments: Arguments) -> Iterable[Changes]:
     for rule in rules:
         for floor in _floors(arguments):
             yield from _by_widths(arguments, attention, rule, floor)
+    for floor in _sizes(arguments, ("head size",)):
+        yield from _by_widths(arguments, attention, rules[-1], floor, narrowest=floor)
     if arguments.of_kind("group size", least=NARROWEST - 1):
         for floor in (1, NARROWEST):
             yield from _by_widths(arguments, attention, rules[-1], floor, thinner_groups=True)
 
 
 def _floors(arguments: Arguments) -> list[int]:
-    sizes = {
-        int(group.value)
-        for kind in ("head size", "group size")
-        for group in arguments.of_kind(kind, least=1)
-        if group.value == int(group.value)
-    }
-    return [1, *sorted(sizes), *(floor for floor in FLOORS if floor not in sizes)]
+    sizes = _sizes(arguments, ("head size", "group size"))
+    return [1, *sizes, *(floor for floor in FLOORS if floor not in sizes)]
+
+
+def _sizes(arguments: Arguments, kinds: Iterable[str]) -> list[int]:
+    """Whole numbers above 1 among the leaves of some kinds."""
+    groups = (group for kind in kinds for group in arguments.of_kind(kind, least=1))
+    return sorted({int(group.value) for group in groups if group.value == int(group.value)})
 
 
 def _mlp_widths(arguments: Arguments) -> list[Group]:
@@ -473,7 +476,13 @@ def _by_factor(arguments: Arguments) -> Iterable[Changes]:
 
 
 def _by_widths(
-    arguments: Arguments, attention: Attention | None, rule: str, floor: int, *, thinner_groups: bool = False
+    arguments: Arguments,
+    attention: Attention | None,
+    rule: str,
+    floor: int,
+    *,
+    narrowest: int | None = None,
+    thinner_groups: bool = False,
 ) -> Iterable[Changes]:
     """All widths by one factor, then the ratios, then single groups by one unit; nothing where it does not build.
 
@@ -482,6 +491,7 @@ def _by_widths(
         attention: its heads, or None.
         rule: "whole" heads follow widths, "narrow" ones keep their number, "none": there are none.
         floor: units are multiples of this.
+        narrowest: of widths of this and more; None: of those that have two or more.
         thinner_groups: sizes of groups are divided too, for widths of which one copy has less than a group.
     """
     groups = arguments.widths
@@ -496,7 +506,7 @@ def _by_widths(
                 heads_of.setdefault(name, []).append((heads, size))
     for group in groups:
         unit = channel_unit(int(group.value))
-        if floor > 1 and group.value >= 2 * floor:
+        if floor > 1 and group.value >= (narrowest or 2 * floor):
             unit = math.lcm(unit, floor) if floor < unit else floor
         if group.names[0] in heads_of:
             heads, size = heads_of[group.names[0]][0]

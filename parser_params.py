@@ -19,7 +19,7 @@ from dataset import sources
 from dataset.options import DataOptions
 from method import method_options, options_of
 from model.options import EXECUTIONS, FAMILIES, ModelOptions, check_freeze
-from model.registry import archs_matching, backbones, names_user_code, split_list
+from model.registry import Backbone, archs_matching, backbones, names_user_code, split_list
 from recipe.cream_yaml import is_published, is_published_key, read_published
 from recipe.datasets import ROWS, row_for
 from recipe.fine_tuning import IMAGES_NAME, REPLACED, TRAINING_NAME, fine_tuning
@@ -524,6 +524,7 @@ def resolve_config(
     nodes: int = 1,
     start: Mapping[str, Any] | None = None,
     by_network: bool = True,
+    began_at: int | None = None,
 ) -> Config:
     """Fill in what the user left open: the method's recipe, then the data set's, then the data's own crop size.
 
@@ -540,6 +541,7 @@ def resolve_config(
             somebody says them; None: another run.
         by_network: transformers of libraries have a recipe of their own (`recipe.transformers`); not so for a run that
             began before there was one.
+        began_at: side of the images of the run that goes on, if one does.
     """
     from method import methods
 
@@ -574,7 +576,9 @@ def resolve_config(
         flags, line = _scaled(tuned, supplied, nodes)
         instead |= flags
     arch = split_list(supplied.get("arch", config.arch))[0]
-    backbone = backbones.get(arch) if config.dataset == "imagenet" and arch in backbones else None
+    backbone = None
+    if config.dataset == "imagenet":
+        backbone = _with_own_size(arch, is_mixer=bool(mixer_flags), by_network=by_network, began_at=began_at)
     defaults, adjusted = recipe_defaults(
         data_recipe=data_recipe,
         dataset=config.dataset,
@@ -609,6 +613,19 @@ def resolve_config(
     _check(resolved)
     _check_data_and_method(resolved)
     return resolved
+
+
+def _with_own_size(arch: str, *, is_mixer: bool, by_network: bool, began_at: int | None) -> Backbone | None:
+    """The network whose own size of images is imagenet's: any of ours, of libraries' transformers and what else is
+    built for one size, unless a run goes on that began with another.
+    """
+    if arch in backbones:
+        return backbones.get(arch)
+    if not by_network or "/" not in arch or names_user_code(arch):
+        return None
+    entry = backbones.get(arch)
+    has_size = is_mixer or (entry.takes_size is not None and entry.takes_size(arch))
+    return entry if has_size and began_at in (None, entry.crop_size) else None
 
 
 def _images(start: Mapping[str, Any], data_recipe: str) -> dict[str, Any]:

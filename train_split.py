@@ -919,6 +919,7 @@ def build_trainer(world: World, config: Config, resumed: Resumed | None) -> Trai
     start = open_start(config) if resumed is None else None
     images = start_images(config, start, resumed)
     source = open_shared_source(config, world, None if images is None else images.get("crop_size"))
+    before = {} if resumed is None else resumed.state.get("config", {})
     config = resolve_config(
         config,
         data_recipe=source.recipe,
@@ -926,7 +927,8 @@ def build_trainer(world: World, config: Config, resumed: Resumed | None) -> Trai
         is_drawn=bool(source.fractions),
         nodes=world.num_nodes,
         start=images,
-        by_network=resumed is None or "drop_path" in resumed.state.get("config", {}),
+        by_network=resumed is None or "drop_path" in before,
+        began_at=before.get("crop_size"),
     )
     warn_of_unused_flags(config)
     if world.is_main:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from model.division import ANY_SPLIT, divided_rate
-from model.division.arguments import DROP_PATHS, Arguments, divide, last_name
+from model.division.arguments import DROP_PATHS, Arguments, divide, last_name, leaf_kind
 from model.division.fitting import fitted_arguments, image_arguments, sizes_around
 from model.division.plan import checked_arguments
 from model.division.rechannel import ChannelGraph
@@ -181,6 +181,7 @@ class Library:
             released_name=self.released_name,
             parts=self.parts,
             token_mixer=self.token_mixer,
+            takes_size=self.takes_size,
         )
 
     def parts(self, network: nn.Module, request: BackboneRequest) -> Staged | None:
@@ -217,6 +218,11 @@ class Library:
             params=count_params(network),
             drop_path=float(rates[0]) if rates else None,
         )
+
+    def takes_size(self, arch: str) -> bool:
+        """Whether the side of images is among the constructor's arguments."""
+        recording = self._recording(arch, 1000)
+        return recording is not None and any(leaf_kind(name) == "image" for name in recording.leaves)
 
     def _family(self, network: nn.Module) -> Family | None:
         return next((family for family in self.families if type(network) is family.kind), None)

@@ -189,6 +189,7 @@ class Backbone:
             after another; for networks that are no StagedBackbone themselves.
         fit: an undivided network's request -> the same with the arguments that small images take; None: none.
         token_mixer: request -> what the recipe of transformers wants to know, None where the network is none.
+        takes_size: name -> whether its class is built for one size of images; None: none of the family is.
     """
 
     build: BackboneBuilder
@@ -207,6 +208,7 @@ class Backbone:
     parts: Callable[[nn.Module, BackboneRequest], Any] | None = None
     fit: Callable[[BackboneRequest], BackboneRequest] | None = None
     token_mixer: Callable[[BackboneRequest], TokenMixer | None] | None = None
+    takes_size: Callable[[str], bool] | None = None
 
 
 # file of model/backbone/ -> the architectures that it registers; none for one that has only a resolver

@@ -62,6 +62,19 @@ def test_small_images_are_not_erased_and_digits_keep_their_views() -> None:
     assert (digits.optimizer, digits.lr) == ("AdamW", pytest.approx(1e-3 * 64 / 1024))
 
 
+def test_images_of_imagenet_have_the_networks_own_size() -> None:
+    sizes = {"timm/swinv2_tiny_window8_256": 256, "timm/maxvit_pico_rw_256": 256, "torchvision/efficientnet_b1": 224}
+    assert {arch: resolved("--arch", arch).crop_size for arch in sizes} == sizes
+    dino = "timm/vit_small_patch14_dinov2"
+    given = resolved("--arch", dino, "--crop_size", 224)
+    assert [given.crop_size, resolved("--arch", dino).crop_size] == [224, 518]
+    # small images keep their own, and so does a run that goes on
+    assert [resolved("--arch", dino, data="cifar10").crop_size, resolved("--arch", dino, began_at=224).crop_size] == [
+        32,
+        224,
+    ]
+
+
 def test_swin_clips_and_keeps_its_own_stochastic_depth() -> None:
     config = resolved("--arch", "timm/swin_tiny_patch4_window7_224")
     assert (config.clip_grad, config.values()["drop_path"]) == (5.0, None)

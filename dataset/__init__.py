@@ -116,6 +116,7 @@ class DataSource:
         codes: K names of the classes as the data has them, where --class_map gave them others; else empty.
         held_out_sha256: digest of which images `val` has, `held_out_digest` or `held_out_names_digest`; "" without.
         reported_sha256: `held_out_names_digest` of the images of `test`; "" where they have no names.
+        reported_paths: of the images of `test` where these are in memory and were files.
     """
 
     name: str
@@ -135,6 +136,7 @@ class DataSource:
     codes: tuple[str, ...] = ()
     held_out_sha256: str = ""
     reported_sha256: str = ""
+    reported_paths: tuple[Path, ...] = ()
 
     def normalised(self, mean: Sequence[float], std: Sequence[float]) -> Self:
         """The same data with another mean and deviation [3]; an empty one leaves the data's own."""

@@ -168,6 +168,7 @@ def open_listed(listed: Listed, request: SourceRequest) -> DataSource:
         membership=listed.membership,
         held_out_sha256=listed.held_out_sha256,
         reported_sha256=listed.digest(listed.reported),
+        reported_paths=() if row.is_large or listed.reported not in files else files[listed.reported].paths,
     )
 
 

@@ -45,7 +45,10 @@ def _open(session: Session, word: str) -> ImageSet:
             on_bad_image=session.config.on_bad_image,
             workers=session.config.workers,
         )
-        test = open_shared(request, session.world).test
+        try:
+            test = open_shared(request, session.world).test
+        except UserError as error:  # it speaks of --data
+            raise UserError(f"--ood {word}: {error}") from None
         return test if test.images is None else fitted(session, test.images)
     if path.suffix.lower() == ".npy":
         return fitted(session, _read_array(path))

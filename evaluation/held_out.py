@@ -103,11 +103,7 @@ def open_held_out(session: Session) -> HeldOut:
         found = _of_training(session)
     else:
         found = _of_folder(session, Path(tune_on))
-    if len(found.images) < FEWEST:
-        raise UserError(
-            f"--tune_on {tune_on}: {len(found.images)} held-out images are too few to fit on; {FEWEST} are the least. "
-            f"Other ways: {WAYS}."
-        )
+    check_enough(tune_on, len(found.images))
     if len(found.images) < FEW:
         logger.warning(
             "--tune_on %s: only %d held-out images; with fewer than %d, what is chosen on them may not hold.",
@@ -116,6 +112,15 @@ def open_held_out(session: Session) -> HeldOut:
             FEW,
         )
     return found
+
+
+def check_enough(tune_on: str, images: int) -> None:
+    """Raises UserError: so few held-out images are too few to fit on."""
+    if images < FEWEST:
+        raise UserError(
+            f"--tune_on {tune_on}: {images} held-out images are too few to fit on; {FEWEST} are the least. Other ways: "
+            f"{WAYS}."
+        )
 
 
 def _of_test(session: Session, tune_on: str) -> HeldOut:
@@ -160,7 +165,8 @@ def _of_folder(session: Session, folder: Path) -> HeldOut:
     images = labelled_folder(folder, classes, "--tune_on")
     own = {path.resolve() for path in images.paths}
     source = open_test_split(session)
-    twice = next((path for path in source.test.paths if path.resolve() in own), None)
+    reported = (*source.test.paths, *source.reported_paths)
+    twice = next((path for path in reported if path.resolve() in own), None)
     if twice is not None:
         raise UserError(f"--tune_on {folder}: {escaped(twice)} is among the reported images too: give others.")
     return HeldOut(

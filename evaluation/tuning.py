@@ -41,7 +41,7 @@ from evaluation.cascade import (
 )
 from evaluation.collecting import Logits, collect_logits
 from evaluation.conformal import KINDS, Conformal, fit_conformal, parse_alphas
-from evaluation.held_out import HeldOut
+from evaluation.held_out import HeldOut, check_enough
 from evaluation.options import EvalOptions
 from evaluation.selective import OPERATING_POINTS, operating_point
 from evaluation.session import Session
@@ -172,7 +172,7 @@ def tune(session: Session, request: Request, held_out: HeldOut) -> tuple[Answers
         the answers, the same in every process, and the logits that temperatures and thresholds were fitted on.
 
     Raises:
-        UserError: a budget below the first network.
+        UserError: a budget below the first network; too few images that can be read.
         RunError: a logit that is not finite; as `collect_logits`.
     """
     logits = collect_logits(
@@ -181,8 +181,9 @@ def tune(session: Session, request: Request, held_out: HeldOut) -> tuple[Answers
         recipe=held_out.recipe,
         mean=held_out.mean,
         std=held_out.std,
-        what="held out",
+        what=f"--tune_on {held_out.source}",
     )
+    check_enough(held_out.source, len(logits.labels_N))  # --on_bad_image skip may have left some out
     check_finite(logits.logits_SNK, "held-out images")
     began = time.perf_counter()
     tuned, quantiles = logits, None

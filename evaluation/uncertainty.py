@@ -102,7 +102,7 @@ def collect_doubt(
             prepared = (
                 images if images.images is None else replace(fitted(session, images.images), targets=images.targets)
             )
-            what = f"{row.name} {severity}"
+            what = f"--shift {row.name}/{severity}"
             logits = _run(session, prepared, what)
             figures = shifted_figures(answers, mode, logits)
             shifted.rows.append({"corruption": row.name, "severity": severity, **figures})

@@ -323,6 +323,18 @@ def test_a_folder_to_tune_on(checkpoint: Path, tmp_path: Path, capsys: pytest.Ca
     assert "do not know the class 'eleven'" in error(capsys, *common, "--model_dir", tmp_path / "more")
 
 
+def test_images_that_cannot_be_read_are_none_to_tune_on(
+    checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    val = digits().val
+    folder = save_folder(tmp_path / "own", val.images[:101], val.targets[:101])
+    for number in (7, 8):
+        next(folder.rglob(f"{number}.png")).write_bytes(b"no image")
+    flags = ("--tune", "calibration", "--tune_on", folder, "--on_bad_image", "skip", "--model_dir", tmp_path / "out")
+    assert f"--tune_on {folder}: 99 held-out images are too few" in error(capsys, "--resume", checkpoint, *flags)
+    assert os.listdir(tmp_path / "out") == []
+
+
 def reporting(monkeypatch: pytest.MonkeyPatch, **changed: Any) -> None:
     """The test split is opened with other fields."""
     real = held_out.open_test_split
@@ -346,6 +358,20 @@ def test_images_that_are_reported_are_none_to_tune_on(
     )
     assert line.endswith("7.png is among the reported images too: give others.")
     assert not list((tmp_path / "o").iterdir())
+
+
+def test_small_images_that_are_reported_are_none_to_tune_on(
+    checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Of these memory has no names, and a part of them has another digest."""
+    val = digits().val
+    data = save_folder(tmp_path / "data" / "test", val.images[:130], val.targets[:130])
+    (tmp_path / "own").mkdir()
+    for label in range(9):
+        (tmp_path / "own" / str(label)).symlink_to(data / str(label))
+    flags = ("--dataset", "folder", "--data", tmp_path / "data", "--tune", "calibration", "--tune_on", tmp_path / "own")
+    line = error(capsys, "--resume", checkpoint, *flags, "--model_dir", tmp_path / "o")
+    assert line.endswith(".png is among the reported images too: give others.")
 
 
 @pytest.mark.slow
@@ -465,7 +491,8 @@ def test_a_killed_tuning_leaves_whole_files_and_can_be_started_again(
         ("none.npy", "none.npy: expected a .npy array [N, H, W, 3] of uint8, found uint8 [0, 4, 4, 3]"),
         ("pickled.npy", "pickled.npy: expected a .npy array [N, H, W, 3] of uint8"),
         ("good.npy,,good.npy", "an entry is empty"),
-        ("imagenet:nowhere", "nowhere"),
+        ("imagenet:nowhere", "--ood imagenet:"),
+        ("folder:empty", "--ood folder:"),
     ],
 )
 def test_bad_sets_of_foreign_images_are_one_line(

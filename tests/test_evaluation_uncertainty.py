@@ -106,6 +106,13 @@ def test_folders_also_in_groups(tmp_path: Path) -> None:
     assert [(row.name, row.severities) for row in sets.rows] == [("gaussian_noise", (1, 3)), ("fog", (2,))]
     ((severity, images),) = sets.images(sets.rows[1])
     assert (severity, images.targets.tolist()) == (2, [7])
+    (tmp_path / "noise" / "fog").symlink_to(tmp_path / "fog")
+    with pytest.raises(UserError, match="the corruption fog is there twice"):
+        open_corrupted(tmp_path, CLASSES)
+    (tmp_path / "noise" / "fog").rename(tmp_path / "frost")
+    with pytest.raises(UserError, match="fog and frost are the same images, through a link: remove one"):
+        open_corrupted(tmp_path, CLASSES)
+    (tmp_path / "frost").unlink()
     (tmp_path / "snow" / "7").mkdir(parents=True)
     with pytest.raises(UserError, match="snow: has no severity folder"):
         open_corrupted(tmp_path, CLASSES)

@@ -91,10 +91,10 @@ def open_corrupted(root: Path, classes: Sequence[str]) -> CorruptedSets:
         classes: K names that the networks know.
 
     Raises:
-        UserError: neither layout; arrays of other shapes; labels out of range; no severity folder.
+        UserError: neither layout; arrays of other shapes; labels out of range; no severity folder; a corruption twice.
     """
     if not root.is_dir():
-        raise UserError(f"--shift {root}: is not a folder.")
+        raise UserError(f"--shift {root}: is not a folder; expected one, laid out as CIFAR-C or ImageNet-C.")
     if (root / LABELS).exists():
         labels = _labels(root, len(classes))
         files = sorted(path for path in root.glob("*.npy") if path.name != LABELS)
@@ -112,17 +112,29 @@ def open_corrupted(root: Path, classes: Sequence[str]) -> CorruptedSets:
             raise UserError(f"--shift {root}: its arrays have images of different sizes: {sorted(sizes)}.")
         if not rows:
             raise UserError(f"--shift {root}: holds {LABELS} and no <corruption>.npy beside it.")
+        _refuse_twice(root, rows)
         return CorruptedSets(root, classes, _sorted(rows), sizes.pop())
     rows = [row for folder in _folders(root) for row in _corruptions(folder)]
     if not rows:
         raise UserError(
             f"--shift {root}: expected {LABELS} beside <corruption>.npy, or folders <corruption>/<1 to 5>/<class>/."
         )
-    names = [row.name for row in rows]
-    twice = next((name for name in names if names.count(name) > 1), None)
-    if twice is not None:
-        raise UserError(f"--shift {root}: the corruption {twice} is there twice.")
+    _refuse_twice(root, rows)
     return CorruptedSets(root, classes, _sorted(rows), None)
+
+
+def _refuse_twice(root: Path, rows: Sequence[Corrupted]) -> None:
+    """A name in two groups, or two names of one file or folder, through a link: it would count twice in a mean."""
+    names: set[str] = set()
+    places: dict[tuple[int, int], str] = {}
+    for row in rows:
+        if row.name in names:
+            raise UserError(f"--shift {root}: the corruption {row.name} is there twice.")
+        names.add(row.name)
+        status = row.source.stat()
+        other = places.setdefault((status.st_dev, status.st_ino), row.name)
+        if other != row.name:
+            raise UserError(f"--shift {root}: {other} and {row.name} are the same images, through a link: remove one.")
 
 
 def _sorted(rows: Sequence[Corrupted]) -> tuple[Corrupted, ...]:

@@ -14,6 +14,8 @@ from method.options.snapshot import SnapshotOptions
 from model.splitnet import SplitNet
 from utils.errors import UserError
 
+OF_PAIRS = ("disagreement", "mean_pairwise_js", "js_divergence")  # figures that compare networks with each other
+
 
 @methods.register("snapshot")
 class Snapshot(Method[SnapshotOptions]):
@@ -113,9 +115,18 @@ class Snapshot(Method[SnapshotOptions]):
     def synchronise(self) -> None:
         """Also: places of snapshots that are not taken yet hold the network as it is."""
         super().synchronise()
-        first_empty = max(self._taken - (self.options.num_members - self.network.split_factor), 0)
-        for one in self.network.models[first_empty:-1]:
+        for one in self.network.models[self._kept() : -1]:
             one.load_state_dict(self.live.state_dict())
+
+    def complete_figures(self, figures: dict[str, Any]) -> dict[str, Any]:
+        """Without what compares networks, as long as the one that trains stands in all places."""
+        if self._kept() or self.network.split_factor == 1:
+            return figures
+        return figures | {name: None for name in OF_PAIRS if name in figures}
+
+    def _kept(self) -> int:
+        """How many of the snapshots that are kept are taken."""
+        return max(self._taken - (self.options.num_members - self.network.split_factor), 0)
 
     def losses_in_sum(self) -> int:
         """One: one network trains."""

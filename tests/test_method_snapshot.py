@@ -94,6 +94,17 @@ def test_empty_places_hold_the_network_as_it_is() -> None:
     ] * 3
 
 
+def test_what_compares_networks_has_no_value_before_there_are_two() -> None:
+    method = make(3)
+    figures = {"acc1": [1.0, 1.0, 1.0], "disagreement": 0.0, "mean_pairwise_js": 0.0, "js_divergence": 0.0}
+    train(method, range(4))  # the first cycle's end is taken by the step behind it
+    assert method.complete_figures(figures) == {**dict.fromkeys(figures), "acc1": [1.0, 1.0, 1.0]}
+    train(method, range(4, 5))
+    assert method.complete_figures(figures) == figures
+    alone = make(1)
+    assert alone.complete_figures(figures) == figures
+
+
 def test_a_run_stopped_in_mid_cycle_goes_on_to_the_same_bytes() -> None:
     whole = make(3)
     train(whole, range(6))

@@ -5,6 +5,7 @@ for every epoch; a blocking copy of mixup's permutation; `.item()` on every mete
 with a GradScaler; on CPUs plain float32, because fp16 autocast is tens of times slower there.
 """
 
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -175,6 +176,8 @@ def loader(
         num_workers=workers,
         pin_memory=device.type == "cuda",
         persistent_workers=keeps_workers,
+        # as Pythons before 3.14 do by themselves; a fork server would be sent all images for every worker
+        multiprocessing_context="fork" if workers and sys.platform == "linux" else None,
     )
 
 

@@ -3,6 +3,7 @@
 import itertools
 import json
 import os
+import sys
 from collections import Counter
 from contextlib import contextmanager
 from types import SimpleNamespace
@@ -92,6 +93,15 @@ def test_a_loader_of_pillow_uses_all_its_workers_and_starts_them_once(monkeypatc
     pillow.close()
     assert marks[0] == marks[1]
     assert sorted(number for number, _ in marks[0]) == [0, 1]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere Python decides")
+@pytest.mark.parametrize(("workers", "method"), [(0, None), (1, "fork")])
+def test_published_workers_have_the_images_without_being_sent_them(workers, method):
+    """Whatever Python does by itself: from 3.14 on it starts a fork server."""
+    data = baseline.PillowDataset([np.zeros((8, 8, 3), dtype=np.uint8)], [0], _who_makes_it, 1)
+    context = baseline.loader(data, batch_size=1, workers=workers, device=CPU, train=True).multiprocessing_context
+    assert (context and context.get_start_method()) == method
 
 
 def _who_makes_it(image):

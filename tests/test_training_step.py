@@ -242,6 +242,25 @@ def test_an_evaluation_reads_nothing_but_its_figures(trainer_of):
     assert many_batches == one_batch
 
 
+@pytest.mark.parametrize("flags", [["--amp_dtype", "fp16"], ["--ema_decay", 0.9, "--execution", "stacked"]])
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a real GPU, which other tests use, refuses mixtures itself")
+@pytest.mark.filterwarnings("ignore:.*CUDA is not available", "ignore:Accessing the data pointer")
+def test_an_evaluation_on_a_gpu_mixes_no_devices_up_to_its_figures(trainer_of, monkeypatch, flags):
+    places: list[set[torch.device]] = []
+
+    def result(counts: EvaluationCounts) -> None:
+        places.append({tensor.device for tensor in counts.tensors()})
+        raise ZeroDivisionError  # the figures are read from here on, and there are none
+
+    monkeypatch.setattr(EvaluationCounts, "result", result)
+    with fake_gpu(monkeypatch, num_classes=10):
+        trainer = trainer_of("--split_factor", 2, "--optimizer", "AdamW", *flags, device="cuda:0")
+        trainer.method.eval()
+        with pytest.raises(ZeroDivisionError):
+            trainer.evaluate_split("test")
+    assert places == [{GPU}]
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("flags", ROWS.values(), ids=ROWS)

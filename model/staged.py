@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 from torch import Tensor, nn
 
@@ -175,7 +175,8 @@ def classifier_names(network: nn.Module) -> tuple[str, ...]:
                 if module is said:
                     return (name,)
                 layers[name] = kind
-    heads = (getattr(network, "pretrained_cfg", None) or {}).get("classifier")
+    configuration = getattr(network, "pretrained_cfg", None)
+    heads = configuration.get("classifier") if isinstance(configuration, Mapping) else None
     if isinstance(heads, tuple) and layers.keys() >= {*heads}:
         return heads
     linear = [name for name, kind in layers.items() if kind is nn.Linear]

@@ -265,6 +265,16 @@ def test_networks_that_answer_by_the_mean_of_several_heads_have_all_trained(arch
     assert trained <= {*layers(one)[-1].names}
 
 
+def test_a_network_of_ones_own_may_call_anything_its_configuration() -> None:
+    network = nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 5))
+    network.pretrained_cfg = "mine"
+    assert classifier_names(network) == ("2",)
+    network.pretrained_cfg = {"classifier": ("2", "gone")}
+    assert classifier_names(network) == ("2",)
+    network.pretrained_cfg = {"classifier": ("0", "2")}
+    assert classifier_names(network) == ("0", "2")
+
+
 def test_the_stem_is_found_again_where_it_is_frozen_and_nothing_else_changes() -> None:
     network = small("resnet20")
     expected = [layer.names for layer in layers(network.models[0])]

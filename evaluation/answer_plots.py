@@ -77,7 +77,7 @@ def plot_cascade(rows: Sequence[Row], large_macs: int | None, title: str, path: 
     start = 0.0
     for k, share in enumerate(chosen.left_S):
         bottom.barh([0], [share], left=[start], color=COLOURS[k % len(COLOURS)], edgecolor="white")
-        if share > 0.04:
+        if share > 0.09:  # room for the words
             bottom.text(start + share / 2, 0, f"{k + 1}: {100 * share:.1f} %", ha="center", va="center", color="white")
         start += share
     bottom.set(yticks=[], xlim=(0, 1), xlabel="images leaving the chosen cascade after network 1, 2, … of its order")

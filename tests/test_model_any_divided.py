@@ -4,6 +4,7 @@ import json
 import subprocess
 import sys
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -20,6 +21,9 @@ from utils.macs import count_macs, count_params
 
 pytest.importorskip("timm")
 
+# widths of the networks that were divided by their channels before others were by their arguments
+GOLDEN = json.loads((Path(__file__).parent / "golden" / "library_widths.json").read_text())["plans"]
+QUICK = ("torchvision/resnet18 2", "torchvision/resnet18 4", "timm/lcnet_100 2")
 # whole heads, widths, one factor, followed channels
 PLANNED = (
     ("timm/vit_tiny_patch16_224", 2, "params"),
@@ -102,6 +106,15 @@ def test_plans_keep_the_contract_and_another_process_builds_them_without_the_sol
     built = subprocess.run(command, input=json.dumps(requests), capture_output=True, text=True, check=False)
     assert built.returncode == 0, built.stderr
     assert [json.loads(line) for line in built.stdout.splitlines()] == shapes
+
+
+@pytest.mark.parametrize(
+    "network", [name if name in QUICK else pytest.param(name, marks=pytest.mark.long) for name in GOLDEN]
+)
+def test_widths_that_must_not_change(network: str) -> None:
+    arch, split_factor = network.split()
+    plan = division_plan(request_for(arch, int(split_factor)))
+    assert (plan.way, [*plan.widths], plan.params_one, plan.macs_one) == ("channels", *GOLDEN[network])
 
 
 def test_the_solver_finds_the_same_plan_twice() -> None:

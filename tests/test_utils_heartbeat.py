@@ -138,11 +138,15 @@ def exits(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
     over.set()
 
 
-def test_a_process_gives_up_on_one_that_is_silent_for_too_long(start, clock: Clock, exits, capfd, monkeypatch) -> None:
+@pytest.mark.parametrize("advice", ["Go on with --resume auto.", "Start it again."])
+def test_a_process_gives_up_on_one_that_is_silent_for_too_long(
+    advice: str, start, clock: Clock, exits, capfd, monkeypatch
+) -> None:
     monkeypatch.setattr(heartbeat.sys, "argv", ["/somewhere/train_split.py"])
     store = dist.HashStore()
     died(store, 1)
     watcher = start(store, 0, silence=SILENCE)
+    watcher.advice = advice
     wait_until(lambda: heard(watcher) == [1], "it was heard")
     clock.now += SILENCE - 1
     assert not exits
@@ -150,7 +154,7 @@ def test_a_process_gives_up_on_one_that_is_silent_for_too_long(start, clock: Clo
     wait_until(lambda: exits == [1], "the process ended with code 1")
     error = capfd.readouterr().err
     assert error.startswith("train_split.py: process 1 has not answered for 60 s")
-    assert "--resume auto" in error
+    assert error.endswith(f"; stopping. {advice}\n")
     assert error.count("\n") == 1
 
 

@@ -55,7 +55,7 @@ class Beat:
     """Stands in for a heartbeat."""
 
     def __init__(self, gone: str = "") -> None:
-        self.gone, self.said = gone, []
+        self.gone, self.said, self.advice = gone, [], ""
 
     def who_is_gone(self) -> str:
         self.said.append("waited")
@@ -82,9 +82,10 @@ def test_whoever_fails_says_so_and_whoever_follows_names_the_other(error, gone, 
     beat = Beat(gone)
     world = World(0, 2, 0, 2, torch.device("cpu"), beat)  # type: ignore[arg-type]
     kind = RunError if "followed" in said else type(error)
-    with pytest.raises(kind, match=text), naming_lost_processes(world):
+    with pytest.raises(kind, match=text), naming_lost_processes(world, "Start it again."):
         raise error
     assert beat.said == said
+    assert beat.advice == "Start it again."  # where this process is stuck, its heartbeat says so
 
 
 def test_where_torch_has_no_nccl_processes_with_gpus_use_gloo(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -16,6 +16,7 @@ logger = logging.getLogger(__name__)
 
 INTERVAL = 1.0  # seconds between beats
 SILENCE = 60.0  # seconds without a beat after which the others give up
+GO_ON = "Go on with --resume auto."
 FAILED = 5.0  # seconds after which they give up on one that says that it failed, if no exchange has told them
 
 
@@ -26,11 +27,15 @@ class Heartbeat:
         store: shared by all processes.
         rank, world_size: of this process.
         silence: seconds without a beat from a process after which this one ends, with exit code 1 and one line.
+
+    Attributes:
+        advice: the sentence at the end of that line.
     """
 
     def __init__(self, store: dist.Store, rank: int, world_size: int, *, silence: float = SILENCE) -> None:
         self._store = dist.PrefixStore("heartbeat", store)
         self._rank, self._world_size, self._silence = rank, world_size, silence
+        self.advice = GO_ON
         self._heard: dict[int, tuple[bytes, float]] = {}
         self._left: set[int] = set()
         self._failed: dict[int, float] = {}
@@ -104,7 +109,7 @@ class Heartbeat:
 
     def _give_up(self, ranks: list[int], what: str) -> None:
         program = os.path.basename(sys.argv[0])
-        line = f"{program}: process {', '.join(map(str, ranks))} {what}; stopping. Go on with --resume auto."
+        line = f"{program}: process {', '.join(map(str, ranks))} {what}; stopping. {self.advice}"
         with contextlib.suppress(OSError):
             os.write(2, f"{line}\n".encode(errors="backslashreplace"))
         os._exit(1)  # the main thread may be stuck in an exchange that never ends

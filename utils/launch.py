@@ -19,7 +19,7 @@ import torch
 import torch.distributed as dist
 
 from utils.errors import Incomplete, Interrupted, RunError, Stopped, UserError, reason
-from utils.heartbeat import Heartbeat
+from utils.heartbeat import GO_ON, Heartbeat
 from utils.meeting import fresh_store
 from utils.memory import is_out_of_memory
 from utils.mesh import Mesh
@@ -224,7 +224,7 @@ def leave(world: World) -> None:
 
 
 @contextlib.contextmanager
-def naming_lost_processes(world: World, advice: str = "Go on with --resume auto.") -> Iterator[None]:
+def naming_lost_processes(world: World, advice: str = GO_ON) -> Iterator[None]:
     """Share the fate of the other processes: tell them where this one fails, and name the one that failed before.
 
     Args:
@@ -237,6 +237,7 @@ def naming_lost_processes(world: World, advice: str = "Go on with --resume auto.
     if heartbeat is None:
         yield
         return
+    heartbeat.advice = advice
     try:
         yield
     except (Stopped, Incomplete):  # the others have done all that they had to do with this one

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from record import checkpoint as ckpt
-from utils.signals import hold
+from utils.signals import NUMBERS, hold
 
 ROOT = Path(__file__).parent.parent
 _CONTEXT = multiprocessing.get_context("forkserver")
@@ -135,7 +135,8 @@ class Run:
 
 def in_fork(function: Callable[..., Any], *arguments: Any) -> Any:
     """What a module-level function returns, called in a fork of the server: a process with one thread."""
-    with _CONTEXT.Pool(1) as pool:
+    # where decoding workers have started the server it holds SIGTERM, by which a pool ends its processes
+    with _CONTEXT.Pool(1, signal.pthread_sigmask, (signal.SIG_UNBLOCK, NUMBERS)) as pool:
         return pool.apply(function, arguments)
 
 

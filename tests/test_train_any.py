@@ -45,6 +45,8 @@ OTHERS = {
     "timm/pvt_v2_b0": 32,
     "timm/davit_tiny": 32,
 }
+# as they begin, their answer hardly depends on the image: layer scales of 1e-5, and features below the head's biases
+NEARLY_CONSTANT = ("timm/cait_xxs24_224", "torchvision/squeezenet1_1")
 
 
 @pytest.fixture(autouse=True)
@@ -78,7 +80,8 @@ def live(arch: str, split_factor: int, crop_size: int, folder: Path, capsys: pyt
     with torch.no_grad():
         logits_SBK = network(images_BCHW)
     range_of_logits = float(logits_SBK.abs().max())  # libraries begin heads near zero: a fixed tolerance hides all
-    assert not torch.allclose(logits_SBK[:, 0], logits_SBK[:, 1], rtol=0, atol=1e-3 * range_of_logits)
+    are_alike = torch.allclose(logits_SBK[:, 0], logits_SBK[:, 1], rtol=0, atol=1e-3 * range_of_logits)
+    assert are_alike == (arch in NEARLY_CONSTANT)
     assert gradients_are_missing(network, crop_size) == set()  # after the logits: it moves batch statistics
 
     capsys.readouterr()

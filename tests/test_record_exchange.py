@@ -17,6 +17,7 @@ from record import safe_tensors
 from record.exchange import JOB, KEPT, SILENCE, ExchangeFolder, Lock, Refused
 from tests.exchanged import facts_of
 from tests.runs import in_fork
+from tests.waits import wait_until
 from utils.errors import UserError, WriteError
 
 
@@ -201,6 +202,7 @@ def _kill_publishers(path: str, kills: int) -> tuple[int, int, int]:
         if publisher == 0:
             _publish_for_ever(folder, start, begun)
         os.read(begins, 1)
+        wait_until(lambda: bool(folder.steps(0)), "something is published")
         for is_killed in (False, True):
             time.sleep(draws.uniform(0, 0.01))
             if is_killed:

@@ -14,6 +14,7 @@ ends sooner or later: GENet does, undivided or not. The pixels that such a convo
 """
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -75,13 +76,15 @@ def mend_convolutions(network: nn.Module) -> None:
             module._conv_forward = _forward_of(module)  # type: ignore[method-assign]
 
 
-def _forward_of(conv: nn.Conv2d) -> Any:
-    stride, padding, dilation, groups = conv.stride, conv.padding, conv.dilation, conv.groups
-    mode, edges = conv.padding_mode, conv._reversed_padding_repeated_twice
+def _convolve(
+    stride: Any, padding: Any, dilation: Any, groups: int, mode: str, edges: Any, x: Any, weight: Any, bias: Any
+) -> Any:
+    if mode != "zeros":
+        return conv2d(F.pad(x, edges, mode=mode), weight, bias, stride, 0, dilation, groups)
+    return conv2d(x, weight, bias, stride, padding, dilation, groups)
 
-    def forward(x: Tensor, weight: Tensor, bias: Tensor | None) -> Any:
-        if mode != "zeros":
-            return conv2d(F.pad(x, edges, mode=mode), weight, bias, stride, 0, dilation, groups)
-        return conv2d(x, weight, bias, stride, padding, dilation, groups)
 
-    return forward
+def _forward_of(conv: nn.Conv2d) -> partial[Any]:
+    """Not of the module itself: a copy of it must not run the original. Not a closure either: it can be pickled."""
+    edges = conv._reversed_padding_repeated_twice
+    return partial(_convolve, conv.stride, conv.padding, conv.dilation, conv.groups, conv.padding_mode, edges)

@@ -219,8 +219,8 @@ def main(argv: list[str] | None = None) -> int:
         with Interruption() as signals:
             signals.release()  # what started this may have held them
             make_out(given.out)
-            counts = {"train": given.images, "test": given.test_images}
-            take(given.data, part, **counts, side=given.side, flags=("--images", "--test_images"))
+            flags = ("--images", "--test_images")
+            take(given.data, part, train=given.images, test=given.test_images, side=given.side, flags=flags)
             for seed in given.seeds:
                 for way, of_seeds in found.items():
                     folder = given.out.resolve() / f"{way}_seed{seed}"

@@ -30,29 +30,24 @@ def conv2d(
     x: Any, weight: Any, bias: Any = None, stride: Any = 1, padding: Any = 0, dilation: Any = 1, groups: int = 1
 ) -> Any:
     """torch's conv2d; in float32, or without the pixels that it skips, where oneDNN's gradient would be wrong."""
-    if (
-        isinstance(x, Tensor)
-        and x.device.type == "cpu"
-        and torch.is_grad_enabled()
-        and _is_thin(weight.shape, stride, padding, groups)
-        and x.dim() == 4
-        and not x.is_contiguous()
-    ):
+    if not (isinstance(x, Tensor) and x.device.type == "cpu" and torch.is_grad_enabled()):
+        return F.conv2d(x, weight, bias, stride, padding, dilation, groups)
+    if _is_thin(weight.shape, stride, padding, groups) and x.dim() == 4 and not x.is_contiguous():
         down, across = _pair(stride)
         fewer = x[:, :, ::down, ::across]
         if fewer.shape[2] * fewer.shape[3] > MOST_PIXELS:
             return F.conv2d(fewer, weight, bias)
-    if (
-        isinstance(x, Tensor)
-        and x.device.type == "cpu"
-        and torch.is_grad_enabled()
-        and torch.is_autocast_enabled("cpu")
-        and ((groups > 1 and max(_pair(dilation)) > 1) or _is_narrow(x.shape[-1], weight.shape[-1], stride, padding))
+    if torch.is_autocast_enabled("cpu") and (
+        _is_dilated(dilation, groups) or _is_narrow(x.shape[-1], weight.shape[-1], stride, padding)
     ):
         with torch.autocast("cpu", enabled=False):
             bias = None if bias is None else bias.float()
             return F.conv2d(x.float(), weight.float(), bias, stride, padding, dilation, groups)
     return F.conv2d(x, weight, bias, stride, padding, dilation, groups)
+
+
+def _is_dilated(dilation: Any, groups: int) -> bool:
+    return groups > 1 and max(_pair(dilation)) > 1
 
 
 def _is_narrow(width: int, kernel: int, stride: Any, padding: Any) -> bool:
@@ -69,7 +64,7 @@ def mend_convolutions(network: nn.Module) -> None:
     """Let every convolution that can meet a fault use `conv2d`, in place; nothing else about it changes."""
     for module in network.modules():
         if isinstance(module, nn.Conv2d) and (
-            (module.groups > 1 and max(module.dilation) > 1)
+            _is_dilated(module.dilation, module.groups)
             or (module.stride[1] > 1 and module.kernel_size[1] > 1)
             or _is_thin(module.weight.shape, module.stride, module.padding, module.groups)
         ):

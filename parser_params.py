@@ -475,7 +475,8 @@ def parse_config(argv: Sequence[str] | None = None, program: str | None = None, 
     origins |= dict.fromkeys(implied, "method")
     config = _assemble(method, given, origins, extra=extra)
     _check(config)
-    if "dataset" not in given and not (config.is_summary or config.list_archs):
+    counts_only = config.is_summary and "data" not in given  # needs no data, and shall not depend on what lies there
+    if "dataset" not in given and not (counts_only or config.list_archs):
         from dataset.detect import kind_of
 
         found = kind_of(config.data, is_chosen="data" in given)

@@ -196,6 +196,52 @@ def test_narrower_heads_take_the_first_channels_of_each() -> None:
         assert torch.equal(tokens % 64, torch.arange(48).expand(2, 48))
 
 
+@pytest.mark.long
+@pytest.mark.parametrize(
+    ("arch", "heads", "per_head"),
+    [
+        ("timm/deit3_small_patch16_224", 6, ()),
+        ("timm/beit_base_patch16_224", 12, ("blocks.{}.attn.relative_position_bias_table",)),
+    ],
+)
+def test_four_networks_take_whole_heads_and_together_all_of_the_parent(
+    arch: str, heads: int, per_head: tuple[str, ...]
+) -> None:
+    """Halves of the parent's heads, of 64 channels each; tables with a column for each head follow."""
+    pytest.importorskip("timm")
+    undivided = BackboneRequest(arch=arch, num_classes=10, crop_size=224, dataset="imagenet", shape="large")
+    request = solved_request(replace(undivided, split_factor=4))
+    assert dict(zip(request.width_names, request.widths or (), strict=True))["num_heads"] == heads // 2
+    with torch.device("meta"):
+        shapes = build_network(undivided).state_dict()
+    width, half = 64 * heads, 32 * heads
+    found = slices.cut(
+        {name: torch.arange(value.numel(), dtype=torch.float32).view(value.shape) for name, value in shapes.items()},
+        request,
+        networks=4,
+        seed=3,
+        source="P",
+    )
+    used = set()
+    for state in found.states:
+        tokens = state["cls_token"].flatten().long()
+        kept = tokens.view(-1, 64)[:, 0] // 64
+        assert torch.equal(tokens, (kept[:, None] * 64 + torch.arange(64)).flatten())
+        used |= set(tokens.tolist())
+        for block in (0, 11):
+            of_block = {name.removeprefix(f"blocks.{block}."): value.long() for name, value in state.items()}
+            rows = of_block["attn.qkv.weight"][:, 0] // width
+            queries = rows[:half].view(-1, 64)
+            assert torch.equal(queries % 64, torch.arange(64).expand(heads // 2, 64))
+            assert torch.equal(rows, torch.cat([rows[:half], width + rows[:half], 2 * width + rows[:half]]))
+            assert torch.equal(of_block["attn.proj.weight"][0] % width, rows[:half])
+            assert torch.equal(of_block["attn.proj.weight"][:, 0] // width, tokens)
+            for name in per_head:
+                columns = state[name.format(block)].long()
+                assert torch.equal(columns % heads, (queries[:, 0] // 64).expand(len(columns), -1))
+    assert used == set(range(width))
+
+
 @pytest.mark.slow
 def test_a_plan_that_is_wider_somewhere_than_the_parent_is_refused_by_tensor(vit: CutVit) -> None:
     widths = dict(zip(vit.request.width_names, vit.request.widths or (), strict=True)) | {"mlp_ratio": 7.0}

@@ -76,7 +76,15 @@ def test_what_data_holds_is_the_origin_of_the_data_set(tmp_path: Path) -> None:
     again = resolve_config(config, data_recipe="cifar10", crop_size=32)
     assert (again.dataset, again.origins["dataset"]) == ("csv", "data")
     summary = parse_config(["--data", str(tmp_path), "--is_summary", "1"])
-    assert (summary.dataset, summary.origins.get("dataset")) == ("cifar10", None)
+    assert (summary.dataset, summary.origins["dataset"]) == ("csv", "data")
+
+
+def test_a_summary_depends_on_data_only_where_they_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / Config.data / "cifar-100-python").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+    assert parse_config([]).dataset == "cifar100"
+    assert parse_config(["--is_summary", "1"]).dataset == "cifar10"
+    assert parse_config(["--is_summary", "1", "--data", Config.data]).dataset == "cifar100"
 
 
 def test_published_recipes_and_calls_of_before_keep_theirs() -> None:

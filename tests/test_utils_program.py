@@ -3,6 +3,8 @@
 import json
 import os
 import signal
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 
 import pytest
@@ -45,6 +47,20 @@ def test_the_end_is_json_through_a_pipe_and_text_at_a_terminal(monkeypatch: pyte
             assert run_program("program.py", lambda _, output=output: output, [], saves_memory="") == 0  # type: ignore[misc]
     terminal.close()
     assert lines_of(terminal.screen()) == ["a table", '{"b": 2}']
+
+
+def test_a_reader_that_has_gone_is_no_failure() -> None:
+    """As `| head -1` goes after the first line."""
+    code = (
+        "from utils.program import Output, run_program, show\n"
+        "def work(argv):\n show('a table')\n show('another')\n return Output({'a': 1}, '')\n"
+        "raise SystemExit(run_program('program.py', work, [], saves_memory=''))"
+    )
+    reading, writing = os.pipe()
+    os.close(reading)
+    ended = subprocess.run([sys.executable, "-c", code], stdout=writing, stderr=subprocess.PIPE, check=False)
+    os.close(writing)
+    assert (ended.returncode, ended.stderr) == (0, b"")
 
 
 def test_tables_are_aligned_at_a_terminal_only(

@@ -44,8 +44,11 @@ def program_name(script: str, command: str) -> str:
 
 def show(text: str) -> None:
     """A table or a list for whoever started the program, on stdout before the JSON line; a terminal has it aligned."""
-    sys.stdout.write((aligned(text) if sys.stdout.isatty() else text) + "\n")
-    sys.stdout.flush()
+    try:
+        sys.stdout.write((aligned(text) if sys.stdout.isatty() else text) + "\n")
+        sys.stdout.flush()
+    except BrokenPipeError:  # `| head` has what it wanted; what is still unwritten would fail again at exit
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def aligned(text: str) -> str:

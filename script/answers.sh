@@ -12,8 +12,8 @@ usage: answers.sh [DATA] [SEEDS] [--sets digits,cifar,small] [--digits_epochs N]
                   [--images N] [--out DIR] [-- flags of train_split.py]
 DATA: CIFAR-10 as a folder of images, for the sets cifar and small; without it digits alone. SEEDS (1,2,3). --sets:
 digits (resnet20, S = 4; 80 epochs, 287 training images), cifar (resnet20, S = 2; --epochs 60), small (CIFAR-10 at
-16 x 16 pixels, 500 training images a class and 125 held out, WRN-16-4, S = 4; --small_epochs 60). --images: part of
-cifar's training images (all). --out (./runs/answers). Timed are --timed 1024 test images. The same as environment
+16 x 16 pixels, WRN-16-4, S = 4, 500 training images a class, tuned on the next 200; --small_epochs 60; the runs are
+those of claim.sh --side 16, miscs/results.md). --images: part of cifar's training images (all). --out (./runs/answers). Timed are --timed 1024 test images. The same as environment
 variables: DATA SEEDS SETS DIGITS_EPOCHS EPOCHS SMALL_EPOCHS IMAGES TIMED OUT. DRY_RUN=1 prints the commands.
 TEXT
 }
@@ -65,7 +65,7 @@ has_onnx=1
 
 for seed in ${seeds//,/ }; do
   for set in ${sets//,/ }; do
-    arch=resnet20 split_factor=4 epochs=${EPOCHS:-60} recipe=("${plain[@]}")
+    arch=resnet20 split_factor=4 epochs=${EPOCHS:-60} recipe=("${plain[@]}") tune_on=()
     case "$set" in
       digits)
         epochs=${DIGITS_EPOCHS:-80} data_flags=(--dataset digits)
@@ -76,8 +76,11 @@ for seed in ${seeds//,/ }; do
         [ -z "${IMAGES:-}" ] || part "cifar$IMAGES" --train "$IMAGES"
         ;;
       small)
-        arch=wide_resnet16_4 epochs=${SMALL_EPOCHS:-60} recipe+=(--val_fraction 0.2 --padding 2)
-        part small --train 6250 --side 16
+        arch=wide_resnet16_4 epochs=${SMALL_EPOCHS:-60}
+        recipe+=(--padding 2 --eval_per_epoch "$epochs") # no epoch is chosen
+        part small_held_out --skip 5000 --train 2000 --side 16
+        tune_on=(--tune_on "$out/data_small_held_out/train")
+        part small --train 5000 --test 5000 --side 16
         ;;
     esac
     here=$out/$set-seed$seed
@@ -91,10 +94,10 @@ for seed in ${seeds//,/ }; do
     done
     for confidence in margin max_prob entropy; do
       step "$here/$confidence.done" "$python" eval.py --resume "$divided" --tune calibration,cascade \
-        --cascade_confidence "$confidence" --large "$undivided" --model_dir "$here/$confidence"
+        "${tune_on[@]}" --cascade_confidence "$confidence" --large "$undivided" --model_dir "$here/$confidence"
     done
     step "$here/window.done" "$python" eval.py --resume "$divided" --tune calibration,cascade --cascade_kind window \
-      --uncertainty 1 --model_dir "$here/window"
+      "${tune_on[@]}" --uncertainty 1 --model_dir "$here/window"
     tuned=$here/margin/model_best.tuned.pth.tar
     if [ "$has_onnx" = 1 ]; then
       step "$here/ensemble.onnx.done" "$python" script/export.py "$tuned" --out "$here/ensemble.onnx"

@@ -9,20 +9,22 @@ source "$(dirname "${BASH_SOURCE[0]}")/lib.sh"
 usage() {
   cat <<'TEXT'
 usage: claim.sh DATA [EPOCHS] [SEEDS] [--dataset NAME] [--arch NAME] [--split_factors 1,2,4] [--images N]
-                [--test_images N] [--side N] [--jobs N] [--out DIR] [-- flags of train_split.py]
+                [--test_images N] [--side N] [--jobs N] [--runs FILE.csv,…] [--out DIR] [-- flags of train_split.py]
        claim.sh --dataset digits
 DATA: folder of the data set. EPOCHS (300), SEEDS (1,2,3), --dataset (folder), --arch (resnet20), --out (./runs/claim).
 --split_factors: S, or NAME:S, where NAME is independent (the same networks without co-training) or another backbone.
 The first is what the others are compared with, seed by seed.
 --images N, for --dataset folder: train on the first N images only, as many of every class; --test_images N the same for
 what is tested on. --side N: images box-filtered to N x N pixels. --jobs N: runs side by side (1).
+--runs: claim.csv of the same comparison, made earlier or on another machine: its runs are in the tables, not run again.
 --dataset digits needs no DATA and has its own defaults: 80 epochs, seeds 1 to 24, 287 training images (--val_fraction
 0.8), bf16, two runs side by side. Every figure is of the last epoch, on the test images. The same as environment
-variables: DATA EPOCHS SEEDS DATASET ARCH SPLIT_FACTORS IMAGES TEST_IMAGES SIDE JOBS OUT. DRY_RUN=1 prints the commands.
+variables: DATA EPOCHS SEEDS DATASET ARCH SPLIT_FACTORS IMAGES TEST_IMAGES SIDE JOBS RUNS OUT. DRY_RUN=1 prints the
+commands.
 TEXT
 }
 
-parse_settings "DATA EPOCHS SEEDS DATASET ARCH SPLIT_FACTORS IMAGES TEST_IMAGES SIDE JOBS OUT" "$@"
+parse_settings "DATA EPOCHS SEEDS DATASET ARCH SPLIT_FACTORS IMAGES TEST_IMAGES SIDE JOBS RUNS OUT" "$@"
 dataset=${DATASET:-folder}
 recipe=()
 if [ "$dataset" = digits ]; then
@@ -37,6 +39,12 @@ for entry in ${entries//,/ }; do
 done
 for number in "$epochs" "$jobs" ${IMAGES:-1} ${TEST_IMAGES:-1} ${SIDE:-1}; do
   case "$number" in *[!0-9]* | "" | 0) fail "$number: expected a number of 1 or more." ;; esac
+done
+earlier=()
+RUNS=${RUNS:-}
+for file in ${RUNS//,/ }; do
+  [ -f "$file" ] || fail "--runs $file: there is no such file."
+  earlier+=("$(realpath "$file")")
 done
 mkdir -p "${OUT:=./runs/claim}"
 out=$(realpath "$OUT")
@@ -83,6 +91,7 @@ for seed in ${seeds//,/ }; do
       folder=$out/${name//\//-}-S$split_factor-seed$seed
       if [ "$name" = independent ]; then method=independent; else arch=$name; fi
     fi
+    ! grep -qs "^$split_factor,$method,$arch,$seed," "${earlier[@]}" /dev/null || continue
     folders+=("$folder")
     [ ! -f "$folder/eval/results.json" ] || continue
     while [ "$(jobs -rp | wc -l)" -ge "$jobs" ]; do wait -n || fail "a run failed; what it said stands above."; done
@@ -92,4 +101,4 @@ for seed in ${seeds//,/ }; do
 done
 while [ -n "$(jobs -p)" ]; do wait -n || fail "a run failed; what it said stands above."; done
 cd "$PROJECT"
-run "$python" -m script.claim_table "$out" "${folders[@]}"
+run "$python" -m script.claim_table "$out" "${folders[@]}" "${earlier[@]}"

@@ -1,47 +1,76 @@
-"""Prints what runs of several S and seeds reached as one table, and draws it: OUT_DIR RUN_DIR ...
+"""Prints what runs of several S and seeds reached as one table, and draws it: OUT_DIR RUN_DIR|RUNS.csv ...
 
 Every figure is the mean over seeds ± the sample standard deviation; single networks are first averaged within a run.
-A second table has the differences to the setting of the first run, paired by seed, with 95 % intervals.
+A second table has the differences to the setting of the first run, paired by seed, with 95 % intervals. claim.csv has
+every single run, for a table that goes on elsewhere.
 """
 
+import csv
+import io
 import json
 import statistics
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
+from record.checkpoint import write_file
 from record.paired import PairedDifference, half_interval
 from record.runs import Spread
+from utils.errors import UserError
 from utils.text import fit_streams
 
 FIGURES = (("acc1", "top-1 %", 2), ("nll", "NLL", 3), ("ece", "ECE", 4))
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Run:
-    """A finished run: results.json of its training, and that of its evaluation at the last epoch."""
+    """A finished run: what its training says of itself, and its figures at the last epoch; a row of claim.csv.
 
-    folder: Path
-    training: dict[str, Any]
-    evaluation: dict[str, Any]
+    Attributes:
+        split_factor, method, arch, seed: which run of the comparison it is; first, because claim.sh looks for them.
+        steps: of training.
+        seconds: of training, evaluations included.
+        params_one, params_total, macs_total: of one network, and of all.
+        ensemble_acc1, ensemble_nll, ensemble_ece: of the ensemble under the reported rule.
+        single_acc1, single_nll, single_ece: of one network, averaged over the run's networks.
+        disagreement: part of images, mean over pairs of networks; None for one network.
+    """
+
+    split_factor: int
+    method: str
+    arch: str
+    seed: int
+    steps: int
+    seconds: float
+    params_one: int
+    params_total: int
+    macs_total: int
+    ensemble_acc1: float
+    ensemble_nll: float
+    ensemble_ece: float
+    single_acc1: float
+    single_nll: float
+    single_ece: float
+    disagreement: float | None
 
     @property
-    def split_factor(self) -> int:
-        return int(self.training["split_factor"])
+    def key(self) -> tuple[int, str, str, int]:
+        """What no two runs of a table share."""
+        return self.split_factor, self.method, self.arch, self.seed
 
     def ensemble(self, figure: str) -> float:
         """A figure of the ensemble under the reported rule."""
-        return float(self.evaluation[f"ensemble_{figure}"])
+        return float(getattr(self, f"ensemble_{figure}"))
 
     def single(self, figure: str) -> float:
         """A figure of one network, averaged over the run's networks."""
-        return statistics.fmean(network[figure] for network in self.evaluation["networks"])
+        return float(getattr(self, f"single_{figure}"))
 
 
 def read_run(folder: Path) -> Run:
-    """Both results of a run directory.
+    """The results of a run directory's training and of its evaluation.
 
     Raises:
         FileNotFoundError: the run is not complete.
@@ -49,7 +78,63 @@ def read_run(folder: Path) -> Run:
     training, evaluation = (
         json.loads((folder / part / "results.json").read_text(encoding="utf-8")) for part in ("", "eval")
     )
-    return Run(folder, training, evaluation)
+    names = ("split_factor", "method", "arch", "seed", "steps", "seconds", "params_one", "params_total", "macs_total")
+    values: dict[str, Any] = {name: training[name] for name in names}
+    for figure, *_ in FIGURES:
+        values[f"ensemble_{figure}"] = evaluation[f"ensemble_{figure}"]
+        values[f"single_{figure}"] = statistics.fmean(network[figure] for network in evaluation["networks"])
+    return Run(**values, disagreement=evaluation["disagreement"] if values["split_factor"] > 1 else None)
+
+
+def read_rows(path: Path) -> list[Run]:
+    """The runs of a claim.csv.
+
+    Raises:
+        UserError: it cannot be read, or is none.
+    """
+    kinds = {field.name: field.type for field in fields(Run)}
+    try:
+        with path.open(encoding="utf-8", newline="") as file:
+            rows = [*csv.DictReader(file, strict=True)]
+        return [
+            Run(**{name: _value(row[name], kind) for name, kind in kinds.items()})  # type: ignore[arg-type]
+            for row in rows
+        ]
+    except (OSError, KeyError, ValueError, TypeError, csv.Error) as error:
+        raise UserError(f"--runs {path}: expected a claim.csv of script/claim.sh ({error!r}).") from None
+
+
+def _value(text: str, kind: object) -> object:
+    if kind is str:
+        return text
+    if kind is int:
+        return int(text)
+    return None if kind is not float and not text else float(text)
+
+
+def rows_of(runs: Sequence[Run]) -> str:
+    """claim.csv: every figure in full."""
+    text = io.StringIO()
+    writer = csv.DictWriter(text, [field.name for field in fields(Run)], lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(asdict(run) for run in runs)
+    return text.getvalue()
+
+
+def gather(paths: Sequence[Path]) -> list[Run]:
+    """Runs of folders and of files of rows, each once, in the order in which they are first named.
+
+    Raises:
+        UserError: a file that holds no runs; runs that were trained for different numbers of steps.
+    """
+    found: dict[tuple[int, str, str, int], Run] = {}
+    for path in paths:
+        for run in read_rows(path) if path.suffix == ".csv" else [read_run(path)]:
+            found.setdefault(run.key, run)
+            first = next(iter(found.values()))
+            if run.steps != first.steps:
+                raise UserError(f"{path}: a run of {run.steps} steps among runs of {first.steps}; compare equal runs.")
+    return [*found.values()]
 
 
 def spread(values: Sequence[float], digits: int) -> str:
@@ -61,7 +146,7 @@ def by_setting(runs: Sequence[Run]) -> list[list[Run]]:
     """Runs that differ in the seed alone, in the order in which each setting was met first."""
     groups: dict[tuple[int, str, str], list[Run]] = {}
     for run in runs:
-        groups.setdefault((run.split_factor, run.training["method"], run.training["arch"]), []).append(run)
+        groups.setdefault((run.split_factor, run.method, run.arch), []).append(run)
     return list(groups.values())
 
 
@@ -69,8 +154,8 @@ def name_of(group: Sequence[Run], first: Run) -> str:
     """What a setting is, in words, where `first` is of the table's first setting."""
     run = group[0]
     name = f"ensemble of {run.split_factor}" if run.split_factor > 1 else "undivided"
-    apart = ", without co-training" if run.training["method"] == "independent" else ""
-    return name + apart + f", {run.training['arch']}" * (run.training["arch"] != first.training["arch"])
+    apart = ", without co-training" if run.method == "independent" else ""
+    return name + apart + f", {run.arch}" * (run.arch != first.arch)
 
 
 def table(runs: Sequence[Run]) -> str:
@@ -81,7 +166,7 @@ def table(runs: Sequence[Run]) -> str:
         f"| ---: | --- | {'---: | ' * len(FIGURES)}---: | ---: | ---: | ---: | ---: |",
     ]
     for group in by_setting(runs):
-        one, split_factor = group[0].training, group[0].split_factor
+        one, split_factor = group[0], group[0].split_factor
         several = split_factor > 1
         kinds: list[tuple[str, Callable[[Run, str], float], int]] = [
             (name_of(group, runs[0]), Run.ensemble, split_factor)
@@ -91,10 +176,10 @@ def table(runs: Sequence[Run]) -> str:
         for name, figure_of, count in kinds:
             cells = [spread([figure_of(run, figure) for run in group], digits) for figure, _, digits in FIGURES]
             whole = count == split_factor
-            apart = spread([100 * run.evaluation["disagreement"] for run in group], 1) if several and whole else ""
-            minutes = spread([run.training["seconds"] / 60 for run in group], 1) if whole else ""
-            params = f"{one['params_one'] * count:,}"
-            macs = f"{one['macs_total'] * count / split_factor / 1e6:.1f} M"
+            apart = spread([100 * (run.disagreement or 0.0) for run in group], 1) if several and whole else ""
+            minutes = spread([run.seconds / 60 for run in group], 1) if whole else ""
+            params = f"{one.params_one * count:,}"
+            macs = f"{one.macs_total * count / split_factor / 1e6:.1f} M"
             cells += [apart, params, macs, minutes, str(len(group))]
             lines.append(f"| {split_factor} | {name} | {' | '.join(cells)} |")
     return "\n".join(lines)
@@ -118,7 +203,7 @@ def differences(runs: Sequence[Run]) -> str:
         found = [(_paired(group, first, figure), digits) for figure, _, digits in FIGURES]
         cells = [difference.text(digits) if difference else "" for difference, digits in found]
         cells += [
-            f"{group[0].training[size] / first[0].training[size] - 1:+.1%}".replace("%", " %")
+            f"{getattr(group[0], size) / getattr(first[0], size) - 1:+.1%}".replace("%", " %")
             for size in ("params_total", "macs_total")
         ]
         accuracy = found[0][0]
@@ -129,7 +214,7 @@ def differences(runs: Sequence[Run]) -> str:
 
 
 def _paired(group: Sequence[Run], reference: Sequence[Run], figure: str) -> PairedDifference | None:
-    values, others = ({run.training["seed"]: run.ensemble(figure) for run in part} for part in (group, reference))
+    values, others = ({run.seed: run.ensemble(figure) for run in part} for part in (group, reference))
     return PairedDifference.of(values, others)
 
 
@@ -165,18 +250,23 @@ def plot(runs: Sequence[Run], path: Path) -> Path:
 
 def _second_line(group: Sequence[Run], first: Run) -> str:
     run = group[0]
-    words = ["independent"] * (run.training["method"] == "independent")
-    words += [run.training["arch"]] * (run.training["arch"] != first.training["arch"])
+    words = ["independent"] * (run.method == "independent")
+    words += [run.arch] * (run.arch != first.arch)
     return "\n" * bool(words) + ", ".join(words)
 
 
 def main(arguments: list[str]) -> int:
     """The command line; returns the exit code."""
     fit_streams()
-    out, *folders = map(Path, arguments)
-    runs = [read_run(folder) for folder in folders]
+    out, *paths = map(Path, arguments)
+    try:
+        runs = gather(paths)
+    except UserError as error:
+        print(f"claim_table.py: {error}", file=sys.stderr)
+        return error.exit_code
     text = "\n\n".join(filter(None, (table(runs), differences(runs))))
-    (out / "claim.md").write_text(text + "\n", encoding="utf-8")
+    write_file(out / "claim.csv", rows_of(runs))
+    write_file(out / "claim.md", f"{text}\n")
     print(f"{text}\n\nPicture: {plot(runs, out / 'claim.png')}")
     return 0
 

@@ -1,7 +1,7 @@
 """A part of a folder of images, as many of every class, and smaller where asked: SOURCE TARGET [--train N] [--test N].
 
 For experiments on few images: the first N by name, an equal number of each class, linked; or, with --side, box-filtered
-copies as PNG files, which lose nothing more.
+copies as PNG files, which lose nothing more. --skip N passes over as many training images first: others than those.
 """
 
 import argparse
@@ -17,7 +17,14 @@ SPLITS = {"train": "train", "val": "test", "test": "test"}  # which flag says ho
 
 
 def take(
-    source: Path, target: Path, *, train: int, test: int, side: int, flags: tuple[str, str] = ("--train", "--test")
+    source: Path,
+    target: Path,
+    *,
+    train: int,
+    test: int,
+    side: int,
+    skip: int = 0,
+    flags: tuple[str, str] = ("--train", "--test"),
 ) -> None:
     """Make `target`, with the splits of `source` that are there; one that is there already is kept as it is.
 
@@ -25,6 +32,7 @@ def take(
         source: holds SPLIT/CLASS/IMAGE.
         target: appears when it is whole.
         train, test: images of a split, 0 for all; `test` counts for val/ and test/.
+        skip: training images before those that are taken.
         side: pixels; every image becomes side x side. 0: as they are, linked.
         flags: what an error calls `train` and `test`.
 
@@ -40,16 +48,17 @@ def take(
     names = dict(zip(("train", "test"), flags, strict=True))
     for split, flag in SPLITS.items():
         classes = sorted(path for path in (source / split).glob("*/") if path.is_dir())
-        count = {"train": train, "test": test}[flag] // max(len(classes), 1)
+        first, count = (n // max(len(classes), 1) for n in {"train": (skip, train), "test": (0, test)}[flag])
         for folder in classes:
             images = sorted(path for path in folder.rglob("*") if path.is_file())
-            if len(images) < count:
+            asked = first + count
+            if len(images) < asked:
                 raise UserError(
-                    f"{names[flag]}: {folder} holds {len(images)} images, {count} of every class were asked for."
+                    f"{names[flag]}: {folder} holds {len(images)} images, {asked} of every class were asked for."
                 )
             place = partial / split / folder.name
             place.mkdir(parents=True)
-            for image in images[:count] if count else images:
+            for image in images[first : asked if count else None]:
                 _put(image, place, side)
     partial.rename(target)
 
@@ -68,11 +77,11 @@ def main(argv: list[str]) -> int:
     parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False)
     parser.add_argument("source", type=Path)
     parser.add_argument("target", type=Path)
-    for name in ("train", "test", "side"):
+    for name in ("train", "test", "side", "skip"):
         parser.add_argument(f"--{name}", type=int, default=0)
     args = parser.parse_args(argv)
     try:
-        take(args.source.resolve(), args.target, train=args.train, test=args.test, side=args.side)
+        take(args.source.resolve(), args.target, train=args.train, test=args.test, side=args.side, skip=args.skip)
     except UserError as error:
         print(f"small_images: {error}", file=sys.stderr)
         return 2

@@ -57,20 +57,23 @@ def test_a_killed_measurement_goes_on_where_it_was(answers: StubPython, tmp_path
     flags = (str(data), "7", "--sets", "small", "--out", "out", "--small_epochs", "2", "--", "--lr", "0.3")
     started, done = answers(*flags)
     assert done.returncode != 0
-    assert programs(started) == ["script.small_images", *TUNED[:5]]
-    train, evaluated = started[2], started[3]
+    parts = ["script.small_images"] * 2
+    assert programs(started) == [*parts, *TUNED[:5]]
+    train, evaluated = started[3], started[4]
     assert (after(train, "--split_factor"), after(train, "--arch"), after(train, "--epochs")) == (
         "4",
         "wide_resnet16_4",
         "2",
     )
     assert train[-2:] == ["--lr", "0.3"]
+    assert after(started[0], "--skip") == after(started[1], "--train")  # others than those that are trained on
+    assert after(evaluated, "--tune_on") == str(tmp_path / "out" / "data_small_held_out" / "train")
     assert after(evaluated, "--large") == str(tmp_path / "out" / "small-seed7" / "undivided" / "model_best.pth.tar")
     started, done = answers(*flags)
     assert done.returncode == 0, done.stderr
-    assert programs(started) == ["script.small_images", *TUNED[4:], "script.answers_times", "script.answers_table"]
+    assert programs(started) == [*parts, *TUNED[4:], "script.answers_times", "script.answers_table"]
     started, _ = answers(*flags)
-    assert programs(started) == ["script.small_images", "script.answers_table"]
+    assert programs(started) == [*parts, "script.answers_table"]
 
 
 @pytest.mark.parametrize(

@@ -43,7 +43,7 @@ def claim(tmp_path):
             for i in range(count):
                 (folder / f"{i}.jpg").touch()
 
-    names = ("DATA", "EPOCHS", "SEEDS", "DATASET", "ARCH", "SPLIT_FACTORS", "IMAGES", "OUT", "JOBS", "SIDE")
+    names = ("DATA", "EPOCHS", "SEEDS", "DATASET", "ARCH", "SPLIT_FACTORS", "IMAGES", "OUT", "JOBS", "RUNS", "SIDE")
     return StubPython.write("claim.sh", tmp_path, names, STUB)
 
 
@@ -68,6 +68,19 @@ def test_every_s_and_seed_is_trained_evaluated_and_tabled_once(claim, tmp_path):
     assert done.returncode == 0, done.stderr
     seeds = [words[words.index("--seed") + 1] for words in again if "--seed" in words]
     assert seeds == ["9", "9"]
+
+
+def test_runs_of_another_machine_are_in_the_table_and_not_run(claim, tmp_path):
+    rows = tmp_path / "elsewhere.csv"
+    rows.write_text("split_factor,method,arch,seed,steps\n1,co_training,resnet20,7,3\n2,independent,resnet20,7,3\n")
+    flags = ("data", "3", "7", "--split_factors", "1,2,independent:2", "--out", "runs")
+    commands, done = claim(*flags, "--runs", "elsewhere.csv")
+    assert done.returncode == 0, done.stderr
+    assert [words[words.index("--method") + 1] for words in commands if "--method" in words] == ["co_training"]
+    assert commands[-1] == ["-m", "script.claim_table", f"{tmp_path}/runs", f"{tmp_path}/runs/S2-seed7", str(rows)]
+    commands, done = claim(*flags, "--runs", "nowhere.csv")
+    assert (commands, done.returncode) == ([], 2)
+    assert done.stderr == "claim.sh: --runs nowhere.csv: there is no such file.\n"
 
 
 def test_a_part_of_the_images_is_the_same_number_of_each_class(claim, tmp_path):
@@ -101,7 +114,10 @@ def test_a_side_makes_box_filtered_copies(tmp_path):
     whole = np.random.default_rng(0).integers(0, 256, (32, 32, 3), dtype=np.uint8).astype(float)
     mean = whole.reshape(16, 2, 16, 2, 3).mean((1, 3))
     assert np.abs(pixels - mean).max() <= 1  # rounded after each direction
-    arguments = [str(tmp_path / "data"), str(tmp_path / "other"), "--train", "8"]
+    small_images.take(tmp_path / "data", tmp_path / "next", train=2, test=2, side=0, skip=4)
+    names = sorted(str(path.relative_to(tmp_path / "next")) for path in (tmp_path / "next").glob("*/*/*"))
+    assert names == ["test/a/0.png", "test/b/0.png", "train/a/2.png", "train/b/2.png"]
+    arguments = [str(tmp_path / "data"), str(tmp_path / "other"), "--train", "4", "--skip", "4"]
     assert small_images.main(arguments) == 2
     assert not (tmp_path / "other").exists()
 
@@ -149,8 +165,9 @@ def test_table_has_means_and_deviations_over_seeds(tmp_path, capsys):
         for seed in (1, 2):
             folder = tmp_path / f"S{s}-seed{seed}"
             (folder / "eval").mkdir(parents=True)
-            training = {"split_factor": s, "params_one": 1000 // s, "macs_total": 4e6, "seconds": 60.0 * seed}
+            training = {"split_factor": s, "params_one": 1000 // s, "macs_total": 4_000_000, "seconds": 60.0 * seed}
             training |= {"seed": seed, "method": "co_training", "arch": "resnet20", "params_total": 1000 + 20 * s}
+            training |= {"steps": 80}
             networks = [{"acc1": 50.0 + seed + i, "nll": 1.0, "ece": 0.5} for i in range(s)]
             evaluation = {
                 "ensemble_acc1": 60.0 + seed * s,
@@ -177,6 +194,23 @@ def test_table_has_means_and_deviations_over_seeds(tmp_path, capsys):
     assert (tmp_path / "claim.md").read_text() == text.split("\n\nPicture")[0] + "\n"
     assert (tmp_path / "claim.png").stat().st_size > 10_000
     assert spread([2.0], 1) == "2.0"
+
+    rows = tmp_path / "claim.csv"  # what another table goes on with
+    (tmp_path / "again").mkdir()
+    assert main([str(tmp_path / "again"), *folders[:2], str(rows)]) == 0
+    for name in ("claim.md", "claim.csv"):
+        assert (tmp_path / "again" / name).read_text() == (tmp_path / name).read_text()
+    assert rows.read_text().splitlines()[1].startswith("1,co_training,resnet20,1,")
+    for damaged, complaint in (
+        (rows.read_text().replace(",80,", ",81,", 1), "80 steps among runs of 81"),
+        (rows.read_text().replace(",80,", ",many,", 1), "expected a claim.csv"),
+        ("S,seed\n1,2\n", "expected a claim.csv"),
+    ):
+        rows.write_text(damaged)
+        assert main([str(tmp_path / "again"), str(rows)]) == 2
+        line = capsys.readouterr().err
+        assert complaint in line
+        assert line.count("\n") == 1
 
 
 def test_paired_differences_are_of_common_seeds():

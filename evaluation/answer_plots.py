@@ -1,5 +1,6 @@
 """Pictures of answers: the cascade's curve, reliability, risk and coverage, foreign images, shift, diversity."""
 
+import textwrap
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -110,9 +111,9 @@ def plot_reliability(panels: Sequence[tuple[str, Bins, Mapping[str, Any]]], path
             (sure - rate)[there],
             width * 0.94,
             bottom=rate[there],
-            color=COLOURS[1],
-            alpha=0.35,
+            facecolor="none",  # seen on the bar, where sureness falls short of the rate, as well as above it
             edgecolor=COLOURS[1],
+            hatch="///",
             label="gap to the confidence",
         )
         upper.plot([0, 1], [0, 1], color=GREY, linestyle="--", linewidth=1)
@@ -160,6 +161,20 @@ def plot_risk_coverage(curves: Mapping[str, Mapping[str, Any]], oracle: Mapping[
     return path
 
 
+def short_names(names: Sequence[str]) -> list[str]:
+    """Of paths and of NAME:PATH the last parts, as few as tell them apart; of the latter NAME is the last."""
+    parts = []
+    for name in names:
+        kind, colon, place = name.partition(":")
+        parts.append((*Path(place).parts, kind) if colon else Path(name).parts)
+    shown: list[str] = []
+    for count in range(1, max(map(len, parts)) + 1):
+        shown = [str(Path(*part[-count:])) for part in parts]
+        if len({*shown}) == len(shown):
+            break
+    return shown
+
+
 def plot_ood(sets: Mapping[str, tuple[str, Any, Any, float | None]], path: Path) -> Path:
     """Histogram of the best score of each set beside the own images', and ROC curves.
 
@@ -169,9 +184,9 @@ def plot_ood(sets: Mapping[str, tuple[str, Any, Any, float | None]], path: Path)
     from matplotlib.figure import Figure
     from sklearn.metrics import roc_curve
 
-    figure = Figure(figsize=(5.0 * (len(sets) + 1), 4.2), layout="constrained")
+    figure = Figure(figsize=(5.0 * (len(sets) + 1), 4.4 + 0.2 * len(sets)), layout="constrained")
     panels = figure.subplots(1, len(sets) + 1, squeeze=False)[0]
-    for i, (name, (score, own_N, foreign_M, auroc)) in enumerate(sets.items()):
+    for i, (name, (score, own_N, foreign_M, auroc)) in enumerate(zip(short_names([*sets]), sets.values(), strict=True)):
         own, foreign = own_N.numpy(), foreign_M.numpy()
         everything = np.concatenate([own, foreign])
         edges = np.linspace(everything.min(), everything.max() + 1e-12, 31)
@@ -179,7 +194,7 @@ def plot_ood(sets: Mapping[str, tuple[str, Any, Any, float | None]], path: Path)
             weights = np.full(len(values), 1 / max(len(values), 1))
             panels[i].hist(values, bins=edges, weights=weights, color=colour, alpha=0.55, label=label)
         panels[i].set(xlabel=score, ylabel="share of the images")
-        panels[i].set_title(name).set_parse_math(False)
+        panels[i].set_title(textwrap.fill(name, 40), fontsize=11).set_parse_math(False)
         panels[i].legend(frameon=False)
         _clean(panels[i])
         if len(own) and len(foreign):
@@ -189,7 +204,8 @@ def plot_ood(sets: Mapping[str, tuple[str, Any, Any, float | None]], path: Path)
             line.set_label(f"{name}, {score}: {_short(auroc)}")
     panels[-1].plot([0, 1], [0, 1], color=GREY, linestyle="--", linewidth=1)
     panels[-1].set(xlabel="own images called foreign", ylabel="foreign images found", title="ROC, area")
-    for text in panels[-1].legend(frameon=False, fontsize=8.5).get_texts():
+    lines = panels[-1].get_legend_handles_labels()
+    for text in figure.legend(*lines, loc="outside lower center", frameon=False, fontsize=8.5).get_texts():
         text.set_parse_math(False)
     _clean(panels[-1])
     figure.savefig(path, dpi=120)

@@ -86,4 +86,4 @@ def _mean_of_all(values: Mapping[str, float | None]) -> float | None:
 def mean_name(figures: Mapping[str, Any]) -> str:
     """How a mean is called: mCE only over all 15 corruptions."""
     count = figures["corruptions"]
-    return "mCE" if count == len(CORRUPTIONS) else f"mean of {count} corruptions"
+    return "mCE" if count == len(CORRUPTIONS) else f"mean of {count} corruption{'s' * (count != 1)}"

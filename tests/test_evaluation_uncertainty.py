@@ -12,6 +12,7 @@ from PIL import Image
 
 import eval as program
 from dataset.source.corrupted import CORRUPTIONS, open_corrupted
+from evaluation.answer_plots import short_names
 from evaluation.answers import read_answers_file
 from evaluation.shift import ALEXNET, mean_name, shift_figures
 from tests.answer_cases import GOLDEN
@@ -97,6 +98,17 @@ def test_bad_arrays_are_named(shape: tuple, dtype: str, labels: list, named: str
         open_corrupted(tmp_path, CLASSES)
 
 
+@pytest.mark.parametrize("place", ["snow/1/7", "weather/snow/5/7"])
+def test_two_layouts_in_one_folder_are_refused(place: str, tmp_path: Path) -> None:
+    """Folders beside labels.npy would count for nothing."""
+    arrays(tmp_path, np.zeros((10, 4, 4, 3), dtype=np.uint8), np.array([0] * 10))
+    (tmp_path / "notes").mkdir()
+    assert len(open_corrupted(tmp_path, CLASSES).rows) == 1
+    (tmp_path / place).mkdir(parents=True)
+    with pytest.raises(UserError, match=r"holds labels.npy and a folder of a corruption too, \S+snow: give"):
+        open_corrupted(tmp_path, CLASSES)
+
+
 def test_folders_also_in_groups(tmp_path: Path) -> None:
     for place in ("noise/gaussian_noise/1", "noise/gaussian_noise/3", "fog/2"):
         folder = tmp_path / place / "7"
@@ -118,6 +130,12 @@ def test_folders_also_in_groups(tmp_path: Path) -> None:
         open_corrupted(tmp_path, CLASSES)
     with pytest.raises(UserError, match="nowhere: is not a folder"):
         open_corrupted(tmp_path / "nowhere", CLASSES)
+
+
+def test_foreign_sets_are_called_by_what_tells_them_apart() -> None:
+    assert short_names(["/data/a/noise.npy", "svhn:/data/svhn"]) == ["noise.npy", "svhn"]
+    assert short_names(["/data/a/val", "/data/b/val/"]) == ["a/val", "b/val"]
+    assert short_names(["turned"]) == ["turned"]
 
 
 def read(path: Path) -> Any:

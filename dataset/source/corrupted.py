@@ -91,11 +91,13 @@ def open_corrupted(root: Path, classes: Sequence[str]) -> CorruptedSets:
         classes: K names that the networks know.
 
     Raises:
-        UserError: neither layout; arrays of other shapes; labels out of range; no severity folder; a corruption twice.
+        UserError: neither layout, or both; arrays of other shapes; labels out of range; no severity folder; one
+            corruption twice.
     """
     if not root.is_dir():
         raise UserError(f"--shift {root}: is not a folder; expected one, laid out as CIFAR-C or ImageNet-C.")
     if (root / LABELS).exists():
+        _refuse_folders(root)
         labels = _labels(root, len(classes))
         files = sorted(path for path in root.glob("*.npy") if path.name != LABELS)
         rows = []
@@ -121,6 +123,16 @@ def open_corrupted(root: Path, classes: Sequence[str]) -> CorruptedSets:
         )
     _refuse_twice(root, rows)
     return CorruptedSets(root, classes, _sorted(rows), None)
+
+
+def _refuse_folders(root: Path) -> None:
+    """Folders of corruptions beside arrays: they would count for nothing."""
+    for folder in (inner for outer in _folders(root) for inner in (outer, *_folders(outer))):
+        if _severities(folder):
+            raise UserError(
+                f"--shift {root}: holds {LABELS} and a folder of a corruption too, {folder}: give the two layouts "
+                "folders of their own."
+            )
 
 
 def _refuse_twice(root: Path, rows: Sequence[Corrupted]) -> None:

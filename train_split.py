@@ -155,7 +155,8 @@ class Trainer:
 
         # networks and method
         before = None if resumed is None else resumed.state
-        self.method = build_method(config, source, seed=self.seed, world=world, before=before)
+        start = None if before is not None else start or open_start(config)
+        self.method = build_method(config, source, seed=self.seed, world=world, before=before, start=start)
         execution = choose_execution(config, self.method, before)
         self.precision = choose_precision(
             world.device,
@@ -182,7 +183,6 @@ class Trainer:
             before=None if before is None else replayed_before(before),
         )
         self.is_replayed = recorder is not None
-        start = None if before is not None else start or open_start(config)
         new_heads = () if before is None else heads_before(before)
         if start is not None:
             new_heads = load_start(

@@ -251,8 +251,7 @@ class Library:
         fitted = self._fitted(request.arch, request.num_classes, request.crop_size) if request.fits_images else {}
         if not fitted:
             return request
-        shown = ", ".join(f"{name} {value:g}" for name, value in fitted.items())
-        logger.info("%s at %d pixels: %s.", request.arch, request.crop_size, shown)
+        _say_fitted(request.arch, request.crop_size, tuple(fitted.items()))
         return replace(
             request, way=ARGUMENTS, width_names=tuple(fitted), widths=tuple(fitted.values()), library=self.version
         )
@@ -478,6 +477,7 @@ class Library:
             except UserError as error:
                 troubles.append(str(error))
                 continue
+            _say_fitted(arch, crop_size, fitted)
             logger.info("%s", plan.summary())
             return plan
         raise UserError(f"{troubles[0].rstrip('.')}. Others that can be divided: {self.examples}.")
@@ -731,3 +731,11 @@ def normal_by_outputs(module: nn.Conv2d) -> None:
     """Normal weights with variance 2 / (k k outputs), groups not counted."""
     size = math.prod(module.kernel_size) * module.out_channels
     nn.init.normal_(module.weight, 0.0, math.sqrt(2.0 / size))
+
+
+@lru_cache(maxsize=64)
+def _say_fitted(arch: str, crop_size: int, fitted: tuple[tuple[str, int | float], ...]) -> None:
+    """Log which patches and windows are not the library's own; once, because a start from slices asks twice."""
+    if fitted:
+        shown = ", ".join(f"{name} {value:g}" for name, value in fitted)
+        logger.info("%s at %d pixels: %s.", arch, crop_size, shown)

@@ -11,9 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from model.division.fitting import are_fitted
 from model.members import MemberNet
 from model.registry import LARGE, BackboneRequest, backbones, build_network, request_of, split_list
-from model.restore import library_state, load_state, network_state, stored_networks
+from model.restore import library_state, load_state, network_state, stored_networks, stored_plan
 from model.slices import cut
 from model.splitnet import SplitNet
 from model.staged import classifier_names
@@ -57,6 +58,20 @@ class Start:
                 "one for all."
             )
         return cls(names, tuple(None if name == LIBRARY else read(name) for name in names))
+
+    @property
+    def is_fitted(self) -> bool:
+        """Whether networks of a file have patches or windows that were fitted to small images.
+
+        Raises:
+            UserError: a file's plan is damaged.
+        """
+        plans = [
+            stored_plan(content, f"--pretrained {name}")
+            for name, content in zip(self.names, self.contents, strict=True)
+            if content is not None
+        ]
+        return any(are_fitted(plan["width_names"]) for plan in plans)
 
     def preprocessing(self, archs: Sequence[str], *, may_differ: bool = False) -> Preprocessing | None:
         """What the weights of the first network of which it is known were trained to see; None where nobody says it.
@@ -302,8 +317,12 @@ def has_layer_norm(request: BackboneRequest) -> bool:
     Raises:
         UserError: as `build_network`.
     """
+    one = replace(request, split_factor=1, widths=None, way="", width_names=(), divide_by=None)
     with torch.device("meta"):
-        network = build_network(request)
+        try:
+            network = build_network(replace(one, fits_images=False))  # whether patches are fitted is not known here
+        except UserError:
+            network = build_network(one)
     return any("layernorm" in type(module).__name__.lower() for module in network.modules())
 
 

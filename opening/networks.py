@@ -94,7 +94,13 @@ def load_start(
 
 
 def build_method(
-    config: Config, source: DataSource, *, seed: int, world: World, before: Checkpoint | None
+    config: Config,
+    source: DataSource,
+    *,
+    seed: int,
+    world: World,
+    before: Checkpoint | None,
+    start: Start | None = None,
 ) -> Method[Any]:
     """The method with its networks, newly initialised, on the CPU.
 
@@ -104,6 +110,7 @@ def build_method(
         world: this process's place, where the weights of the classes are to lie. Networks that are spread to other
             processes have structure alone here, to be counted.
         before: of the run that is gone on from; its networks' plan is taken.
+        start: the weights that a new run starts from.
 
     Raises:
         UserError: flags that do not fit each other, the backbone or the data.
@@ -117,7 +124,7 @@ def build_method(
         request,
         form=kind.member_form(config.method_options, request, seed),
         arch=names[0],
-        **_plan_before(config, request, before),
+        **_plan_before(config, request, before, start),
     )
     if request.form is None and len(names) == 1:  # one search for all processes, and one plan
         request = distributed.said_by_first(partial(solved_request, request))
@@ -150,11 +157,16 @@ def _held(config: Config, world: World, before: Checkpoint | None) -> range | No
     return world.mesh.held(count_networks(config))
 
 
-def _plan_before(config: Config, request: BackboneRequest, before: Checkpoint | None) -> dict[str, Any]:
-    """The plan of the resumed run's networks; of a new run, whether the networks are fitted to small images."""
+def _plan_before(
+    config: Config, request: BackboneRequest, before: Checkpoint | None, start: Start | None
+) -> dict[str, Any]:
+    """The plan of the resumed run's networks; of a new run, whether the networks are fitted to small images.
+
+    Where a run starts from weights, these were made for patches and windows: the library's own, or a run's that fitted.
+    """
     if before is None:
         own = methods.get(config.method).network_plan(config.method_options)
-        return {"fits_images": config.pretrained is None, **own}
+        return {"fits_images": config.pretrained is None or (start is not None and start.is_fitted), **own}
     stored = stored_plan(before, "--resume")
     return stored | {"widths": stored["widths"] or request.widths}
 

@@ -15,7 +15,7 @@ from evaluation.export import load_exported
 from evaluation.exporting import main as export
 from model import SplitNet
 from model.library import Library
-from model.restore import restore_splitnet
+from model.restore import network_state, restore_splitnet
 from record.checkpoint import load_checkpoint
 from record.run_folder import read_results
 from utils.macs import count_macs, count_params
@@ -136,6 +136,27 @@ def test_one_of_a_class_lives(
 @pytest.mark.long
 def test_an_undivided_one_lives(tmp_path: Path, capsys: pytest.CaptureFixture[str], logging_restored: None) -> None:
     live("timm/pvt_v2_b0", 1, 32, tmp_path, capsys)
+
+
+@pytest.mark.slow
+def test_weights_of_a_fitted_network_start_fitted_ones(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], logging_restored: None
+) -> None:
+    """Patches of 4 at 32 pixels, undivided, in slices and divided; the library's weights want its own patches."""
+    for split_factor in (1, 2):
+        train(words_of("timm/test_vit", split_factor, 32), tmp_path / f"S{split_factor}", "--max_steps", "1")
+    for split_factor, parent in ((1, "S1"), (2, "S1"), (2, "S2")):
+        weights = load_checkpoint(tmp_path / parent / "checkpoint_0_1.pth.tar")
+        folder = tmp_path / f"{parent}_starts_{split_factor}"
+        flags = ("--pretrained", str(tmp_path / parent / "checkpoint_0_1.pth.tar"), "--lr", "0")
+        train(words_of("timm/test_vit", split_factor, 32), folder, "--max_steps", "1", *flags)
+        content = load_checkpoint(folder / "checkpoint_0_1.pth.tar")
+        assert dict(zip(content["width_names"], content["widths"], strict=True))["patch_size"] == 4
+        own, given = (network_state(one, "raw", "")[0]["models.0.pos_embed"] for one in (content, weights))
+        if parent == f"S{split_factor}":
+            assert torch.equal(own, given)
+        else:
+            assert set(own.flatten().tolist()) < set(given.flatten().tolist())
 
 
 def without(content: dict[str, Any], *names: str) -> dict[str, Any]:

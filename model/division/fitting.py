@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 
 from model.division.arguments import PATCH, WINDOW, Changes, last_name, leaf_kind
 
@@ -37,6 +37,11 @@ def fitted_arguments(leaves: Mapping[str, int | float], crop_size: int) -> Chang
     windows = {name: int(value) for name, value in leaves.items() if last_name(name) == WINDOW and value >= 1}
     fitted |= {name: _largest_divisor(grid, window) for name, window in windows.items()}
     return {name: value for name, value in fitted.items() if value != leaves[name]}
+
+
+def are_fitted(names: Iterable[str]) -> bool:
+    """Whether a plan of these leaves has patches or windows that were fitted; nothing else sets them."""
+    return any(last_name(name) in (PATCH, WINDOW) for name in names)
 
 
 def _largest_divisor(number: int, most: int) -> int:

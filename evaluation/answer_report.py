@@ -115,7 +115,7 @@ class AnswerReport:
         logits_NK = None
         if self.large is not None:
             other = self.large
-            source = open_reported(session, self.answers)
+            source = open_reported(session.at_size_of(other.info), self.answers)
             crop = other.info.crop_size
             macs = count_macs(other.network, (3, crop, crop))
             found = collect_logits(

@@ -7,7 +7,7 @@ import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
@@ -144,6 +144,11 @@ class Session:
         done = f"not replayed: {why}" if found is None else "replayed as one CUDA graph"
         logger.info("--cuda_graph %s: passes over images are %s.", asked, done)
         return found
+
+    def at_size_of(self, info: NetworkInfo) -> Self:
+        """The same data, decoded for other networks where these want images of another size."""
+        wanted = replace(self.info, crop_size=info.crop_size, preprocessing=info.preprocessing)
+        return self if wanted == self.info else replace(self, info=wanted)
 
     @property
     def file_recipe(self) -> str:

@@ -99,19 +99,21 @@ def collect_doubt(
     )
     for row in corrupted.rows:
         for severity, images in corrupted.images(row):
-            prepared = (
-                images if images.images is None else replace(fitted(session, images.images), targets=images.targets)
-            )
             what = f"--shift {row.name}/{severity}"
-            logits = _run(session, prepared, what)
+            logits = _run(session, _at_its_size(session, images), what)
             figures = shifted_figures(answers, mode, logits)
             shifted.rows.append({"corruption": row.name, "severity": severity, **figures})
             shifted.errors.setdefault(row.name, {})[severity] = 100 - figures["acc1"]
             if large is not None and shifted.large_errors is not None:
-                found = _run(large, prepared, f"{what}, undivided")
+                found = _run(large, _at_its_size(large, images), f"{what}, undivided")
                 wrong = found.logits_SNK[0].argmax(dim=-1) != found.labels_N
                 shifted.large_errors.setdefault(row.name, {})[severity] = 100 * float(wrong.double().mean())
     return Doubt(foreign=foreign, shifted=shifted)
+
+
+def _at_its_size(session: Session, images: ImageSet) -> ImageSet:
+    """Arrays at the size of a session's networks; files are read at it."""
+    return images if images.images is None else replace(fitted(session, images.images), targets=images.targets)
 
 
 def _run(session: Session, images: ImageSet, what: str) -> Logits:

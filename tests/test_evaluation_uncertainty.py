@@ -11,9 +11,13 @@ import torch
 from PIL import Image
 
 import eval as program
+import train_split
+from dataset import ImageSet
 from dataset.source.corrupted import CORRUPTIONS, open_corrupted
+from evaluation import uncertainty
 from evaluation.answer_plots import short_names
 from evaluation.answers import read_answers_file
+from evaluation.session import Session
 from evaluation.shift import ALEXNET, mean_name, shift_figures
 from tests.answer_cases import GOLDEN
 from tests.tuned_run import digits, fitted_network, prepared, write_run
@@ -200,3 +204,43 @@ def test_everything_from_one_command_and_predictions_by_the_cascade(tmp_path: Pa
         rows = list(csv.DictReader(file))
     assert all(row["class_1"] in row["set"].split("|") for row in rows)
     assert {row["networks_used"] for row in rows} == {"2"}
+
+
+@pytest.mark.slow
+def test_the_undivided_network_sees_images_of_its_own_size(
+    tmp_path: Path, logging_restored: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its figures beside the divided networks' are those of its own evaluation."""
+    real, seen = uncertainty.collect_logits, []
+
+    def noted(session: Session, images: ImageSet, **others: Any) -> Any:
+        assert images.images is not None
+        seen.append((session.info.num_networks, session.info.crop_size, images.images.shape[-1]))
+        return real(session, images, **others)
+
+    monkeypatch.setattr(uncertainty, "collect_logits", noted)
+    rng = np.random.default_rng(0)
+    for split, count in (("train", 4), ("test", 30), ("held", 60)):
+        for label in "ab":
+            (tmp_path / split / label).mkdir(parents=True)
+            for i in range(count):
+                pixels = rng.integers(0, 256, (24, 24, 3), dtype=np.uint8)
+                Image.fromarray(pixels).save(tmp_path / split / label / f"{split}{i}.png")
+    arrays(tmp_path / "c", rng.integers(0, 256, (50, 24, 24, 3), dtype=np.uint8), np.array([0, 1] * 25))
+    flags = ["--dataset", "folder", "--data", tmp_path, "--arch", "resnet20", "--seed", 1, "--batch_size", 4]
+    for name, split_factor, crop_size in (("undivided", 1, 16), ("divided", 2, 24)):
+        flags_of_one = ["--split_factor", split_factor, "--crop_size", crop_size, "--model_dir", tmp_path / name]
+        words = map(str, [*flags, *flags_of_one, "--max_steps", 1, "--no_cuda", "--workers", 0])
+        assert train_split.main([*words]) == 0
+    large = tmp_path / "undivided"
+    beside = ["--large", large, "--uncertainty", 1, "--shift", tmp_path / "c", "--model_dir", tmp_path / "tuned"]
+    held = ["--tune", "cascade", "--tune_on", tmp_path / "held"]
+    assert run("--resume", tmp_path / "divided", *held, *beside) == 0
+    assert run("--resume", large, "--model_dir", tmp_path / "alone") == 0
+    with (tmp_path / "tuned" / "cascade.csv").open(newline="") as file:
+        (row,) = (row for row in csv.DictReader(file) if row["kind"] == "undivided")
+    own = read(tmp_path / "alone" / "results.json")
+    assert float(row["nll"]) == pytest.approx(own["ensemble_nll"], rel=1e-6)
+    assert float(row["test_macs"]) == read(large / "results.json")["macs_total"]
+    assert len(seen) == 10
+    assert {*seen} == {(2, 24, 24), (1, 16, 16)}

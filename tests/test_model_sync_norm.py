@@ -17,6 +17,7 @@ from torch.nn.modules.module import register_module_forward_pre_hook
 
 from dataset.sampler import shard
 from model import BackboneRequest, backbones, build_network
+from model.layers import sync_norm
 from model.layers.narrow_norm import widen_narrow_norms
 from model.layers.sync_norm import ProcessSyncBatchNorm, SyncBatchNorm, synchronise_batchnorm
 from tests.networks import LIBRARY_NETWORKS, needs_timm
@@ -241,7 +242,7 @@ def two_alike(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(torch, f"batch_norm_{name}", function)
     monkeypatch.setattr(dist, "is_initialized", lambda: True)
     monkeypatch.setattr(dist, "get_world_size", lambda group=None: 2)
-    monkeypatch.setattr(dist, "all_gather_into_tensor", lambda out, own, group: out.copy_(own.repeat(2)))
+    monkeypatch.setattr(sync_norm, "gather_into", lambda out, own, group: out.copy_(own.repeat(2)))
     monkeypatch.setattr(dist, "all_reduce", lambda sums, group: sums.mul_(2))
 
 

@@ -50,6 +50,13 @@ def add_once(world: World) -> Callable[[Tensor], Tensor]:
     return all_reduce_sum if world.mesh is None else world.mesh.sum_once
 
 
+def gather_into(everyones: Tensor, own: Tensor, group: dist.ProcessGroup | None = None) -> None:
+    """Fill `everyones` with the `own` of every process, in rank order; all are of one size."""
+    # torch 2.14 warns of the one name, 2.11 has not the other
+    gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+    gather(everyones, own, group=group)
+
+
 def all_gather_rows(rows: Tensor, sizes: Sequence[int] | None = None) -> Tensor:
     """Rows [B_r, ...] of every process, in rank order -> [sum of B_r, ...]; B_r may differ. No gradient.
 
@@ -61,7 +68,7 @@ def all_gather_rows(rows: Tensor, sizes: Sequence[int] | None = None) -> Tensor:
     sizes = gather_counts(len(rows), rows.device) if sizes is None else sizes
     if min(sizes) == max(sizes):
         everyones = rows.new_empty((sum(sizes), *rows.shape[1:]))
-        dist.all_gather_into_tensor(everyones, rows.contiguous())
+        gather_into(everyones, rows.contiguous())
         return everyones
     padded = rows.new_zeros((max(sizes), *rows.shape[1:]))
     padded[: len(rows)] = rows

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm, _NormBase
 
 from model.layers.narrow_norm import restore_narrow_norms
+from utils.distributed import gather_into
 from utils.errors import UserError
 
 
@@ -96,7 +97,7 @@ class _NormOverProcesses(torch.autograd.Function):
         count = mean_C.new_full((1,), input.numel() // input.shape[1])
         own = torch.cat([mean_C, invstd_C, count])
         everyones = own.new_empty(dist.get_world_size(group) * own.numel())
-        dist.all_gather_into_tensor(everyones, own, group=group)
+        gather_into(everyones, own, group)
         means_WC, invstds_WC, counts_W1 = everyones.view(-1, own.numel()).split([len(mean_C), len(mean_C), 1], dim=1)
         counts_W = counts_W1.reshape(-1)
         running_mean, running_var = running

@@ -75,7 +75,7 @@ exec 3>/dev/null # the figures of single runs are in their folders
 end_runs() {
   local running
   mapfile -t running < <(jobs -p)
-  [ ${#running[@]} -eq 0 ] || kill "${running[@]}" 2>/dev/null || true
+  [ ${#running[@]} -eq 0 ] || kill -- "${running[@]/#/-}" 2>/dev/null || true # with what they have started
 }
 trap end_runs EXIT
 trap 'exit 130' INT
@@ -96,7 +96,9 @@ for seed in ${seeds//,/ }; do
     [ ! -f "$folder/eval/results.json" ] || continue
     while [ "$(jobs -rp | wc -l)" -ge "$jobs" ]; do wait -n || fail "a run failed; what it said stands above."; done
     echo "S = $split_factor, $method, $arch, seed $seed …" >&2
+    set -m # a process group for each run
     one_run "$folder" "$seed" "$arch" "$method" "$split_factor" &
+    set +m
   done
 done
 while [ -n "$(jobs -p)" ]; do wait -n || fail "a run failed; what it said stands above."; done

@@ -1,6 +1,10 @@
 """script/claim.sh: which runs it starts, which it keeps, and what its table says."""
 
 import json
+import os
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -226,3 +230,45 @@ def test_paired_differences_are_of_common_seeds():
     sure = PairedDifference.of({1: 5.0, 2: 5.1}, {1: 4.0, 2: 4.1})
     assert sure is not None
     assert sure.is_seen
+
+
+def is_alive(pid: int) -> bool:
+    """Not so what has ended and nobody has asked about."""
+    try:
+        return Path(f"/proc/{pid}/cmdline").read_bytes() != b""
+    except FileNotFoundError:
+        return False
+
+
+def test_a_stopped_comparison_stops_what_it_has_started(tmp_path):
+    """The runs get the signal too, save and end; nothing is left that writes on."""
+    stub = tmp_path / "python"
+    stub.write_text(
+        f"#!{sys.executable}\n"
+        "import os, pathlib, sys, time\n"
+        'if sys.argv[1] != "-c":\n'
+        f"    pathlib.Path({str(tmp_path)!r}, str(os.getpid())).with_suffix('.pid').touch()\n"
+        "    time.sleep(300)\n"
+    )
+    stub.chmod(0o755)
+    words = ["--dataset", "digits", "--seeds", "1", "--split_factors", "1,2", "--jobs", "2", "--out", "runs"]
+    script = subprocess.Popen(
+        [ROOT / "script" / "claim.sh", *words],
+        env=os.environ | {"PYTHON": str(stub)},
+        cwd=tmp_path,
+        stderr=subprocess.DEVNULL,
+        start_new_session=True,
+    )
+
+    def until(condition) -> None:
+        for _ in range(600):
+            if condition():
+                return
+            time.sleep(0.05)
+        raise AssertionError("waited for half a minute")
+
+    until(lambda: len(list(tmp_path.glob("*.pid"))) == 2)
+    started = [int(path.stem) for path in tmp_path.glob("*.pid")]
+    script.terminate()
+    assert script.wait(timeout=30) == 143
+    until(lambda: not any(map(is_alive, started)))

@@ -52,6 +52,39 @@ def test_whole_heads_first(name, split_factor):
     assert plan.library == f"timm {timm.__version__}"
 
 
+def test_a_class_that_hands_everything_on_is_divided_as_the_one_that_it_hands_it_to():
+    """Its signature says nothing of heads and ratios: timm's distilled DeiT and LeViT."""
+    plan = division_plan(request_for("timm/deit_tiny_distilled_patch16_224", 2))
+    found = dict(zip(plan.stages, plan.widths, strict=True))
+    assert (found["kwargs.num_heads"], found["kwargs.embed_dim"]) == (2, 128)
+    assert found["kwargs.mlp_ratio"] == pytest.approx(4.49, rel=0.01)
+
+
+class Whole(nn.Module):
+    def __init__(self, width: int, ratio: float = 2.0, heads: int = 8, flat: bool = True) -> None:
+        super().__init__()
+        self.one = nn.Linear(width, int(ratio * width))
+
+
+class HandsOn(Whole):
+    def __init__(self, *args, **kwargs) -> None:
+        super().__init__(*args, **kwargs)
+
+
+class Shorter(Whole):
+    def __init__(self, width: int, **kwargs) -> None:
+        super().__init__(width, ratio=3.0, **kwargs)  # a second `ratio` would be refused
+
+
+def test_numbers_that_a_base_takes_by_default_are_leaves_where_they_can_be_given():
+    recording = Recording(lambda: HandsOn(width=16, heads=4))
+    assert recording.leaves == {"kwargs.width": 16, "kwargs.ratio": 2.0, "kwargs.heads": 4}
+    assert recording.build({"kwargs.ratio": 3.0}).one.out_features == 48
+    assert recording.build({"kwargs.width": 8}).one.out_features == 16
+    assert Recording(lambda: HandsOn(16, 3.0)).leaves == {"args.0": 16, "args.1": 3.0}
+    assert Recording(lambda: Shorter(16)).leaves == {"width": 16}
+
+
 @dataclass(frozen=True)
 class Inner:
     channels: int = 64

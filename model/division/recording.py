@@ -85,6 +85,7 @@ def watched_constructor(kind: type, change: Callable[[Arguments], None]) -> Iter
     own = "__init__" in vars(kind)
     original: Callable[..., None] = kind.__init__  # type: ignore[misc]
     signature = inspect.signature(original)
+    inherited = _inherited_numbers(kind)
     inside = False
 
     @functools.wraps(original)
@@ -94,6 +95,9 @@ def watched_constructor(kind: type, change: Callable[[Arguments], None]) -> Iter
             return original(self, *args, **kwargs)
         bound = signature.bind(self, *args, **kwargs)
         bound.apply_defaults()
+        if inherited and not bound.args[1:]:
+            *_, rest = bound.arguments
+            bound.arguments[rest] = {**inherited, **bound.arguments[rest]}
         change(bound.arguments)
         inside = True
         try:
@@ -110,6 +114,16 @@ def watched_constructor(kind: type, change: Callable[[Arguments], None]) -> Iter
                 setattr(kind, "__init__", original)  # noqa: B010
             else:
                 delattr(kind, "__init__")
+
+
+def _inherited_numbers(kind: type) -> dict[str, int | float]:
+    """Of a class whose constructor only hands its arguments on: the numbers that the next class takes by default."""
+    own, *bases = (base.__init__ for base in kind.__mro__ if "__init__" in vars(base))  # type: ignore[misc]
+    only_hands_on = [inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD]
+    if [parameter.kind for parameter in inspect.signature(own).parameters.values()][1:] != only_hands_on:
+        return {}
+    taken = inspect.signature(bases[0]).parameters.values()
+    return {p.name: p.default for p in taken if isinstance(p.default, int | float) and not isinstance(p.default, bool)}
 
 
 class Recording:

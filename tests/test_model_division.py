@@ -17,6 +17,7 @@ from model.division import (
     wide_resnet_factor,
     wide_resnet_large_widths,
 )
+from model.division import __main__ as command_line
 from model.division.coverage import coverage, named_widths
 from model.layers.resnet_parts import BasicBlock, Bottleneck, projection_shortcut
 from utils.errors import UserError
@@ -335,6 +336,19 @@ def test_the_table_of_coverage_says_what_divides_and_why_not() -> None:
     assert "auxiliary logits" in rows[-1]
     assert "Others" not in rows[-1]
     assert (empty, counted) == ("", "S = 2: 1 of 2 divide, S = 4: 1 of 2 divide.")
+
+
+def test_coverage_of_one_list_and_of_all(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    lists = {"torchvision": ("torchvision/squeezenet1_1",), "held out": ("torchvision/googlenet",)}
+    monkeypatch.setattr(command_line, "LISTS", lists)
+    assert command_line.main(["--coverage", "held out"]) == 0
+    one = capsys.readouterr().out
+    assert "S = 2: 0 of 1 divide" in one
+    assert command_line.main(["--coverage"]) == 0
+    every = capsys.readouterr().out
+    assert every.endswith(f"\n## held out\n\n{one}")
+    assert "\n## torchvision\n" in every
+    assert "S = 2: 1 of 1 divide" in every
 
 
 def test_widths_of_one_kind_stand_together() -> None:

@@ -11,7 +11,10 @@ from model.division.resizing import plan_by_channels
 from model.registry import DIVIDE_BY
 from utils.command_line import OneLineParser
 from utils.errors import UserError
+from utils.program import show
 from utils.text import fit_streams
+
+ALL = "all"  # lists of networks
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -37,17 +40,23 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--num_classes", type=int, default=1000, metavar="K", help="[default: 1000]")
     parser.add_argument("--crop_size", type=int, metavar="PIXELS", help="[default: the network's own, else 224 or 32]")
     parser.add_argument(
-        "--coverage", choices=tuple(LISTS), help="print which networks of a list divide by 2 and 4, as a table"
+        "--coverage",
+        nargs="?",
+        const=ALL,
+        choices=(*LISTS, ALL),
+        help="print which networks of a list divide by 2 and 4, as a table; bare: of all lists, which takes minutes",
     )
     given = parser.parse_args(argv)
     if given.coverage is not None:
-        for line in coverage(LISTS[given.coverage]):
-            sys.stdout.write(line + "\n")
-            sys.stdout.flush()
+        for name in LISTS if given.coverage == ALL else (given.coverage,):
+            if given.coverage == ALL:
+                show(f"\n## {name}\n")
+            for line in coverage(LISTS[name]):
+                show(line)
         return 0
     try:
         if given.arch is None:
-            raise UserError("expected arch, the name of a backbone, or --coverage LIST.")
+            raise UserError("expected arch, the name of a backbone, or --coverage.")
         if given.split_factor < 1 or given.num_classes < 1:
             raise UserError("--split_factor and --num_classes must be 1 or more.")
         if given.crop_size is not None and given.crop_size < 1:
@@ -65,7 +74,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except UserError as error:
         sys.stderr.write(f"{__package__}: {error}\n")
         return error.exit_code
-    sys.stdout.write(plan.table() + "\n")
+    show(plan.table())
     return 0
 
 

@@ -1,4 +1,4 @@
-"""Which networks of torchvision and timm divide: the table of `python -m model.division --coverage LIST`."""
+"""Which networks of torchvision and timm divide: the tables of `python -m model.division --coverage`."""
 
 from __future__ import annotations
 

@@ -17,6 +17,7 @@ logger = logging.getLogger(__name__)
 INTERVAL = 1.0  # seconds between beats
 SILENCE = 60.0  # seconds without a beat after which the others give up
 GO_ON = "Go on with --resume auto."
+PATIENCE = 30.0  # seconds for the beat that is under way when a process ends: machines may be slow, stores may hang
 FAILED = 5.0  # seconds after which they give up on one that says that it failed, if no exchange has told them
 
 
@@ -132,6 +133,8 @@ class Heartbeat:
 
     def _leave(self, word: str) -> None:
         self._stop.set()
-        self._thread.join(timeout=2 * INTERVAL)  # first, because its beat would overwrite the word
+        # first, because its beat would overwrite the word; to its end, because a thread that comes back from the store
+        # when Python has ended aborts the process
+        self._thread.join(timeout=PATIENCE)
         with contextlib.suppress(RuntimeError):
             self._store.set(str(self._rank), word)

@@ -1,6 +1,8 @@
 """A process that dies is named; one that lives or says good-bye is not. The clock is the test's, threads are real."""
 
 import math
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -230,3 +232,21 @@ def test_close_ends_the_thread_and_says_good_bye_even_where_the_store_is_gone(st
     broken.gone = True
     second.close()
     wait_until(lambda: not threads(), "the other thread ended")
+
+
+def test_a_process_that_ends_while_it_beats_is_not_aborted() -> None:
+    """A thread that comes back from the store's C++ after Python's end has no Python to come back to."""
+    code = (
+        "import sys, time, datetime\n"
+        "import torch.distributed as dist\n"
+        "from utils import heartbeat\n"
+        "heartbeat.INTERVAL = 0.0\n"
+        "store = dist.TCPStore('127.0.0.1', 0, 1, True, wait_for_workers=False)\n"
+        "store.set('heartbeat/1', '0')\n"
+        "beat = heartbeat.Heartbeat(store, 0, 2)\n"
+        "class Slow:\n def __del__(self, sleep=time.sleep): sleep(0.5)\n"
+        "sys.modules['slow'] = Slow()\n"  # Python takes its time to end
+        "time.sleep(0.2)\n"
+    )
+    ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert (ended.returncode, ended.stderr) == (0, "")

@@ -3,6 +3,7 @@
 Without this, the others wait in their next exchange until its time limit (10 minutes), and then name nobody.
 """
 
+import atexit
 import contextlib
 import logging
 import os
@@ -46,6 +47,7 @@ class Heartbeat:
         self._store.set(str(rank), "0")
         self._thread = threading.Thread(target=self._run, name="heartbeat", daemon=True)
         self._thread.start()
+        atexit.register(self._halt)  # without a word: the others are to notice a process that ends unforeseen
 
     def _run(self) -> None:
         beat = 0
@@ -131,10 +133,12 @@ class Heartbeat:
         if not self._stop.is_set():
             self._leave("left")
 
-    def _leave(self, word: str) -> None:
+    def _halt(self) -> None:
+        """End the thread. One that comes back from the store when Python has ended aborts the process."""
         self._stop.set()
-        # first, because its beat would overwrite the word; to its end, because a thread that comes back from the store
-        # when Python has ended aborts the process
         self._thread.join(timeout=PATIENCE)
+
+    def _leave(self, word: str) -> None:
+        self._halt()  # first, because its beat would overwrite the word
         with contextlib.suppress(RuntimeError):
             self._store.set(str(self._rank), word)

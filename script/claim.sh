@@ -16,7 +16,7 @@ DATA: folder of the data set. EPOCHS (300), SEEDS (1,2,3), --dataset (folder), -
 The first is what the others are compared with, seed by seed.
 --images N, for --dataset folder: train on the first N images only, as many of every class; --test_images N the same for
 what is tested on. --side N: images box-filtered to N x N pixels. --jobs N: runs side by side (1).
---runs: claim.csv of the same comparison, made earlier or on another machine: its runs are in the tables, not run again.
+--runs: claim.csv of the same comparison, made earlier or on another machine: what is asked for and there is not run.
 --dataset digits needs no DATA and has its own defaults: 80 epochs, seeds 1 to 24, 287 training images (--val_fraction
 0.8), bf16, two runs side by side. Every figure is of the last epoch, on the test images. The same as environment
 variables: DATA EPOCHS SEEDS DATASET ARCH SPLIT_FACTORS IMAGES TEST_IMAGES SIDE JOBS RUNS OUT. DRY_RUN=1 prints the
@@ -81,7 +81,7 @@ trap end_runs EXIT
 trap 'exit 130' INT
 trap 'exit 143' TERM
 
-folders=()
+runs=()
 # seed by seed, so that an interrupted comparison is fair as far as it goes
 for seed in ${seeds//,/ }; do
   for entry in ${entries//,/ }; do
@@ -91,8 +91,11 @@ for seed in ${seeds//,/ }; do
       folder=$out/${name//\//-}-S$split_factor-seed$seed
       if [ "$name" = independent ]; then method=independent; else arch=$name; fi
     fi
-    ! grep -qs "^$split_factor,$method,$arch,$seed," "${earlier[@]}" /dev/null || continue
-    folders+=("$folder")
+    if grep -qs "^$split_factor,$method,$arch,$seed," "${earlier[@]}" /dev/null; then
+      runs+=("$split_factor,$method,$arch,$seed")
+      continue
+    fi
+    runs+=("$folder")
     [ ! -f "$folder/eval/results.json" ] || continue
     while [ "$(jobs -rp | wc -l)" -ge "$jobs" ]; do wait -n || fail "a run failed; what it said stands above."; done
     echo "S = $split_factor, $method, $arch, seed $seed …" >&2
@@ -103,4 +106,4 @@ for seed in ${seeds//,/ }; do
 done
 while [ -n "$(jobs -p)" ]; do wait -n || fail "a run failed; what it said stands above."; done
 cd "$PROJECT"
-run "$python" -m script.claim_table "$out" "${folders[@]}" "${earlier[@]}"
+run "$python" -m script.claim_table "$out" "${earlier[@]}" "${runs[@]}"

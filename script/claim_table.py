@@ -1,8 +1,10 @@
-"""Prints what runs of several S and seeds reached as one table, and draws it: OUT_DIR RUN_DIR|RUNS.csv ...
+"""Prints what runs of several S and seeds reached as one table, and draws it: OUT_DIR [RUNS.csv ...] RUN ...
+
+A RUN is a run directory, or `S,METHOD,ARCH,SEED` for a row of the files.
 
 Every figure is the mean over seeds ± the sample standard deviation; single networks are first averaged within a run.
 A second table has the differences to the setting of the first run, paired by seed, with 95 % intervals. claim.csv has
-every single run, for a table that goes on elsewhere.
+every run of the table, for one that goes on elsewhere.
 """
 
 import csv
@@ -29,7 +31,7 @@ class Run:
     """A finished run: what its training says of itself, and its figures at the last epoch; a row of claim.csv.
 
     Attributes:
-        split_factor, method, arch, seed: which run of the comparison it is; first, because claim.sh looks for them.
+        split_factor, method, arch, seed: which run of the comparison it is; claim.sh looks for rows that begin so.
         steps: of training.
         seconds: of training, evaluations included.
         params_one, params_total, macs_total: of one network, and of all.
@@ -56,9 +58,9 @@ class Run:
     disagreement: float | None
 
     @property
-    def key(self) -> tuple[int, str, str, int]:
+    def key(self) -> str:
         """What no two runs of a table share."""
-        return self.split_factor, self.method, self.arch, self.seed
+        return f"{self.split_factor},{self.method},{self.arch},{self.seed}"
 
     def ensemble(self, figure: str) -> float:
         """A figure of the ensemble under the reported rule."""
@@ -121,20 +123,25 @@ def rows_of(runs: Sequence[Run]) -> str:
     return text.getvalue()
 
 
-def gather(paths: Sequence[Path]) -> list[Run]:
-    """Runs of folders and of files of rows, each once, in the order in which they are first named.
+def gather(named: Sequence[str]) -> list[Run]:
+    """The runs of the command line, in its order.
+
+    Args:
+        named: files of rows, then run directories and keys of rows.
 
     Raises:
         UserError: a file that holds no runs; runs that were trained for different numbers of steps.
     """
-    found: dict[tuple[int, str, str, int], Run] = {}
-    for path in paths:
-        for run in read_rows(path) if path.suffix == ".csv" else [read_run(path)]:
-            found.setdefault(run.key, run)
-            first = next(iter(found.values()))
-            if run.steps != first.steps:
-                raise UserError(f"{path}: a run of {run.steps} steps among runs of {first.steps}; compare equal runs.")
-    return [*found.values()]
+    files = [Path(name) for name in named if name.endswith(".csv")]
+    rows = {run.key: run for file in files for run in read_rows(file)}
+    runs = [rows.get(name) or read_run(Path(name)) for name in named[len(files) :]]
+    for run in runs:
+        if run.steps != runs[0].steps:
+            raise UserError(
+                f"--runs: a run of {run.steps} steps ({run.key}) beside one of {runs[0].steps} ({runs[0].key}): these "
+                "compare nothing."
+            )
+    return runs
 
 
 def spread(values: Sequence[float], digits: int) -> str:
@@ -258,9 +265,9 @@ def _second_line(group: Sequence[Run], first: Run) -> str:
 def main(arguments: list[str]) -> int:
     """The command line; returns the exit code."""
     fit_streams()
-    out, *paths = map(Path, arguments)
+    out, named = Path(arguments[0]), arguments[1:]
     try:
-        runs = gather(paths)
+        runs = gather(named)
     except UserError as error:
         print(f"claim_table.py: {error}", file=sys.stderr)
         return error.exit_code

@@ -81,7 +81,8 @@ def test_runs_of_another_machine_are_in_the_table_and_not_run(claim, tmp_path):
     commands, done = claim(*flags, "--runs", "elsewhere.csv")
     assert done.returncode == 0, done.stderr
     assert [words[words.index("--method") + 1] for words in commands if "--method" in words] == ["co_training"]
-    assert commands[-1] == ["-m", "script.claim_table", f"{tmp_path}/runs", f"{tmp_path}/runs/S2-seed7", str(rows)]
+    runs = ["1,co_training,resnet20,7", f"{tmp_path}/runs/S2-seed7", "2,independent,resnet20,7"]
+    assert commands[-1] == ["-m", "script.claim_table", f"{tmp_path}/runs", str(rows), *runs]
     commands, done = claim(*flags, "--runs", "nowhere.csv")
     assert (commands, done.returncode) == ([], 2)
     assert done.stderr == "claim.sh: --runs nowhere.csv: there is no such file.\n"
@@ -201,17 +202,18 @@ def test_table_has_means_and_deviations_over_seeds(tmp_path, capsys):
 
     rows = tmp_path / "claim.csv"  # what another table goes on with
     (tmp_path / "again").mkdir()
-    assert main([str(tmp_path / "again"), *folders[:2], str(rows)]) == 0
+    keys = ["1,co_training,resnet20,1", *folders[1:3], "2,co_training,resnet20,2"]
+    assert main([str(tmp_path / "again"), str(rows), *keys]) == 0
     for name in ("claim.md", "claim.csv"):
         assert (tmp_path / "again" / name).read_text() == (tmp_path / name).read_text()
     assert rows.read_text().splitlines()[1].startswith("1,co_training,resnet20,1,")
     for damaged, complaint in (
-        (rows.read_text().replace(",80,", ",81,", 1), "80 steps among runs of 81"),
+        (rows.read_text().replace(",80,", ",81,", 1), "a run of 80 steps (1,co_training,resnet20,2) beside one of 81"),
         (rows.read_text().replace(",80,", ",many,", 1), "expected a claim.csv"),
         ("S,seed\n1,2\n", "expected a claim.csv"),
     ):
         rows.write_text(damaged)
-        assert main([str(tmp_path / "again"), str(rows)]) == 2
+        assert main([str(tmp_path / "again"), str(rows), keys[0], folders[1]]) == 2
         line = capsys.readouterr().err
         assert complaint in line
         assert line.count("\n") == 1

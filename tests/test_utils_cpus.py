@@ -61,10 +61,15 @@ def test_a_system_without_any_of_it_has_all_its_cpus(machine, monkeypatch, tmp_p
     assert allowed_cpus() == 64
 
 
+SLOW = ": they wait for each other, and all is many times slower"
+
+
 @pytest.mark.parametrize(
     ("asked", "variable", "processes", "torchs", "threads", "why"),
     [
-        (7, "3", 1, 3, 7, "--threads"),
+        (4, "3", 1, 3, 4, "--threads"),
+        (7, "3", 1, 3, 7, f"--threads; more than the 4 that may be used{SLOW}"),
+        (None, "3", 2, 3, 3, f"OMP_NUM_THREADS; more than the 4 that may be used by 2 processes{SLOW}"),
         (None, "3", 1, 3, 3, "OMP_NUM_THREADS"),
         (None, None, 1, 32, 4, "of 4 that may be used"),
         (None, None, 2, 32, 2, "of 4 that may be used by 2 processes"),

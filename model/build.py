@@ -47,7 +47,7 @@ def network_requests(
         )
     if train_separately:
         raise UserError("--is_train_sep needs one divided network: give --arch one name, with a --split_factor.")
-    one = replace(request, split_factor=1, fits_images=True)
+    one = replace(request, split_factor=1)
     if len(set(archs)) > 1 and request.way == ARGUMENTS:
         # in a checkpoint, what fits the first of them to small images: every other is fitted for itself
         one = replace(one, widths=None, way="", width_names=())

@@ -163,7 +163,7 @@ def restore_splitnet(
         crop_size=crop_size or size_in_file or usual_size,
         options={**shown, **config, **(options or {})},
         divide_by=_entry(config, "divide_by", str, source),
-        **stored_plan(content, source),
+        **stored_plan(content, source, is_list=len(names) > 1),
         form=form,
     )
     in_file = _num_classes(state, request) if form is None else len(content.get("classes") or ()) or None
@@ -243,8 +243,11 @@ def stored_networks(state: Mapping[str, Tensor]) -> list[int]:
     return sorted({int(match[1]) for key in state if (match := _NETWORK_KEY.match(key))})
 
 
-def stored_plan(content: Mapping[str, Any], source: str) -> dict[str, Any]:
+def stored_plan(content: Mapping[str, Any], source: str, *, is_list: bool = False) -> dict[str, Any]:
     """What the solver found for the networks of the file, as fields of a request; {} where there is no file.
+
+    Args:
+        is_list: they are several full networks by name.
 
     Raises:
         UserError: entries of another form.
@@ -254,6 +257,7 @@ def stored_plan(content: Mapping[str, Any], source: str) -> dict[str, Any]:
     names = _entry(content, "width_names", list, source) or []
     if not all(isinstance(name, str) for name in names):
         raise UserError(f"{source}: its entry 'width_names' is damaged: expected names.")
+    fits = _entry(content, "fits_images", bool, source)
     way = _entry(content, "way", str, source) or ""
     if way not in ("", CHANNELS, ARGUMENTS):
         raise UserError(f"{source}: its entry 'way' is damaged: {one_line(way)[:40]!r}.")
@@ -269,7 +273,8 @@ def stored_plan(content: Mapping[str, Any], source: str) -> dict[str, Any]:
         "way": way,
         "width_names": tuple(names),
         "library": one_line(_entry(content, "library", str, source) or "")[:40],
-        "fits_images": False,
+        # the plan is that of the first of a list of networks; the others are fitted for themselves, or none is
+        "fits_images": is_list and fits is not False,
     }
 
 

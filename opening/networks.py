@@ -124,7 +124,7 @@ def build_method(
         request,
         form=kind.member_form(config.method_options, request, seed),
         arch=names[0],
-        **_plan_before(config, request, before, start),
+        **_plan_before(config, request, before, start, is_list=len(names) > 1),
     )
     if request.form is None and len(names) == 1:  # one search for all processes, and one plan
         request = distributed.said_by_first(partial(solved_request, request))
@@ -158,7 +158,7 @@ def _held(config: Config, world: World, before: Checkpoint | None) -> range | No
 
 
 def _plan_before(
-    config: Config, request: BackboneRequest, before: Checkpoint | None, start: Start | None
+    config: Config, request: BackboneRequest, before: Checkpoint | None, start: Start | None, *, is_list: bool
 ) -> dict[str, Any]:
     """The plan of the resumed run's networks; of a new run, whether the networks are fitted to small images.
 
@@ -167,7 +167,7 @@ def _plan_before(
     if before is None:
         own = methods.get(config.method).network_plan(config.method_options)
         return {"fits_images": config.pretrained is None or (start is not None and start.is_fitted), **own}
-    stored = stored_plan(before, "--resume")
+    stored = stored_plan(before, "--resume", is_list=is_list)
     return stored | {"widths": stored["widths"] or request.widths}
 
 

@@ -43,7 +43,8 @@ class Checkpoint(TypedDict, total=False):
     ema: moving average of the weights, as `state_dict`, with --ema_decay only.
     form: how members share one network, `model.registry.MemberForm`, or None.
     widths: what the solver found, of the stages, or, where `way` is "arguments", of the constructor's arguments
-    `width_names`. library: package and version that they are of. method: training-only state of the method.
+    `width_names`. library: package and version that they are of. fits_images: whether networks of a list were to be
+    fitted to small images. method: training-only state of the method.
     config: every flag's value. classes, mean, std, crop_size, data_recipe: of the data. preprocessing: of an image file
     before a network sees it, `recipe.preprocessing.Preprocessing`; absent in those of earlier versions.
     codes: the classes' names in the data, where --class_map gave them others.
@@ -69,6 +70,7 @@ class Checkpoint(TypedDict, total=False):
     way: str
     width_names: list[str]
     library: str
+    fits_images: bool
     method: dict[str, Any]
     config: dict[str, Any]
     classes: list[str]

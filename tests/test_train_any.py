@@ -20,7 +20,7 @@ from record.checkpoint import load_checkpoint
 from record.run_folder import read_results
 from utils.macs import count_macs, count_params
 
-pytest.importorskip("timm")
+timm = pytest.importorskip("timm")
 
 BASE = "--dataset synthetic --num_classes 10 --batch_size 4 --workers 0 --seed 1 --no_cuda --amp_dtype fp32"
 # one of a class, with the smallest of a few usual sizes that it takes
@@ -157,6 +157,26 @@ def test_weights_of_a_fitted_network_start_fitted_ones(
             assert torch.equal(own, given)
         else:
             assert set(own.flatten().tolist()) < set(given.flatten().tolist())
+
+
+@pytest.mark.slow
+def test_full_networks_side_by_side_have_the_patches_of_their_weights(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], logging_restored: None
+) -> None:
+    """A library's own patches of 16 stay, also when the run is gone on with and evaluated; new ones are fitted."""
+    weights = str(tmp_path / "library.pth")
+    torch.save(timm.create_model("test_vit", img_size=32, num_classes=10).state_dict(), weights)
+    tokens = {(): 1 + 64, ("--pretrained", weights): 1 + 4}
+    for flags, expected in tokens.items():
+        folder = tmp_path / f"tokens{expected}"
+        words = words_of("timm/test_vit,timm/test_vit", 1, 32)
+        train(words, folder, "--max_steps", "1", *flags)
+        train(words, folder, "--max_steps", "2", "--resume", "auto", *flags)
+        content = load_checkpoint(folder / "checkpoint_0_2.pth.tar")
+        state, _ = network_state(content, "raw", "")
+        assert {state[f"models.{i}.pos_embed"].shape[1] for i in range(2)} == {expected}
+        checkpoint = str(folder / "checkpoint_0_2.pth.tar")
+        assert evaluation.main(["--resume", checkpoint, "--workers", "0", "--no_cuda"]) == 0
 
 
 def without(content: dict[str, Any], *names: str) -> dict[str, Any]:

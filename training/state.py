@@ -98,13 +98,15 @@ class RunState:
     def _division(self) -> Checkpoint:
         """The plan by which the networks were divided, or fitted to small images."""
         request = known_request(self.method.network.models[0])
+        fits = request is not None and request.fits_images
         if request is None or request.widths is None:
-            return {"widths": [], "way": "", "width_names": [], "library": ""}
+            return {"widths": [], "way": "", "width_names": [], "library": "", "fits_images": fits}
         return {
             "widths": list(request.widths),
             "way": request.way,
             "width_names": list(request.width_names),
             "library": request.library,
+            "fits_images": fits,
         }
 
     def _of_data(self) -> Checkpoint:

@@ -71,7 +71,7 @@ def test_a_killed_measurement_goes_on_where_it_was(answers: StubPython, tmp_path
     assert after(evaluated, "--large") == str(tmp_path / "out" / "small-seed7" / "undivided" / "model_best.pth.tar")
     started, done = answers(*flags)
     assert done.returncode == 0, done.stderr
-    assert programs(started) == [*parts, *TUNED[4:], "script.answers_times", "script.answers_table"]
+    assert programs(started) == [*parts, "eval.py", *TUNED[4:], "script.answers_times", "script.answers_table"]
     started, _ = answers(*flags)
     assert programs(started) == [*parts, "script.answers_table"]
 
@@ -196,7 +196,7 @@ def test_goals_by_the_mean_over_seeds(tmp_path: Path, capsys: pytest.CaptureFixt
     assert by["A5", "digits"] == [(0.5, "yes")]
     assert by["A6", "cifar"] == [(0.005, f"stretch {few}"), (0.3, f"stretch {few}")]
     assert by["A7", "digits"] == [(0.4, "yes")]
-    assert by["A8", "small"] == [(None, "not measured"), (None, "not measured")]
+    assert by["A8", "small"] == [(None, "not measured")] * 4
 
     assert main([str(tmp_path)]) == 0
     text = (tmp_path / "goals.md").read_text()
@@ -207,6 +207,27 @@ def test_goals_by_the_mean_over_seeds(tmp_path: Path, capsys: pytest.CaptureFixt
     assert (tmp_path / "digits.png").stat().st_size > 10_000
     assert (tmp_path / "cifar.png").exists()
     assert json.loads((tmp_path / "goals.json").read_text())["timed"]["digits"] == {"threads": 1}
+
+
+def test_a_cascade_for_half_of_the_cost_is_a_row_of_its_own(tmp_path: Path) -> None:
+    for seed in (1, 2, 3):
+        write_seed(tmp_path / f"small-seed{seed}", macs=24e6)
+        results = json.loads((tmp_path / f"small-seed{seed}" / "margin" / "results.json").read_text())
+        results["cascade"]["rows"][-1] |= {"test_acc1": 94.7, "test_macs": 19e6}
+        half = tmp_path / f"small-seed{seed}" / "half"
+        half.mkdir()
+        (half / "results.json").write_text(json.dumps(results))
+    found = {what: value for (goal, _, what), value in reached(tmp_path).items() if goal == "A8"}
+    above, share = "points above the undivided network", "MACs / undivided's"
+    assert found[above] == (pytest.approx(1.9), "yes")
+    assert found[share] == (pytest.approx(0.6), "no")
+    assert found[f"{above}, tuned for half of its MACs"] == (pytest.approx(1.7), "yes")
+    assert found[f"{share}, tuned for half of its MACs"] == (pytest.approx(0.475), "yes")
+    assert main([str(tmp_path)]) == 0
+    line = (
+        "| cascade by margin, for half of the undivided network's MACs | 94.700 ± 0.000 | 19.000 ± 0.000 | – | 6 / 3 |"
+    )
+    assert line in (tmp_path / "goals.md").read_text()
 
 
 def test_what_is_not_measured_yet_is_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

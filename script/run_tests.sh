@@ -2,9 +2,9 @@
 # The checks of the project: lint, format, types, shell scripts, tests. Fails if one of them fails; the last line is
 # pytest's, above it stand the slowest tests. Makes or completes .venv first. On two cores:
 #
-#   script/run_tests.sh --quick   4 minutes: without what is marked `slow` or `long`
-#   script/run_tests.sh           15 minutes: without what is marked `long`
-#   script/run_tests.sh --long    17 minutes: every test
+#   script/run_tests.sh --quick   minutes: without what is marked `slow` or `long`
+#   script/run_tests.sh           without what is marked `long`
+#   script/run_tests.sh --long    about 48 minutes: every test
 #
 # Further arguments go to pytest. DRY_RUN=1 prints the commands.
 set -euo pipefail

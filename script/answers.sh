@@ -13,8 +13,9 @@ usage: answers.sh [DATA] [SEEDS] [--sets digits,cifar,small] [--digits_epochs N]
 DATA: CIFAR-10 as a folder of images, for the sets cifar and small; without it digits alone. SEEDS (1,2,3). --sets:
 digits (resnet20, S = 4; 80 epochs, 287 training images), cifar (resnet20, S = 2; --epochs 60), small (CIFAR-10 at
 16 x 16 pixels, WRN-16-4, S = 4, 500 training images a class, tuned on the next 200; --small_epochs 60; the runs are
-those of claim.sh --side 16, miscs/results.md). --images: part of cifar's training images (all). --out (./runs/answers). Timed are --timed 1024 test images. The same as environment
-variables: DATA SEEDS SETS DIGITS_EPOCHS EPOCHS SMALL_EPOCHS IMAGES TIMED OUT. DRY_RUN=1 prints the commands.
+those of claim.sh --side 16, miscs/results.md). --images: part of cifar's training images (all). --out
+(./runs/answers). Timed are --timed 1024 test images. The same as environment variables: DATA SEEDS SETS DIGITS_EPOCHS
+EPOCHS SMALL_EPOCHS IMAGES TIMED OUT. DRY_RUN=1 prints the commands.
 TEXT
 }
 

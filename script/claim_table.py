@@ -8,18 +8,18 @@ every run of the table, for one that goes on elsewhere.
 """
 
 import csv
-import io
 import json
 import statistics
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import astuple, dataclass, fields
 from pathlib import Path
 from typing import Any
 
 from record.checkpoint import write_file
 from record.paired import PairedDifference, half_interval
 from record.runs import Spread
+from record.tables import csv_table
 from utils.errors import UserError
 from utils.text import fit_streams
 
@@ -116,11 +116,7 @@ def _value(text: str, kind: object) -> object:
 
 def rows_of(runs: Sequence[Run]) -> str:
     """claim.csv: every figure in full."""
-    text = io.StringIO()
-    writer = csv.DictWriter(text, [field.name for field in fields(Run)], lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(asdict(run) for run in runs)
-    return text.getvalue()
+    return csv_table([field.name for field in fields(Run)], map(astuple, runs))
 
 
 def gather(named: Sequence[str]) -> list[Run]:

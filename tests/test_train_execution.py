@@ -11,6 +11,7 @@ import torch
 
 import train_split
 import training.state
+import utils.cpus
 from record import checkpoint as ckpt
 from tests.kills import at_call
 from tests.runs import TINY, Run, train
@@ -112,14 +113,14 @@ def test_that_synchronised_norms_make_parallel_networks_a_sequence_is_said(
 
 
 def _allow(cpus: int) -> None:
-    training.state.allowed_cpus = lambda: cpus
+    training.state.allowed_cpus = utils.cpus.allowed_cpus = lambda: cpus
 
 
 @pytest.mark.slow
 def test_threads_are_said_and_kept_and_where_they_cannot_be_a_line_says_so(tmp_path: Path) -> None:
     argv = [*BASE, "--max_ckpt_nums", 9, "--model_dir", tmp_path / "m"]
     first = train([*argv, "--threads", 2, "--max_steps", 1], tmp_path, before=partial(_allow, 2))
-    assert "2 thread(s) of the CPU (--threads" in first.stderr
+    assert "2 thread(s) of the CPU (--threads)" in first.stderr
     cannot = "So far threads was 2, now it is 1: the last bits will differ."
     for steps, (flags, cpus, line) in enumerate(
         (

@@ -237,7 +237,7 @@ def test_close_ends_the_thread_and_says_good_bye_even_where_the_store_is_gone(st
 def test_a_process_that_ends_while_it_beats_is_not_aborted() -> None:
     """A thread that comes back from the store's C++ after Python's end has no Python to come back to."""
     code = (
-        "import sys, time, datetime\n"
+        "import sys, time\n"
         "import torch.distributed as dist\n"
         "from utils import heartbeat\n"
         "heartbeat.INTERVAL = 0.0\n"

@@ -66,14 +66,13 @@ def settle_threads(asked: int | None, *, processes: int = 1) -> str:
         how many, and why, for the log.
     """
     allowed = f"{allowed_cpus()} that may be used" + (f" by {processes} processes" if processes > 1 else "")
+    if asked is None and not os.environ.get("OMP_NUM_THREADS"):
+        torch.set_num_threads(max(1, min(torch.get_num_threads(), allowed_cpus() // processes)))
+        return f"{torch.get_num_threads()} thread(s) of the CPU (of {allowed})"
+    why = "OMP_NUM_THREADS"
     if asked is not None:
         torch.set_num_threads(asked)
         why = "--threads"
-    elif os.environ.get("OMP_NUM_THREADS"):
-        why = "OMP_NUM_THREADS"
-    else:
-        torch.set_num_threads(max(1, min(torch.get_num_threads(), allowed_cpus() // processes)))
-        why = f"of {allowed}"
-    if torch.get_num_threads() * processes > allowed_cpus() and not why.startswith("of "):
+    if torch.get_num_threads() * processes > allowed_cpus():
         why += f"; more than the {allowed}: they wait for each other, and all is many times slower"
     return f"{torch.get_num_threads()} thread(s) of the CPU ({why})"
